@@ -1,0 +1,35 @@
+"""The ``anabranch`` command. Each subcommand lives beside the code it runs and is imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+#: subcommand -> (module, attribute, one line of help). Kept as text so that `anabranch --help` imports no PyTorch.
+_COMMANDS = {
+    "race": ("anabranch.race._command", "command", "Judge a trace of stream events: race, stale or clean."),
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = _COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        module, attribute, _ = entry
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _COMMANDS[name][2]) for name in self.list_commands(ctx)])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="anabranch")
+def main() -> None:
+    """Compile PyTorch models once, call them correctly from any stream; and find stream bugs anywhere."""

@@ -1,0 +1,54 @@
+"""Every error that anabranch raises on purpose. Each message says what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AnabranchError",
+    "BuildError",
+    "DeviceLost",
+    "EngineClosed",
+    "FlagsChanged",
+    "InputError",
+    "NotCapturable",
+    "TraceError",
+    "UnsupportedModel",
+]
+
+
+class AnabranchError(Exception):
+    """Base of all errors below."""
+
+
+class InputError(AnabranchError, ValueError):
+    """A call's or a compile's input has the wrong structure, shape, dtype, device or layout, or requires grad.
+
+    Raised before any device work is queued; the engine stays usable.
+    """
+
+
+class UnsupportedModel(AnabranchError):
+    """The model does something that an engine cannot do faithfully; the message names the op and its source line."""
+
+
+class BuildError(AnabranchError):
+    """A backend failed to turn the graph into kernels."""
+
+
+class NotCapturable(AnabranchError):
+    """A call inside the caller's own CUDA graph capture needs something that a capture forbids."""
+
+
+class FlagsChanged(AnabranchError):
+    """A numerics flag (TF32, determinism, ...) differs from its value at compile and would change the result."""
+
+
+class EngineClosed(AnabranchError):
+    """The engine was closed, or belongs to a parent process of this one."""
+
+
+class DeviceLost(AnabranchError):
+    """The device reported an error that lasts until the process ends; no engine on it can run again."""
+
+
+class TraceError(AnabranchError, ValueError):
+    """A trace file is malformed; the message gives the line and what was expected there."""

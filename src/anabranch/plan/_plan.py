@@ -1,0 +1,153 @@
+"""Plan as plain data. Nothing here imports PyTorch: a plan can be printed, drawn, saved and checked anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+#: What a buffer is for. ``workspace`` and ``temporary`` are the hidden resources: no step names them in the model's
+#: own code, yet two steps that share one conflict (a cuBLAS workspace, a convolution's scratch memory).
+BUFFER_KINDS = ("input", "output", "weight", "static", "temporary", "workspace")
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Bytes that steps read and write.
+
+    ``block`` and ``offset`` say where the bytes are: two buffers with the same block and overlapping byte ranges share
+    memory, and steps that use them conflict although their names differ. A buffer alone in its block leaves
+    ``block=""``, which means a block of its own name.
+    """
+
+    name: str
+    nbytes: int
+    kind: str = "temporary"
+    block: str = ""
+    offset: int = 0
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in BUFFER_KINDS:
+            raise ValueError(f"buffer {self.name!r}: kind is {self.kind!r}, expected one of {', '.join(BUFFER_KINDS)}")
+        if self.nbytes < 0 or self.offset < 0:
+            raise ValueError(f"buffer {self.name!r}: nbytes and offset must not be negative")
+
+    @property
+    def location(self) -> str:
+        """Name of the block that holds the bytes."""
+        return self.block or self.name
+
+
+@dataclass(frozen=True)
+class Access:
+    """A half-open byte range ``[start, stop)`` of a buffer; ``stop=None`` means up to its end."""
+
+    buffer: str
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of device work, queued on ``lane``.
+
+    ``kind``: ``op`` (one ATen operator), ``kernels`` (a backend's compiled subgraph), ``copy`` (into or out of a
+    context's memory), ``view`` (no device work).
+    """
+
+    name: str
+    lane: str
+    reads: tuple[Access, ...] = ()
+    writes: tuple[Access, ...] = ()
+    kind: str = "op"
+    op: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Order between lanes: an event recorded after step ``before``, waited for ahead of step ``after``."""
+
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one engine for one input signature.
+
+    Steps are listed in issue order. Two steps of one lane run in that order; steps of different lanes are ordered
+    only by :class:`Edge` (and what follows from edges and lanes together). ``captured`` says whether the steps run as
+    a captured CUDA graph; ``reason`` says why or why not.
+    """
+
+    name: str
+    device: str
+    backend: str
+    lanes: tuple[str, ...]
+    buffers: tuple[Buffer, ...]
+    steps: tuple[Step, ...]
+    edges: tuple[Edge, ...] = ()
+    captured: bool = False
+    reason: str = ""
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = {b.name for b in self.buffers}
+        if len(names) != len(self.buffers):
+            raise ValueError(f"plan {self.name!r}: buffer names are not unique")
+        order = {s.name: i for i, s in enumerate(self.steps)}
+        if len(order) != len(self.steps):
+            raise ValueError(f"plan {self.name!r}: step names are not unique")
+        for s in self.steps:
+            if s.lane not in self.lanes:
+                raise ValueError(f"step {s.name!r}: lane {s.lane!r} is not one of {', '.join(self.lanes)}")
+            for a in (*s.reads, *s.writes):
+                if a.buffer not in names:
+                    raise ValueError(f"step {s.name!r}: buffer {a.buffer!r} is not in the plan")
+        for e in self.edges:
+            for end in (e.before, e.after):
+                if end not in order:
+                    raise ValueError(f"edge {e.before!r} -> {e.after!r}: step {end!r} is not in the plan")
+            if order[e.before] >= order[e.after]:
+                raise ValueError(f"edge {e.before!r} -> {e.after!r}: a wait must be issued after its record")
+
+    def to_json(self) -> str:
+        """The plan as JSON; :meth:`from_json` gives an equal plan back."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        d: dict[str, Any] = json.loads(text)
+
+        def accesses(items: list[dict[str, Any]]) -> tuple[Access, ...]:
+            return tuple(Access(**a) for a in items)
+
+        return cls(
+            **{
+                **d,
+                "lanes": tuple(d["lanes"]),
+                "buffers": tuple(Buffer(**{**b, "shape": tuple(b["shape"])}) for b in d["buffers"]),
+                "steps": tuple(
+                    Step(**{**s, "reads": accesses(s["reads"]), "writes": accesses(s["writes"])}) for s in d["steps"]
+                ),
+                "edges": tuple(Edge(**e) for e in d["edges"]),
+            }
+        )
+
+    def draw(self, path: str | Path) -> Path:
+        """Write the plan as an SVG picture: a column a lane, time downwards, edges between lanes as arrows."""
+        from anabranch.plan._svg import render
+
+        path = Path(path)
+        path.write_text(render(self), encoding="utf-8")
+        return path
+
+    def __str__(self) -> str:
+        from anabranch.plan._text import render
+
+        return render(self)
