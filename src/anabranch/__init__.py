@@ -1,6 +1,63 @@
 """anabranch: PyTorch inference engines that any thread may call on any CUDA stream."""
 
-from anabranch._version import __version__
-from anabranch.errors import AnabranchError
+from __future__ import annotations
 
-__all__ = ["AnabranchError", "__version__"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from anabranch._version import __version__
+from anabranch.errors import (
+    AnabranchError,
+    BuildError,
+    DeviceLost,
+    EngineClosed,
+    FlagsChanged,
+    InputError,
+    NotCapturable,
+    TraceError,
+    UnsupportedModel,
+)
+
+if TYPE_CHECKING:
+    from anabranch.export import Input
+    from anabranch.plan import Plan
+    from anabranch.runtime import Engine, Stats, compile
+
+__all__ = [
+    "AnabranchError",
+    "BuildError",
+    "DeviceLost",
+    "Engine",
+    "EngineClosed",
+    "FlagsChanged",
+    "Input",
+    "InputError",
+    "NotCapturable",
+    "Plan",
+    "Stats",
+    "TraceError",
+    "UnsupportedModel",
+    "__version__",
+    "compile",
+]
+
+#: Loaded when first used, so that tools which need no PyTorch (the race checker) do not load it.
+_LAZY = {
+    "Engine": "anabranch.runtime",
+    "Input": "anabranch.export",
+    "Plan": "anabranch.plan",
+    "Stats": "anabranch.runtime",
+    "compile": "anabranch.runtime",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'anabranch' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

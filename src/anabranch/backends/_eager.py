@@ -1,0 +1,28 @@
+"""PyTorch's own operators, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from anabranch.backends._backend import Kernels
+from anabranch.export import Program
+
+
+class _Eager:
+    name = "eager"
+
+    def lower(self, program: Program, examples: Sequence[torch.Tensor]) -> Kernels:
+        # The generated code lets go of each temporary after its last use, which an interpreter loop would not. The
+        # bare function is taken: Module.__call__ would look for hooks at every call.
+        forward = program.module.forward
+        weights = tuple(program.weights)
+
+        def kernels(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            return forward(*weights, *inputs)
+
+        return kernels
+
+
+BACKEND = _Eager()

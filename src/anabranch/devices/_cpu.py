@@ -1,0 +1,89 @@
+"""The CPU: no streams, no captures. Work is done when the call returns, so nothing here has anything to order."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
+
+import torch
+
+from anabranch.devices._device import Graph, Lane, Memory
+
+
+class CpuDevice:
+    """See :class:`anabranch.devices.Device`."""
+
+    kind = "cpu"
+    has_streams = False
+
+    def index(self, device: torch.device) -> int:
+        return 0
+
+    def current_index(self) -> int:
+        return 0
+
+    def current_stream(self, index: int) -> None:
+        return None
+
+    def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def on_device(self, index: int) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def is_capturing(self, stream: Any) -> bool:
+        return False
+
+    def building(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def prepare_retire(self, index: int) -> None:
+        pass
+
+    def retire(self, events: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
+        pass
+
+    def bury(self, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
+        then()
+
+    def reap(self) -> None:
+        pass
+
+    def trim(self) -> None:
+        pass
+
+    def lost(self) -> None:
+        return None
+
+    def check_error(self, error: BaseException) -> None:
+        pass
+
+    def range(self, name: str) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def describe(self, index: int) -> str:
+        return platform.processor() or platform.machine()
+
+    # What needs streams is never asked of a device without them.
+    def event(self) -> NoReturn:
+        raise NotImplementedError("the CPU has no events")
+
+    def acquire_lane(self, index: int) -> Lane:
+        raise NotImplementedError("the CPU has no lanes")
+
+    def release_lane(self, lane: Lane) -> None:
+        raise NotImplementedError("the CPU has no lanes")
+
+    def memory(self, index: int) -> Memory:
+        raise NotImplementedError("the CPU has no private memory pools")
+
+    def release_memory(self, memory: Memory) -> None:
+        raise NotImplementedError("the CPU has no private memory pools")
+
+    def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
+        raise NotImplementedError("the CPU has no captures")
+
+    def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:
+        raise NotImplementedError("the CPU has no captures")

@@ -1,0 +1,338 @@
+"""CUDA behind the seam.
+
+Captures do not go through ``torch.cuda.graph``: it allows one capture in the process, synchronizes the device, shares
+one capture stream, and registers the random generator, so that another thread's ``randn`` raises. Here a capture is
+``cudaStreamBeginCapture`` on a private non-blocking stream in thread-local mode, with this thread's allocations routed
+into a private pool.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from anabranch.devices._device import Graph, Lane, Memory
+from anabranch.devices._graveyard import Graveyard
+from anabranch.errors import AnabranchError, DeviceLost
+
+try:
+    from cuda.bindings import runtime as rt
+except ImportError as e:  # pragma: no cover - PyTorch's CUDA 13 wheels depend on it
+    raise AnabranchError(
+        "CUDA engines need the package cuda-bindings, which is not installed here. Do: pip install 'anabranch[cuda]'"
+    ) from e
+
+#: Errors after which the CUDA context of this process is unusable, and every later call fails too.
+_STICKY = {
+    int(rt.cudaError_t[name])
+    for name in (
+        "cudaErrorECCUncorrectable",
+        "cudaErrorIllegalAddress",
+        "cudaErrorLaunchTimeout",
+        "cudaErrorAssert",
+        "cudaErrorHardwareStackError",
+        "cudaErrorIllegalInstruction",
+        "cudaErrorMisalignedAddress",
+        "cudaErrorInvalidAddressSpace",
+        "cudaErrorInvalidPc",
+        "cudaErrorLaunchFailure",
+    )
+}
+_THREAD_LOCAL = rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+_RELAXED = rt.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+_ACTIVE = rt.cudaStreamCaptureStatus.cudaStreamCaptureStatusActive
+_SUCCESS = rt.cudaError_t.cudaSuccess
+
+
+class CudaCallError(AnabranchError):
+    """A CUDA runtime call failed; ``code`` is its ``cudaError_t``."""
+
+    def __init__(self, call: str, code: Any) -> None:
+        super().__init__(f"{call} failed: {rt.cudaGetErrorString(code)[1].decode()} ({code.name})")
+        self.error_code = int(code)
+
+
+def _ok(call: str, result: tuple[Any, ...]) -> Any:
+    if result[0] != _SUCCESS:
+        raise CudaCallError(call, result[0])
+    return result[1] if len(result) == 2 else result[1:]
+
+
+class _CudaGraph:
+    """See :class:`anabranch.devices.Graph`."""
+
+    __slots__ = ("_exec",)
+
+    def __init__(self, executable: Any) -> None:
+        self._exec = executable
+
+    def launch(self, stream: Any) -> None:
+        error = rt.cudaGraphLaunch(self._exec, stream.cuda_stream)[0]
+        if error != _SUCCESS:
+            raise CudaCallError("cudaGraphLaunch", error)
+
+    def destroy(self) -> None:
+        rt.cudaGraphExecDestroy(self._exec)
+
+
+class _CudaMemory:
+    """See :class:`anabranch.devices.Memory`."""
+
+    def __init__(self, index: int) -> None:
+        with torch.cuda.device(index):
+            self._pool = torch.cuda.MemPool()
+        self.index = index
+
+    def using(self) -> AbstractContextManager[None]:
+        return torch.cuda.use_mem_pool(self._pool, self.index)
+
+    def nbytes(self) -> int:
+        return sum(int(s["total_size"]) for s in self._pool.snapshot())
+
+
+class _CudaLane:
+    """See :class:`anabranch.devices.Lane`."""
+
+    def __init__(self, index: int) -> None:
+        with torch.cuda.device(index):
+            handle = _ok("cudaStreamCreateWithFlags", rt.cudaStreamCreateWithFlags(rt.cudaStreamNonBlocking))
+        self.index = index
+        self.stream = torch.cuda.ExternalStream(int(handle), device=index)
+        self.hidden = _CudaMemory(index)
+
+    def load_workspaces(self) -> None:
+        # PyTorch keeps one cuBLAS and one cuBLASLt workspace per (handle, stream), and a handle per thread. A first
+        # product on this stream allocates them, here from the lane's own pool. Whoever clears all workspaces of the
+        # process (PyTorch's own CUDA graph trees do) then gives these bytes back to a pool that only this lane
+        # allocates from, so a graph that has their address baked in still owns them.
+        with torch.cuda.stream(self.stream), self.hidden.using():
+            a = torch.ones(8, 8, dtype=torch.half, device=f"cuda:{self.index}")
+            torch.addmm(a[0], a, a)
+            torch.mm(a, a)
+
+    def hidden_nbytes(self) -> int:
+        return self.hidden.nbytes()
+
+
+class CudaDevice:
+    """See :class:`anabranch.devices.Device`.
+
+    Garbage collections call :meth:`release_lane`, :meth:`retire` and :meth:`bury` in the middle of anything, so no
+    method of this class takes a lock: what threads share is changed by single list and dict operations.
+    """
+
+    kind = "cuda"
+    has_streams = True
+
+    def __init__(self) -> None:
+        self._free_lanes: dict[int, list[Lane]] = {}
+        self._free_memory: dict[int, list[Memory]] = {}
+        self._reapers: dict[int, Any] = {}
+        self._graveyard = Graveyard(self._query)
+        self._captured_by_callers = _CallerCaptures(self.release_lane)
+        self._lost: str | None = None
+        self._nvtx = os.environ.get("ANABRANCH_NVTX", "") not in ("", "0")
+        self._graveyard.also = self._captured_by_callers.reap
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self) -> None:
+        # The child cannot use the parent's CUDA context. Nothing of it may be destroyed there, so it is leaked.
+        self._lost = "this process was forked from one that used CUDA"
+        for obj in (self._graveyard, self._captured_by_callers, self._free_lanes, self._free_memory):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(obj))
+        self._graveyard.close()
+
+    def index(self, device: torch.device) -> int:
+        return torch.cuda.current_device() if device.index is None else device.index
+
+    def current_index(self) -> int:
+        return torch.cuda.current_device()
+
+    def current_stream(self, index: int) -> Any:
+        return torch.cuda.current_stream(index)
+
+    def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(stream)
+
+    def on_device(self, index: int) -> AbstractContextManager[Any]:
+        return torch.cuda.device(index)
+
+    def event(self) -> Any:
+        return torch.cuda.Event()
+
+    def is_capturing(self, stream: Any) -> bool:
+        # torch.cuda.is_current_stream_capturing asks about the current *device*, which need not be the stream's.
+        if stream.device_index == torch.cuda.current_device():
+            return torch.cuda.is_current_stream_capturing()
+        return bool(_ok("cudaStreamIsCapturing", rt.cudaStreamIsCapturing(stream.cuda_stream)) == _ACTIVE)
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        before = _ok("cudaThreadExchangeStreamCaptureMode", rt.cudaThreadExchangeStreamCaptureMode(_RELAXED))
+        try:
+            yield
+        finally:
+            _ok("cudaThreadExchangeStreamCaptureMode", rt.cudaThreadExchangeStreamCaptureMode(before))
+
+    def acquire_lane(self, index: int) -> Lane:
+        try:
+            return self._free_lanes[index].pop()
+        except (KeyError, IndexError):
+            return _CudaLane(index)
+
+    def release_lane(self, lane: Lane) -> None:
+        assert isinstance(lane, _CudaLane)
+        self._free_lanes.setdefault(lane.index, []).append(lane)
+
+    def memory(self, index: int) -> Memory:
+        try:
+            return self._free_memory[index].pop()
+        except (KeyError, IndexError):
+            return _CudaMemory(index)
+
+    def release_memory(self, memory: Memory) -> None:
+        # Not freed here: freeing a pool calls cudaFree, which waits for the whole device, and this runs in finalizers.
+        assert isinstance(memory, _CudaMemory)
+        self._free_memory.setdefault(memory.index, []).append(memory)
+
+    def trim(self) -> None:
+        self.reap()
+        for pools in list(self._free_memory.values()):
+            pools.clear()
+
+    def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
+        stream = lane.stream
+        with torch.cuda.stream(stream), memory.using():
+            _ok("cudaStreamBeginCapture", rt.cudaStreamBeginCapture(stream.cuda_stream, _THREAD_LOCAL))
+            try:
+                result = fn()
+            except BaseException:
+                error, graph = rt.cudaStreamEndCapture(stream.cuda_stream)
+                if error == _SUCCESS:
+                    rt.cudaGraphDestroy(graph)
+                rt.cudaGetLastError()  # a failed capture leaves its error behind; it is not the next call's
+                raise
+            graph = _ok("cudaStreamEndCapture", rt.cudaStreamEndCapture(stream.cuda_stream))
+            try:
+                executable = _ok("cudaGraphInstantiate", rt.cudaGraphInstantiate(graph, 0))
+                _ok("cudaGraphUpload", rt.cudaGraphUpload(executable, stream.cuda_stream))
+            finally:
+                rt.cudaGraphDestroy(graph)
+        return _CudaGraph(executable), result
+
+    def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:
+        tie = self._captured_by_callers.of(stream)
+        if keep not in tie.kept:
+            tie.kept.append(keep)
+        lane = tie.lanes.get(stream.cuda_stream)
+        if lane is None:
+            lane = tie.lanes.setdefault(stream.cuda_stream, self.acquire_lane(index))
+        return lane
+
+    def prepare_retire(self, index: int) -> None:
+        if index not in self._reapers:
+            self._reapers.setdefault(index, _CudaLane(index).stream)
+
+    def retire(self, events: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
+        # A stream that a caller used may be gone by now, so no tensor is recorded on it. One stream of ours waits for
+        # all last uses, and the tensors are recorded on that one: their blocks come back after every last use.
+        cuda = [t for t in tensors if t.is_cuda]
+        if self._lost or not events or not cuda:
+            return
+        reaper = self._reapers[cuda[0].device.index]
+        for event in events:
+            reaper.wait_event(event)
+        for t in cuda:
+            t.record_stream(reaper)
+
+    def bury(self, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
+        self._graveyard.bury(events, remains, then)
+
+    def reap(self) -> None:
+        self._graveyard.reap()
+
+    def _query(self, events: Sequence[Any]) -> bool:
+        if self._lost:
+            return False
+        # Asking an event is forbidden while a global-mode capture is under way, and would invalidate that capture.
+        with self.building():
+            return all(event.query() for event in events)
+
+    def lost(self) -> str | None:
+        return self._lost
+
+    def check_error(self, error: BaseException) -> None:
+        if getattr(error, "error_code", None) in _STICKY and not isinstance(error, DeviceLost):
+            self._lost = str(error).splitlines()[0]
+            raise DeviceLost(
+                f"the GPU reported an error that lasts until this process ends: {self._lost}. Every engine on it now"
+                " raises DeviceLost. Start a new process; CUDA_LAUNCH_BLOCKING=1 there finds the kernel at fault."
+            ) from error
+
+    def range(self, name: str) -> AbstractContextManager[Any]:
+        return torch.cuda.nvtx.range(name) if self._nvtx else nullcontext()
+
+    def describe(self, index: int) -> str:
+        return torch.cuda.get_device_name(index)
+
+
+class _CallerCapture:
+    """One capture of a caller's: what its graph has baked in."""
+
+    def __init__(self) -> None:
+        self.semaphore = (ctypes.c_char * 64)()  # sizeof(sem_t) is 32 on 64-bit Linux
+        self.kept: list[Any] = []
+        self.lanes: dict[int, Lane] = {}
+
+
+class _CallerCaptures:
+    """What callers' own graphs have baked in, kept until CUDA says that the graph is gone.
+
+    A CUDA *user object* is retained by the graph under capture and by every executable made of it. Its destructor runs
+    on a thread of the driver, where Python must not run (at interpreter exit least of all), so it is libc's own
+    ``sem_post``: it raises a semaphore here, and :meth:`reap` looks at the semaphores later.
+    """
+
+    def __init__(self, release_lane: Callable[[Lane], None]) -> None:
+        self._libc = ctypes.CDLL(None)
+        self._sem_post = ctypes.cast(self._libc.sem_post, ctypes.c_void_p).value
+        self._release_lane = release_lane
+        self._captures: dict[int, _CallerCapture] = {}  # by CUDA's id of the capture, unique in the process
+
+    def of(self, stream: Any) -> _CallerCapture:
+        """The capture under way on ``stream``."""
+        status, identity, graph, *_ = _ok("cudaStreamGetCaptureInfo", rt.cudaStreamGetCaptureInfo(stream.cuda_stream))
+        assert status == _ACTIVE, "asked for a capture where none is under way"
+        capture = self._captures.get(int(identity))
+        if capture is not None:
+            return capture
+        capture = _CallerCapture()
+        self._libc.sem_init(ctypes.byref(capture.semaphore), 0, 0)
+        user_object = _ok(
+            "cudaUserObjectCreate",
+            rt.cudaUserObjectCreate(
+                ctypes.addressof(capture.semaphore),
+                self._sem_post,
+                1,
+                rt.cudaUserObjectFlags.cudaUserObjectNoDestructorSync,
+            ),
+        )
+        # From here on the driver may write to the semaphore: it has to be kept before anything else can fail.
+        self._captures[int(identity)] = capture
+        move = rt.cudaUserObjectRetainFlags.cudaGraphUserObjectMove
+        _ok("cudaGraphRetainUserObject", rt.cudaGraphRetainUserObject(graph, user_object, 1, move))
+        return capture
+
+    def reap(self) -> None:
+        """Let go of what dead graphs kept. Runs in garbage collections: no locks."""
+        for identity, capture in list(self._captures.items()):
+            if self._libc.sem_trywait(ctypes.byref(capture.semaphore)) == 0:
+                self._captures.pop(identity, None)
+                for lane in capture.lanes.values():
+                    self._release_lane(lane)

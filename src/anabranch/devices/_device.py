@@ -1,0 +1,147 @@
+"""What the runtime asks of a device. Everything takes its stream as an argument: there is no hidden default."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from anabranch.errors import InputError
+
+
+class Graph(Protocol):
+    """A captured graph, ready to launch. Not thread-safe: one thread at a time may use it."""
+
+    def launch(self, stream: Any) -> None:
+        """Queue the graph on ``stream``. The host does not wait."""
+
+    def destroy(self) -> None:
+        """Free it. Only after everything that was launched has finished."""
+
+
+class Memory(Protocol):
+    """A private memory pool: what is allocated under :meth:`using` is never handed to anybody else."""
+
+    def using(self) -> AbstractContextManager[None]:
+        """Route this thread's allocations into the pool."""
+
+    def nbytes(self) -> int:
+        """Bytes of device memory that the pool holds."""
+
+
+class Lane(Protocol):
+    """A private stream together with the resources that libraries key by stream (cuBLAS workspaces).
+
+    A lane belongs to one execution context, or to one capture of a caller, at a time. Lanes are recycled, never
+    destroyed: CUDA may give a new stream an old handle, and PyTorch would then find the old handle's workspace.
+    """
+
+    stream: Any
+
+    def load_workspaces(self) -> None:
+        """Make the calling thread's hidden per-stream workspaces exist, in memory that only this lane uses."""
+
+    def hidden_nbytes(self) -> int:
+        """Bytes of device memory that the lane's hidden resources take."""
+
+
+class Device(Protocol):
+    """One kind of device. Stateless towards callers; every method may be called from any thread."""
+
+    kind: str
+    #: Whether work is asynchronous and ordered by streams. Without streams a call is done when it returns.
+    has_streams: bool
+
+    def index(self, device: torch.device) -> int:
+        """The device's index; the current device's where ``device`` names none."""
+
+    def current_stream(self, index: int) -> Any:
+        """The calling thread's current stream of device ``index``."""
+
+    def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
+        """Make ``stream`` (and its device) current in the calling thread."""
+
+    def on_device(self, index: int) -> AbstractContextManager[Any]:
+        """Make device ``index`` current in the calling thread."""
+
+    def current_index(self) -> int:
+        """The calling thread's current device."""
+
+    def event(self) -> Any:
+        """A new event, never recorded yet, without timing."""
+
+    def is_capturing(self, stream: Any) -> bool:
+        """Whether the caller is capturing ``stream`` into a graph of its own."""
+
+    def building(self) -> AbstractContextManager[None]:
+        """While building: another thread's global-mode capture must not forbid this thread's allocations."""
+
+    def acquire_lane(self, index: int) -> Lane:
+        """A lane that nothing else uses."""
+
+    def release_lane(self, lane: Lane) -> None:
+        """Give a lane back. Everything queued on it must have finished."""
+
+    def memory(self, index: int) -> Memory:
+        """A private memory pool that nothing else uses."""
+
+    def release_memory(self, memory: Memory) -> None:
+        """Give a pool back for the next context. Nothing in it may be in use any more."""
+
+    def trim(self) -> None:
+        """Return the bytes of released pools to the driver. The host may wait for the device."""
+
+    def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
+        """Capture what ``fn`` queues on ``lane`` and return the graph and ``fn``'s result.
+
+        Only this thread's work on this lane enters the capture; other threads may allocate, copy and draw random
+        numbers meanwhile.
+        """
+
+    def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:
+        """A lane for the capture that the caller has under way on ``stream``; ``keep`` lives as long as its graph.
+
+        The same lane for each call on this stream in this capture; it is recycled after the graph and all that was
+        made of it are gone.
+        """
+
+    def prepare_retire(self, index: int) -> None:
+        """Create what :meth:`retire` needs on device ``index``; a finalizer must not create anything."""
+
+    def retire(self, events: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
+        """Let the allocator re-use ``tensors``, once freed, only after ``events``. The host does not wait."""
+
+    def bury(self, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
+        """Keep ``remains`` until ``events`` are done, then call ``then``. Safe in a garbage collection."""
+
+    def reap(self) -> None:
+        """Free what was buried and is done by now. The host does not wait."""
+
+    def lost(self) -> str | None:
+        """Why the device is lost, or None."""
+
+    def check_error(self, error: BaseException) -> None:
+        """Raise :class:`~anabranch.errors.DeviceLost` if ``error`` says that the device is lost."""
+
+    def range(self, name: str) -> AbstractContextManager[Any]:
+        """A named range for the device's profiler (NVTX)."""
+
+    def describe(self, index: int) -> str:
+        """The device's name for people."""
+
+
+@functools.cache
+def get_device(kind: str) -> Device:
+    """The device implementation for a ``torch.device.type``."""
+    if kind == "cuda":
+        from anabranch.devices._cuda import CudaDevice
+
+        return CudaDevice()
+    if kind == "cpu":
+        from anabranch.devices._cpu import CpuDevice
+
+        return CpuDevice()
+    raise InputError(f"device {kind!r} given; engines run on 'cuda' or 'cpu'. Move the model and its inputs there.")

@@ -1,0 +1,57 @@
+"""Graphs and memory that nobody refers to any more but that queued work may still use.
+
+The host never waits for them. They are looked at again when something is built, trimmed or dropped, and at each garbage
+collection, and freed once their events are done.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class Graveyard:
+    """Threads: any. No lock is taken, because a garbage collection can call :meth:`bury` and :meth:`reap` in a thread
+    that holds one; ``deque.append`` and ``popleft`` are atomic, and an entry is in the hands of one thread at a time.
+    """
+
+    def __init__(self, query: Callable[[Sequence[Any]], bool]) -> None:
+        self._query = query
+        self._entries: deque[tuple[Sequence[Any], Any, Callable[[], None]]] = deque()
+        #: Something else to look at in each reaping.
+        self.also: Callable[[], None] = lambda: None
+        self._closed = False
+        gc.callbacks.append(self._on_gc)
+        # At exit the driver frees everything at once; asking it about events would only get in its way.
+        atexit.register(self.close)
+
+    def _on_gc(self, phase: str, info: dict[str, int]) -> None:
+        if phase == "stop" and not self._closed:
+            self.reap()
+
+    def close(self) -> None:
+        """Stop reaping for good: the device cannot be used in this process."""
+        self._closed = True
+
+    def bury(self, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
+        self._entries.append((events, remains, then))
+        if not self._closed:
+            self.reap()
+
+    def reap(self) -> None:
+        if self._closed:
+            return
+        self.also()
+        for _ in range(len(self._entries)):
+            try:
+                entry = self._entries.popleft()
+            except IndexError:
+                return
+            events, _, then = entry
+            if self._query(events):
+                then()
+            else:
+                self._entries.append(entry)

@@ -1,0 +1,148 @@
+"""Describe a program's run as a plan."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from anabranch.export import Program, TensorSpec, source_of
+
+from anabranch.plan._plan import Access, Buffer, Plan, Step
+
+#: Ops that use no cuBLAS workspace. Everything else is assumed to, so that a new op errs on the safe side.
+_NO_BLAS = ("conv", "pool", "batch_norm", "cat", "upsample", "pixel_shuffle", "getitem", "softmax", "layer_norm")
+
+
+def uses_workspace(program: Program) -> bool:
+    """Whether a step may use a library's per-stream workspace (cuBLAS): a hidden resource of its lane."""
+    return any(_uses_workspace(n) for n in program.module.graph.nodes if n.op == "call_function")
+
+
+def _uses_workspace(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is not operator.getitem
+    if torch.Tag.pointwise in target.tags or _aliases(node) or torch.Tag.reduction in target.tags:
+        return False
+    return not any(word in target.name() for word in _NO_BLAS)
+
+
+def _aliases(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is operator.getitem
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in node.target._schema.returns)
+
+
+def build_plan(
+    program: Program,
+    inputs: Sequence[TensorSpec],
+    *,
+    name: str,
+    device: torch.device,
+    backend: str,
+    captured: bool,
+    reason: str,
+    notes: Mapping[str, str],
+) -> Plan:
+    """The plan of ``program``: one lane, on which each step follows the one before it.
+
+    ``eager`` shows each operator. A compiled backend's kernels are one step: what it does inside is its own, and
+    memory inside comes from the lane it runs on. A captured plan copies inputs into the context's memory first and
+    outputs out of it last; a direct plan reads and writes the caller's tensors.
+    """
+    lane = "main"
+    buffers: dict[str, Buffer] = {}
+    steps: list[Step] = []
+    on_cuda = device.type == "cuda"
+
+    def buffer(label: str, kind: str, value: Any) -> Access:
+        spec = value if isinstance(value, TensorSpec) else TensorSpec(_ints(value.shape), (), value.dtype)
+        dtype = str(spec.dtype).removeprefix("torch.")
+        buffers.setdefault(label, Buffer(label, spec.nbytes, kind, dtype=dtype, shape=spec.shape))
+        return Access(label)
+
+    graph = program.module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    split = len(program.weights)
+    of: dict[fx.Node, tuple[Access, ...]] = {}
+    for node, weight_name in zip(placeholders[:split], program.weight_names, strict=True):
+        of[node] = (buffer(f"weight {weight_name}", "weight", node.meta["val"]),)
+    for i, (node, spec) in enumerate(zip(placeholders[split:], inputs, strict=True)):
+        source = buffer(f"input {i}", "input", spec)
+        if captured:
+            static = buffer(f"static input {i}", "static", spec)
+            steps.append(Step(f"copy in {i}", lane, (source,), (static,), "copy", "copy_"))
+            of[node] = (static,)
+        else:
+            of[node] = (source,)
+
+    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    kind_of_result = "static" if captured else "output"
+    workspace: tuple[Access, ...] = ()
+    if on_cuda and uses_workspace(program):
+        buffers["workspace main"] = Buffer("workspace main", 0, "workspace")
+        workspace = (Access("workspace main"),)
+
+    def label_of(node: fx.Node) -> tuple[str, str]:
+        if node in results:
+            prefix = "static output" if captured else "output"
+            return f"{prefix} {results.index(node)}", kind_of_result
+        return f"%{node.name}", "temporary"
+
+    if backend == "eager":
+        for node in graph.nodes:
+            if node.op != "call_function":
+                continue
+            reads = _unique(a for n in node.all_input_nodes for a in of.get(n, ()))
+            if _aliases(node):
+                base = of.get(node.all_input_nodes[0], ())
+                which = node.args[1] if node.target is operator.getitem else None
+                of[node] = (base[which],) if isinstance(which, int) and which < len(base) > 1 else base
+                steps.append(Step(node.name, lane, (), (), "view", str(node.target), source_of(node)))
+                continue
+            values = node.meta.get("val")
+            parts = values if isinstance(values, list | tuple) else [values]
+            label, kind = label_of(node)
+            writes = tuple(
+                buffer(label if len(parts) == 1 else f"{label}.{i}", kind, v)
+                for i, v in enumerate(parts)
+                if isinstance(v, torch.Tensor)
+            )
+            of[node] = writes
+            extra = workspace if _uses_workspace(node) else ()
+            steps.append(Step(node.name, lane, reads, (*writes, *extra), "op", str(node.target), source_of(node)))
+    elif not program.is_empty:
+        reads = _unique(a for n in placeholders for a in of[n])
+        writes = tuple(buffer(*label_of(n), n.meta["val"]) for n in dict.fromkeys(results))
+        for n, w in zip(dict.fromkeys(results), writes, strict=True):
+            of[n] = (w,)
+        count = sum(n.op == "call_function" for n in graph.nodes)
+        steps.append(Step("kernels", lane, reads, (*writes, *workspace), "kernels", f"{backend}: {count} ops"))
+    if captured:
+        for i, node in enumerate(results):
+            out = buffer(f"output {i}", "output", node.meta["val"])
+            steps.append(Step(f"copy out {i}", lane, of[node], (out,), "copy", "copy_"))
+    return Plan(
+        name=name,
+        device=str(device),
+        backend=backend,
+        lanes=(lane,),
+        buffers=tuple(buffers.values()),
+        steps=tuple(steps),
+        captured=captured,
+        reason=reason,
+        notes=dict(notes),
+    )
+
+
+def _ints(shape: Sequence[Any]) -> tuple[int, ...]:
+    """Sizes; 0 for one that is known only once the data is."""
+    return tuple(n if isinstance(n, int) else 0 for n in shape)
+
+
+def _unique(accesses: Any) -> tuple[Access, ...]:
+    return tuple(dict.fromkeys(accesses))

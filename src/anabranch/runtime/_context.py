@@ -1,0 +1,146 @@
+"""An execution context: the mutable state of one call in flight."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from anabranch.backends import Kernels
+from anabranch.devices import Device, Graph, Lane, Memory
+from anabranch.export import Signature
+
+
+class Context:
+    """A captured graph with the memory it has baked in.
+
+    Owner: the thread that took it from the pool, until it gives it back; the pool in between. No lock of its own.
+    Streams: ``done`` is recorded after the last use, on the stream of that use; the next use makes its own stream wait
+    for ``done`` before anything else.
+
+    When the last reference goes, wherever that happens, the graph and its memory are kept until ``done`` is reached.
+    """
+
+    __slots__ = ("__weakref__", "done", "graph", "inputs", "lane", "nbytes", "outputs", "used_on")
+
+    def __init__(
+        self,
+        device: Device,
+        graph: Graph,
+        lane: Lane,
+        memory: Memory,
+        inputs: list[torch.Tensor],
+        outputs: StaticOutputs,
+        nbytes: int,
+        forget: Callable[[int], None],
+    ) -> None:
+        self.graph = graph
+        self.lane = lane
+        self.inputs = inputs
+        self.outputs = outputs
+        self.nbytes = nbytes
+        self.done = device.event()
+        #: Identity of the stream of the last use, None before the first.
+        self.used_on: int | None = None
+        remains = [inputs, outputs, graph, self.done]
+
+        def decompose() -> None:
+            graph.destroy()
+            remains.clear()
+            device.release_lane(lane)
+            device.release_memory(memory)
+
+        def bury(done: Any) -> None:
+            forget(nbytes)
+            device.bury([done], remains, decompose)
+
+        weakref.finalize(self, bury, self.done).atexit = False
+
+    @classmethod
+    def build(
+        cls,
+        device: Device,
+        index: int,
+        kernels: Kernels,
+        signature: Signature,
+        workspaces: bool,
+        forget: Callable[[int], None],
+    ) -> Context:
+        """Capture ``kernels`` into a graph. The host waits for this context's own lane only.
+
+        The kernels must have run before. Called with the build lock held, in a neutral thread state.
+        """
+        torch_device = torch.device(device.kind, index)
+        lane, memory = device.acquire_lane(index), device.memory(index)
+        try:
+            if workspaces:
+                lane.load_workspaces()
+            with device.on_stream(lane.stream), memory.using():
+                inputs = [spec.synthesize(torch_device) for spec in signature.tensors]
+                # Per-thread and per-stream set-up of libraries is not allowed to happen inside the capture.
+                kernels(inputs)
+            graph, results = device.capture(lane, memory, lambda: kernels(inputs))
+        finally:
+            lane.stream.synchronize()
+        outputs = StaticOutputs(results)
+        nbytes = memory.nbytes() + lane.hidden_nbytes()
+        return cls(device, graph, lane, memory, inputs, outputs, nbytes, forget)
+
+
+class StaticOutputs:
+    """The result tensors that a graph writes, and how a call copies them out.
+
+    Tensors that share a storage in the context share one in the copy too, as eager's results would.
+    """
+
+    def __init__(self, results: Sequence[torch.Tensor]) -> None:
+        self._plain: list[tuple[int, torch.Tensor]] = []
+        self._shared: list[list[tuple[int, torch.Tensor]]] = []
+        self._count = len(results)
+        by_storage: dict[int, list[tuple[int, torch.Tensor]]] = {}
+        for i, y in enumerate(results):
+            by_storage.setdefault(y.untyped_storage()._cdata, []).append((i, y))
+        for group in by_storage.values():
+            y = group[0][1]
+            if len(group) == 1 and _is_dense(y):
+                self._plain.append((group[0][0], y))
+            else:
+                self._shared.append(group)
+
+    def allocate(self) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+        """New result tensors on the current stream, and (destination, source) pairs that fill them."""
+        results: list[Any] = [None] * self._count
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for i, y in self._plain:
+            results[i] = new = torch.empty_strided(y.size(), y.stride(), dtype=y.dtype, device=y.device)
+            copies.append((new, y))
+        for group in self._shared:
+            start = min(_extent(y)[0] for _, y in group)
+            stop = max(_extent(y)[1] for _, y in group)
+            # Sizes of every dtype divide 16, so rounding down keeps each tensor's offset a whole number of elements.
+            start -= start % 16
+            region = torch.empty(stop - start, dtype=torch.uint8, device=group[0][1].device)
+            source = torch.empty(0, dtype=torch.uint8, device=region.device)
+            source.set_(group[0][1].untyped_storage(), start, (stop - start,), (1,))
+            copies.append((region, source))
+            for i, y in group:
+                offset = (y.storage_offset() * y.element_size() - start) // y.element_size()
+                new = torch.empty(0, dtype=y.dtype, device=region.device)
+                results[i] = new.set_(region.untyped_storage(), offset, y.size(), y.stride())
+        return results, copies
+
+
+def _is_dense(y: torch.Tensor) -> bool:
+    start, stop = _extent(y)
+    return stop - start == y.numel() * y.element_size()
+
+
+def _extent(y: torch.Tensor) -> tuple[int, int]:
+    """Byte range of ``y`` in its storage."""
+    start = y.storage_offset() * y.element_size()
+    if not y.numel():
+        return start, start
+    last = sum((n - 1) * s for n, s in zip(y.size(), y.stride(), strict=True))
+    return start, start + (last + 1) * y.element_size()

@@ -1,0 +1,361 @@
+"""The engine: what :func:`compile` returns and what user threads call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from anabranch.backends import BACKENDS
+from anabranch.devices import Device, get_device
+from anabranch.errors import AnabranchError, DeviceLost, EngineClosed, FlagsChanged, InputError, NotCapturable
+from anabranch.export import Input, Signature, export_program, flatten_call, leaf_key
+from anabranch.plan import Plan
+from anabranch.runtime._build import is_neutral, neutral, process
+from anabranch.runtime._flags import Flags
+from anabranch.runtime._pool import Limits
+from anabranch.runtime._specialization import Settings, Specialization
+from anabranch.runtime._stats import Counters, Stats
+
+RUNTIMES = ("python",)
+DEFAULT_MAX_CONTEXTS = 16
+
+
+def compile(
+    model: torch.nn.Module | ExportedProgram | str | os.PathLike[str],
+    inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    backend: str = "inductor",
+    runtime: str = "python",
+    precision: torch.dtype | None = None,
+    max_contexts: int = DEFAULT_MAX_CONTEXTS,
+    memory_limit: int | None = None,
+    cuda_graphs: bool | None = None,
+) -> Engine:
+    """Compile ``model`` for inference and return an engine that any thread may call on any stream.
+
+    :param model: a module in ``eval()`` mode on the device of the inputs, an exported program, or the path of a
+        ``.pt2`` file (which is read with ``torch.export.load``: load only files that you trust). The engine shares the
+        module's parameters; do not change them afterwards.
+    :param inputs: positional inputs, each a tensor, an :class:`Input`, a number, or a pytree of them; a mapping is
+        taken as keyword inputs. Of tensors only shape, dtype, strides and device count. Exported programs default to
+        their own example inputs. Further signatures are compiled at their first call, or by :meth:`Engine.warm`.
+    :param kwargs: keyword inputs, likewise.
+    :param backend: ``"inductor"`` or ``"eager"``.
+    :param runtime: ``"python"``.
+    :param precision: ``torch.float16`` or ``torch.bfloat16``: compute in that type (parameters are copied to it);
+        inputs and outputs keep the types that the model has. None computes as the model says.
+    :param max_contexts: how many execution contexts (calls in flight on different streams, each with its own memory)
+        the engine may hold over all signatures. Beyond it calls share: the later one waits on the device.
+    :param memory_limit: bytes of device memory that contexts may hold. Beyond it calls share as above; a signature
+        whose first context does not fit runs direct.
+    :param cuda_graphs: True: always, False: never, None: where it measured faster.
+
+    The host blocks until everything is built, and until the calling thread's current stream is done, so that
+    parameters written just before are seen by every stream. Nothing may be under capture on that stream.
+
+    Raises :class:`~anabranch.errors.InputError`, :class:`~anabranch.errors.UnsupportedModel`,
+    :class:`~anabranch.errors.BuildError`, :class:`~anabranch.errors.DeviceLost`.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"backend={backend!r} given; expected one of {', '.join(map(repr, BACKENDS))}")
+    if runtime not in RUNTIMES:
+        raise InputError(f"runtime={runtime!r} given; expected one of {', '.join(map(repr, RUNTIMES))}")
+    if precision not in (None, torch.float16, torch.bfloat16):
+        raise InputError(f"precision={precision} given; expected None, torch.float16 or torch.bfloat16")
+    if max_contexts < 1:
+        raise InputError(f"max_contexts={max_contexts} given; expected at least 1 (cuda_graphs=False needs none)")
+    if memory_limit is not None and memory_limit < 0:
+        raise InputError(f"memory_limit={memory_limit} given; expected bytes, 0 or more, or None")
+    name = type(model).__name__
+    if isinstance(model, str | os.PathLike):
+        name, model = Path(model).stem, _load(Path(model))
+    if not isinstance(model, torch.nn.Module | ExportedProgram):
+        raise InputError(
+            f"model is a {type(model).__name__}; expected an nn.Module, an exported program or the path of a .pt2 file"
+        )
+    args, keywords = _inputs(model, inputs, kwargs)
+    device = _device(model, (args, keywords))
+    model = _on_device(model, device)
+    args, keywords = pytree.tree_map(
+        lambda x: x.synthesize(device) if isinstance(x, Input) else x,
+        (args, keywords),
+        is_leaf=lambda x: isinstance(x, Input),
+    )
+    seam = get_device(device.type)
+    index = seam.index(device)
+    if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
+        raise NotCapturable("compile was called inside a CUDA graph capture; compile first, then capture")
+    settings = Settings(name, seam, index, backend, cuda_graphs, Flags(device.type))
+    engine = Engine(settings, model, precision, Limits(max_contexts, memory_limit))
+    engine._primary = engine._specialization(args, keywords)
+    if seam.has_streams:
+        seam.current_stream(index).synchronize()
+    return engine
+
+
+def _inputs(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), {**inputs, **(kwargs or {})}
+    if inputs is None and kwargs is None and isinstance(model, ExportedProgram) and model.example_inputs:
+        args, keywords = model.example_inputs
+        return tuple(args), dict(keywords)
+    if isinstance(inputs, torch.Tensor | Input):
+        raise InputError(f"inputs is a single {type(inputs).__name__}; expected a list: inputs=[x]")
+    return tuple(inputs or ()), dict(kwargs or {})
+
+
+def _load(path: Path) -> ExportedProgram:
+    try:
+        return torch.export.load(path)
+    except Exception as e:
+        why = (str(e).splitlines() or [""])[0]
+        raise InputError(
+            f"{path}: cannot be loaded as an exported program ({type(e).__name__}: {why}). Expected a file written by"
+            " torch.export.save."
+        ) from e
+
+
+def _device(model: Any, inputs: Any) -> torch.device:
+    """The one device of all inputs, or of the model where there are none."""
+
+    def is_input(x: Any) -> bool:
+        return isinstance(x, Input)
+
+    given = {
+        torch.device(x.device)
+        for x in pytree.tree_leaves(inputs, is_leaf=is_input)
+        if isinstance(x, torch.Tensor | Input) and x.device is not None
+    }
+    if not given:
+        state = model.state_dict if isinstance(model, ExportedProgram) else dict(model.state_dict())
+        given = {t.device for t in state.values()} or {torch.device("cpu")}
+    devices = {torch.device(d.type, get_device(d.type).index(d)) if d.type == "cuda" else d for d in given}
+    if len(devices) > 1:
+        raise InputError(
+            f"inputs on several devices given ({', '.join(sorted(map(str, devices)))}); an engine runs on one"
+        )
+    return devices.pop()
+
+
+def _on_device(model: Any, device: torch.device) -> Any:
+    if isinstance(model, ExportedProgram):
+        if any(t.device != device for t in (*model.state_dict.values(), *_tensors(model.constants.values()))):
+            from torch.export.passes import move_to_device_pass
+
+            return move_to_device_pass(model, device)
+        return model
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if t.device != device:
+            raise InputError(
+                f"the model's {name!r} is on {t.device}, its inputs are on {device}; call model.to({str(device)!r})"
+            )
+    return model
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+class Engine:
+    """A compiled model. Made by :func:`compile`; immutable to its callers.
+
+    Threads: any number may call it at once. Streams: each call is ordered on the calling thread's current stream of
+    the engine's device, looked up at every call, exactly as one built-in PyTorch operator would be; see
+    ``docs/contract.md`` for what else a call promises.
+    """
+
+    def __init__(
+        self, settings: Settings, model: torch.nn.Module | ExportedProgram, precision: torch.dtype | None, limits: Limits
+    ) -> None:
+        self._settings = settings
+        self._device: Device = settings.device
+        self._index = settings.index
+        self._torch_device = settings.torch_device
+        self._model = model
+        self._precision = precision
+        self._limits = limits
+        self._counters = Counters()
+        #: By signature. Written with the build lock held; read without, which a dict allows.
+        self._specializations: dict[Any, Specialization] = {}
+        self._primary: Specialization
+        self._closed = False
+        self._generation = process.generation
+
+    # -- calling ------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on these inputs and return what it returns.
+
+        Output tensors are new, ordinary tensors of the current stream; an output that is an input or a parameter of
+        the model is that tensor itself. Inputs may be freed, and the engine dropped, as soon as this returns.
+
+        A signature that was not seen before is compiled first. Raises before any device work is queued:
+        :class:`~anabranch.errors.InputError`, :class:`~anabranch.errors.EngineClosed`,
+        :class:`~anabranch.errors.FlagsChanged`, :class:`~anabranch.errors.NotCapturable`; and
+        :class:`~anabranch.errors.DeviceLost` after a CUDA error that lasts.
+        """
+        if self._closed or self._generation != process.generation or self._device.lost():
+            self._check_usable()
+        leaves, key = self._key(args, kwargs)
+        specialization = self._specializations.get(key)
+        if specialization is None:
+            specialization = self._specialization(args, kwargs)
+        if is_neutral(self._device, self._index):
+            with self._device.range(self._settings.name):
+                return specialization(leaves)
+        with neutral(self._device, self._index), self._device.range(self._settings.name):
+            return specialization(leaves)
+
+    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Any], Any]:
+        """Leaves of a call, validated, and the key of its specialization."""
+        device = self._torch_device
+        if not kwargs and all(type(x) is torch.Tensor for x in args):
+            return args, tuple([leaf_key(x, i, device) for i, x in enumerate(args)])
+        leaves, structure = flatten_call(args, kwargs)
+        return leaves, (structure, *[leaf_key(x, i, device) for i, x in enumerate(leaves)])
+
+    def _specialization(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Specialization:
+        """The specialization for these inputs, compiled if need be. Blocks while another thread builds."""
+        _, key = self._key(args, kwargs)
+        device, index = self._device, self._index
+        if device.has_streams and device.is_capturing(device.current_stream(index)):
+            raise NotCapturable(
+                "this call is inside a CUDA graph capture, and its input signature was not compiled before, which"
+                f" cannot be done there. Call engine.warm(...) first. Compiled: {self._known()}"
+            )
+        with process.build_lock:
+            found = self._specializations.get(key)
+            if found is not None:
+                return found
+            self._check_usable()
+            if not self._settings.flags.unchanged():
+                raise FlagsChanged(
+                    f"numerics flags changed since compile: {self._settings.flags.changes()}; a new input signature"
+                    " cannot be compiled under the engine's flags. Set them back first."
+                )
+            device.reap()
+            leaves, structure = flatten_call(args, kwargs)
+            signature = Signature.of(leaves, structure)
+            try:
+                with neutral(device, index):
+                    program = export_program(self._model, args, kwargs, self._precision)
+                    made = Specialization(self._settings, program, signature, self._limits, self._counters)
+            except InputError as e:
+                if self._specializations:
+                    raise InputError(f"{e} Compiled so far: {self._known()}") from e.__cause__
+                raise
+            except AnabranchError:
+                raise
+            except Exception as e:
+                device.check_error(e)
+                raise
+            self._specializations[key] = made
+            return made
+
+    def _known(self) -> str:
+        return "; ".join(str(s.signature) for s in self._specializations.values()) or "nothing"
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise EngineClosed(f"{self!r} was closed; compile a new one")
+        if self._generation != process.generation:
+            if self._device.has_streams:
+                raise EngineClosed(
+                    f"{self!r} belongs to the parent of this forked process, whose device memory is not to be had here."
+                    " Compile in the child, or start children with multiprocessing's 'spawn'."
+                )
+            self._generation = process.generation
+        lost = self._device.lost()
+        if lost:
+            raise DeviceLost(f"the device was lost earlier in this process: {lost}. Start a new process.")
+
+    # -- building ahead, giving back ----------------------------------------------------------------------------
+
+    def warm(
+        self, inputs: Sequence[Any] | None = None, *, kwargs: Mapping[str, Any] | None = None, contexts: int = 1
+    ) -> int:
+        """Compile a signature ahead (default: the one that the engine was compiled for) and build its contexts.
+
+        :param contexts: how many execution contexts there shall be; the engine's limits hold.
+        :returns: how many there are; 0 where calls run direct and need none.
+        """
+        self._check_usable()
+        if inputs is None and kwargs is None:
+            return self._primary.warm(contexts)
+        args, keywords = pytree.tree_map(
+            lambda x: x.synthesize(self._torch_device) if isinstance(x, Input) else x,
+            (tuple(inputs or ()), dict(kwargs or {})),
+            is_leaf=lambda x: isinstance(x, Input),
+        )
+        _, key = self._key(args, keywords)
+        specialization = self._specializations.get(key) or self._specialization(args, keywords)
+        return specialization.warm(contexts)
+
+    def trim(self) -> None:
+        """Give the memory of idle contexts back to the driver. Later calls build contexts anew.
+
+        The host may wait for the device, because freeing memory does.
+        """
+        self._check_usable()
+        for specialization in list(self._specializations.values()):
+            specialization.trim()
+        self._device.trim()
+
+    def close(self) -> None:
+        """Free everything; calls that are in flight finish, later ones raise ``EngineClosed``. May be repeated."""
+        self._closed = True
+        with process.build_lock:
+            self._specializations.clear()
+            self._model = torch.nn.Module()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """The device it runs on."""
+        return self._torch_device
+
+    @property
+    def plan(self) -> Plan:
+        """The plan for the signature that the engine was compiled for."""
+        return self._primary.plan()
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plan of each signature compiled so far."""
+        return tuple(s.plan() for s in self._specializations.values())
+
+    def explain(self) -> str:
+        """What runs captured, what direct, and why; one paragraph a signature."""
+        lines = [f"{self!r}"]
+        for specialization in list(self._specializations.values()):
+            lines += specialization.explain()
+        limit = self._limits.memory_limit
+        memory = "no limit on memory" if limit is None else f"{limit} bytes"
+        lines.append(
+            f"limits: {self._limits.max_contexts} contexts, {memory}; beyond them a call waits on the device for the"
+            " least recently used context"
+        )
+        return "\n".join(lines)
+
+    def stats(self) -> Stats:
+        """Counters since compile."""
+        stats = self._counters.snapshot()
+        stats.contexts, stats.bytes = self._limits.held()
+        return stats
+
+    def __repr__(self) -> str:
+        return f"<anabranch engine {self._settings.name} on {self._torch_device}, {self._settings.backend}, python>"

@@ -1,0 +1,82 @@
+"""PyTorch's process-wide numerics flags, as they were at compile.
+
+Operators read these flags each time they are queued, so a direct call under other flags would not give the captured
+graph's bits. They cannot be set for one call only: other threads would see them change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+_Getter = Callable[[], Any]
+#: What torch.backends.*.fp32_precision reads; the properties cost ten times as much.
+_fp32 = torch._C._get_fp32_precision_getter
+
+_COMMON: dict[str, _Getter] = {
+    "torch.use_deterministic_algorithms": torch.are_deterministic_algorithms_enabled,
+    "torch.set_float32_matmul_precision": torch.get_float32_matmul_precision,
+}
+_CUDA: dict[str, _Getter] = {
+    **_COMMON,
+    "torch.backends.cuda.matmul.fp32_precision": partial(_fp32, "cuda", "matmul"),
+    "torch.backends.cudnn.conv.fp32_precision": partial(_fp32, "cuda", "conv"),
+    "torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction": (
+        torch._C._get_cublas_allow_fp16_reduced_precision_reduction
+    ),
+    "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction": (
+        torch._C._get_cublas_allow_bf16_reduced_precision_reduction
+    ),
+    "torch.backends.cuda.matmul.allow_fp16_accumulation": torch._C._get_cublas_allow_fp16_accumulation,
+    "torch.backends.cudnn.enabled": torch._C._get_cudnn_enabled,
+    "torch.backends.cudnn.benchmark": torch._C._get_cudnn_benchmark,
+    "torch.backends.cudnn.deterministic": torch._C._get_cudnn_deterministic,
+    "torch.backends.cuda.enable_flash_sdp": torch._C._get_flash_sdp_enabled,
+    "torch.backends.cuda.enable_mem_efficient_sdp": torch._C._get_mem_efficient_sdp_enabled,
+    "torch.backends.cuda.enable_math_sdp": torch._C._get_math_sdp_enabled,
+    "torch.backends.cuda.enable_cudnn_sdp": torch._C._get_cudnn_sdp_enabled,
+}
+_CPU: dict[str, _Getter] = {
+    **_COMMON,
+    "torch.backends.mkldnn.enabled": torch._C._get_mkldnn_enabled,
+    "torch.backends.mkldnn.matmul.fp32_precision": partial(_fp32, "mkldnn", "matmul"),
+    "torch.backends.mkldnn.conv.fp32_precision": partial(_fp32, "mkldnn", "conv"),
+}
+
+
+class Flags:
+    """A snapshot of the flags that matter on one kind of device."""
+
+    def __init__(self, kind: str) -> None:
+        getters = _CUDA if kind == "cuda" else _CPU
+        self._names = tuple(getters)
+        self._getters = tuple(getters.values())
+        self._values = tuple(get() for get in self._getters)
+
+    def unchanged(self) -> bool:
+        return tuple([get() for get in self._getters]) == self._values
+
+    def changes(self) -> str:
+        """Each changed flag with its value at compile and now."""
+        now = [get() for get in self._getters]
+        pairs = zip(self._names, self._values, now, strict=True)
+        return "; ".join(f"{name} was {then!r} at compile and is {new!r}" for name, then, new in pairs if then != new)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[self._names.index(name)]
+
+
+def sensitive(graph: fx.Graph) -> bool:
+    """Whether any operator of the graph may read the flags: all but pointwise ones and views are assumed to."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            if not isinstance(node.target, torch._ops.OpOverload):
+                return True
+            views = any(r.alias_info is not None for r in node.target._schema.returns)
+            if not views and torch.Tag.pointwise not in node.target.tags:
+                return True
+    return False

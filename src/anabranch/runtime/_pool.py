@@ -1,0 +1,170 @@
+"""The context pool: gives a call a context that nothing else is using."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+
+from anabranch.runtime._context import Context
+
+
+class Limits:
+    """How many contexts and bytes one engine may hold, over all its signatures.
+
+    Threads: any. ``_lock`` is a leaf: nothing is called with it held. :meth:`forget` runs in garbage collections, so it
+    takes no lock: what it says is settled at the next :meth:`reserve`.
+    """
+
+    def __init__(self, max_contexts: int, memory_limit: int | None) -> None:
+        self.max_contexts = max_contexts
+        self.memory_limit = memory_limit
+        self._lock = threading.Lock()
+        self._contexts = 0
+        self._bytes = 0
+        self._forgotten: deque[int] = deque()
+
+    def reserve(self, nbytes: int) -> bool:
+        """Make room for one more context of about ``nbytes``; False if a limit forbids it."""
+        with self._lock:
+            self._settle()
+            if self._contexts >= self.max_contexts:
+                return False
+            if self.memory_limit is not None and self._bytes + nbytes > self.memory_limit:
+                return False
+            self._contexts += 1
+            self._bytes += nbytes
+            return True
+
+    def confirm(self, reserved: int, actual: int) -> bool:
+        """Correct a reservation to what the context really takes; False if that is over the limit."""
+        with self._lock:
+            self._settle()
+            self._bytes += actual - reserved
+            return self.memory_limit is None or self._bytes <= self.memory_limit
+
+    def cancel(self, reserved: int) -> None:
+        """The context was not built."""
+        self.forget(reserved)
+
+    def forget(self, nbytes: int) -> None:
+        """A context of ``nbytes`` is gone."""
+        self._forgotten.append(nbytes)
+
+    def held(self) -> tuple[int, int]:
+        """Contexts and bytes held now."""
+        with self._lock:
+            self._settle()
+            return self._contexts, self._bytes
+
+    def _settle(self) -> None:
+        while self._forgotten:
+            self._contexts -= 1
+            self._bytes -= self._forgotten.popleft()
+
+
+class _Waiter:
+    __slots__ = ("context", "ready")
+
+    def __init__(self) -> None:
+        self.ready = threading.Event()
+        self.context: Context | None = None
+
+
+class Choice:
+    """What :meth:`ContextPool.acquire` decided: a context, or why there is none."""
+
+    #: No context, and none can be waited for: run direct.
+    DIRECT = "direct"
+    #: No context of this stream is idle and the limits allow one more (room is reserved): build one.
+    BUILD = "build"
+
+
+class ContextPool:
+    """The contexts of one specialization.
+
+    Threads: any. ``_lock`` guards the lists and is never held while a device is called, a graph is built or another
+    lock but :class:`Limits`' leaf is taken. A context handed out belongs to one thread until :meth:`release` or
+    :meth:`discard`; that interval only queues work, so whoever waits on the host waits for other hosts, never for a
+    device. Waiters are served in the order in which they came: none starves.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._idle: list[Context] = []  # least recently used first
+        self._waiters: deque[_Waiter] = deque()
+        self._alive: weakref.WeakSet[Context] = weakref.WeakSet()
+        #: Bytes of the last context built: what the next will take.
+        self.estimate = 0
+
+    def acquire(self, stream: int, may_build: bool) -> Context | str:
+        """An idle context, by preference: last used on ``stream``; never used; a new one (``Choice.BUILD``); the least
+        recently used. When all are in the hands of other threads, waits for the first that comes back.
+        ``Choice.DIRECT`` when there is no context at all and none may be built.
+        """
+        with self._lock:
+            idle = self._idle
+            for i in range(len(idle) - 1, -1, -1):
+                if idle[i].used_on == stream:
+                    return idle.pop(i)
+            for i, context in enumerate(idle):
+                if context.used_on is None:
+                    return idle.pop(i)
+            if may_build and self._limits.reserve(self.estimate):
+                return Choice.BUILD
+            if idle:
+                return idle.pop(0)
+            if not self._alive:
+                return Choice.DIRECT
+            waiter = _Waiter()
+            self._waiters.append(waiter)
+        try:
+            # The time-out is for a context that was lost with its thread (an interrupt between two bytecodes).
+            while not waiter.ready.wait(timeout=1.0):
+                with self._lock:
+                    if not self._alive and waiter in self._waiters:
+                        self._waiters.remove(waiter)
+                        return Choice.DIRECT
+            return waiter.context or Choice.DIRECT
+        except BaseException:
+            with self._lock:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+            if waiter.context is not None:
+                self.release(waiter.context)
+            raise
+
+    def add(self, context: Context) -> None:
+        """Count a context that was just built; it is in its builder's hands."""
+        self.estimate = context.nbytes
+        self._alive.add(context)
+
+    def release(self, context: Context) -> None:
+        """Give a context back; ``context.done`` must have been recorded after its last use."""
+        with self._lock:
+            if self._waiters:
+                waiter = self._waiters.popleft()
+                waiter.context = context
+                waiter.ready.set()
+            else:
+                self._idle.append(context)
+
+    def discard(self, context: Context) -> None:
+        """Give up a context after an error; it is freed once its queued work is done."""
+        self._alive.discard(context)
+        with self._lock:
+            if not self._alive:
+                while self._waiters:
+                    self._waiters.popleft().ready.set()
+
+    def drain(self) -> list[Context]:
+        """Take all idle contexts out for good."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for context in idle:
+            self._alive.discard(context)
+        return idle
+
+    def __len__(self) -> int:
+        return len(self._alive)

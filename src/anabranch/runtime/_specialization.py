@@ -1,0 +1,430 @@
+"""An engine for one input signature: its program, its kernels, its contexts, and the three ways a call runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from anabranch.backends import Kernels, get_backend
+from anabranch.devices import Device
+from anabranch.errors import FlagsChanged, NotCapturable
+from anabranch.export import AliasOutput, ComputedOutput, Program, Signature
+from anabranch.plan import Plan
+from anabranch.plan._build import build_plan, uses_workspace
+from anabranch.runtime._build import neutral, process
+from anabranch.runtime._context import Context
+from anabranch.runtime._flags import Flags, sensitive
+from anabranch.runtime._pool import Choice, ContextPool, Limits
+from anabranch.runtime._stats import Counters
+
+_Finish = Callable[[Sequence[Any], Sequence[torch.Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an engine was compiled with, shared by all its specializations."""
+
+    name: str
+    device: Device
+    index: int
+    backend: str
+    cuda_graphs: bool | None
+    flags: Flags
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cpu") if self.device.kind == "cpu" else torch.device(self.device.kind, self.index)
+
+
+class Specialization:
+    """Runs calls of one signature.
+
+    Threads: any. Everything but the pool and ``_last_uses`` is immutable after ``__init__``.
+
+    Streams: a call queues everything on the caller's stream ``s``, in this order:
+
+    ======================  ===========================================================================
+    graph path              ``s`` waits for the context's last use; inputs are copied in; the graph is
+                            launched; outputs are copied out; the context's event is recorded
+    direct path             the kernels; an event is recorded (for the day when the weights are freed)
+    in a caller's capture   a lane is forked from ``s``; the kernels run on it; it is joined to ``s``
+    ======================  ===========================================================================
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        program: Program,
+        signature: Signature,
+        limits: Limits,
+        counters: Counters,
+    ) -> None:
+        """Compile. Called with the build lock held; blocks until everything that was queued here is done."""
+        self.signature = signature
+        self.program = program
+        self.settings = settings
+        self._device = device = settings.device
+        self._index = settings.index
+        self._limits = limits
+        self._counters = counters
+        self._specs = signature.tensors
+        self._finish = _finisher(program)
+        self._sensitive = sensitive(program.module.graph)
+        self._workspaces = device.has_streams and uses_workspace(program)
+        self._pool = ContextPool(limits)
+        # One event a stream: its last direct use of the weights. Grows with the number of stream handles that ever
+        # called, which the driver re-uses. Two threads on one stream may record in either order: both records come
+        # after both threads' work, or after the other record.
+        self._last_uses: dict[int, Any] = {}
+        #: Figures of the build for explain(): microseconds a call.
+        self.measured: dict[str, float] = {}
+
+        # What depends on data cannot be compiled for one shape: operators decide as they go.
+        self.backend = "eager" if program.data_dependent or program.is_empty else settings.backend
+        if device.has_streams:
+            device.prepare_retire(self._index)
+        self.uses_graphs, self.reason = self._build()
+        weakref.finalize(self, _retire, device, list(program.weights), self._last_uses).atexit = False
+        counters.add("specializations")
+
+    # -- building -----------------------------------------------------------------------------------------------
+
+    def _build(self) -> tuple[bool, str]:
+        device, settings = self._device, self.settings
+        with neutral(device, self._index):
+            if not device.has_streams:
+                examples = [s.synthesize(settings.torch_device) for s in self._specs]
+                self._kernels = get_backend(self.backend).lower(self.program, examples)
+                return False, "the CPU has no streams to order and no graphs to capture"
+            with device.building():
+                return self._build_on_lane()
+
+    def _build_on_lane(self) -> tuple[bool, str]:
+        device, settings = self._device, self.settings
+        lane, scratch = device.acquire_lane(self._index), device.memory(self._index)
+        drained = False
+        try:
+            with device.on_stream(lane.stream), scratch.using():
+                examples = [s.synthesize(settings.torch_device) for s in self._specs]
+                self._kernels = get_backend(self.backend).lower(self.program, examples)
+                if not self.program.data_dependent and not self.program.is_empty:
+                    if self._workspaces:
+                        lane.load_workspaces()
+                    for _ in range(2):  # loads kernels and tunes them, which no call and no capture may have to do
+                        self._kernels(examples)
+            lane.stream.synchronize()
+            drained = True
+            reason = self._why_not_captured()
+            if reason:
+                return False, reason
+            context = self._first_context()
+            if isinstance(context, str):
+                return False, context
+            if settings.cuda_graphs:
+                self._pool.release(context)
+                return True, "CUDA graphs were asked for"
+            with scratch.using():
+                graph_us, direct_us = self._measure(context, examples, lane.stream)
+            self.measured = {"graph": graph_us, "direct": direct_us}
+            figures = f"measured {graph_us:.0f} us as a graph, {direct_us:.0f} us direct"
+            if graph_us <= direct_us:
+                self._pool.release(context)
+                return True, figures
+            self._pool.discard(context)
+            return False, figures
+        finally:
+            if not drained:
+                lane.stream.synchronize()
+            examples = []
+            device.release_lane(lane)
+            device.release_memory(scratch)
+
+    def _why_not_captured(self) -> str:
+        if self.program.is_empty:
+            return "nothing is computed"
+        if self.program.direct_only:
+            return f"not captured: {self.program.direct_only}"
+        if self.settings.cuda_graphs is False:
+            return "CUDA graphs were turned off"
+        return ""
+
+    def _first_context(self) -> Context | str:
+        """A first context, or the reason why there can be none and calls run direct."""
+        if not self._limits.reserve(0):
+            return f"the limit of {self._limits.max_contexts} contexts was reached by other signatures"
+        try:
+            context = self._build_reserved(0)
+        except torch.OutOfMemoryError:
+            return "a context did not fit into the device's memory"
+        except Exception as e:
+            self._device.check_error(e)
+            if self.settings.cuda_graphs:
+                raise
+            return f"capture failed: {type(e).__name__}: {str(e).splitlines()[0]}"
+        if context is None:
+            return f"a context exceeds memory_limit ({self._limits.memory_limit} bytes)"
+        return context
+
+    def _build_reserved(self, reserved: int) -> Context | None:
+        """Build the context that ``reserved`` bytes were set aside for; None if it takes more than the limit."""
+        nbytes = reserved
+        try:
+            context = Context.build(
+                self._device, self._index, self._kernels, self.signature, self._workspaces, self._limits.forget
+            )
+        except BaseException:
+            self._limits.cancel(reserved)
+            raise
+        nbytes = context.nbytes
+        self._counters.add("captures")
+        if not self._limits.confirm(reserved, nbytes):
+            return None  # its finalizer gives the reservation back
+        self._pool.add(context)
+        return context
+
+    def _build_context(self) -> Context | None:
+        """One more context, while another thread's build does not have to be waited for."""
+        if not process.build_lock.acquire(blocking=False):
+            self._limits.cancel(self._pool.estimate)
+            return None
+        try:
+            reserved = self._pool.estimate
+            with neutral(self._device, self._index), self._device.building():
+                return self._build_reserved(reserved)
+        except torch.OutOfMemoryError:
+            return None  # the call can do without; the device is full, so nobody need try again soon
+        finally:
+            process.build_lock.release()
+
+    def warm(self, contexts: int) -> int:
+        """Build until there are ``contexts`` of them or a limit is reached; returns how many there are."""
+        if not self.uses_graphs:
+            return 0
+        with process.build_lock, neutral(self._device, self._index), self._device.building():
+            while len(self._pool) < contexts and self._limits.reserve(self._pool.estimate):
+                context = self._build_reserved(self._pool.estimate)
+                if context is None:
+                    break
+                self._pool.release(context)
+        return len(self._pool)
+
+    def trim(self) -> None:
+        """Give up the contexts that are idle; calls in flight keep theirs, and later calls build new ones."""
+        self._pool.drain()
+
+    def _measure(self, context: Context, examples: Sequence[torch.Tensor], stream: Any) -> tuple[float, float]:
+        """Median latency of one call in microseconds, as a graph and direct."""
+
+        def median(run: Callable[[], Any]) -> float:
+            samples = []
+            for _ in range(12):
+                start = time.perf_counter()
+                result = run()
+                stream.synchronize()
+                samples.append(time.perf_counter() - start)
+                del result
+            return statistics.median(samples[3:]) * 1e6
+
+        with self._device.on_stream(stream):
+            graph = median(lambda: self._launch(context, examples, stream))
+            direct = median(lambda: self._kernels(examples))
+        # It has run on a stream that no caller will ever have: the first caller need not count as waiting for it.
+        context.used_on = None
+        return graph, direct
+
+    # -- calling ------------------------------------------------------------------------------------------------
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        """Run one call on the calling thread's current stream. ``leaves`` have passed validation."""
+        device = self._device
+        inputs = [x for x in leaves if isinstance(x, torch.Tensor)]
+        stream = device.current_stream(self._index)
+        if not device.has_streams:
+            self._check_flags()
+            self._counters.add("calls", "direct_calls")
+            return self._finish(inputs, self._kernels(self._canonical(inputs)))
+        try:
+            if device.is_capturing(stream):
+                results = self._run_in_capture(inputs, stream)
+                self._counters.add("calls", "calls_in_captures")
+            else:
+                context = self._acquire(stream) if self.uses_graphs else None
+                if context is not None:
+                    results = self._run_graph(context, inputs, stream)
+                    self._counters.add("calls", "graph_calls")
+                else:
+                    results = self._run_direct(inputs, stream)
+                    self._counters.add("calls", "direct_calls")
+        except Exception as e:
+            device.check_error(e)
+            raise
+        return self._finish(inputs, results)
+
+    def _acquire(self, stream: Any) -> Context | None:
+        # A context captured now would have today's flags baked in, not the engine's.
+        may_build = not self._sensitive or self.settings.flags.unchanged()
+        choice = self._pool.acquire(stream.stream_id, may_build)
+        if choice is Choice.BUILD:
+            return self._build_context()
+        if isinstance(choice, Context):
+            if choice.used_on is not None and choice.used_on != stream.stream_id:
+                self._counters.add("waits")
+            return choice
+        return None
+
+    def _run_graph(self, context: Context, inputs: Sequence[torch.Tensor], stream: Any) -> list[torch.Tensor]:
+        try:
+            results = self._launch(context, inputs, stream)
+        except BaseException:
+            # Part of it may be queued: whatever that is, the context is freed after it, and used by no other call.
+            try:
+                context.done.record(stream)
+            finally:
+                self._pool.discard(context)
+            raise
+        self._pool.release(context)
+        return results
+
+    def _launch(self, context: Context, inputs: Sequence[torch.Tensor], stream: Any) -> list[torch.Tensor]:
+        # Why no two calls can disturb each other here: the context is this thread's alone from acquire to release.
+        # Whatever an earlier call queued that touches the context's memory was queued before that call recorded
+        # `done`; everything that this call queues comes after the wait for it, on one stream; and the next call's
+        # wait binds to the record that this call makes last, because it can take the context only after that.
+        #
+        #     call A on stream 1                       call B on stream 2 (after A's release, on the host)
+        #     wait done; copy in; launch; copy out
+        #     record done  ------------------------->  wait done; copy in; launch; copy out; record done
+        #
+        # The wait is made on the same stream too: a stream's handle may have died and been given to a new stream.
+        results, copies = context.outputs.allocate()
+        stream.wait_event(context.done)
+        for static, x in zip(context.inputs, inputs, strict=True):
+            static.copy_(x)
+        context.graph.launch(stream)
+        for new, static in copies:
+            new.copy_(static)
+        context.done.record(stream)
+        context.used_on = stream.stream_id
+        return results
+
+    def _run_direct(self, inputs: Sequence[torch.Tensor], stream: Any) -> Sequence[torch.Tensor]:
+        self._check_flags()
+        event = self._last_uses.get(stream.stream_id)
+        if event is None:
+            event = self._last_uses.setdefault(stream.stream_id, self._device.event())
+        try:
+            return self._kernels(self._canonical(inputs))
+        finally:
+            event.record(stream)
+
+    def _run_in_capture(self, inputs: Sequence[torch.Tensor], stream: Any) -> Sequence[torch.Tensor]:
+        # Not on the caller's stream itself: two graphs that a caller captures on one stream would have that stream's
+        # cuBLAS workspace in common, and their replays on two streams would race for it. A lane has its own.
+        device = self._device
+        if self.program.data_dependent:
+            raise NotCapturable(
+                f"this call is inside a CUDA graph capture, and the model is {self.program.direct_only}, which needs"
+                " the host to look at results. Call the engine outside the capture."
+            )
+        self._check_flags()
+        if self.program.is_empty:
+            return []
+        with device.building():
+            lane = device.join_capture(stream, self._index, keep=self)
+            if self._workspaces:
+                lane.load_workspaces()
+        fork, join = device.event(), device.event()
+        fork.record(stream)
+        lane.stream.wait_event(fork)
+        try:
+            with device.on_stream(lane.stream):
+                return self._kernels(self._canonical(inputs))
+        finally:
+            # Also after an error: a lane left forked would invalidate the caller's capture as a whole.
+            join.record(lane.stream)
+            stream.wait_event(join)
+
+    def _canonical(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Inputs with the strides and the alignment that the kernels were compiled (and algorithms chosen) for."""
+        device = self.settings.torch_device
+        return [
+            x if spec.matches(x) else spec.empty(device).copy_(x) for x, spec in zip(inputs, self._specs, strict=True)
+        ]
+
+    def _check_flags(self) -> None:
+        if self._sensitive and not self.settings.flags.unchanged():
+            raise FlagsChanged(
+                f"numerics flags changed since compile: {self.settings.flags.changes()}. This call would not give the"
+                " engine's bits. Set them back, or compile a new engine under the new flags."
+            )
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """What a call does, as plain data."""
+        return build_plan(
+            self.program,
+            self._specs,
+            name=f"{self.settings.name}({self.signature})",
+            device=self.settings.torch_device,
+            backend=self.backend,
+            captured=self.uses_graphs,
+            reason=self.reason,
+            notes={f"{how} path, us a call": f"{us:.1f}" for how, us in self.measured.items()},
+        )
+
+    def explain(self) -> list[str]:
+        """Why it runs as it does, a line each."""
+        settings = self.settings
+        way = "captured: one CUDA graph launch a call" if self.uses_graphs else "direct"
+        lines = [f"{self.signature}: {way} ({self.reason})"]
+        if self.backend != settings.backend and not self.program.is_empty:
+            lines.append(f"  backend eager instead of {settings.backend}: {self.program.direct_only}")
+        if self.uses_graphs:
+            lines.append(f"  contexts: {len(self._pool)}, {self._pool.estimate} bytes each")
+            lines.append("  direct while a context is being built, and inside a caller's own capture (on a forked lane)")
+        elif settings.device.has_streams and self.program.data_dependent:
+            lines.append("  the host waits in each call, as eager does for these operators")
+        handed_back = sum(isinstance(o, AliasOutput) for o in self.program.outputs)
+        if handed_back:
+            lines.append(f"  {handed_back} output(s) are inputs or parameters (or views of them), handed back as such")
+        if self._sensitive and settings.device.kind == "cuda" and settings.flags["torch.backends.cudnn.benchmark"]:
+            lines.append("  not deterministic across threads: torch.backends.cudnn.benchmark was on at compile")
+        if self.program.direct_only and not self.program.data_dependent:
+            lines.append("  results differ from call to call: the model draws random numbers")
+        if self._sensitive and settings.device.kind == "cpu":
+            lines.append("  CPU reductions give the same bits only under the same torch.get_num_threads()")
+        return lines
+
+
+def _retire(device: Device, weights: list[torch.Tensor], last_uses: dict[int, Any]) -> None:
+    device.retire(list(last_uses.values()), weights)
+
+
+def _finisher(program: Program) -> _Finish:
+    """How results become what the model returns: the common shapes without pytree."""
+    outputs, structure = program.outputs, program.structure
+    if all(isinstance(o, ComputedOutput) for o in outputs):
+        order = [o.index for o in outputs if isinstance(o, ComputedOutput)]
+        if structure.is_leaf():
+            return lambda inputs, results: results[0]
+        if structure.type in (tuple, list) and all(s.is_leaf() for s in structure.children()):
+            container = structure.type
+            return lambda inputs, results: container([results[i] for i in order])
+
+    def leaf(output: Any, inputs: Sequence[Any], results: Sequence[torch.Tensor]) -> Any:
+        if isinstance(output, ComputedOutput):
+            return results[output.index]
+        if isinstance(output, AliasOutput):
+            base = inputs[output.position] if output.weight is None else output.weight
+            return base if output.view is None else output.view(base)
+        return output.value
+
+    return lambda inputs, results: pytree.tree_unflatten([leaf(o, inputs, results) for o in outputs], structure)

@@ -1,0 +1,42 @@
+"""Counters of one engine."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class Stats:
+    """What an engine has done so far. ``bytes`` is device memory held by execution contexts, workspaces included."""
+
+    calls: int = 0
+    graph_calls: int = 0
+    direct_calls: int = 0
+    calls_in_captures: int = 0
+    #: Calls that had to wait on the device for a context last used on another stream.
+    waits: int = 0
+    #: CUDA graphs captured; contexts given up by trim() or by an error stay counted.
+    captures: int = 0
+    #: Signatures compiled.
+    specializations: int = 0
+    #: Execution contexts alive now.
+    contexts: int = 0
+    bytes: int = 0
+
+
+class Counters:
+    """The live counters behind :class:`Stats`. Threads: any; one lock, never held while anything else is called."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stats = Stats()
+
+    def add(self, *names: str) -> None:
+        with self._lock:
+            for name in names:
+                setattr(self._stats, name, getattr(self._stats, name) + 1)
+
+    def snapshot(self) -> Stats:
+        with self._lock:
+            return Stats(*(getattr(self._stats, f.name) for f in fields(Stats)))
