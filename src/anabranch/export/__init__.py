@@ -6,10 +6,9 @@ from anabranch.export._program import (
     ConstantOutput,
     Program,
     export_program,
-    register_dataclasses,
     source_of,
 )
-from anabranch.export._signature import Input, Signature, TensorSpec, flatten_call, leaf_key
+from anabranch.export._signature import Input, Signature, TensorSpec, flatten_call, leaf_key, register_dataclasses
 
 __all__ = [
     "AliasOutput",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from anabranch.errors import InputError, UnsupportedModel
+from anabranch.export._signature import register_dataclasses
 
 _aten = torch.ops.aten
 
@@ -112,21 +112,6 @@ class _Forward(torch.nn.Module):
         leaves, structure = pytree.tree_flatten(result)
         leaves = [x.to(d) if isinstance(x, torch.Tensor) and d else x for x, d in zip(leaves, self._dtypes, strict=True)]
         return pytree.tree_unflatten(leaves, structure)
-
-
-def register_dataclasses(value: Any) -> None:
-    """Register each dataclass type in ``value`` with pytree, so that it is taken apart and put together again."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        if type(value) not in pytree.SUPPORTED_NODES:
-            torch.export.register_dataclass(type(value))
-        for f in dataclasses.fields(value):
-            register_dataclasses(getattr(value, f.name))
-    elif isinstance(value, Mapping):
-        for v in value.values():
-            register_dataclasses(v)
-    elif isinstance(value, list | tuple):
-        for v in value:
-            register_dataclasses(v)
 
 
 def export_program(

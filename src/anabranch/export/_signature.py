@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +130,7 @@ def leaf_key(x: Any, position: int, device: torch.device) -> tuple[Any, ...]:
         return (kind, x)
     raise InputError(
         f"input {position} is a {kind.__name__}; expected tensors, numbers, strings, None, or containers of them."
-        " A dataclass is taken apart if it is registered: torch.export.register_dataclass(YourClass)."
+        " Register other containers with torch.utils._pytree.register_pytree_node."
     )
 
 
@@ -158,4 +159,23 @@ class Signature:
 def flatten_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
     """Leaves and structure of a call. Keyword order does not matter, so names are sorted."""
     ordered = {name: kwargs[name] for name in sorted(kwargs)}
-    return pytree.tree_flatten((tuple(args), ordered))
+    leaves, structure = pytree.tree_flatten((tuple(args), ordered))
+    if any(dataclasses.is_dataclass(x) and not isinstance(x, type) for x in leaves):
+        register_dataclasses(leaves)
+        leaves, structure = pytree.tree_flatten((tuple(args), ordered))
+    return leaves, structure
+
+
+def register_dataclasses(value: Any) -> None:
+    """Register each dataclass type in ``value`` with pytree, so that it is taken apart and put together again."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if type(value) not in pytree.SUPPORTED_NODES:
+            torch.export.register_dataclass(type(value))
+        for f in dataclasses.fields(value):
+            register_dataclasses(getattr(value, f.name))
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            register_dataclasses(v)
+    elif isinstance(value, list | tuple):
+        for v in value:
+            register_dataclasses(v)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from anabranch.backends import BACKENDS
 from anabranch.devices import Device, get_device
 from anabranch.errors import AnabranchError, DeviceLost, EngineClosed, FlagsChanged, InputError, NotCapturable
-from anabranch.export import Input, Signature, export_program, flatten_call, leaf_key
+from anabranch.export import Input, Signature, export_program, flatten_call, leaf_key, register_dataclasses
 from anabranch.plan import Plan
 from anabranch.runtime._build import is_neutral, neutral, process
 from anabranch.runtime._flags import Flags
@@ -83,11 +83,7 @@ def compile(
     args, keywords = _inputs(model, inputs, kwargs)
     device = _device(model, (args, keywords))
     model = _on_device(model, device)
-    args, keywords = pytree.tree_map(
-        lambda x: x.synthesize(device) if isinstance(x, Input) else x,
-        (args, keywords),
-        is_leaf=lambda x: isinstance(x, Input),
-    )
+    args, keywords = _synthesize((args, keywords), device)
     seam = get_device(device.type)
     index = seam.index(device)
     if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
@@ -101,14 +97,27 @@ def compile(
 
 
 def _inputs(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), {**inputs, **(kwargs or {})}
-    if inputs is None and kwargs is None and isinstance(model, ExportedProgram) and model.example_inputs:
-        args, keywords = model.example_inputs
-        return tuple(args), dict(keywords)
+    """Positional and keyword inputs, from the ways in which a user may give them."""
+    args: Any = inputs or ()
+    keywords: dict[str, Any] = dict(kwargs or {})
     if isinstance(inputs, torch.Tensor | Input):
         raise InputError(f"inputs is a single {type(inputs).__name__}; expected a list: inputs=[x]")
-    return tuple(inputs or ()), dict(kwargs or {})
+    if isinstance(inputs, Mapping):
+        args, keywords = (), {**inputs, **keywords}
+    elif inputs is None and kwargs is None and isinstance(model, ExportedProgram) and model.example_inputs:
+        args, keywords = model.example_inputs
+    args, keywords = tuple(args), dict(keywords)
+    register_dataclasses((args, keywords))
+    return args, keywords
+
+
+def _synthesize(inputs: Any, device: torch.device) -> Any:
+    """Tensors in place of each :class:`Input`."""
+
+    def is_input(x: Any) -> bool:
+        return isinstance(x, Input)
+
+    return pytree.tree_map(lambda x: x.synthesize(device) if is_input(x) else x, inputs, is_leaf=is_input)
 
 
 def _load(path: Path) -> ExportedProgram:
@@ -289,11 +298,8 @@ class Engine:
         self._check_usable()
         if inputs is None and kwargs is None:
             return self._primary.warm(contexts)
-        args, keywords = pytree.tree_map(
-            lambda x: x.synthesize(self._torch_device) if isinstance(x, Input) else x,
-            (tuple(inputs or ()), dict(kwargs or {})),
-            is_leaf=lambda x: isinstance(x, Input),
-        )
+        args, keywords = _inputs(self._model, inputs, kwargs)
+        args, keywords = _synthesize((args, keywords), self._torch_device)
         _, key = self._key(args, keywords)
         specialization = self._specializations.get(key) or self._specialization(args, keywords)
         return specialization.warm(contexts)
