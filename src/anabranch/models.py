@@ -70,7 +70,7 @@ def upscaler(channels: int = 64, convs: int = 16, scale: int = 2) -> nn.Module:
     """A compact video upscaler: 3x3 convolutions and PReLUs at the low resolution, then one pixel shuffle.
 
     Input: ``(N, 3, H, W)``, RGB in [0, 1]; N may be 0, H and W are at least 1. Output: ``(N, 3, scale*H, scale*W)`` of
-    the same dtype; about [0, 1], with overshoot of a few percent at sharp edges, so clamp before storing it as pixels.
+    the same dtype; about [0, 1], with overshoot of about a tenth at sharp edges, so clamp before storing it as pixels.
 
     The layers and their cost are those of a trained network; the weights are made here, so that the picture is good
     without any file to download. Three channels carry red, green and blue unchanged through every layer (a PReLU lets
@@ -183,7 +183,7 @@ def branches(classes: int = 1000) -> nn.Module:
     """An inception-like classifier: blocks of four branches that do not depend on each other, so they can overlap.
 
     Input: ``(N, 3, H, W)`` of order 1 (a normalized picture, or ``torch.randn``); N may be 0, H and W are at least 32.
-    Output: ``(N, classes)`` logits of the same dtype, a few units each. The weights are random: the classes mean nothing;
+    Output: ``(N, classes)`` logits of the same dtype, a few units each. The weights are random: classes mean nothing;
     activations stay between 1 and some tens from layer to layer, so float16 neither overflows nor fades.
     """
     generator = torch.Generator(device="cpu").manual_seed(2881)
