@@ -193,7 +193,7 @@ class Sample:
 
     def frames(self) -> list[Done]:
         count = min(self._wanted, len(self._kept))
-        return [self._kept[i * len(self._kept) // count] for i in range(count)]
+        return [self._kept[round(place)] for place in np.linspace(0, len(self._kept) - 1, count)]
 
 
 def compare(sample: list[Done], model: torch.nn.Module, device: torch.device) -> tuple[int, float]:
