@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from anabranch.devices._device import Graph, Lane, Memory
+from anabranch.devices._device import Graph, Lane, Latch, Memory
 
 
 class CpuDevice:
@@ -67,6 +67,12 @@ class CpuDevice:
         return platform.processor() or platform.machine()
 
     # What needs streams is never asked of a device without them.
+    def stream(self, index: int) -> NoReturn:
+        raise NotImplementedError("the CPU has no streams")
+
+    def latch(self) -> Latch:
+        raise NotImplementedError("the CPU has no streams")
+
     def event(self) -> NoReturn:
         raise NotImplementedError("the CPU has no events")
 

@@ -13,15 +13,16 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from anabranch.devices._device import Graph, Lane, Memory
+from anabranch.devices._device import Graph, Lane, Latch, Memory
 from anabranch.devices._graveyard import Graveyard
 from anabranch.errors import AnabranchError, DeviceLost
 
 try:
+    from cuda.bindings import driver
     from cuda.bindings import runtime as rt
 except ImportError as e:  # pragma: no cover - PyTorch's CUDA 13 wheels depend on it
     raise AnabranchError(
@@ -96,14 +97,19 @@ class _CudaMemory:
         return sum(int(s["total_size"]) for s in self._pool.snapshot())
 
 
+def _new_stream(index: int) -> Any:
+    # torch.cuda.Stream() would be one of 32 that strangers share.
+    with torch.cuda.device(index):
+        handle = _ok("cudaStreamCreateWithFlags", rt.cudaStreamCreateWithFlags(rt.cudaStreamNonBlocking))
+    return torch.cuda.ExternalStream(int(handle), device=index)
+
+
 class _CudaLane:
     """See :class:`anabranch.devices.Lane`."""
 
     def __init__(self, index: int) -> None:
-        with torch.cuda.device(index):
-            handle = _ok("cudaStreamCreateWithFlags", rt.cudaStreamCreateWithFlags(rt.cudaStreamNonBlocking))
         self.index = index
-        self.stream = torch.cuda.ExternalStream(int(handle), device=index)
+        self.stream = _new_stream(index)
         self.hidden = _CudaMemory(index)
 
     def load_workspaces(self) -> None:
@@ -118,6 +124,28 @@ class _CudaLane:
 
     def hidden_nbytes(self) -> int:
         return self.hidden.nbytes()
+
+
+class _CudaLatch:
+    """See :class:`anabranch.devices.Latch`. The stream waits for a word of host memory: no kernel has to spin."""
+
+    #: Held streams look at the word whatever becomes of this object, so the words live as long as the process.
+    _words: ClassVar[list[torch.Tensor]] = []
+
+    def __init__(self) -> None:
+        self._word = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self._words.append(self._word)
+
+    def hold(self, stream: Any) -> None:
+        address = int(_ok("cudaHostGetDevicePointer", rt.cudaHostGetDevicePointer(self._word.data_ptr(), 0)))
+        equal_or_greater = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+        with torch.cuda.device(stream.device_index):
+            error = driver.cuStreamWaitValue32(stream.cuda_stream, address, 1, int(equal_or_greater))[0]
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise AnabranchError(f"cuStreamWaitValue32 failed: {error.name}")
+
+    def open(self) -> None:
+        self._word[0] = 1
 
 
 class CudaDevice:
@@ -162,6 +190,12 @@ class CudaDevice:
 
     def on_device(self, index: int) -> AbstractContextManager[Any]:
         return torch.cuda.device(index)
+
+    def stream(self, index: int) -> Any:
+        return _new_stream(index)
+
+    def latch(self) -> Latch:
+        return _CudaLatch()
 
     def event(self) -> Any:
         return torch.cuda.Event()
@@ -237,7 +271,7 @@ class CudaDevice:
 
     def prepare_retire(self, index: int) -> None:
         if index not in self._reapers:
-            self._reapers.setdefault(index, _CudaLane(index).stream)
+            self._reapers.setdefault(index, _new_stream(index))
 
     def retire(self, events: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
         # A stream that a caller used may be gone by now, so no tensor is recorded on it. One stream of ours waits for

@@ -48,6 +48,16 @@ class Lane(Protocol):
         """Bytes of device memory that the lane's hidden resources take."""
 
 
+class Latch(Protocol):
+    """Holds streams still until it is opened: how tests force an order without sleeping."""
+
+    def hold(self, stream: Any) -> None:
+        """What is queued on ``stream`` from here on waits for :meth:`open`. The host does not wait."""
+
+    def open(self) -> None:
+        """Let go of every stream, for good."""
+
+
 class Device(Protocol):
     """One kind of device. Stateless towards callers; every method may be called from any thread."""
 
@@ -69,6 +79,12 @@ class Device(Protocol):
 
     def current_index(self) -> int:
         """The calling thread's current device."""
+
+    def stream(self, index: int) -> Any:
+        """A new stream of device ``index`` that does not synchronize with the default stream, and is nobody else's."""
+
+    def latch(self) -> Latch:
+        """A new, closed latch."""
 
     def event(self) -> Any:
         """A new event, never recorded yet, without timing."""
