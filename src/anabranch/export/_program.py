@@ -110,7 +110,9 @@ class _Forward(torch.nn.Module):
         result = self.model(*args, **kwargs)
         register_dataclasses(result)
         leaves, structure = pytree.tree_flatten(result)
-        leaves = [x.to(d) if isinstance(x, torch.Tensor) and d else x for x, d in zip(leaves, self._dtypes, strict=True)]
+        leaves = [
+            x.to(d) if isinstance(x, torch.Tensor) and d else x for x, d in zip(leaves, self._dtypes, strict=True)
+        ]
         return pytree.tree_unflatten(leaves, structure)
 
 

@@ -44,7 +44,5 @@ def neutral(device: Device, index: int) -> Iterator[None]:
 def is_neutral(device: Device, index: int) -> bool:
     """Whether a call may run without :func:`neutral`. Autograd may stay on: no tensor here requires grad."""
     return not (
-        torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled(device.kind)
-        or device.current_index() != index
+        torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device.kind) or device.current_index() != index
     )

@@ -75,7 +75,7 @@ def compile(
         raise InputError(f"memory_limit={memory_limit} given; expected bytes, 0 or more, or None")
     name = type(model).__name__
     if isinstance(model, str | os.PathLike):
-        name, model = Path(model).stem, _load(Path(model))
+        name, model = Path(model).stem, load_exported(Path(model))
     if not isinstance(model, torch.nn.Module | ExportedProgram):
         raise InputError(
             f"model is a {type(model).__name__}; expected an nn.Module, an exported program or the path of a .pt2 file"
@@ -120,7 +120,8 @@ def _synthesize(inputs: Any, device: torch.device) -> Any:
     return pytree.tree_map(lambda x: x.synthesize(device) if is_input(x) else x, inputs, is_leaf=is_input)
 
 
-def _load(path: Path) -> ExportedProgram:
+def load_exported(path: Path) -> ExportedProgram:
+    """Read a ``.pt2`` file; raises :class:`~anabranch.errors.InputError` where it is not one."""
     try:
         return torch.export.load(path)
     except Exception as e:
@@ -181,7 +182,11 @@ class Engine:
     """
 
     def __init__(
-        self, settings: Settings, model: torch.nn.Module | ExportedProgram, precision: torch.dtype | None, limits: Limits
+        self,
+        settings: Settings,
+        model: torch.nn.Module | ExportedProgram,
+        precision: torch.dtype | None,
+        limits: Limits,
     ) -> None:
         self._settings = settings
         self._device: Device = settings.device
@@ -333,6 +338,11 @@ class Engine:
     def device(self) -> torch.device:
         """The device it runs on."""
         return self._torch_device
+
+    @property
+    def seam(self) -> Device:
+        """The device's implementation, for tools."""
+        return self._device
 
     @property
     def plan(self) -> Plan:

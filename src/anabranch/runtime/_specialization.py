@@ -389,7 +389,9 @@ class Specialization:
             lines.append(f"  backend eager instead of {settings.backend}: {self.program.direct_only}")
         if self.uses_graphs:
             lines.append(f"  contexts: {len(self._pool)}, {self._pool.estimate} bytes each")
-            lines.append("  direct while a context is being built, and inside a caller's own capture (on a forked lane)")
+            lines.append(
+                "  direct while a context is being built, and inside a caller's own capture (on a forked lane)"
+            )
         elif settings.device.has_streams and self.program.data_dependent:
             lines.append("  the host waits in each call, as eager does for these operators")
         handed_back = sum(isinstance(o, AliasOutput) for o in self.program.outputs)

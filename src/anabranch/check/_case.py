@@ -1,0 +1,124 @@
+"""What is checked: a model, and the dtypes, shapes and layouts of its input."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anabranch.errors import InputError
+from anabranch.models import BUILTIN
+
+LAYOUTS = ("contiguous", "channels_last", "strided", "misaligned")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to check: ``make`` gives a new float32 module on the CPU, or an exported program, which keeps its dtype.
+
+    ``shapes`` and ``boundary`` are input shapes to try by default, with and without unusual layouts.
+    """
+
+    name: str
+    make: Callable[[], Any]
+    shapes: tuple[tuple[int, ...], ...] = ()
+    boundary: tuple[tuple[int, ...], ...] = ()
+    fixed_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One dtype, shape and layout of the input."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    layout: str = "contiguous"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def shape_name(self) -> str:
+        size = "x".join(map(str, self.shape)) or "scalar"
+        return size if self.layout == "contiguous" else f"{size} {self.layout}"
+
+    @property
+    def nbytes(self) -> int:
+        n = self.dtype.itemsize
+        for size in self.shape:
+            n *= size
+        return n
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        """An uninitialized input of this layout, on the current stream."""
+        if self.layout == "channels_last":
+            return torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=torch.channels_last)
+        if self.layout == "strided":
+            return torch.empty((*self.shape[:-1], 2 * self.shape[-1]), dtype=self.dtype, device=device)[..., ::2]
+        if self.layout == "misaligned":
+            n = self.nbytes // self.dtype.itemsize
+            return torch.empty(n + 1, dtype=self.dtype, device=device)[1:].view(self.shape)
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+
+def find_subject(model: str) -> Subject:
+    """A built-in's name, ``module:callable`` (which returns a module), or the path of a ``.pt2`` file."""
+    if model in BUILTIN:
+        builtin = BUILTIN[model]
+        return Subject(model, builtin.make, builtin.benchmark, builtin.boundary)
+    if model.endswith(".pt2"):
+        return _exported(Path(model))
+    module_name, _, attribute = model.partition(":")
+    if not attribute:
+        raise InputError(
+            f"model {model!r} given; expected one of {', '.join(BUILTIN)}, module:callable, or a .pt2 file"
+        )
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as e:
+        raise InputError(f"model {model!r}: {e}. Expected module:callable with the module on PYTHONPATH.") from e
+    if not callable(factory):
+        raise InputError(
+            f"model {model!r} is a {type(factory).__name__}; expected a callable that returns an nn.Module"
+        )
+
+    def make() -> torch.nn.Module:
+        made = factory()
+        if not isinstance(made, torch.nn.Module):
+            raise InputError(f"{model} returned a {type(made).__name__}; expected an nn.Module")
+        return made.eval().requires_grad_(False)
+
+    return Subject(model, make)
+
+
+def _exported(path: Path) -> Subject:
+    from anabranch.runtime._engine import load_exported
+
+    program = load_exported(path)
+    example = program.example_inputs[0] if program.example_inputs else ()
+    if len(example) != 1 or not isinstance(example[0], torch.Tensor):
+        raise InputError(f"{path}: takes {len(example)} inputs; check needs a program of one tensor input")
+    x = example[0]
+    return Subject(path.stem, lambda: load_exported(path), (tuple(x.shape),), (), x.dtype)
+
+
+def cases_for(subject: Subject, dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, ...]] | None) -> list[Case]:
+    """Every dtype with every shape; without ``shapes``, the boundary shapes too, some in every layout."""
+    if subject.fixed_dtype is not None:
+        dtypes = [subject.fixed_dtype]
+    if shapes:
+        return [Case(d, s) for d in dtypes for s in shapes]
+    if not subject.shapes:
+        raise InputError(f"model {subject.name!r} has no default shapes; give --shape, for example --shape 1,3,224,224")
+    plain = tuple(dict.fromkeys((*subject.shapes, *subject.boundary)))
+    cases = [Case(d, s) for d in dtypes for s in plain]
+    for dtype in dtypes:
+        image = next((s for s in plain if len(s) == 4 and 0 < s[0] and 1 < s[-1] and max(s) < 1000), None)
+        if image is not None and subject.boundary:
+            cases += [Case(dtype, image, layout) for layout in LAYOUTS[1:]]
+    return cases

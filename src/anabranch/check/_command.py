@@ -1,0 +1,123 @@
+"""``anabranch check``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from anabranch.backends import BACKENDS
+from anabranch.check._case import cases_for, find_subject
+from anabranch.check._inject import INJECTIONS
+from anabranch.check._report import table, to_json, write_json
+from anabranch.check._run import Options, Row, paths_for, run_check
+from anabranch.devices import get_device
+from anabranch.errors import AnabranchError
+from anabranch.runtime._engine import DEFAULT_MAX_CONTEXTS, RUNTIMES
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class _Shape(click.ParamType):
+    name = "1,3,5"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        try:
+            shape = tuple(int(n) for n in str(value).split(","))
+        except ValueError:
+            self.fail(
+                f"{value!r} is not a shape; expected sizes separated by commas, such as 1,3,2160,3840", param, ctx
+            )
+        if any(n < 0 for n in shape):
+            self.fail(f"{value!r}: sizes must be 0 or more", param, ctx)
+        return shape
+
+
+@click.command("check")
+@click.argument("model")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Default: cuda where there is a GPU.")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(_DTYPES)), help="Default: float32, float16.")
+@click.option("--shape", "shapes", multiple=True, type=_Shape(), help="Default: boundary shapes in several layouts.")
+@click.option("--streams", default=8, show_default=True, type=click.IntRange(1))
+@click.option("--threads", default=8, show_default=True, type=click.IntRange(1))
+@click.option("--calls", default=100, show_default=True, type=click.IntRange(1), help="For each row of the table.")
+@click.option("--runtime", default="python", show_default=True, type=click.Choice(RUNTIMES))
+@click.option("--backend", default="inductor", show_default=True, type=click.Choice(BACKENDS))
+@click.option("--graphs/--direct", "cuda_graphs", default=None, help="Force a path. Default: whichever is faster.")
+@click.option("--max-contexts", default=DEFAULT_MAX_CONTEXTS, show_default=True, type=click.IntRange(1))
+@click.option("--inject", type=click.Choice(INJECTIONS), help="Put a known bug back, to see it found.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the rows here.")
+def command(
+    model: str,
+    device: str | None,
+    dtypes: tuple[str, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    json_path: Path | None,
+    **settings: Any,
+) -> None:
+    """Call MODEL's engine on many streams and threads at once and compare every output.
+
+    MODEL is relu, upscaler or branches (built in), module:callable, or a .pt2 file. Concurrent outputs must equal the
+    engine's own serial output bit for bit; the serial output must be near float32 eager. Exit status: 0 all right,
+    1 something is wrong, 2 the check could not be made.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        _refuse("--device cuda given, but PyTorch sees no GPU here; use --device cpu")
+    options = Options(device=device, **settings)
+    if options.inject and not get_device(device).has_streams:
+        _refuse(
+            f"--inject {options.inject}: device {device!r} has no streams, so there is no stale stream to find."
+            " Run it with --device cuda."
+        )
+    # Piped or in a log there is no window to fit: a table cut down to 80 columns would hide its figures.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    try:
+        subject = find_subject(model)
+        cases = cases_for(subject, [_DTYPES[d] for d in dtypes or ("float32", "float16")], shapes or None)
+        total = len(cases) * len(paths_for(device)) * options.calls
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("calls"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        ) as bar:
+            task = bar.add_task(f"check {subject.name}", total=total)
+
+            def progress(row: Row | None, calls: int) -> None:
+                bar.advance(task, calls)
+                if row is not None:
+                    bar.update(task, description=f"check {subject.name} {row.dtype} {row.shape}")
+
+            rows = run_check(subject, cases, options, progress)
+    except AnabranchError as e:
+        _refuse(str(e))
+    injected = f", with {options.inject} injected" if options.inject else ""
+    console.print(
+        table(rows, f"{subject.name} on {device}: {options.streams} streams, {options.threads} threads{injected}")
+    )
+    allowed = {r.dtype: r.tolerance for r in rows}
+    bounds = ", ".join(f"{dtype} {bound:.1e}" for dtype, bound in allowed.items())
+    console.print(f"largest error allowed against float32 eager (serial, relative to its largest value): {bounds}")
+    for line in dict.fromkeys(f"{r.dtype} {r.shape}: {r.mode}" for r in rows):
+        console.print(f"  {line}")
+    bad = [r for r in rows if not r.ok]
+    calls, wrong = sum(r.calls for r in rows), sum(r.wrong for r in rows)
+    if json_path:
+        write_json(json_path, to_json(rows, device, model=subject.name, inject=options.inject))
+    verdict = "all outputs right" if not bad else f"WRONG in {len(bad)} of {len(rows)} rows"
+    console.print(f"{verdict}: {wrong} wrong of {calls} calls")
+    sys.exit(1 if bad else 0)
+
+
+def _refuse(message: str) -> None:
+    click.echo(f"anabranch check: {message}", err=True)
+    sys.exit(2)

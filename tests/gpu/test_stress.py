@@ -1,0 +1,267 @@
+"""Many threads, strangers at work, long runs, ends of processes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import anabranch
+from tests.gpu.conftest import PATHS, Chain, Gpu, Make, Mlp
+from tests.gpu.test_contract import on_threads
+
+
+class Strangers:
+    """Threads that do what other code in the process does: allocate, copy, draw random numbers, synchronize."""
+
+    def __init__(self, n: int = 4) -> None:
+        self.errors: list[BaseException] = []
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._work) for _ in range(n)]
+
+    def _work(self) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                while not self._stop.is_set():
+                    torch.randn(1000, device="cuda")
+                    torch.full((1 << 18,), float("nan"), device="cuda")
+                    torch.randn(100).cuda()
+                    torch.ones(1, device="cuda").item()
+                    torch.nn.functional.dropout(torch.ones(64, device="cuda"))
+                    gc.collect(0)
+        except BaseException as e:
+            self.errors.append(e)
+
+    def __enter__(self) -> Strangers:
+        for t in self._threads:
+            t.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        for t in self._threads:
+            t.join()
+        assert not self.errors, self.errors[0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("graphs", [True, None], ids=["graph", "auto"])
+def test_sixty_four_threads_make_their_first_call_at_once(
+    gpu: Gpu, compiled: Make, graphs: bool | None, backend: str
+) -> None:
+    engine = compiled(Mlp(), gpu.random(4, 256), cuda_graphs=graphs, backend=backend)
+    sources = [gpu.random(7, 256) for _ in range(64)]  # a signature that nobody has compiled
+    outputs: list[Any] = [None] * 64
+    with Strangers():
+
+        def work(i: int) -> None:
+            with torch.cuda.stream(gpu.stream()):
+                x = sources[i].clone()
+                outputs[i] = engine(x)
+                del x
+                torch.full((7, 256), float("nan"), device="cuda")
+                torch.cuda.current_stream().synchronize()
+
+        on_threads(64, work)
+    assert engine.stats().specializations == 2
+    serial = [engine(x) for x in sources]
+    torch.cuda.synchronize()
+    wrong = sum(not torch.equal(y, e) for y, e in zip(outputs, serial, strict=True))
+    assert wrong == 0
+
+
+def test_contexts_are_built_while_strangers_work(gpu: Gpu, compiled: Make) -> None:
+    sources = [gpu.random(4, 256) for _ in range(16)]
+    engine = compiled(Mlp(), sources[0], cuda_graphs=True)
+    expected = [gpu.load_kernels(engine, x) for x in sources]
+    with Strangers():
+
+        def work(i: int) -> None:
+            with torch.cuda.stream(gpu.stream()):
+                for k in range(50):
+                    assert torch.equal(engine(sources[(i + k) % 16]), expected[(i + k) % 16])
+
+        on_threads(16, work)
+        for _ in range(5):
+            engine.trim()
+            assert engine.warm(contexts=4) == 4
+    assert engine.stats().captures > 16
+
+
+@PATHS
+def test_ten_thousand_calls_do_not_grow(gpu: Gpu, compiled: Make, graphs: bool) -> None:
+    x = gpu.random(4, 256)
+    engine = compiled(Mlp(), x, cuda_graphs=graphs)
+    streams = [gpu.stream() for _ in range(8)]
+
+    def calls(n: int) -> None:
+        for i in range(n):
+            with torch.cuda.stream(streams[i % 8]):
+                engine(x)
+        torch.cuda.synchronize()
+
+    calls(500)
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    calls(10_000)
+    assert torch.cuda.memory_allocated() == allocated
+    assert torch.cuda.memory_reserved() == reserved
+
+
+def test_engines_come_and_go_without_growth(gpu: Gpu) -> None:
+    x = gpu.random(64, 256)
+    model = Mlp().eval().requires_grad_(False).cuda()
+
+    def once() -> None:
+        engine = anabranch.compile(model, [x], backend="eager", cuda_graphs=True)
+        engine.warm(contexts=3)
+        engine(x)
+        torch.cuda.synchronize()
+        del engine
+        gc.collect()
+        gpu.seam.reap()
+
+    for _ in range(3):
+        once()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for _ in range(10):
+        once()
+    assert torch.cuda.memory_allocated() <= allocated
+    assert torch.cuda.memory_reserved() <= reserved
+
+
+def test_trim_gives_memory_back(gpu: Gpu, compiled: Make) -> None:
+    x = gpu.random(4096, 1024)
+    engine = compiled(Chain(), x, cuda_graphs=True)
+    expected = gpu.load_kernels(engine, x)
+    engine.trim()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    engine.warm(contexts=4)
+    grown = torch.cuda.memory_reserved()
+    assert grown - before >= 4 * x.nbytes
+    assert engine.stats().bytes >= 4 * x.nbytes
+    engine.trim()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before < (grown - before) // 4
+    assert engine.stats().contexts == 0
+    assert torch.equal(engine(x), expected)
+
+
+def test_clearing_all_cublas_workspaces_takes_none_from_a_live_graph(gpu: Gpu, compiled: Make) -> None:
+    x = gpu.random(64, 256, dtype=torch.half)
+    engine = compiled(Mlp(), x, cuda_graphs=True)
+    expected = gpu.load_kernels(engine, x)
+    for _ in range(3):
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        junk = [torch.full((1 << 20,), 7.0, device="cuda") for _ in range(40)]
+        assert torch.equal(engine(x), expected)
+        torch.cuda.synchronize()
+        assert all(bool((j == 7.0).all()) for j in junk)
+        del junk
+
+
+_WORK_IN_FLIGHT = """
+import os, sys, threading, torch, anabranch
+sys.path.insert(0, {root!r})
+from tests.gpu.conftest import Mlp
+x = torch.randn(4, 256, device="cuda")
+engine = anabranch.compile(Mlp().eval().requires_grad_(False).cuda(), [x], backend="eager", cuda_graphs={graphs})
+streams = [torch.cuda.Stream() for _ in range(4)]
+big = torch.randn(4096, 4096, device="cuda")
+for s in streams:
+    with torch.cuda.stream(s):
+        for _ in range(20):
+            big @ big
+        engine(x)
+"""
+
+
+def _run(code: str, **variables: Any) -> subprocess.CompletedProcess[str]:
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    code = (_WORK_IN_FLIGHT + code).format(root=root, **variables)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+
+@PATHS
+def test_interpreter_exit_with_work_in_flight_is_clean(graphs: bool) -> None:
+    code = """
+def forever():
+    with torch.cuda.stream(torch.cuda.Stream()):
+        while True:
+            engine(x)
+threading.Thread(target=forever, daemon=True).start()
+print("end")
+"""
+    done = _run(code, graphs=graphs)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "end\n"
+    assert "Error" not in done.stderr
+    assert "terminate" not in done.stderr
+
+
+@PATHS
+def test_a_forked_child_is_refused_and_both_end_cleanly(graphs: bool) -> None:
+    code = """
+import gc
+pid = os.fork()
+if pid == 0:
+    try:
+        engine(x)
+    except anabranch.EngineClosed as e:
+        print("child:", type(e).__name__, flush=True)
+    del engine
+    gc.collect()
+    sys.exit(0)
+_, status = os.waitpid(pid, 0)
+y = engine(x)
+torch.cuda.synchronize()
+print("parent:", os.waitstatus_to_exitcode(status), bool(torch.isfinite(y).all()))
+"""
+    done = _run(code, graphs=graphs)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "child: EngineClosed\nparent: 0 True\n"
+
+
+@PATHS
+def test_a_lost_device_is_named_at_every_call(graphs: bool) -> None:
+    code = """
+bad = torch.arange(4, device="cuda")[torch.tensor([9], device="cuda")]
+for _ in range(3):
+    try:
+        engine(x)
+        torch.cuda.synchronize()
+    except anabranch.DeviceLost as e:
+        print("lost")
+    except RuntimeError as e:
+        print("other", type(e).__name__)
+"""
+    done = _run(code, graphs=graphs)
+    lines = done.stdout.split()
+    assert lines[-1] == "lost", done.stdout + done.stderr
+    assert done.stdout.count("other") <= 1  # the synchronize of the first round is not ours
+
+
+def test_thread_exit_leaves_its_contexts_to_others(gpu: Gpu, compiled: Make) -> None:
+    x = gpu.random(4, 256)
+    engine = compiled(Mlp(), x, cuda_graphs=True, max_contexts=2)
+    expected = gpu.load_kernels(engine, x)
+    for _ in range(40):
+        outputs: list[Any] = []
+
+        def work(outputs: list[Any] = outputs) -> None:
+            with torch.cuda.stream(gpu.stream()):
+                outputs.append(engine(x))
+
+        t = threading.Thread(target=work)
+        t.start()
+        t.join()
+        torch.cuda.synchronize()
+        assert torch.equal(outputs[0], expected)
+    assert engine.stats().contexts == 2
