@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import anabranch
-from tests.gpu.conftest import PATHS, Chain, Gpu, Make, Mlp
-from tests.gpu.test_contract import on_threads
+from gpu.support import PATHS, Chain, Gpu, Make, Mlp, on_threads
 
 
 class Strangers:
@@ -170,7 +169,7 @@ def test_clearing_all_cublas_workspaces_takes_none_from_a_live_graph(gpu: Gpu, c
 _WORK_IN_FLIGHT = """
 import os, sys, threading, torch, anabranch
 sys.path.insert(0, {root!r})
-from tests.gpu.conftest import Mlp
+from gpu.support import Mlp
 x = torch.randn(4, 256, device="cuda")
 engine = anabranch.compile(Mlp().eval().requires_grad_(False).cuda(), [x], backend="eager", cuda_graphs={graphs})
 streams = [torch.cuda.Stream() for _ in range(4)]
@@ -184,7 +183,7 @@ for s in streams:
 
 
 def _run(code: str, **variables: Any) -> subprocess.CompletedProcess[str]:
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     code = (_WORK_IN_FLIGHT + code).format(root=root, **variables)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
 

@@ -100,7 +100,7 @@ def _exported(path: Path) -> Subject:
     from anabranch.runtime._engine import load_exported
 
     program = load_exported(path)
-    example = program.example_inputs[0] if program.example_inputs else ()
+    example: Sequence[Any] = program.example_inputs[0] if program.example_inputs else ()
     if len(example) != 1 or not isinstance(example[0], torch.Tensor):
         raise InputError(f"{path}: takes {len(example)} inputs; check needs a program of one tensor input")
     x = example[0]
@@ -118,7 +118,7 @@ def cases_for(subject: Subject, dtypes: Sequence[torch.dtype], shapes: Sequence[
     plain = tuple(dict.fromkeys((*subject.shapes, *subject.boundary)))
     cases = [Case(d, s) for d in dtypes for s in plain]
     for dtype in dtypes:
-        image = next((s for s in plain if len(s) == 4 and 0 < s[0] and 1 < s[-1] and max(s) < 1000), None)
+        image = next((s for s in plain if len(s) == 4 and s[0] > 0 and s[-1] > 1 and max(s) < 1000), None)
         if image is not None and subject.boundary:
             cases += [Case(dtype, image, layout) for layout in LAYOUTS[1:]]
     return cases

@@ -23,7 +23,7 @@ from anabranch.runtime._engine import DEFAULT_MAX_CONTEXTS, RUNTIMES
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class _Shape(click.ParamType):
+class _Shape(click.ParamType):  # type: ignore[type-arg]  # generic in click's stubs only
     name = "1,3,5"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:

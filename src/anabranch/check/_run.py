@@ -104,7 +104,7 @@ def run_check(
     device = get_device(options.device)
     if options.inject and not device.has_streams:
         raise InputError(
-            f"--inject {options.inject} needs streams, and device {options.device!r} has none; run it with --device cuda"
+            f"--inject {options.inject} needs streams, and device {options.device!r} has none; use --device cuda"
         )
     paths = options.paths or paths_for(options.device)
     rows = []
@@ -306,7 +306,7 @@ class _Bench:
 
         ready = threading.Barrier(workers)  # so that each runs in a thread of its own
         futures = [self.workers.submit(work, w) for w in range(workers)]
-        done, pending = concurrent.futures.wait(futures, timeout=_PATIENCE)
+        _, pending = concurrent.futures.wait(futures, timeout=_PATIENCE)
         if pending and self.device.has_streams:
             raise RuntimeError(f"calls did not return within {_PATIENCE:.0f} s while their streams were held")
         for future in futures:

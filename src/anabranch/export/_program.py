@@ -219,20 +219,20 @@ def _flatten(exported: ExportedProgram, originals: Mapping[str, torch.Tensor]) -
             weights[node] = (name, originals.get(name, tensors[name]))
         else:
             raise UnsupportedModel(
-                f"the model uses {spec.target!r}, a {spec.kind.name.lower().replace('_', ' ')}; engines take tensors only"
+                f"the model uses {spec.target!r}, a {spec.kind.name.lower()}; an engine's graph takes tensors only"
             )
 
     direct_only, data_dependent = _uncapturable(gm.graph)
     _propagate(gm, data_dependent)
     outputs = _classify_outputs(gm, inputs, weights)
 
-    computed = list(gm.graph.output_node().args[0])
+    computed = _results(gm.graph)
     gm.graph.eliminate_dead_code()
     # Unused weights would be passed at each call for nothing.
     for node in [n for n in weights if not n.users]:
         gm.graph.erase_node(node)
         del weights[node]
-    assert list(gm.graph.output_node().args[0]) == computed
+    assert _results(gm.graph) == computed
     gm.recompile()
     return Program(
         module=gm,
@@ -243,6 +243,10 @@ def _flatten(exported: ExportedProgram, originals: Mapping[str, torch.Tensor]) -
         direct_only=direct_only,
         data_dependent=data_dependent,
     )
+
+
+def _results(graph: fx.Graph) -> list[Any]:
+    return list(graph.output_node().args[0])  # type: ignore[arg-type]
 
 
 def _uncapturable(graph: fx.Graph) -> tuple[str | None, bool]:

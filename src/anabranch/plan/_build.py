@@ -10,7 +10,6 @@ import torch
 from torch import fx
 
 from anabranch.export import Program, TensorSpec, source_of
-
 from anabranch.plan._plan import Access, Buffer, Plan, Step
 
 #: Ops that use no cuBLAS workspace. Everything else is assumed to, so that a new op errs on the safe side.

@@ -55,7 +55,8 @@ def render(plan: Plan) -> str:
             f'<g><title>{_tooltip(s)}</title><rect x="{x(s.lane)}" y="{y(s.name)}" width="{_COLUMN - 20}"'
             f' height="{_BOX}" rx="5" fill="{fill}" stroke="#6b7280"/>'
             f'<text x="{x(s.lane) + 8}" y="{y(s.name) + 14}">{_label(s.name, 38)}</text>'
-            f'<text x="{x(s.lane) + 8}" y="{y(s.name) + 28}" fill="#4b5563" font-size="10">{_label(s.op, 46)}</text></g>'
+            f'<text x="{x(s.lane) + 8}" y="{y(s.name) + 28}" fill="#4b5563" font-size="10">{_label(s.op, 46)}</text>'
+            "</g>"
         )
     for e in plan.edges:
         rightwards = column[lane_of[e.before]] <= column[lane_of[e.after]]

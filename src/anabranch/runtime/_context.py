@@ -139,8 +139,8 @@ def _is_dense(y: torch.Tensor) -> bool:
 
 def _extent(y: torch.Tensor) -> tuple[int, int]:
     """Byte range of ``y`` in its storage."""
-    start = y.storage_offset() * y.element_size()
+    start = int(y.storage_offset()) * y.element_size()
     if not y.numel():
         return start, start
     last = sum((n - 1) * s for n, s in zip(y.size(), y.stride(), strict=True))
-    return start, start + (last + 1) * y.element_size()
+    return start, start + int(last + 1) * y.element_size()

@@ -82,14 +82,14 @@ def compile(
         )
     args, keywords = _inputs(model, inputs, kwargs)
     device = _device(model, (args, keywords))
-    model = _on_device(model, device)
+    placed = _on_device(model, device)
     args, keywords = _synthesize((args, keywords), device)
     seam = get_device(device.type)
     index = seam.index(device)
     if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
         raise NotCapturable("compile was called inside a CUDA graph capture; compile first, then capture")
     settings = Settings(name, seam, index, backend, cuda_graphs, Flags(device.type))
-    engine = Engine(settings, model, precision, Limits(max_contexts, memory_limit))
+    engine = Engine(settings, placed, precision, Limits(max_contexts, memory_limit))
     engine._primary = engine._specialization(args, keywords)
     if seam.has_streams:
         seam.current_stream(index).synchronize()
@@ -154,19 +154,22 @@ def _device(model: Any, inputs: Any) -> torch.device:
     return devices.pop()
 
 
-def _on_device(model: Any, device: torch.device) -> Any:
+def _on_device(model: Any, device: torch.device) -> torch.nn.Module | ExportedProgram:
+    """A program is moved to the inputs' device; a module is the user's to move."""
     if isinstance(model, ExportedProgram):
         if any(t.device != device for t in (*model.state_dict.values(), *_tensors(model.constants.values()))):
             from torch.export.passes import move_to_device_pass
 
-            return move_to_device_pass(model, device)
+            moved: ExportedProgram = move_to_device_pass(model, device)
+            return moved
         return model
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if t.device != device:
             raise InputError(
                 f"the model's {name!r} is on {t.device}, its inputs are on {device}; call model.to({str(device)!r})"
             )
-    return model
+    module: torch.nn.Module = model
+    return module
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from anabranch.backends import Kernels, get_backend
+from anabranch.backends import get_backend
 from anabranch.devices import Device
 from anabranch.errors import FlagsChanged, NotCapturable
 from anabranch.export import AliasOutput, ComputedOutput, Program, Signature
