@@ -30,7 +30,7 @@ except ImportError as e:  # pragma: no cover - PyTorch's CUDA 13 wheels depend o
 
 #: Errors after which the CUDA context of this process is unusable, and every later call fails too.
 _STICKY = {
-    int(rt.cudaError_t[name])
+    int(getattr(rt.cudaError_t, name))
     for name in (
         "cudaErrorECCUncorrectable",
         "cudaErrorIllegalAddress",
