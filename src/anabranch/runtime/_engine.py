@@ -98,7 +98,7 @@ def compile(
 
 def _inputs(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword inputs, from the ways in which a user may give them."""
-    args: Any = inputs or ()
+    args: Any = () if inputs is None else inputs
     keywords: dict[str, Any] = dict(kwargs or {})
     if isinstance(inputs, torch.Tensor | Input):
         raise InputError(f"inputs is a single {type(inputs).__name__}; expected a list: inputs=[x]")
