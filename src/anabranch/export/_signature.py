@@ -33,6 +33,12 @@ class Input:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         if any(n < 0 for n in self.shape):
             raise InputError(f"Input shape {self.shape} given; sizes must be 0 or more")
+        rank = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(self.memory_format, len(self.shape))
+        if len(self.shape) != rank:
+            raise InputError(
+                f"Input shape {self.shape} given with memory_format={self.memory_format}, which needs {rank} sizes; give"
+                f" {rank} sizes or leave memory_format out"
+            )
 
     def synthesize(self, device: torch.device) -> torch.Tensor:
         """A tensor like this one, with harmless values: see :meth:`TensorSpec.synthesize`."""
