@@ -132,7 +132,9 @@ def leaf_key(x: Any, position: int, device: torch.device) -> tuple[Any, ...]:
         return (x.shape, x.dtype, _canonical_strides(x))
     if isinstance(x, torch.Tensor):
         raise InputError(f"input {position} is a {kind.__name__}; expected a plain torch.Tensor")
-    if x is None or kind in (int, float, bool, str, complex, torch.dtype, torch.device):
+    if kind is float or kind is complex:
+        return (kind, repr(x))  # as values, 0.0 equals -0.0 and nan does not equal itself
+    if x is None or kind in (int, bool, str):
         return (kind, x)
     raise InputError(
         f"input {position} is a {kind.__name__}; expected tensors, numbers, strings, None, or containers of them."
