@@ -125,10 +125,13 @@ def leaf_key(x: Any, position: int, device: torch.device) -> tuple[Any, ...]:
             )
         if x.layout is not torch.strided:
             raise InputError(f"input {position} has layout {x.layout}; expected torch.strided. Pass x.to_dense().")
+        if x.is_conj() or x.is_neg():
+            raise InputError(
+                f"input {position} is a lazy conjugate or negative; expected its values in memory. Pass"
+                " x.resolve_conj().resolve_neg()."
+            )
         if x.is_contiguous():
             return (x.shape, x.dtype)
-        if x.is_conj() or x.is_neg():
-            raise InputError(f"input {position} is a lazy conjugate or negative; pass x.resolve_conj().resolve_neg()")
         return (x.shape, x.dtype, _canonical_strides(x))
     if isinstance(x, torch.Tensor):
         raise InputError(f"input {position} is a {kind.__name__}; expected a plain torch.Tensor")
