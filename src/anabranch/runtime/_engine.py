@@ -319,6 +319,7 @@ class Engine:
         self._closed = True
         with process.build_lock:
             self._specializations.clear()
+            self.__dict__.pop("_primary", None)
             self._model = torch.nn.Module()
 
     def __enter__(self) -> Engine:
@@ -337,6 +338,8 @@ class Engine:
     @property
     def plan(self) -> Plan:
         """The plan for the signature that the engine was compiled for."""
+        if self._closed:
+            self._check_usable()
         return self._primary.plan()
 
     @property
