@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import deque
 
+from anabranch.runtime._build import process
 from anabranch.runtime._context import Context
 
 
@@ -23,6 +24,7 @@ class Limits:
         self._contexts = 0
         self._bytes = 0
         self._forgotten: deque[int] = deque()
+        process.locked.add(self)
 
     def reserve(self, nbytes: int) -> bool:
         """Make room for one more context of about ``nbytes``; False if a limit forbids it."""
