@@ -36,8 +36,8 @@ class Input:
         rank = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(self.memory_format, len(self.shape))
         if len(self.shape) != rank:
             raise InputError(
-                f"Input shape {self.shape} given with memory_format={self.memory_format}, which needs {rank} sizes; give"
-                f" {rank} sizes or leave memory_format out"
+                f"Input shape {self.shape} given with memory_format={self.memory_format}, which needs {rank} sizes;"
+                " give as many, or leave memory_format out"
             )
 
     def synthesize(self, device: torch.device) -> torch.Tensor:
