@@ -145,7 +145,8 @@ def _device(model: Any, inputs: Any) -> torch.device:
     if not given:
         state = model.state_dict if isinstance(model, ExportedProgram) else dict(model.state_dict())
         given = {t.device for t in state.values()} or {torch.device("cpu")}
-    devices = {torch.device(d.type, get_device(d.type).index(d)) if d.type == "cuda" else d for d in given}
+    seams = {d: get_device(d.type) for d in given}
+    devices = {torch.device(d.type, seam.index(d)) if d.type == "cuda" else d for d, seam in seams.items()}
     if len(devices) > 1:
         raise InputError(
             f"inputs on several devices given ({', '.join(sorted(map(str, devices)))}); an engine runs on one"
