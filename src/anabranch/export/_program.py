@@ -145,7 +145,8 @@ def export_program(
 def _export(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExportedProgram:
     try:
         with torch.no_grad():
-            return torch.export.export(module, tuple(args), dict(kwargs), strict=False)
+            # By name, as flatten_call() orders a call's leaves: the graph's inputs follow the order given here.
+            return torch.export.export(module, tuple(args), dict(sorted(kwargs.items())), strict=False)
     except Exception as e:
         text = str(e).strip().splitlines()
         first = next((line for line in text if line.strip()), type(e).__name__)

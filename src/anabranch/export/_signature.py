@@ -33,6 +33,12 @@ class Input:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         if any(n < 0 for n in self.shape):
             raise InputError(f"Input shape {self.shape} given; sizes must be 0 or more")
+        rank = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(self.memory_format, len(self.shape))
+        if len(self.shape) != rank:
+            raise InputError(
+                f"Input shape {self.shape} given with memory_format={self.memory_format}, which needs {rank} sizes;"
+                " give as many, or leave memory_format out"
+            )
 
     def synthesize(self, device: torch.device) -> torch.Tensor:
         """A tensor like this one, with harmless values: see :meth:`TensorSpec.synthesize`."""
@@ -119,14 +125,19 @@ def leaf_key(x: Any, position: int, device: torch.device) -> tuple[Any, ...]:
             )
         if x.layout is not torch.strided:
             raise InputError(f"input {position} has layout {x.layout}; expected torch.strided. Pass x.to_dense().")
+        if x.is_conj() or x.is_neg():
+            raise InputError(
+                f"input {position} is a lazy conjugate or negative; expected its values in memory. Pass"
+                " x.resolve_conj().resolve_neg()."
+            )
         if x.is_contiguous():
             return (x.shape, x.dtype)
-        if x.is_conj() or x.is_neg():
-            raise InputError(f"input {position} is a lazy conjugate or negative; pass x.resolve_conj().resolve_neg()")
         return (x.shape, x.dtype, _canonical_strides(x))
     if isinstance(x, torch.Tensor):
         raise InputError(f"input {position} is a {kind.__name__}; expected a plain torch.Tensor")
-    if x is None or kind in (int, float, bool, str, complex, torch.dtype, torch.device):
+    if kind is float or kind is complex:
+        return (kind, repr(x))  # as values, 0.0 equals -0.0 and nan does not equal itself
+    if x is None or kind in (int, bool, str):
         return (kind, x)
     raise InputError(
         f"input {position} is a {kind.__name__}; expected tensors, numbers, strings, None, or containers of them."

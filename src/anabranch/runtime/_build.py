@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -18,10 +20,14 @@ class _Process:
     def __init__(self) -> None:
         self.generation = 0
         self.build_lock = threading.RLock()
+        #: Whatever else of an engine's has a lock that a CPU engine takes in a forked child.
+        self.locked: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def after_fork(self) -> None:
         self.generation += 1
         self.build_lock = threading.RLock()
+        for owner in list(self.locked):
+            owner._lock = threading.Lock()
 
 
 #: One per process. ``build_lock`` is the outermost lock: compiling and capturing happen one at a time, because

@@ -98,7 +98,7 @@ def compile(
 
 def _inputs(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword inputs, from the ways in which a user may give them."""
-    args: Any = inputs or ()
+    args: Any = () if inputs is None else inputs
     keywords: dict[str, Any] = dict(kwargs or {})
     if isinstance(inputs, torch.Tensor | Input):
         raise InputError(f"inputs is a single {type(inputs).__name__}; expected a list: inputs=[x]")
@@ -146,7 +146,8 @@ def _device(model: Any, inputs: Any) -> torch.device:
     if not given:
         state = model.state_dict if isinstance(model, ExportedProgram) else dict(model.state_dict())
         given = {t.device for t in state.values()} or {torch.device("cpu")}
-    devices = {torch.device(d.type, get_device(d.type).index(d)) if d.type == "cuda" else d for d in given}
+    seams = {d: get_device(d.type) for d in given}
+    devices = {torch.device(d.type, seam.index(d)) if d.type == "cuda" else d for d, seam in seams.items()}
     if len(devices) > 1:
         raise InputError(
             f"inputs on several devices given ({', '.join(sorted(map(str, devices)))}); an engine runs on one"
@@ -327,6 +328,7 @@ class Engine:
         self._closed = True
         with process.build_lock:
             self._specializations.clear()
+            self.__dict__.pop("_primary", None)
             self._model = torch.nn.Module()
 
     def __enter__(self) -> Engine:
@@ -350,6 +352,8 @@ class Engine:
     @property
     def plan(self) -> Plan:
         """The plan for the signature that the engine was compiled for."""
+        if self._closed:
+            self._check_usable()
         return self._primary.plan()
 
     @property

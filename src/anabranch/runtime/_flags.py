@@ -6,7 +6,7 @@ graph's bits. They cannot be set for one call only: other threads would see them
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,13 +58,21 @@ class Flags:
         self._values = tuple(get() for get in self._getters)
 
     def unchanged(self) -> bool:
-        return tuple([get() for get in self._getters]) == self._values
+        now = [get() for get in self._getters]
+        return tuple(now) == self._values or not self._differences(now)
 
     def changes(self) -> str:
         """Each changed flag with its value at compile and now."""
-        now = [get() for get in self._getters]
-        pairs = zip(self._names, self._values, now, strict=True)
-        return "; ".join(f"{name} was {then!r} at compile and is {new!r}" for name, then, new in pairs if then != new)
+        differences = self._differences([get() for get in self._getters])
+        return "; ".join(f"{name} was {then!r} at compile and is {new!r}" for name, then, new in differences)
+
+    def _differences(self, now: Sequence[Any]) -> list[tuple[str, Any, Any]]:
+        # An fp32_precision that nobody has set reads "none" and computes as "ieee", which is what it reads once
+        # torch.set_float32_matmul_precision has been changed and set back.
+        def plain(value: Any) -> Any:
+            return "ieee" if value == "none" else value
+
+        return [x for x in zip(self._names, self._values, now, strict=True) if plain(x[1]) != plain(x[2])]
 
     def __getitem__(self, name: str) -> Any:
         return self._values[self._names.index(name)]

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import deque
 
+from anabranch.runtime._build import process
 from anabranch.runtime._context import Context
 
 
@@ -23,6 +24,7 @@ class Limits:
         self._contexts = 0
         self._bytes = 0
         self._forgotten: deque[int] = deque()
+        process.locked.add(self)
 
     def reserve(self, nbytes: int) -> bool:
         """Make room for one more context of about ``nbytes``; False if a limit forbids it."""
@@ -71,13 +73,13 @@ class _Waiter:
         self.context: Context | None = None
 
 
-class Choice:
-    """What :meth:`ContextPool.acquire` decided: a context, or why there is none."""
+class Reservation:
+    """Room in the limits for one more context of ``nbytes``: whoever holds it builds that context, or cancels."""
 
-    #: No context, and none can be waited for: run direct.
-    DIRECT = "direct"
-    #: No context of this stream is idle and the limits allow one more (room is reserved): build one.
-    BUILD = "build"
+    __slots__ = ("nbytes",)
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
 
 
 class ContextPool:
@@ -98,10 +100,10 @@ class ContextPool:
         #: Bytes of the last context built: what the next will take.
         self.estimate = 0
 
-    def acquire(self, stream: int, may_build: bool) -> Context | str:
-        """An idle context, by preference: last used on ``stream``; never used; a new one (``Choice.BUILD``); the least
-        recently used. When all are in the hands of other threads, waits for the first that comes back.
-        ``Choice.DIRECT`` when there is no context at all and none may be built.
+    def acquire(self, stream: int, may_build: bool) -> Context | Reservation | None:
+        """An idle context, by preference: last used on ``stream``; never used; a new one (room for it is reserved); the
+        least recently used. When all are in the hands of other threads, waits for the first that comes back. None
+        (run direct) when there is no context at all and none may be built.
         """
         with self._lock:
             idle = self._idle
@@ -111,12 +113,14 @@ class ContextPool:
             for i, context in enumerate(idle):
                 if context.used_on is None:
                     return idle.pop(i)
-            if may_build and self._limits.reserve(self.estimate):
-                return Choice.BUILD
+            # Read once: another thread's build changes it.
+            estimate = self.estimate
+            if may_build and self._limits.reserve(estimate):
+                return Reservation(estimate)
             if idle:
                 return idle.pop(0)
             if not self._alive:
-                return Choice.DIRECT
+                return None
             waiter = _Waiter()
             self._waiters.append(waiter)
         try:
@@ -125,8 +129,8 @@ class ContextPool:
                 with self._lock:
                     if not self._alive and waiter in self._waiters:
                         self._waiters.remove(waiter)
-                        return Choice.DIRECT
-            return waiter.context or Choice.DIRECT
+                        return None
+            return waiter.context
         except BaseException:
             with self._lock:
                 if waiter in self._waiters:

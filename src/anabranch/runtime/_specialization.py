@@ -21,7 +21,7 @@ from anabranch.plan._build import build_plan, uses_workspace
 from anabranch.runtime._build import neutral, process
 from anabranch.runtime._context import Context
 from anabranch.runtime._flags import Flags, sensitive
-from anabranch.runtime._pool import Choice, ContextPool, Limits
+from anabranch.runtime._pool import ContextPool, Limits, Reservation
 from anabranch.runtime._stats import Counters
 
 _Finish = Callable[[Sequence[Any], Sequence[torch.Tensor]], Any]
@@ -189,13 +189,12 @@ class Specialization:
         self._pool.add(context)
         return context
 
-    def _build_context(self) -> Context | None:
+    def _build_context(self, reserved: int) -> Context | None:
         """One more context, while another thread's build does not have to be waited for."""
         if not process.build_lock.acquire(blocking=False):
-            self._limits.cancel(self._pool.estimate)
+            self._limits.cancel(reserved)
             return None
         try:
-            reserved = self._pool.estimate
             with neutral(self._device, self._index), self._device.building():
                 return self._build_reserved(reserved)
         except torch.OutOfMemoryError:
@@ -271,13 +270,11 @@ class Specialization:
         # A context captured now would have today's flags baked in, not the engine's.
         may_build = not self._sensitive or self.settings.flags.unchanged()
         choice = self._pool.acquire(stream.stream_id, may_build)
-        if choice is Choice.BUILD:
-            return self._build_context()
-        if isinstance(choice, Context):
-            if choice.used_on is not None and choice.used_on != stream.stream_id:
-                self._counters.add("waits")
-            return choice
-        return None
+        if isinstance(choice, Reservation):
+            return self._build_context(choice.nbytes)
+        if choice is not None and choice.used_on is not None and choice.used_on != stream.stream_id:
+            self._counters.add("waits")
+        return choice
 
     def _run_graph(self, context: Context, inputs: Sequence[torch.Tensor], stream: Any) -> list[torch.Tensor]:
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, fields
 
+from anabranch.runtime._build import process
+
 
 @dataclass
 class Stats:
@@ -31,6 +33,7 @@ class Counters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stats = Stats()
+        process.locked.add(self)
 
     def add(self, *names: str) -> None:
         with self._lock:
