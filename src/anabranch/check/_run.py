@@ -285,7 +285,7 @@ class _Bench:
         if path == "main":
             return [self.device.current_stream(self.index)] * n
         if path == "fresh":
-            return [torch.Stream(self.torch_device) for _ in range(n)]
+            return [torch.get_device_module(self.torch_device).Stream(device=self.index) for _ in range(n)]
         return [self.streams[i % len(self.streams)] for i in range(n)]
 
     def _spread(self, path: str, n: int, one: Callable[[int], None]) -> None:

@@ -164,6 +164,7 @@ class CudaDevice:
         self._graveyard = Graveyard(self._query)
         self._captured_by_callers = _CallerCaptures(self.release_lane)
         self._lost: str | None = None
+        self._leaked: list[Any] = []
         self._nvtx = os.environ.get("ANABRANCH_NVTX", "") not in ("", "0")
         self._graveyard.also = self._captured_by_callers.reap
         os.register_at_fork(after_in_child=self._after_fork)
@@ -171,7 +172,7 @@ class CudaDevice:
     def _after_fork(self) -> None:
         # The child cannot use the parent's CUDA context. Nothing of it may be destroyed there, so it is leaked.
         self._lost = "this process was forked from one that used CUDA"
-        for obj in (self._graveyard, self._captured_by_callers, self._free_lanes, self._free_memory):
+        for obj in (self._graveyard, self._captured_by_callers, self._free_lanes, self._free_memory, self._leaked):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(obj))
         self._graveyard.close()
 
@@ -276,7 +277,11 @@ class CudaDevice:
         # A stream that a caller used may be gone by now, so no tensor is recorded on it. One stream of ours waits for
         # all last uses, and the tensors are recorded on that one: their blocks come back after every last use.
         cuda = [t for t in tensors if t.is_cuda]
-        if self._lost or not events or not cuda:
+        if self._lost:
+            # In a forked child, or on a broken device, even destroying an event can abort the process.
+            self._leaked.append((events, tensors))
+            return
+        if not events or not cuda:
             return
         reaper = self._reapers[cuda[0].device.index]
         for event in events:

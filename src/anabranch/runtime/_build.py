@@ -1,9 +1,11 @@
-"""The build lock and the state in which things are built."""
+"""What is one per process: the build lock, the gate to numerics flags, and how calls meet the process' end."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,28 +14,60 @@ from typing import Any
 import torch
 
 from anabranch.devices import Device
+from anabranch.runtime._gate import Gate
 
 
 class _Process:
-    """What a fork changes: locks that another thread of the parent may have held, and who we are."""
+    """Lock order: ``build_lock``, then ``gate``, then a pool's, then ``Limits``'.
+
+    ``build_lock``: compiling and capturing happen one at a time, because Inductor's autotuning and a library's first
+    use are not meant for two threads. ``gate``: see :class:`Gate`. A fork makes both anew in the child, where another
+    thread of the parent may have held them.
+    """
 
     def __init__(self) -> None:
         self.generation = 0
         self.build_lock = threading.RLock()
+        self.gate = Gate()
+        self._inside: set[int] = set()
+        self._exiting = False
         #: Whatever else of an engine's has a lock that a CPU engine takes in a forked child.
         self.locked: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def after_fork(self) -> None:
         self.generation += 1
         self.build_lock = threading.RLock()
+        self.gate = Gate()
+        self._inside = set()
         for owner in list(self.locked):
             owner._lock = threading.Lock()
 
+    def enter(self) -> None:
+        """A call begins. At interpreter exit a daemon thread stops here, for good.
 
-#: One per process. ``build_lock`` is the outermost lock: compiling and capturing happen one at a time, because
-#: Inductor's autotuning and a library's first use are not meant for two threads. No pool lock is held when it is taken.
+        The interpreter ends daemon threads by unwinding them wherever they next want the GIL; inside PyTorch's C++
+        code that aborts the process. So the exit waits for calls under way, and no new one starts.
+        """
+        thread = threading.get_ident()
+        self._inside.add(thread)  # before the look at _exiting: either we see it, or at_exit() sees us
+        if self._exiting and threading.current_thread() is not threading.main_thread():
+            self._inside.discard(thread)
+            threading.Event().wait()
+
+    def leave(self) -> None:
+        """The call that this thread entered has ended."""
+        self._inside.discard(threading.get_ident())
+
+    def at_exit(self) -> None:
+        self._exiting = True
+        end = time.monotonic() + 10.0  # a call that hangs must not keep the process alive
+        while self._inside - {threading.get_ident()} and time.monotonic() < end:
+            time.sleep(0.001)
+
+
 process = _Process()
 os.register_at_fork(after_in_child=process.after_fork)
+atexit.register(process.at_exit)
 
 
 @contextmanager

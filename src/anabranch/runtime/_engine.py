@@ -219,17 +219,21 @@ class Engine:
         :class:`~anabranch.errors.FlagsChanged`, :class:`~anabranch.errors.NotCapturable`; and
         :class:`~anabranch.errors.DeviceLost` after a CUDA error that lasts.
         """
-        if self._closed or self._generation != process.generation or self._device.lost():
-            self._check_usable()
-        leaves, key = self._key(args, kwargs)
-        specialization = self._specializations.get(key)
-        if specialization is None:
-            specialization = self._specialization(args, kwargs)
-        if is_neutral(self._device, self._index):
-            with self._device.range(self._settings.name):
+        process.enter()
+        try:
+            if self._closed or self._generation != process.generation or self._device.lost():
+                self._check_usable()
+            leaves, key = self._key(args, kwargs)
+            specialization = self._specializations.get(key)
+            if specialization is None:
+                specialization = self._specialization(args, kwargs)
+            if is_neutral(self._device, self._index):
+                with self._device.range(self._settings.name):
+                    return specialization(leaves)
+            with neutral(self._device, self._index), self._device.range(self._settings.name):
                 return specialization(leaves)
-        with neutral(self._device, self._index), self._device.range(self._settings.name):
-            return specialization(leaves)
+        finally:
+            process.leave()
 
     def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Any], Any]:
         """Leaves of a call, validated, and the key of its specialization."""
@@ -263,7 +267,8 @@ class Engine:
             signature = Signature.of(leaves, structure)
             try:
                 with neutral(device, index):
-                    program = export_program(self._model, args, kwargs, self._precision)
+                    with process.gate.exclusive():
+                        program = export_program(self._model, args, kwargs, self._precision)
                     made = Specialization(self._settings, program, signature, self._limits, self._counters)
             except InputError as e:
                 if self._specializations:

@@ -170,5 +170,9 @@ class ContextPool:
             self._alive.discard(context)
         return idle
 
+    def events(self) -> set[int]:
+        """Identities of the events of the contexts that are alive."""
+        return {id(context.done) for context in list(self._alive)}
+
     def __len__(self) -> int:
         return len(self._alive)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import statistics
 import time
 import weakref
@@ -14,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from anabranch.backends import get_backend
 from anabranch.devices import Device
-from anabranch.errors import FlagsChanged, NotCapturable
+from anabranch.errors import FlagsChanged, InputError, NotCapturable
 from anabranch.export import AliasOutput, ComputedOutput, Program, Signature
 from anabranch.plan import Plan
 from anabranch.plan._build import build_plan, uses_workspace
@@ -23,6 +25,8 @@ from anabranch.runtime._context import Context
 from anabranch.runtime._flags import Flags, sensitive
 from anabranch.runtime._pool import ContextPool, Limits, Reservation
 from anabranch.runtime._stats import Counters
+
+_log = logging.getLogger("anabranch")
 
 _Finish = Callable[[Sequence[Any], Sequence[torch.Tensor]], Any]
 
@@ -79,10 +83,15 @@ class Specialization:
         self._sensitive = sensitive(program.module.graph)
         self._workspaces = device.has_streams and uses_workspace(program)
         self._pool = ContextPool(limits)
-        # One event a stream: its last direct use of the weights. Grows with the number of stream handles that ever
-        # called, which the driver re-uses. Two threads on one stream may record in either order: both records come
-        # after both threads' work, or after the other record.
-        self._last_uses: dict[int, Any] = {}
+        # The weights' last uses, for the day when they are freed. By stream: the last direct call's event; grows with
+        # the number of stream handles that ever called, which the driver re-uses. Two threads on one stream may record
+        # in either order: both records come after both threads' work, or after the other record. And by context (as
+        # a string): its `done`.
+        self._last_uses: dict[int | str, Any] = {}
+        #: Whether calls may build contexts; not after a build failed.
+        self._may_grow = True
+        #: On the CPU, where nothing is run at compile: whether a first call went well.
+        self._proven = False
         #: Figures of the build for explain(): microseconds a call.
         self.measured: dict[str, float] = {}
 
@@ -91,6 +100,8 @@ class Specialization:
         if device.has_streams:
             device.prepare_retire(self._index)
         self.uses_graphs, self.reason = self._build()
+        # Attached to this object, not to the engine: a call under way keeps it alive, and what that call queues is
+        # covered by an event recorded before it lets go.
         weakref.finalize(self, _retire, device, list(program.weights), self._last_uses).atexit = False
         counters.add("specializations")
 
@@ -117,8 +128,7 @@ class Specialization:
                 if not self.program.data_dependent and not self.program.is_empty:
                     if self._workspaces:
                         lane.load_workspaces()
-                    for _ in range(2):  # loads kernels and tunes them, which no call and no capture may have to do
-                        self._kernels(examples)
+                    self._warm_up(examples)
             lane.stream.synchronize()
             drained = True
             reason = self._why_not_captured()
@@ -145,6 +155,24 @@ class Specialization:
             examples = []
             device.release_lane(lane)
             device.release_memory(scratch)
+
+    def _warm_up(self, examples: Sequence[torch.Tensor]) -> None:
+        """Load and tune kernels, which no call and no capture may have to do."""
+        try:
+            for _ in range(2):
+                self._kernels(examples)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as e:
+            self._device.check_error(e)
+            raise self._rejected(e) from e
+
+    def _rejected(self, error: Exception) -> InputError:
+        # Fake tensors let some inputs pass that the operators themselves refuse: two dtypes in one product, say.
+        return InputError(
+            f"the model does not accept these inputs ({self.signature}): {type(error).__name__}:"
+            f" {str(error).splitlines()[0]}. Expected inputs that model(*inputs) runs on; try that first."
+        )
 
     def _why_not_captured(self) -> str:
         if self.program.is_empty:
@@ -184,6 +212,8 @@ class Specialization:
             raise
         nbytes = context.nbytes
         self._counters.add("captures")
+        self._prune_last_uses()
+        self._last_uses[f"context {next(_serial)}"] = context.done
         if not self._limits.confirm(reserved, nbytes):
             return None  # its finalizer gives the reservation back
         self._pool.add(context)
@@ -196,16 +226,32 @@ class Specialization:
             return None
         try:
             with neutral(self._device, self._index), self._device.building():
-                return self._build_reserved(reserved)
-        except torch.OutOfMemoryError:
-            return None  # the call can do without; the device is full, so nobody need try again soon
+                context = self._build_reserved(reserved)
+            if context is not None and self._sensitive and not self.settings.flags.unchanged():
+                self._pool.discard(context)  # captured under somebody's temporary flags
+                return None
+            return context
+        except Exception as e:
+            # The call can do without: it runs direct. So do later ones, until trim() or warm() ask for contexts again.
+            self._device.check_error(e)
+            self._may_grow = False
+            _log.warning("%s: no further context was built: %s: %s", self.settings.name, type(e).__name__, e)
+            return None
         finally:
             process.build_lock.release()
+
+    def _prune_last_uses(self) -> None:
+        """Forget the events of contexts that are gone and done."""
+        alive = self._pool.events()
+        for key, event in list(self._last_uses.items()):
+            if isinstance(key, str) and id(event) not in alive and event.query():
+                self._last_uses.pop(key, None)
 
     def warm(self, contexts: int) -> int:
         """Build until there are ``contexts`` of them or a limit is reached; returns how many there are."""
         if not self.uses_graphs:
             return 0
+        self._may_grow = True
         with process.build_lock, neutral(self._device, self._index), self._device.building():
             while len(self._pool) < contexts and self._limits.reserve(self._pool.estimate):
                 context = self._build_reserved(self._pool.estimate)
@@ -216,6 +262,7 @@ class Specialization:
 
     def trim(self) -> None:
         """Give up the contexts that are idle; calls in flight keep theirs, and later calls build new ones."""
+        self._may_grow = True
         self._pool.drain()
 
     def _measure(self, context: Context, examples: Sequence[torch.Tensor], stream: Any) -> tuple[float, float]:
@@ -246,9 +293,7 @@ class Specialization:
         inputs = [x for x in leaves if isinstance(x, torch.Tensor)]
         stream = device.current_stream(self._index)
         if not device.has_streams:
-            self._check_flags()
-            self._counters.add("calls", "direct_calls")
-            return self._finish(inputs, self._kernels(self._canonical(inputs)))
+            return self._finish(inputs, self._run_on_cpu(inputs))
         try:
             if device.is_capturing(stream):
                 results = self._run_in_capture(inputs, stream)
@@ -268,7 +313,7 @@ class Specialization:
 
     def _acquire(self, stream: Any) -> Context | None:
         # A context captured now would have today's flags baked in, not the engine's.
-        may_build = not self._sensitive or self.settings.flags.unchanged()
+        may_build = self._may_grow and (not self._sensitive or self.settings.flags.unchanged())
         choice = self._pool.acquire(stream.stream_id, may_build)
         if isinstance(choice, Reservation):
             return self._build_context(choice.nbytes)
@@ -311,13 +356,39 @@ class Specialization:
         context.used_on = stream.stream_id
         return results
 
+    def _run_on_cpu(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        try:
+            results = self._run_kernels(inputs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as e:
+            if self._proven:
+                raise
+            raise self._rejected(e) from e
+        self._proven = True
+        self._counters.add("calls", "direct_calls")
+        return results
+
+    def _run_kernels(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Queue the kernels on the current stream, under the flags that the engine was compiled with.
+
+        Our own exports are kept out by the gate. Strangers' are not (``torch.export`` in another thread): so the flags
+        are looked at before and after, and a run in which they changed is thrown away.
+        """
+        if not self._sensitive:
+            return self._kernels(self._canonical(inputs))
+        with process.gate.shared():
+            for _ in range(3):
+                self._check_flags()
+                results = self._kernels(self._canonical(inputs))
+                if self.settings.flags.unchanged():
+                    return results
+        raise FlagsChanged("numerics flags kept changing during a call: another thread sets them back and forth")
+
     def _run_direct(self, inputs: Sequence[torch.Tensor], stream: Any) -> Sequence[torch.Tensor]:
-        self._check_flags()
         event = self._last_uses.get(stream.stream_id)
         if event is None:
             event = self._last_uses.setdefault(stream.stream_id, self._device.event())
         try:
-            return self._kernels(self._canonical(inputs))
+            return self._run_kernels(inputs)
         finally:
             event.record(stream)
 
@@ -330,9 +401,10 @@ class Specialization:
                 f"this call is inside a CUDA graph capture, and the model is {self.program.direct_only}, which needs"
                 " the host to look at results. Call the engine outside the capture."
             )
-        self._check_flags()
         if self.program.is_empty:
             return []
+        if self._sensitive:
+            self._check_flags()  # before anything enters the capture
         with device.building():
             lane = device.join_capture(stream, self._index, keep=self)
             if self._workspaces:
@@ -342,7 +414,7 @@ class Specialization:
         lane.stream.wait_event(fork)
         try:
             with device.on_stream(lane.stream):
-                return self._kernels(self._canonical(inputs))
+                return self._run_kernels(inputs)
         finally:
             # Also after an error: a lane left forked would invalidate the caller's capture as a whole.
             join.record(lane.stream)
@@ -403,7 +475,11 @@ class Specialization:
         return lines
 
 
-def _retire(device: Device, weights: list[torch.Tensor], last_uses: dict[int, Any]) -> None:
+#: Names contexts in ``_last_uses``.
+_serial = itertools.count()
+
+
+def _retire(device: Device, weights: list[torch.Tensor], last_uses: dict[int | str, Any]) -> None:
     device.retire(list(last_uses.values()), weights)
 
 
