@@ -44,6 +44,8 @@ class Options:
     max_contexts: int = 16
     cuda_graphs: bool | None = None
     paths: tuple[str, ...] = ()
+    #: Compare each serial result (1), or each n-th of a round, with float32 eager.
+    reference_every: int = 1
 
 
 @dataclass
@@ -111,7 +113,7 @@ def run_check(
     with float32_exactly(), torch.no_grad():
         with concurrent.futures.ThreadPoolExecutor(options.threads, "anabranch-check") as workers:
             for case in cases:
-                bench = _Bench(subject, case, options, workers)
+                bench = Bench(subject, case, options, workers)
                 for path in paths:
                     row = bench.run(path, lambda n: progress(None, n))
                     rows.append(row)
@@ -120,8 +122,11 @@ def run_check(
     return rows
 
 
-class _Bench:
-    """One case, set up: the engine, float32 eager, the streams."""
+class Bench:
+    """One case, set up: the engine, float32 eager, the streams.
+
+    ``options.streams`` and ``options.threads`` are what is there; :meth:`run` may use fewer of them.
+    """
 
     def __init__(
         self, subject: Subject, case: Case, options: Options, workers: concurrent.futures.ThreadPoolExecutor
@@ -157,7 +162,12 @@ class _Bench:
 
     # -- rounds -------------------------------------------------------------------------------------------------
 
-    def run(self, path: str, progress: Callable[[int], None]) -> Row:
+    def run(
+        self, path: str, progress: Callable[[int], None], streams: int | None = None, threads: int | None = None
+    ) -> Row:
+        """Check along ``path`` with the first ``streams`` streams and ``threads`` threads (default: all)."""
+        self.streams = self._all_streams[:streams]
+        self.threads = self.options.threads if threads is None else threads
         row = Row(path, self.case.dtype_name, self.case.shape_name, tolerance=tolerance(self.case.dtype))
         plan = self.engine.plan
         row.mode = f"{plan.backend}, {'captured' if plan.captured else 'direct'}"
@@ -179,9 +189,9 @@ class _Bench:
         launches = 24 + 2 * (3 if plan.captured else sum(s.kind != "view" for s in plan.steps) + 40)
         per_stream = max(1, min(4, 700 // launches))
         streams = {"main": 1, "fresh": 16, "rotate": len(self.streams), "threads": len(self.streams)}[path]
-        wanted = per_stream * max(streams, 1) if self.device.has_streams else 4 * self.options.threads
+        wanted = per_stream * max(streams, 1) if self.device.has_streams else 4 * self.threads
         by_memory = _ROUND_BYTES // max(1, 8 * self.case.nbytes)
-        return max(min(wanted, by_memory), streams if self.device.has_streams else self.options.threads, 1)
+        return max(min(wanted, by_memory), streams if self.device.has_streams else self.threads, 1)
 
     def _source(self) -> torch.Tensor:
         """A new input: values of order 1 and of both signs, none of them zero."""
@@ -200,9 +210,10 @@ class _Bench:
             result = _tensors(self.engine(self._input(source)))
             if self.device.has_streams:
                 self.device.current_stream(self.index).synchronize()
-            expected = _tensors(self.reference(source.float()))
-            for y, e in zip(result, expected, strict=True):
-                row.max_error = max(row.max_error, _error(y, e))
+            if len(sources) % self.options.reference_every == 0:
+                expected = _tensors(self.reference(source.float()))
+                for y, e in zip(result, expected, strict=True):
+                    row.max_error = max(row.max_error, _error(y, e))
             sources.append(source)
             references.append(result)
         return sources, references
@@ -254,7 +265,7 @@ class _Bench:
         """The same without streams: threads are held at a barrier, so that their calls start together."""
         sources, references = self._serial(row, n)
         inputs = [self._input(s) for s in sources]
-        threads = 1 if path == "main" else self.options.threads
+        threads = 1 if path == "main" else self.threads
         lock = threading.Lock()
         inside = [0]
 
@@ -295,7 +306,7 @@ class _Bench:
                 one(i)
             return
 
-        workers = min(self.options.threads, n)
+        workers = min(self.threads, n)
 
         def work(worker: int) -> None:
             # Modes are thread-local, like the current stream.
@@ -316,7 +327,7 @@ class _Bench:
 
     def _time(self, path: str) -> float:
         """Microseconds a call along ``path`` when nothing is held or verified: wall time over calls."""
-        n = max(self.options.threads, min(self.options.calls, 200))
+        n = max(self.threads, min(self.options.calls, 200))
         streams = self._assign(path, n) if self.device.has_streams else [None] * n
         x = self._input(self._source())
 
@@ -330,7 +341,7 @@ class _Bench:
 
         if self.device.has_streams:
             self.device.current_stream(self.index).synchronize()
-        self._spread(path, min(n, 2 * self.options.threads), one)
+        self._spread(path, min(n, 2 * self.threads), one)
         synchronize()
         start = time.perf_counter()
         self._spread(path, n, one)

@@ -1,0 +1,76 @@
+"""The correctness matrix on a GPU: models x dtypes x streams x threads, every output compared bit for bit.
+
+    python benchmarks/matrix.py --json benchmarks/results/matrix_h200.json
+
+One process a model, side by side, so the times in the rows are not for quoting.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import torch
+
+from anabranch.check import Bench, Case, Options, Row, find_subject, float32_exactly, to_json, write_json
+
+MODELS = {"relu": (1, 3, 5), "relu-4k": (1, 3, 2160, 3840), "upscaler": (1, 3, 270, 480), "branches": (1, 3, 64, 64)}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STREAMS = (1, 8, 40)
+THREADS = (1, 8)
+
+
+def check_model(name: str, calls: int) -> list[dict[str, object]]:
+    rows = []
+    for cuda_graphs in (True, False):
+        for dtype in DTYPES:
+            options = Options("cuda", max(STREAMS), max(THREADS), calls, cuda_graphs=cuda_graphs, reference_every=4)
+            with concurrent.futures.ThreadPoolExecutor(options.threads) as workers:
+                bench = Bench(find_subject(name.removesuffix("-4k")), Case(dtype, MODELS[name]), options, workers)
+                for streams in STREAMS:
+                    for threads in THREADS:
+                        row: Row = bench.run("threads" if threads > 1 else "rotate", lambda n: None, streams, threads)
+                        rows.append({"model": name, "streams": streams, "threads": threads, **row.as_dict()})
+                        print(name, streams, threads, row, file=sys.stderr, flush=True)
+                bench.close()
+    return rows
+
+
+@click.command()
+@click.option("--calls", default=500, show_default=True, help="A row; a tenth of it at 4K.")
+@click.option("--json", "target", type=click.Path(path_type=Path), required=True)
+@click.option("--only", type=click.Choice(list(MODELS)), help="This model only, in this process.")
+def main(calls: int, target: Path, only: str | None) -> None:
+    if only:
+        with float32_exactly(), torch.no_grad():
+            rows = check_model(only, calls // 10 if only.endswith("-4k") else calls)
+        target.write_text(json.dumps(rows))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {}
+        for name in MODELS:
+            file = Path(folder) / f"{name}.json"
+            command = [sys.executable, __file__, "--only", name, "--calls", str(calls), "--json", str(file)]
+            runs[file] = subprocess.Popen(command)
+        rows = []
+        for file, run in runs.items():
+            if run.wait():
+                raise SystemExit(f"{file.stem}: exit status {run.returncode}")
+            rows += json.loads(file.read_text())
+    content = to_json([], "cuda", calls=sum(r["calls"] for r in rows), wrong=sum(r["wrong"] for r in rows))
+    content |= {"all_zero": sum(r["all_zero"] for r in rows), "non_finite": sum(r["non_finite"] for r in rows)}
+    content |= {"rows": rows}
+    content["environment"]["command"] = f"python {' '.join(sys.argv)}"
+    write_json(target, content)
+    bad = [r for r in rows if not r["ok"]]
+    print(f"{len(rows)} rows, {content['calls']} calls, {content['wrong']} wrong, {len(bad)} rows not right")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
