@@ -152,9 +152,9 @@ class Bench:
             cuda_graphs=options.cuda_graphs,
         )
         self.call: Callable[..., Any] = StaleStream(self.engine) if options.inject else self.engine
-        self.streams = (
-            [self.device.stream(self.index) for _ in range(options.streams)] if self.device.has_streams else []
-        )
+        count = options.streams if self.device.has_streams else 0
+        self._all_streams = [self.device.stream(self.index) for _ in range(count)]
+        self.streams, self.threads = self._all_streams, options.threads
         self.engine.warm(contexts=min(options.max_contexts, options.streams))
 
     def close(self) -> None:
@@ -204,7 +204,8 @@ class Bench:
 
     def _serial(self, row: Row, n: int) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
         """Inputs, and the engine's own results when nothing else runs; these are compared with float32 eager."""
-        sources, references = [], []
+        sources: list[torch.Tensor] = []
+        references: list[list[torch.Tensor]] = []
         for _ in range(n):
             source = self._source()
             result = _tensors(self.engine(self._input(source)))
