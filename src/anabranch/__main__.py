@@ -1,0 +1,5 @@
+"""``python -m anabranch``: the command, where it is not installed."""
+
+from anabranch.cli import main
+
+main()
