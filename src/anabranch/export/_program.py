@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, _trace
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
@@ -135,7 +136,7 @@ def export_program(
         module = copy.deepcopy(module).to(precision)
         originals = {}
     exported = _export(_Forward(module, precision, dtypes), args, kwargs)
-    with torch.no_grad():
+    with torch.no_grad(), _keep_backends_enabled():
         exported = exported.run_decompositions({})
     return _flatten(exported, {f"model.{name}": t for name, t in originals.items()})
 
@@ -144,7 +145,8 @@ def _export(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     try:
         with torch.no_grad():
             # By name, as flatten_call() orders a call's leaves: the graph's inputs follow the order given here.
-            return torch.export.export(module, tuple(args), dict(sorted(kwargs.items())), strict=False)
+            with _keep_backends_enabled():
+                return torch.export.export(module, tuple(args), dict(sorted(kwargs.items())), strict=False)
     except Exception as e:
         text = str(e).strip().splitlines()
         first = next((line for line in text if line.strip()), type(e).__name__)
@@ -157,6 +159,24 @@ def _export(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
             f"the model does not accept these inputs ({_describe(args, kwargs)}): {type(e).__name__}: {first}. Expected"
             " inputs that model(*inputs) runs on; try that first."
         ) from e
+
+
+@contextmanager
+def _keep_backends_enabled() -> Iterator[None]:
+    """Stop torch.export from turning cuDNN, oneDNN and NNPACK off, for all threads, while it traces.
+
+    Calls of other threads would see the flags changed, or pick other algorithms. It does so to keep composite operators
+    from being taken apart for one library; nothing is taken apart here. Called with the build lock held.
+    """
+    original = getattr(_trace, "_ignore_backend_decomps", None)
+    _trace._ignore_backend_decomps = nullcontext
+    try:
+        yield
+    finally:
+        if original is None:
+            del _trace._ignore_backend_decomps
+        else:
+            _trace._ignore_backend_decomps = original
 
 
 def _describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
