@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from anabranch.backends import Kernels, get_backend
 from anabranch.devices import Device
-from anabranch.errors import FlagsChanged, NotCapturable
+from anabranch.errors import FlagsChanged, InputError, NotCapturable
 from anabranch.export import AliasOutput, ComputedOutput, Program, Signature
 from anabranch.plan import Plan
 from anabranch.plan._build import build_plan, uses_workspace
@@ -102,6 +102,8 @@ class Specialization:
             if not device.has_streams:
                 examples = [s.synthesize(settings.torch_device) for s in self._specs]
                 self._kernels = get_backend(self.backend).lower(self.program, examples)
+                if not self.program.direct_only and not self.program.is_empty:
+                    self._first_run(examples)
                 return False, "the CPU has no streams to order and no graphs to capture"
             with device.building():
                 return self._build_on_lane()
@@ -118,7 +120,7 @@ class Specialization:
                     if self._workspaces:
                         lane.load_workspaces()
                     for _ in range(2):  # loads kernels and tunes them, which no call and no capture may have to do
-                        self._kernels(examples)
+                        self._first_run(examples)
             lane.stream.synchronize()
             drained = True
             reason = self._why_not_captured()
@@ -145,6 +147,21 @@ class Specialization:
             examples = []
             device.release_lane(lane)
             device.release_memory(scratch)
+
+    def _first_run(self, examples: Sequence[torch.Tensor]) -> None:
+        """Run on made-up values. Export checks shapes; that an operator takes these dtypes shows here only."""
+        try:
+            self._kernels(examples)
+        except torch.linalg.LinAlgError:
+            pass  # the values were at fault (not positive definite, say); the caller's own may do
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as e:
+            self._device.check_error(e)
+            raise InputError(
+                f"the model does not run on inputs like these ({self.signature}): {type(e).__name__}:"
+                f" {(str(e).splitlines() or [''])[0]}. Expected inputs that model(*inputs) runs on; try that first."
+            ) from e
 
     def _why_not_captured(self) -> str:
         if self.program.is_empty:
