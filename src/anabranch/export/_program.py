@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import ExportedProgram, _trace
+from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
@@ -168,6 +168,8 @@ def _keep_backends_enabled() -> Iterator[None]:
     Calls of other threads would see the flags changed, or pick other algorithms. It does so to keep composite operators
     from being taken apart for one library; nothing is taken apart here. Called with the build lock held.
     """
+    from torch.export import _trace  # loads half of the compiler: not at import
+
     original = getattr(_trace, "_ignore_backend_decomps", None)
     _trace._ignore_backend_decomps = nullcontext
     try:
