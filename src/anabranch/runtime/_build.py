@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -20,6 +24,10 @@ class _Process:
     def __init__(self) -> None:
         self.generation = 0
         self.build_lock = threading.RLock()
+        #: The thread that ends the interpreter, once it does.
+        self.exiting_on: int | None = None
+        #: Code of the methods in which a user's thread may run kernels.
+        self.calls: set[CodeType] = set()
         #: Whatever else of an engine's has a lock that a CPU engine takes in a forked child.
         self.locked: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -29,11 +37,38 @@ class _Process:
         for owner in list(self.locked):
             owner._lock = threading.Lock()
 
+    def at_exit(self) -> None:
+        """Let no thread be inside PyTorch when the interpreter goes: CPython ends a daemon thread where it next takes
+        the GIL, and from inside C++ that is std::terminate. Calls under way finish; later ones are parked.
+        """
+        self.exiting_on = threading.get_ident()
+        self.generation += 1  # every engine's next call takes the slow way, and finds exiting_on there
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and any(
+            _is_calling(frame) for ident, frame in sys._current_frames().items() if ident != self.exiting_on
+        ):
+            time.sleep(0.001)
+
+    def park_if_exiting(self) -> None:
+        """At interpreter exit, hold the calling thread for good, unless it is the one that exits."""
+        if self.exiting_on not in (None, threading.get_ident()):
+            threading.Event().wait()
+
+
+def _is_calling(frame: FrameType | None) -> bool:
+    """Whether a thread with this innermost frame is in an engine's call (and not parked)."""
+    while frame is not None and frame.f_code is not _Process.park_if_exiting.__code__:
+        if frame.f_code in process.calls:
+            return True
+        frame = frame.f_back
+    return False
+
 
 #: One per process. ``build_lock`` is the outermost lock: compiling and capturing happen one at a time, because
 #: Inductor's autotuning and a library's first use are not meant for two threads. No pool lock is held when it is taken.
 process = _Process()
 os.register_at_fork(after_in_child=process.after_fork)
+atexit.register(process.at_exit)
 
 
 @contextmanager

@@ -275,7 +275,8 @@ class Engine:
     def _check_usable(self) -> None:
         if self._closed:
             raise EngineClosed(f"{self!r} was closed; compile a new one")
-        if self._generation != process.generation:
+        process.park_if_exiting()
+        if self._generation != process.generation and process.exiting_on is None:
             if self._device.has_streams:
                 raise EngineClosed(
                     f"{self!r} belongs to the parent of this forked process, whose device memory is not to be had here."
@@ -369,3 +370,6 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"<anabranch engine {self._settings.name} on {self._torch_device}, {self._settings.backend}, python>"
+
+
+process.calls |= {Engine.__call__.__code__, Engine.warm.__code__}
