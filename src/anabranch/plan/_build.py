@@ -12,8 +12,11 @@ from torch import fx
 from anabranch.export import Program, TensorSpec, source_of
 from anabranch.plan._plan import Access, Buffer, Plan, Step
 
-#: Ops that use no cuBLAS workspace. Everything else is assumed to, so that a new op errs on the safe side.
-_NO_BLAS = ("conv", "pool", "batch_norm", "cat", "upsample", "pixel_shuffle", "getitem", "softmax", "layer_norm")
+#: ATen ops that use no cuBLAS workspace. Everything else is assumed to, so that a new op errs on the safe side.
+_NO_BLAS = (
+    *("conv", "pool", "cat", "upsample", "pixel_shuffle", "::pad", "softmax", "prelu", "hardswish"),
+    *("batch_norm", "layer_norm", "group_norm", "instance_norm"),
+)
 
 
 def uses_workspace(program: Program) -> bool:
@@ -27,6 +30,9 @@ def _uses_workspace(node: fx.Node) -> bool:
         return target is not operator.getitem
     if torch.Tag.pointwise in target.tags or _aliases(node) or torch.Tag.reduction in target.tags:
         return False
+    # A user's own op may be called anything; and conv_tbc is one matrix product after another.
+    if target.namespace != "aten" or "conv_tbc" in target.name():
+        return True
     return not any(word in target.name() for word in _NO_BLAS)
 
 

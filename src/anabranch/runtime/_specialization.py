@@ -90,8 +90,6 @@ class Specialization:
         self._last_uses: dict[int | str, Any] = {}
         #: Whether calls may build contexts; not after a build failed.
         self._may_grow = True
-        #: On the CPU, where nothing is run at compile: whether a first call went well.
-        self._proven = False
         #: Figures of the build for explain(): microseconds a call.
         self.measured: dict[str, float] = {}
 
@@ -113,6 +111,8 @@ class Specialization:
             if not device.has_streams:
                 examples = [s.synthesize(settings.torch_device) for s in self._specs]
                 self._kernels = get_backend(self.backend).lower(self.program, examples)
+                if not self.program.direct_only and not self.program.is_empty:
+                    self._warm_up(examples, times=1)
                 return False, "the CPU has no streams to order and no graphs to capture"
             with device.building():
                 return self._build_on_lane()
@@ -128,7 +128,7 @@ class Specialization:
                 if not self.program.data_dependent and not self.program.is_empty:
                     if self._workspaces:
                         lane.load_workspaces()
-                    self._warm_up(examples)
+                    self._warm_up(examples, times=2)
             lane.stream.synchronize()
             drained = True
             reason = self._why_not_captured()
@@ -156,23 +156,25 @@ class Specialization:
             device.release_lane(lane)
             device.release_memory(scratch)
 
-    def _warm_up(self, examples: Sequence[torch.Tensor]) -> None:
-        """Load and tune kernels, which no call and no capture may have to do."""
+    def _warm_up(self, examples: Sequence[torch.Tensor], times: int) -> None:
+        """Run on made-up values: loads and tunes kernels, which no call and no capture may have to do.
+
+        Export checks shapes; that an operator takes these dtypes shows here only.
+        """
         try:
-            for _ in range(2):
+            for _ in range(times):
                 self._kernels(examples)
+        except torch.linalg.LinAlgError:
+            pass  # the values were at fault (not positive definite, say); the caller's own may do
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError) as e:
             self._device.check_error(e)
-            raise self._rejected(e) from e
-
-    def _rejected(self, error: Exception) -> InputError:
-        # Fake tensors let some inputs pass that the operators themselves refuse: two dtypes in one product, say.
-        return InputError(
-            f"the model does not accept these inputs ({self.signature}): {type(error).__name__}:"
-            f" {str(error).splitlines()[0]}. Expected inputs that model(*inputs) runs on; try that first."
-        )
+            why = (str(e).splitlines() or [""])[0]
+            raise InputError(
+                f"the model does not run on inputs like these ({self.signature}): {type(e).__name__}: {why}."
+                " Expected inputs that model(*inputs) runs on; try that first."
+            ) from e
 
     def _why_not_captured(self) -> str:
         if self.program.is_empty:
@@ -357,13 +359,7 @@ class Specialization:
         return results
 
     def _run_on_cpu(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        try:
-            results = self._run_kernels(inputs)
-        except (RuntimeError, TypeError, ValueError, IndexError) as e:
-            if self._proven:
-                raise
-            raise self._rejected(e) from e
-        self._proven = True
+        results = self._run_kernels(inputs)
         self._counters.add("calls", "direct_calls")
         return results
 

@@ -1,0 +1,43 @@
+"""What the tests of the compile path share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parents[2] / "src"
+
+RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def seeded(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Random inputs that differ from test to test and are the same in each run."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+        yield
+
+
+@pytest.fixture
+def run_python() -> RunPython:
+    """Run a script in a fresh interpreter; a hang fails the test after ``timeout`` seconds."""
+
+    def run(script: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            env={**os.environ, "PYTHONPATH": str(SRC)},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
