@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,7 +138,7 @@ def export_program(
         module = copy.deepcopy(module).to(precision)
         originals = {}
     exported = _export(_Forward(module, precision, dtypes), args, kwargs)
-    with torch.no_grad():
+    with torch.no_grad(), _keep_backends_enabled():
         exported = exported.run_decompositions({})
     return _flatten(exported, {f"model.{name}": t for name, t in originals.items()})
 
@@ -146,7 +147,8 @@ def _export(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     try:
         with torch.no_grad():
             # By name, as flatten_call() orders a call's leaves: the graph's inputs follow the order given here.
-            return torch.export.export(module, tuple(args), dict(sorted(kwargs.items())), strict=False)
+            with _keep_backends_enabled():
+                return torch.export.export(module, tuple(args), dict(sorted(kwargs.items())), strict=False)
     except Exception as e:
         text = str(e).strip().splitlines()
         first = next((line for line in text if line.strip()), type(e).__name__)
@@ -159,6 +161,27 @@ def _export(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
             f"the model does not accept these inputs ({_describe(args, kwargs)}): {type(e).__name__}: {first}. Expected"
             " inputs that model(*inputs) runs on; try that first."
         ) from e
+
+
+@contextmanager
+def _keep_backends_enabled() -> Iterator[None]:
+    """Stop torch.export from turning cuDNN, oneDNN and NNPACK off, for all threads, while it traces.
+
+    Other threads' operators would run other kernels meanwhile, ours and strangers' alike. It does so to keep composite
+    operators from being taken apart for one library, and nothing is taken apart here. Where a PyTorch version has no
+    such hook, calls that this would disturb find the flags changed and raise. Called with the build lock held.
+    """
+    from torch.export import _trace  # loads half of the compiler: not at import
+
+    original = getattr(_trace, "_ignore_backend_decomps", None)
+    _trace._ignore_backend_decomps = nullcontext
+    try:
+        yield
+    finally:
+        if original is None:
+            del _trace._ignore_backend_decomps
+        else:
+            _trace._ignore_backend_decomps = original
 
 
 def _describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What is one per process: the build lock, the gate to numerics flags, and how calls meet the process' end."""
+"""What is one per process: the build lock, and how calls meet forks and the interpreter's end."""
 
 from __future__ import annotations
 
@@ -14,21 +14,18 @@ from typing import Any
 import torch
 
 from anabranch.devices import Device
-from anabranch.runtime._gate import Gate
 
 
 class _Process:
-    """Lock order: ``build_lock``, then ``gate``, then a pool's, then ``Limits``'.
+    """Lock order: ``build_lock``, then a pool's, then ``Limits``'.
 
     ``build_lock``: compiling and capturing happen one at a time, because Inductor's autotuning and a library's first
-    use are not meant for two threads. ``gate``: see :class:`Gate`. A fork makes both anew in the child, where another
-    thread of the parent may have held them.
+    use are not meant for two threads. A fork makes it anew in the child: another thread of the parent may have held it.
     """
 
     def __init__(self) -> None:
         self.generation = 0
         self.build_lock = threading.RLock()
-        self.gate = Gate()
         self._inside: set[int] = set()
         self._exiting = False
         #: Whatever else of an engine's has a lock that a CPU engine takes in a forked child.
@@ -37,7 +34,6 @@ class _Process:
     def after_fork(self) -> None:
         self.generation += 1
         self.build_lock = threading.RLock()
-        self.gate = Gate()
         self._inside = set()
         for owner in list(self.locked):
             owner._lock = threading.Lock()

@@ -267,8 +267,7 @@ class Engine:
             signature = Signature.of(leaves, structure)
             try:
                 with neutral(device, index):
-                    with process.gate.exclusive():
-                        program = export_program(self._model, args, kwargs, self._precision)
+                    program = export_program(self._model, args, kwargs, self._precision)
                     made = Specialization(self._settings, program, signature, self._limits, self._counters)
             except InputError as e:
                 if self._specializations:

@@ -164,7 +164,7 @@ class Specialization:
         try:
             for _ in range(times):
                 self._kernels(examples)
-        except torch.linalg.LinAlgError:
+        except torch._C._LinAlgError:
             pass  # the values were at fault (not positive definite, say); the caller's own may do
         except torch.OutOfMemoryError:
             raise
@@ -366,17 +366,16 @@ class Specialization:
     def _run_kernels(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Queue the kernels on the current stream, under the flags that the engine was compiled with.
 
-        Our own exports are kept out by the gate. Strangers' are not (``torch.export`` in another thread): so the flags
-        are looked at before and after, and a run in which they changed is thrown away.
+        Other threads may set flags while the kernels are queued (``torch.export`` does, for as long as it traces): so
+        the flags are looked at before and after, and a run in which they changed is thrown away.
         """
         if not self._sensitive:
             return self._kernels(self._canonical(inputs))
-        with process.gate.shared():
-            for _ in range(3):
-                self._check_flags()
-                results = self._kernels(self._canonical(inputs))
-                if self.settings.flags.unchanged():
-                    return results
+        for _ in range(3):
+            self._check_flags()
+            results = self._kernels(self._canonical(inputs))
+            if self.settings.flags.unchanged():
+                return results
         raise FlagsChanged("numerics flags kept changing during a call: another thread sets them back and forth")
 
     def _run_direct(self, inputs: Sequence[torch.Tensor], stream: Any) -> Sequence[torch.Tensor]:
