@@ -1,0 +1,286 @@
+#include "memory.h"
+
+#include <algorithm>
+
+namespace anabranch::race {
+
+namespace {
+
+uint64_t add(uint64_t base, uint64_t offset) {
+  return offset >= kEnd - base ? kEnd : base + offset;
+}
+
+bool same(const std::vector<Entry>& a, const std::vector<Entry>& b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (a[i].actor.component != b[i].actor.component || a[i].actor.tick != b[i].actor.tick ||
+        a[i].write != b[i].write || a[i].released != b[i].released || a[i].instance != b[i].instance) {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+uint32_t Memory::current(uint32_t name, const Site& site) {
+  const uint32_t instance = known(name);
+  return instance != kNone ? instance : make(name, site);
+}
+
+uint32_t Memory::make(uint32_t name, const Site& site) {
+  uint32_t id;
+  if (spare_instances_.empty()) {
+    id = static_cast<uint32_t>(instances_.size());
+    instances_.emplace_back();
+  } else {
+    id = spare_instances_.back();
+    spare_instances_.pop_back();
+    instances_[id] = Instance{};
+  }
+  uint32_t storage;
+  if (spare_storages_.empty()) {
+    storage = static_cast<uint32_t>(storages_.size());
+    storages_.emplace_back();
+  } else {
+    storage = spare_storages_.back();
+    spare_storages_.pop_back();
+  }
+  storages_[storage].cells.resize(1);
+  storages_[storage].cells[0].start = 0;
+  storages_[storage].cells[0].stop = kEnd;
+  storages_[storage].holds = 0;
+  storages_[storage].instances = 1;
+  storages_[storage].owner = id;
+  Instance& made = instances_[id];
+  made.name = name;
+  made.storage = storage;
+  made.alloc = site;
+  ++live_;
+  bind(name, id);
+  return id;
+}
+
+void Memory::bind(uint32_t name, uint32_t instance) {
+  if (name >= bound_.size()) bound_.resize(name + 1, kNone);
+  const uint32_t before = bound_[name];
+  bound_[name] = instance;
+  hold(instance);
+  if (before != kNone) let_go(before);
+}
+
+uint32_t Memory::alloc(uint32_t name, uint32_t stream, const Site& site, const Range* reused) {
+  const uint32_t before = known(name);
+  if (reused == nullptr && before != kNone && !instances_[before].declared && !instances_[before].accessed &&
+      !instances_[before].freed) {
+    // So far the name was only mentioned (by a graph, say): this event tells where its block comes from.
+    Instance& named = instances_[before];
+    named.alloc = site;
+    named.alloc_stream = stream;
+    named.declared = true;
+    return before;
+  }
+  if (reused != nullptr) hold(reused->instance);  // it may be what `name` meant, and must outlive the rebinding
+  const uint32_t id = make(name, site);
+  if (reused != nullptr) {
+    const Instance& old = instances_[reused->instance];
+    const uint64_t start = add(old.base, reused->start);
+    const uint64_t stop = std::min(add(old.base, old.size), add(old.base, reused->stop));
+    const uint32_t storage = old.storage;
+    Instance& made = instances_[id];
+    leave(made.storage);  // the fresh block that make() gave it
+    made.storage = storage;
+    made.base = start;
+    made.size = stop == kEnd ? kEnd : stop - start;
+    made.reused = old.name;
+    Storage& bytes = storages_[storage];
+    ++bytes.instances;
+    ++bytes.holds;
+    bytes.owner = id;
+    const size_t first = cut(bytes, start);
+    const size_t last = cut(bytes, stop);
+    for (size_t i = first; i < last; ++i) {
+      std::vector<Entry>& entries = bytes.cells[i].entries;
+      const auto done =
+          std::stable_partition(entries.begin(), entries.end(), [](const Entry& e) { return !e.released; });
+      drop(entries, static_cast<size_t>(done - entries.begin()));
+    }
+    merge(bytes, first, last);
+    let_go(reused->instance);
+  }
+  instances_[id].alloc_stream = stream;
+  instances_[id].declared = true;
+  return id;
+}
+
+void Memory::free(uint32_t instance, const Site& site, const std::vector<const Clock*>& clocks) {
+  Instance& gone = instances_[instance];
+  gone.freed = true;
+  gone.free = site;
+  gone.recorded = {};
+  --live_;
+  Storage& bytes = storages_[gone.storage];
+  const uint64_t stop = add(gone.base, gone.size);
+  const size_t first = cut(bytes, gone.base);
+  const size_t last = cut(bytes, stop);
+  for (size_t i = first; i < last; ++i) {
+    for (Entry& e : bytes.cells[i].entries) {
+      for (const Clock* clock : clocks) {
+        if (clock->covers(e.actor.component, e.actor.tick)) {
+          e.released = true;
+          break;
+        }
+      }
+    }
+  }
+  merge(bytes, first, last);
+}
+
+void Memory::touch(const Range& range, const Actor& actor, const Clock& clock, std::vector<Conflict>& conflicts) {
+  if (range.empty()) return;
+  Instance& instance = instances_[range.instance];
+  instance.accessed = true;
+  Storage& storage = storages_[instance.storage];
+  const uint64_t start = add(instance.base, range.start);
+  const uint64_t stop = range.stop == kEnd ? add(instance.base, instance.size) : add(instance.base, range.stop);
+  if (start >= stop) return;
+  if (storage.cells.size() == 1 && start == 0 && stop == kEnd) {
+    touch_cell(storage.cells[0], range, actor, clock, conflicts);
+    return;
+  }
+  const size_t first = cut(storage, start);
+  const size_t last = cut(storage, stop);
+  for (size_t i = first; i < last; ++i) touch_cell(storage.cells[i], range, actor, clock, conflicts);
+  merge(storage, first, last);
+}
+
+void Memory::touch_cell(Cell& cell, const Range& range, const Actor& actor, const Clock& clock,
+                        std::vector<Conflict>& conflicts) {
+  std::vector<Entry>& entries = cell.entries;
+  size_t kept = 0;
+  bool mine = false;
+  for (size_t i = 0; i < entries.size(); ++i) {
+    Entry& e = entries[i];
+    const bool ordered = clock.covers(e.actor.component, e.actor.tick);
+    if (!ordered && (e.write || range.write)) {
+      // Adjacent cells that hold the same access make one conflict.
+      Conflict* grown = nullptr;
+      for (size_t j = conflicts.size(); j-- > 0 && grown == nullptr;) {
+        Conflict& c = conflicts[j];
+        if (c.earlier.actor.component == e.actor.component && c.earlier.actor.tick == e.actor.tick &&
+            c.earlier.write == e.write && c.earlier.instance == e.instance && c.stop == cell.start) {
+          grown = &c;
+        }
+        if (conflicts.size() - j > 64) break;
+      }
+      if (grown != nullptr) {
+        grown->stop = cell.stop;
+      } else {
+        conflicts.push_back(Conflict{e, cell.start, cell.stop});
+      }
+    }
+    const bool self = ordered && e.write && e.actor.component == actor.component && e.actor.tick == actor.tick;
+    mine |= self && e.instance == range.instance;
+    if (ordered && (range.write || !e.write) && !(self && mine)) {
+      unpin(e.instance);
+      continue;
+    }
+    if (kept != i) entries[kept] = e;
+    ++kept;
+  }
+  entries.resize(kept);
+  if (mine) return;  // this event's own write stands for its read, or for the same write named twice
+  ++instances_[range.instance].pins;
+  Entry entry;
+  entry.actor = actor;
+  entry.instance = range.instance;
+  entry.write = range.write;
+  entries.push_back(entry);
+}
+
+// Makes `at` a boundary between cells; returns the index of the cell that starts there (or the number of cells).
+size_t Memory::cut(Storage& storage, uint64_t at) {
+  std::vector<Cell>& cells = storage.cells;
+  if (at == 0) return 0;
+  if (at == kEnd) return cells.size();
+  const auto found =
+      std::upper_bound(cells.begin(), cells.end(), at, [](uint64_t value, const Cell& c) { return value < c.stop; });
+  const size_t index = static_cast<size_t>(found - cells.begin());
+  if (found->start == at) return index;
+  Cell right = *found;
+  right.start = at;
+  for (const Entry& e : right.entries) ++instances_[e.instance].pins;
+  found->stop = at;
+  cells.insert(found + 1, std::move(right));
+  return index + 1;
+}
+
+// Joins neighbours that hold the same accesses, looking from the cell before `first` to the cell at `last`.
+void Memory::merge(Storage& storage, size_t first, size_t last) {
+  std::vector<Cell>& cells = storage.cells;
+  if (cells.size() == 1) return;
+  const size_t from = first == 0 ? 0 : first - 1;
+  const size_t to = std::min(last, cells.size() - 1);
+  size_t out = from;
+  for (size_t i = from + 1; i <= to; ++i) {
+    if (same(cells[out].entries, cells[i].entries)) {
+      cells[out].stop = cells[i].stop;
+      drop(cells[i].entries, 0);
+    } else if (++out != i) {
+      cells[out] = std::move(cells[i]);
+    }
+  }
+  if (out < to)
+    cells.erase(cells.begin() + static_cast<ptrdiff_t>(out) + 1, cells.begin() + static_cast<ptrdiff_t>(to) + 1);
+}
+
+void Memory::drop(std::vector<Entry>& entries, size_t from) {
+  for (size_t i = from; i < entries.size(); ++i) unpin(entries[i].instance);
+  entries.resize(from);
+}
+
+void Memory::hold(uint32_t instance) {
+  Instance& held = instances_[instance];
+  if (held.holds++ == 0) ++storages_[held.storage].holds;
+}
+
+void Memory::let_go(uint32_t instance) {
+  Instance& held = instances_[instance];
+  if (--held.holds != 0) return;
+  if (!held.freed) --live_;
+  Storage& bytes = storages_[held.storage];
+  if (--bytes.holds == 0) {
+    // Nothing can name these bytes any more: their history is of no use. Its entries may pin this very instance, so
+    // the pin below keeps it until the end.
+    ++held.pins;
+    for (Cell& cell : bytes.cells) drop(cell.entries, 0);
+    unpin(instance);
+    return;
+  }
+  retire(instance);
+}
+
+void Memory::unpin(uint32_t instance) {
+  --instances_[instance].pins;
+  retire(instance);
+}
+
+// Frees the slot of an instance that nothing mentions any more.
+void Memory::retire(uint32_t instance) {
+  Instance& gone = instances_[instance];
+  if (gone.holds != 0 || gone.pins != 0) return;
+  if (storages_[gone.storage].owner == instance) storages_[gone.storage].owner = kNone;
+  leave(gone.storage);
+  spare_instances_.push_back(instance);
+}
+
+void Memory::leave(uint32_t storage) {
+  Storage& bytes = storages_[storage];
+  if (--bytes.instances != 0) return;
+  bytes.cells.resize(1);
+  bytes.cells[0].entries.clear();
+  bytes.owner = kNone;
+  spare_storages_.push_back(storage);
+}
+
+}  // namespace anabranch::race
