@@ -348,10 +348,11 @@ void Detector::on_free() {
 
 void Detector::on_record_stream() {
   const uint32_t name = buffer(Key::kBuffer);
-  const uint32_t stream = order_.stream(stream_names_.intern(text(Key::kStream)));
+  const uint32_t on = stream_names_.intern(text(Key::kStream));
+  const uint32_t stream = order_.stream(on);
   const uint32_t id = memory_.current(name, site_);
   if (memory_[id].freed) {
-    stale("record-after-free", memory_[id].free, name, kNone, "record_stream", nullptr, id);
+    stale("record-after-free", memory_[id].free, name, on, "record_stream", nullptr, id);
     return;
   }
   std::vector<uint32_t>& recorded = memory_[id].recorded;
