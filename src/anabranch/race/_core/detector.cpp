@@ -17,13 +17,13 @@ std::string_view split(std::string_view text, uint64_t& start, uint64_t& stop) {
   start = 0;
   stop = kEnd;
   if (text.empty()) throw Malformed("expected a buffer's name, found an empty string");
-  const size_t open = text.find('[');
-  if (open == std::string_view::npos && text.back() != ']') return text;
+  const size_t open = text.find_first_of("[]");
+  if (open == std::string_view::npos) return text;
   const auto wrong = [&]() -> Malformed {
     return Malformed("expected a buffer like \"a\" or \"a[0:8]\" (start <= stop, bytes), found \"" + std::string(text) +
                      "\"");
   };
-  if (open == std::string_view::npos || open == 0 || text.back() != ']') throw wrong();
+  if (open == 0 || text[open] != '[' || text.back() != ']') throw wrong();
   const std::string_view inside = text.substr(open + 1, text.size() - open - 2);
   const size_t colon = inside.find(':');
   if (colon == std::string_view::npos) throw wrong();
@@ -394,7 +394,7 @@ void Detector::on_begin_capture() {
     }
   }
   for (Capture& open : captures_) {
-    if (open.stream == capture.stream && open.owner == thread_) {
+    if (order_.resolve(open.stream) == capture.stream && open.owner == thread_) {
       open = capture;
       return;
     }

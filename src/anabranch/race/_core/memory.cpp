@@ -91,7 +91,7 @@ uint32_t Memory::alloc(uint32_t name, uint32_t stream, const Site& site, const R
     leave(made.storage);  // the fresh block that make() gave it
     made.storage = storage;
     made.base = start;
-    made.size = stop == kEnd ? kEnd : stop - start;
+    made.size = stop == kEnd ? kEnd : stop - std::min(start, stop);
     made.reused = old.name;
     Storage& bytes = storages_[storage];
     ++bytes.instances;

@@ -81,8 +81,10 @@ uint32_t Order::fresh_stream(uint32_t name) {
 void Order::declare(uint32_t name, bool blocking, int64_t device) {
   uint32_t id = stream(name);
   // A handle that died can be handed out again: the name then means a new stream, with no order to the old one.
-  if (streams_[id].dead) id = fresh_stream(name);
+  // The legacy stream is always the same one.
+  if (streams_[id].dead && !streams_[id].legacy) id = fresh_stream(name);
   Stream& s = streams_[id];
+  s.dead = false;
   s.declared = true;
   s.device = device;
   if (s.legacy) return;  // the legacy stream is what it is, whatever its kind is called
@@ -156,8 +158,9 @@ void Order::join_thread(uint32_t thread, const Clock& clock) {
 
 void Order::record(uint32_t event, uint32_t stream) {
   // A record replaces the one before it: later waits bind to this one, waits that were queued keep theirs.
-  // The record of a stream on which nothing happened yet is empty, and waiting for it has no effect, as it should.
-  snapshot(stream, at(events_, event));
+  Mark& mark = at(events_, event);
+  mark.given = true;
+  snapshot(stream, mark.clock);
 }
 
 void Order::snapshot(uint32_t stream, Clock& clock) {
@@ -167,11 +170,11 @@ void Order::snapshot(uint32_t stream, Clock& clock) {
 }
 
 void Order::wait(uint32_t stream, uint32_t event) {
-  if (recorded(event)) grow(streams_[stream].clock, events_[event]);
+  if (recorded(event)) grow(streams_[stream].clock, events_[event].clock);
 }
 
 void Order::sync_event(uint32_t thread, uint32_t event) {
-  if (recorded(event)) join_thread(thread, events_[event]);
+  if (recorded(event)) join_thread(thread, events_[event].clock);
 }
 
 void Order::sync_stream(uint32_t thread, uint32_t stream) {

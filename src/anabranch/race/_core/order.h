@@ -62,7 +62,7 @@ class Order {
   void snapshot(uint32_t stream, Clock& clock);
 
   void record(uint32_t event, uint32_t stream);
-  bool recorded(uint32_t event) const { return event < events_.size() && !events_[event].empty(); }
+  bool recorded(uint32_t event) const { return event < events_.size() && events_[event].given; }
   void wait(uint32_t stream, uint32_t event);
   void sync_event(uint32_t thread, uint32_t event);
   void sync_stream(uint32_t thread, uint32_t stream);
@@ -80,6 +80,10 @@ class Order {
   bool is_thread(uint32_t component) const { return owners_[component] >> 31 != 0; }
 
  private:
+  struct Mark {
+    Clock clock;
+    bool given = false;
+  };
   struct Signal {
     Clock clock;
     bool given = false;
@@ -103,7 +107,7 @@ class Order {
   std::vector<Stream> streams_;
   std::vector<uint32_t> thread_of_name_;
   std::vector<uint32_t> stream_of_name_;
-  std::vector<Clock> events_;
+  std::vector<Mark> events_;
   std::vector<Clock> locks_;
   std::vector<Signal> signals_;
   std::vector<uint32_t> blocking_;  // streams declared blocking
