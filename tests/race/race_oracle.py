@@ -20,7 +20,7 @@ class Malformed(Exception):
     pass
 
 
-@dataclass
+@dataclass(eq=False)
 class Stream:
     device: int = 0
     blocking: bool = False
@@ -30,7 +30,7 @@ class Stream:
     ends: list[int] = field(default_factory=list)  # latest item (two after an alias joined two streams)
 
 
-@dataclass
+@dataclass(eq=False)
 class Instance:
     storage: int
     base: int = 0
@@ -41,7 +41,7 @@ class Instance:
     recorded: list[Stream] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Access:
     node: int
     storage: int
@@ -50,7 +50,7 @@ class Access:
     released: list[tuple[int, int]] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Graph:
     ranges: list[tuple[Instance, int, int | None, bool]] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
