@@ -65,12 +65,13 @@ class Names {
     uint64_t word = 0;
     std::memcpy(&word, p, left);
     hash = step(hash, word);
-    return hash ^ (hash >> 29);
+    return step(hash, 0x9fb21c651e98df25u);
   }
 
+  // The two halves of a 128-bit product, folded: every bit of the word reaches every bit of the hash.
   static uint64_t step(uint64_t hash, uint64_t word) {
-    hash = (hash ^ word) * 0xd6e8feb86659fd93u;
-    return hash ^ (hash >> 32);
+    const auto wide = static_cast<unsigned __int128>(hash ^ word) * 0xd6e8feb86659fd93u;
+    return static_cast<uint64_t>(wide) ^ static_cast<uint64_t>(wide >> 64);
   }
 
   void grow() {
