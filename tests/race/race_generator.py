@@ -68,7 +68,7 @@ def events(rng: random.Random) -> list[dict[str, Any]]:
         if do == "sync":
             e |= rng.choice(({"on": stream}, {"on": rng.choice(named)}, {"device": rng.choice((0, 0, 1))}))
         if do in ("alloc", "free", "record_stream"):
-            e["buffer"] = rng.choice(buffers)
+            e["buffer"] = access() if rng.random() < 0.2 else rng.choice(buffers)
         if do == "alloc":
             e["stream"] = rng.choice((stream, stream, None))
             if rng.random() < 0.7:

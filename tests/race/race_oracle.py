@@ -198,9 +198,12 @@ class Oracle:
                     self.access(node, self.buffer(name), start, stop, mode == "writes")
         elif do == "graph":
             self.call(thread)
-            self.graphs[e["graph"]] = Graph(
-                [(self.buffer(n), a, b, mode == "writes") for mode in ("reads", "writes") for n, a, b in map(split, e[mode])]
-            )
+            graph = self.graphs.setdefault(e["graph"], Graph())
+            graph.ranges = [
+                (self.buffer(n), a, b, mode == "writes")
+                for mode in ("reads", "writes")
+                for n, a, b in map(split, e[mode])
+            ]
         elif do == "replay":
             graph = self.graphs.setdefault(e["graph"], Graph())
             node = self.queue(e["stream"], self.call(thread), graph.ends)
@@ -229,10 +232,10 @@ class Oracle:
             self.call(thread, before)
         elif do == "alloc":
             self.call(thread)
-            self.alloc(e["buffer"], e.get("reuses"))
+            self.alloc(split(e["buffer"])[0], e.get("reuses"))
         elif do == "free":
             call = self.call(thread)
-            b = self.buffer(e["buffer"])
+            b = self.buffer(split(e["buffer"])[0])
             if b.freed:
                 self.stale = True
                 return
@@ -245,7 +248,7 @@ class Oracle:
                     a.released += overlap(a.live, b.base, min(b.base + b.size, INFINITE))
         elif do == "record_stream":
             self.call(thread)
-            b, s = self.buffer(e["buffer"]), self.stream(e["stream"])
+            b, s = self.buffer(split(e["buffer"])[0]), self.stream(e["stream"])
             if b.freed:
                 self.stale = True
             else:
@@ -398,8 +401,8 @@ def parse(line: str) -> dict[str, Any]:
     name("source", optional=True)
     for key in _NAMES[do]:
         name(key)
-        if key == "buffer" and split(e[key])[2] is not None:
-            raise Malformed(key)
+        if key == "buffer":
+            split(e[key])
     if do in ("op", "graph", "host"):
         for key in ("reads", "writes"):
             if not isinstance(e.get(key), list):

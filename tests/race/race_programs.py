@@ -227,6 +227,11 @@ PROGRAMS = [
         "alloc t s; rs t side; op side t >; free t; alloc u s t; op s > u",
     ),
     Program(
+        "record_stream of a slice is for its whole block",
+        "clean",
+        "alloc H -; host > H; op s H[0:8] > d; rs H[0:8] s; free H; alloc K - H; host > K",
+    ),
+    Program(
         "record_stream for the wrong stream",
         "race",
         "alloc t s; op side t >; rs t other; free t; alloc u s t; op s > u",
@@ -308,11 +313,12 @@ PROGRAMS = [
         "alloc w s; graph G w > out; replay G s; free w; alloc w s w; op s > w; replay G s",
         "alloc w s; graph G w > out; replay G s; free w; alloc w s w; op s > w; graph G w > out; replay G s",
     ),
+    Program("a graph given new addresses keeps its launches in order", "clean", "graph G in > out; replay G a; graph G in2 > out; replay G b"),
     Program(
-        "captured again: another graph, so no order between the launches",
+        "new addresses, old ones still in use",
         "race",
-        "graph G in > out; replay G a; graph G in > out; replay G b",
-        "graph G in > out; replay G a; replay G b",
+        "graph G in > out; replay G a; graph G in2 > out; replay G b; op c > in",
+        "graph G in > out; replay G a; graph G in2 > out; replay G b; record e b; wait c e; op c > in",
     ),
     # -- captures -------------------------------------------------------------------------------------------------
     Program(

@@ -44,7 +44,7 @@ CASES = {
     '{"do": "begin_capture", "stream": "s"}': 'expected "mode" to be a name',
     '{"do": "begin_capture", "stream": "s", "mode": "local"}': '"global", "thread_local" or "relaxed"',
     '{"do": "alloc", "buffer": "a"}': "expected \"stream\" to be a stream's name, or null for host memory",
-    '{"do": "alloc", "buffer": "a[0:8]", "stream": null}': "a whole buffer, without a byte range",
+    '{"do": "alloc", "buffer": "a[8]", "stream": null}': 'found "a[8]"',
     '{"do": "free", "buffer": null}': 'expected "buffer" to be a name in "free", found null',
     '{"do": "lock", "lock": {}}': "found an object",
     '{"do": "unsafe_call", "thread": 1}': 'expected "thread" to be a name',

@@ -53,7 +53,7 @@ def race(
 
 def _lag(waiter: str, first: Access, covered: int) -> str:
     if covered == 0:
-        return f"{waiter} never waits for stream `{first.stream}`"
+        return f"{waiter} has waited for no work of stream `{first.stream}`"
     return (
         f"{waiter} has waited for stream `{first.stream}` only up to its item {covered}; the {first.mode} at "
         f"{first.site.where} is item {first.item}"

@@ -104,12 +104,10 @@ void Detector::ranges(Key key, bool write, std::vector<Range>& out) {
   }
 }
 
+// A call on a part of a buffer (`x[0:8].record_stream(s)`) is a call on its whole block.
 uint32_t Detector::buffer(Key key) {
   uint64_t start, stop;
-  const std::string_view given = text(key);
-  const std::string_view name = split(given, start, stop);
-  if (stop != kEnd) expected(key, "a whole buffer, without a byte range");
-  return buffer_names_.intern(name);
+  return buffer_names_.intern(split(text(key), start, stop));
 }
 
 void Detector::dispatch(std::string_view kind) {
@@ -219,10 +217,8 @@ void Detector::on_graph() {
   ranges(Key::kWrites, true, writes_);
   const uint32_t id = graph_names_.intern(name);
   if (id >= graphs_.size()) graphs_.resize(id + 1);
-  // A second capture under the same name is a new graph: nothing orders its launches with the old one's.
-  Graph old = std::move(graphs_[id]);
+  // Given again, the graph has new addresses and is still the same graph: its launches stay ordered.
   Graph& graph = graphs_[id];
-  graph = Graph{};
   for (std::vector<Range>* list : {&reads_, &writes_}) {
     for (Range& range : *list) {
       // Addresses are baked in now: what the name comes to mean later does not matter.
@@ -230,11 +226,11 @@ void Detector::on_graph() {
       memory_.hold(range.instance);
     }
   }
-  graph.reads = reads_;
-  graph.writes = writes_;
-  for (const std::vector<Range>* list : {&old.reads, &old.writes}) {
+  for (const std::vector<Range>* list : {&graph.reads, &graph.writes}) {
     for (const Range& range : *list) memory_.let_go(range.instance);
   }
+  graph.reads = reads_;
+  graph.writes = writes_;
 }
 
 void Detector::on_replay() {

@@ -33,7 +33,6 @@ class Detector {
     std::vector<Range> reads;
     std::vector<Range> writes;
     Clock clock;  // of its latest launch
-    bool launched = false;
   };
   struct Capture {
     uint32_t stream = kNone;
