@@ -428,8 +428,11 @@ void Detector::on_unsafe_call() {
   call.tick = order_.thread_item(thread_);
   call.site = site_;
   const Clock& clock = order_.at_thread(thread_).clock;
+  int found = 0;
   for (const Capture& open : captures_) {
-    if (open.global && open.owner != thread_) capture_race(open, call, true);
+    if (!open.global || open.owner == thread_) continue;
+    capture_race(open, call, true);
+    if (++found == 16) break;  // a trace with more captures in progress has been told enough
   }
   for (const Ended& ended : ended_) {
     if (ended.capture.owner == thread_ || clock.covers(ended.component, ended.tick)) continue;

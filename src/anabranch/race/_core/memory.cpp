@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace anabranch::race {
 
@@ -46,9 +47,7 @@ uint32_t Memory::make(uint32_t name, const Site& site) {
     storage = spare_storages_.back();
     spare_storages_.pop_back();
   }
-  storages_[storage].cells.resize(1);
-  storages_[storage].cells[0].start = 0;
-  storages_[storage].cells[0].stop = kEnd;
+  storages_[storage].cells.try_emplace(0);
   storages_[storage].holds = 0;
   storages_[storage].instances = 1;
   storages_[storage].owner = id;
@@ -97,15 +96,17 @@ uint32_t Memory::alloc(uint32_t name, uint32_t stream, const Site& site, const R
     ++bytes.instances;
     ++bytes.holds;
     bytes.owner = id;
-    const size_t first = cut(bytes, start);
-    const size_t last = cut(bytes, stop);
-    for (size_t i = first; i < last; ++i) {
-      std::vector<Entry>& entries = bytes.cells[i].entries;
-      const auto done =
-          std::stable_partition(entries.begin(), entries.end(), [](const Entry& e) { return !e.released; });
-      drop(entries, static_cast<size_t>(done - entries.begin()));
+    if (start < stop) {
+      const auto first = cut(bytes.cells, start);
+      const auto last = cut(bytes.cells, stop);
+      for (auto cell = first; cell != last; ++cell) {
+        std::vector<Entry>& entries = cell->second;
+        const auto done =
+            std::stable_partition(entries.begin(), entries.end(), [](const Entry& e) { return !e.released; });
+        drop(entries, static_cast<size_t>(done - entries.begin()));
+      }
+      merge(bytes.cells, first, last);
     }
-    merge(bytes, first, last);
     let_go(reused->instance);
   }
   instances_[id].alloc_stream = stream;
@@ -119,12 +120,13 @@ void Memory::free(uint32_t instance, const Site& site, const std::vector<const C
   gone.free = site;
   gone.recorded = {};
   --live_;
-  Storage& bytes = storages_[gone.storage];
+  Cells& cells = storages_[gone.storage].cells;
   const uint64_t stop = add(gone.base, gone.size);
-  const size_t first = cut(bytes, gone.base);
-  const size_t last = cut(bytes, stop);
-  for (size_t i = first; i < last; ++i) {
-    for (Entry& e : bytes.cells[i].entries) {
+  if (gone.base >= stop) return;
+  const auto first = cut(cells, gone.base);
+  const auto last = cut(cells, stop);
+  for (auto cell = first; cell != last; ++cell) {
+    for (Entry& e : cell->second) {
       for (const Clock* clock : clocks) {
         if (clock->covers(e.actor.component, e.actor.tick)) {
           e.released = true;
@@ -133,52 +135,40 @@ void Memory::free(uint32_t instance, const Site& site, const std::vector<const C
       }
     }
   }
-  merge(bytes, first, last);
+  merge(cells, first, last);
 }
 
 void Memory::touch(const Range& range, const Actor& actor, const Clock& clock, std::vector<Conflict>& conflicts) {
   if (range.empty()) return;
   Instance& instance = instances_[range.instance];
   instance.accessed = true;
-  Storage& storage = storages_[instance.storage];
+  Cells& cells = storages_[instance.storage].cells;
   const uint64_t start = add(instance.base, range.start);
   const uint64_t stop = range.stop == kEnd ? add(instance.base, instance.size) : add(instance.base, range.stop);
   if (start >= stop) return;
-  if (storage.cells.size() == 1 && start == 0 && stop == kEnd) {
-    touch_cell(storage.cells[0], range, actor, clock, conflicts);
+  before_.clear();
+  if (cells.size() == 1 && start == 0 && stop == kEnd) {
+    touch_cell(0, kEnd, cells.begin()->second, range, actor, clock, conflicts);
     return;
   }
-  const size_t first = cut(storage, start);
-  const size_t last = cut(storage, stop);
-  for (size_t i = first; i < last; ++i) touch_cell(storage.cells[i], range, actor, clock, conflicts);
-  merge(storage, first, last);
+  const auto first = cut(cells, start);
+  const auto last = cut(cells, stop);
+  for (auto cell = first; cell != last; ++cell) {
+    touch_cell(cell->first, end_of(cells, cell), cell->second, range, actor, clock, conflicts);
+  }
+  merge(cells, first, last);
 }
 
-void Memory::touch_cell(Cell& cell, const Range& range, const Actor& actor, const Clock& clock,
-                        std::vector<Conflict>& conflicts) {
-  std::vector<Entry>& entries = cell.entries;
+void Memory::touch_cell(uint64_t start, uint64_t stop, std::vector<Entry>& entries, const Range& range,
+                        const Actor& actor, const Clock& clock, std::vector<Conflict>& conflicts) {
+  here_.clear();
+  next_ = 0;
   size_t kept = 0;
   bool mine = false;
   for (size_t i = 0; i < entries.size(); ++i) {
     Entry& e = entries[i];
     const bool ordered = clock.covers(e.actor.component, e.actor.tick);
-    if (!ordered && (e.write || range.write)) {
-      // Adjacent cells that hold the same access make one conflict.
-      Conflict* grown = nullptr;
-      for (size_t j = conflicts.size(); j-- > 0 && grown == nullptr;) {
-        Conflict& c = conflicts[j];
-        if (c.earlier.actor.component == e.actor.component && c.earlier.actor.tick == e.actor.tick &&
-            c.earlier.write == e.write && c.earlier.instance == e.instance && c.stop == cell.start) {
-          grown = &c;
-        }
-        if (conflicts.size() - j > 64) break;
-      }
-      if (grown != nullptr) {
-        grown->stop = cell.stop;
-      } else {
-        conflicts.push_back(Conflict{e, cell.start, cell.stop});
-      }
-    }
+    if (!ordered && (e.write || range.write)) conflict(e, start, stop, conflicts);
     const bool self = ordered && e.write && e.actor.component == actor.component && e.actor.tick == actor.tick;
     mine |= self && e.instance == range.instance;
     if (ordered && (range.write || !e.write) && !(self && mine)) {
@@ -188,6 +178,7 @@ void Memory::touch_cell(Cell& cell, const Range& range, const Actor& actor, cons
     if (kept != i) entries[kept] = e;
     ++kept;
   }
+  before_.swap(here_);
   entries.resize(kept);
   if (mine) return;  // this event's own write stands for its read, or for the same write named twice
   ++instances_[range.instance].pins;
@@ -198,40 +189,51 @@ void Memory::touch_cell(Cell& cell, const Range& range, const Actor& actor, cons
   entries.push_back(entry);
 }
 
-// Makes `at` a boundary between cells; returns the index of the cell that starts there (or the number of cells).
-size_t Memory::cut(Storage& storage, uint64_t at) {
-  std::vector<Cell>& cells = storage.cells;
-  if (at == 0) return 0;
-  if (at == kEnd) return cells.size();
-  const auto found =
-      std::upper_bound(cells.begin(), cells.end(), at, [](uint64_t value, const Cell& c) { return value < c.stop; });
-  const size_t index = static_cast<size_t>(found - cells.begin());
-  if (found->start == at) return index;
-  Cell right = *found;
-  right.start = at;
-  for (const Entry& e : right.entries) ++instances_[e.instance].pins;
-  found->stop = at;
-  cells.insert(found + 1, std::move(right));
-  return index + 1;
-}
-
-// Joins neighbours that hold the same accesses, looking from the cell before `first` to the cell at `last`.
-void Memory::merge(Storage& storage, size_t first, size_t last) {
-  std::vector<Cell>& cells = storage.cells;
-  if (cells.size() == 1) return;
-  const size_t from = first == 0 ? 0 : first - 1;
-  const size_t to = std::min(last, cells.size() - 1);
-  size_t out = from;
-  for (size_t i = from + 1; i <= to; ++i) {
-    if (same(cells[out].entries, cells[i].entries)) {
-      cells[out].stop = cells[i].stop;
-      drop(cells[i].entries, 0);
-    } else if (++out != i) {
-      cells[out] = std::move(cells[i]);
+// Adjacent cells that hold the same access make one conflict. Cells hold their entries in the same order, so a look at
+// the next few conflicts of the cell before finds it.
+void Memory::conflict(const Entry& e, uint64_t start, uint64_t stop, std::vector<Conflict>& conflicts) {
+  for (size_t i = next_; i < before_.size() && i < next_ + 8; ++i) {
+    Conflict& c = conflicts[before_[i]];
+    if (c.stop == start && c.earlier.actor.component == e.actor.component && c.earlier.actor.tick == e.actor.tick &&
+        c.earlier.write == e.write && c.earlier.instance == e.instance) {
+      c.stop = stop;
+      here_.push_back(before_[i]);
+      next_ = i + 1;
+      return;
     }
   }
-  if (out < to)
-    cells.erase(cells.begin() + static_cast<ptrdiff_t>(out) + 1, cells.begin() + static_cast<ptrdiff_t>(to) + 1);
+  here_.push_back(static_cast<uint32_t>(conflicts.size()));
+  conflicts.push_back(Conflict{e, start, stop});
+}
+
+uint64_t Memory::end_of(const Cells& cells, Cells::const_iterator cell) {
+  ++cell;
+  return cell == cells.end() ? kEnd : cell->first;
+}
+
+// Makes `at` a boundary between cells; returns the cell that starts there.
+Memory::Cells::iterator Memory::cut(Cells& cells, uint64_t at) {
+  if (at == kEnd) return cells.end();
+  const auto next = cells.upper_bound(at);
+  const auto found = std::prev(next);
+  if (found->first == at) return found;
+  for (const Entry& e : found->second) ++instances_[e.instance].pins;
+  return cells.emplace_hint(next, at, found->second);
+}
+
+// Joins neighbours that hold the same accesses, from the cell before `first` to the one at `last`.
+void Memory::merge(Cells& cells, Cells::iterator first, Cells::iterator last) {
+  if (cells.size() == 1) return;
+  auto kept = first == cells.begin() ? first : std::prev(first);
+  const auto stop = last == cells.end() ? last : std::next(last);
+  for (auto cell = std::next(kept); cell != stop;) {
+    if (same(kept->second, cell->second)) {
+      drop(cell->second, 0);
+      cell = cells.erase(cell);
+    } else {
+      kept = cell++;
+    }
+  }
 }
 
 void Memory::drop(std::vector<Entry>& entries, size_t from) {
@@ -253,7 +255,7 @@ void Memory::let_go(uint32_t instance) {
     // Nothing can name these bytes any more: their history is of no use. Its entries may pin this very instance, so
     // the pin below keeps it until the end.
     ++held.pins;
-    for (Cell& cell : bytes.cells) drop(cell.entries, 0);
+    for (auto& [start, entries] : bytes.cells) drop(entries, 0);
     unpin(instance);
     return;
   }
@@ -277,8 +279,8 @@ void Memory::retire(uint32_t instance) {
 void Memory::leave(uint32_t storage) {
   Storage& bytes = storages_[storage];
   if (--bytes.instances != 0) return;
-  bytes.cells.resize(1);
-  bytes.cells[0].entries.clear();
+  bytes.cells.erase(std::next(bytes.cells.begin()), bytes.cells.end());
+  bytes.cells.begin()->second.clear();
   bytes.owner = kNone;
   spare_storages_.push_back(storage);
 }

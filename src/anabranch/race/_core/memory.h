@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <vector>
 
 #include "clock.h"
@@ -105,14 +106,10 @@ class Memory {
   uint64_t live() const { return live_; }
 
  private:
-  struct Cell {
-    uint64_t start = 0;
-    uint64_t stop = kEnd;
-    std::vector<Entry> entries;
-  };
-  // Cells are sorted, adjacent and cover [0, kEnd).
+  // What still matters of the bytes from a key up to the next key (or kEnd). The first key is 0.
+  using Cells = std::map<uint64_t, std::vector<Entry>>;
   struct Storage {
-    std::vector<Cell> cells;
+    Cells cells;
     uint32_t holds = 0;      // held instances
     uint32_t instances = 0;  // instances at all
     uint32_t owner = kNone;
@@ -123,10 +120,12 @@ class Memory {
   void unpin(uint32_t instance);
   void retire(uint32_t instance);
   void leave(uint32_t storage);
-  size_t cut(Storage& storage, uint64_t at);
-  void merge(Storage& storage, size_t first, size_t last);
-  void touch_cell(Cell& cell, const Range& range, const Actor& actor, const Clock& clock,
-                  std::vector<Conflict>& conflicts);
+  static uint64_t end_of(const Cells& cells, Cells::const_iterator cell);
+  Cells::iterator cut(Cells& cells, uint64_t at);
+  void merge(Cells& cells, Cells::iterator first, Cells::iterator last);
+  void touch_cell(uint64_t start, uint64_t stop, std::vector<Entry>& entries, const Range& range, const Actor& actor,
+                  const Clock& clock, std::vector<Conflict>& conflicts);
+  void conflict(const Entry& entry, uint64_t start, uint64_t stop, std::vector<Conflict>& conflicts);
   void drop(std::vector<Entry>& entries, size_t from);
 
   std::vector<Instance> instances_;
@@ -135,6 +134,8 @@ class Memory {
   std::vector<uint32_t> spare_storages_;
   std::vector<uint32_t> bound_;  // by name
   uint64_t live_ = 0;
+  std::vector<uint32_t> before_, here_;  // conflicts that reach the end of the cell before, and of this one
+  size_t next_ = 0;                      // where in before_ this cell's next conflict is likely to be
 };
 
 }  // namespace anabranch::race
