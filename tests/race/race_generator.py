@@ -48,11 +48,10 @@ def events(rng: random.Random) -> list[dict[str, Any]]:
         }
 
     if rng.random() < 0.35:
-        out += [
-            {"do": "stream", "stream": s, "kind": rng.choice(("blocking", "nonblocking")), "device": rng.choice((0, 0, 1))}
-            for s in streams
-            if s != "legacy" or rng.random() < 0.2
-        ]  # fmt: skip
+        for s in streams:
+            if s != "legacy" or rng.random() < 0.2:
+                kind, device = rng.choice(("blocking", "nonblocking")), rng.choice((0, 0, 1))
+                out.append({"do": "stream", "stream": s, "kind": kind, "device": device})
     for _ in range(rng.randrange(2, 22)):
         do = rng.choices(_KINDS, weights)[0]
         e: dict[str, Any] = {"do": do}

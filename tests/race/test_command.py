@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from anabranch.race._command import command
+from anabranch.cli import main
 
 CORPUS = Path(__file__).parent / "corpus"
 
 
 def _run(*arguments: str, stdin: bytes | None = None) -> Result:
-    return CliRunner().invoke(command, list(arguments), input=stdin)
+    return CliRunner().invoke(main, ["race", *arguments], input=stdin)
 
 
 @pytest.mark.parametrize(("name", "word", "status"), [("C01", "race", 1), ("C02", "stale", 1), ("P01", "clean", 0)])

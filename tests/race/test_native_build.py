@@ -38,7 +38,10 @@ def test_builds_once_and_again_when_a_header_changes(source: Path) -> None:
 
 
 def test_many_processes_at_once(source: Path) -> None:
-    code = f"from anabranch._native import build; from pathlib import Path; print(build('answer', [Path({str(source)!r})]))"
+    code = (
+        "from anabranch._native import build; from pathlib import Path; "
+        f"print(build('answer', [Path({str(source)!r})]))"
+    )
     jobs = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(4)

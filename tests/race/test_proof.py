@@ -53,7 +53,11 @@ def test_a_shared_workspace_conflicts_although_no_data_passes() -> None:
 
 
 def test_two_names_for_the_same_bytes() -> None:
-    arena = [Buffer("t", 16, block="arena"), Buffer("u", 16, block="arena", offset=8), Buffer("v", 8, block="arena", offset=24)]
+    arena = [
+        Buffer("t", 16, block="arena"),
+        Buffer("u", 16, block="arena", offset=8),
+        Buffer("v", 8, block="arena", offset=24),
+    ]
     steps = [_step("a", "0", "", "t"), _step("b", "1", "", "u"), _step("c", "2", "", "v")]
     proof = check_plan(_plan(steps, [], arena))
     assert [(v.first, v.second, v.start, v.stop) for v in proof.violations] == [("a", "b", 8, 16)]
