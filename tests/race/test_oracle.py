@@ -40,6 +40,29 @@ def test_agrees_on_20000_random_traces() -> None:
     print(dict(seen))
 
 
+def test_agrees_on_every_event_of_longer_traces() -> None:
+    """Not only the verdict: the same events race, and the same events are stale, also after the first finding."""
+    rng = random.Random(47)
+    racing = quiet = 0
+    for _ in range(1_500):
+        trace = [e for _ in range(rng.randrange(1, 6)) for e in race_generator.events(rng)]
+        oracle, detector = race_oracle.Oracle(), Detector(report_limit=0)
+        before = (0, 0)
+        for at, event in enumerate(trace):
+            oracle.race = oracle.stale = False
+            oracle.feed(event)
+            detector.feed(event)
+            result = detector.finish()
+            now = (result.conflicts, result.stale_uses)
+            found = (now[0] > before[0], now[1] > before[1])
+            assert found == (oracle.race, oracle.stale), f"event {at} of {trace}"
+            before = now
+            racing += found[0]
+            quiet += not found[0]
+    assert min(racing, quiet) > 5_000
+    print(racing, quiet)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_agrees_and_shrinks(rng: random.Random) -> None:
