@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -134,8 +135,6 @@ def test_100000_mutated_files_never_crash_or_hang() -> None:
 
 
 def test_mutated_files_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
-    import subprocess
-
     flags = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{_library.FOLDER}")
     sources = [*_library.sources(), HERE / "sanitizer_driver.cpp"]
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,4 @@ def test_sizes() -> None:
 
 def test_no_torch() -> None:
     code = "import sys, anabranch.race, anabranch.cli; sys.exit('torch' in sys.modules)"
-    import sys
-
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

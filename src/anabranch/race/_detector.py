@@ -96,12 +96,16 @@ class Detector:
                 event = json.dumps(dict(event))
             except (TypeError, ValueError) as error:
                 raise TraceError(f"expected an event of plain JSON data: {error}") from error
+        # A lone surrogate becomes bytes that the core refuses by name.
         data = event.encode("utf-8", "surrogatepass") if isinstance(event, str) else event
+        data = data.removesuffix(b"\n")
         with self._lock:
-            self._check(self._core.anabranch_race_line(self._handle, data.rstrip(b"\n"), len(data.rstrip(b"\n"))))
+            self._check(self._core.anabranch_race_line(self._handle, data, len(data)))
 
     def feed_bytes(self, data: bytes) -> None:
         """Take a piece of a trace file, of any size; :meth:`finish` takes what is left of its last line.
+
+        Use this or :meth:`feed`, not both: a line that is only half there would come after the events fed meanwhile.
 
         Raises :class:`~anabranch.errors.TraceError` at the first malformed line; nothing after it is looked at.
         """
