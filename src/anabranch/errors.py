@@ -10,6 +10,7 @@ __all__ = [
     "FlagsChanged",
     "InputError",
     "NotCapturable",
+    "PlanError",
     "TraceError",
     "UnsupportedModel",
 ]
@@ -48,6 +49,10 @@ class EngineClosed(AnabranchError):
 
 class DeviceLost(AnabranchError):
     """The device reported an error that lasts until the process ends; no engine on it can run again."""
+
+
+class PlanError(AnabranchError):
+    """A plan's steps touch the same bytes without an order between them; the message lists them with a fix each."""
 
 
 class TraceError(AnabranchError, ValueError):

@@ -174,7 +174,7 @@ def _keep_backends_enabled() -> Iterator[None]:
     from torch.export import _trace  # loads half of the compiler: not at import
 
     original = getattr(_trace, "_ignore_backend_decomps", None)
-    _trace._ignore_backend_decomps = nullcontext
+    _trace._ignore_backend_decomps = nullcontext  # type: ignore[assignment]
     try:
         yield
     finally:

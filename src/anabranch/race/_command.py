@@ -1,0 +1,64 @@
+"""``anabranch race``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from anabranch.errors import AnabranchError
+from anabranch.race._detector import REPORT_LIMIT, Result, check_trace
+
+
+@click.command(name="race", short_help="Judge a trace of stream events: race, stale or clean.")
+@click.argument("trace", metavar="TRACE.jsonl")
+@click.option("--json", "json_path", metavar="FILE", help="Write verdict, counts and reports there (- for stdout).")
+@click.option(
+    "--limit",
+    default=REPORT_LIMIT,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Distinct reports to keep; the rest are counted.",
+)
+def command(trace: str, json_path: str | None, limit: int) -> None:
+    """Judge TRACE.jsonl (- reads stdin): a report for each distinct finding, then a last line that starts with the
+    verdict: race, stale or clean.
+
+    Exit status: 0 clean, 1 race or stale, 2 a malformed or unreadable trace.
+    """
+    try:
+        result = check_trace(sys.stdin.buffer if trace == "-" else trace, report_limit=limit)
+    except AnabranchError as error:
+        _fail(f"{trace}: {error}")
+    except OSError as error:
+        _fail(f"{trace}: cannot be read: {error.strerror}")
+    if json_path is not None:
+        text = json.dumps(result.to_dict(), indent=1)
+        if json_path != "-":
+            try:
+                Path(json_path).write_text(text + "\n", encoding="utf-8")
+            except OSError as error:
+                _fail(f"{json_path}: cannot be written: {error.strerror}")
+        else:
+            click.echo(text)
+    for report in result.reports:
+        click.echo(f"{report}\n")
+    click.echo(_last_line(result))
+    sys.exit(0 if result.verdict == "clean" else 1)
+
+
+def _last_line(result: Result) -> str:
+    races = sum(report.verdict == "race" for report in result.reports)
+    stales = len(result.reports) - races
+    found = [f"{races} distinct race{'s' * (races != 1)}"] * (races > 0)
+    found += [f"{stales} distinct stale use{'s' * (stales != 1)}"] * (stales > 0)
+    found += [f"{result.unreported} findings not kept"] * (result.unreported > 0)
+    found += [f"{result.events} events, {result.streams} streams, {result.threads} threads"]
+    return f"{result.verdict} ({'; '.join(found)})"
+
+
+def _fail(message: str) -> None:
+    click.echo(f"anabranch race: {message}", err=True)
+    sys.exit(2)
