@@ -152,7 +152,7 @@ class Specialization:
         """Run on made-up values. Export checks shapes; that an operator takes these dtypes shows here only."""
         try:
             self._kernels(examples)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             pass  # the values were at fault (not positive definite, say); the caller's own may do
         except torch.OutOfMemoryError:
             raise
