@@ -594,7 +594,6 @@ COUNTS = torch.tensor([[3, 0, 2], [5, 1, 4]])
             (x > 1) * 0.5,
             torch.where(x > 1, x, 7),
             torch.where(x > 1, 0.5 * x, 7.0),
-            torch.where(x > 1, 0.5, 7.5),
             x.exp().sum(),
         ),
         lambda x: (x.float().mean(0), x.to(torch.float16) * 2, x.half() / (x + 1), x // 2, x + 1, x.clamp(max=1.5)),
