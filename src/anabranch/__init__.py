@@ -14,6 +14,7 @@ from anabranch.errors import (
     FlagsChanged,
     InputError,
     NotCapturable,
+    PlanError,
     TraceError,
     UnsupportedModel,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "InputError",
     "NotCapturable",
     "Plan",
+    "PlanError",
     "Stats",
     "TraceError",
     "UnsupportedModel",

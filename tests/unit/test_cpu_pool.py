@@ -1,4 +1,4 @@
-"""The context pool, its limits and the graveyard, with stand-ins for contexts and events: their logic needs no device."""
+"""The context pool, its limits and the graveyard, with stand-ins for contexts and events; no device."""
 
 from __future__ import annotations
 

@@ -614,25 +614,47 @@ def test_a_lock_held_at_the_fork_does_not_hang_the_child(which: str) -> None:
     assert status == 0
 
 
-def test_the_interpreter_exits_with_a_thread_still_calling(run_python: Any) -> None:
+def test_the_interpreter_exits_with_threads_still_calling(run_python: Any) -> None:
+    done = run_python(
+        """
+        import atexit
+        atexit.register(lambda: print("last call", torch.equal(engine(x), expected)))  # runs after the engine's own
+        import threading, torch, anabranch
+        engine = anabranch.compile(torch.nn.Linear(16, 16).eval(), [torch.randn(4, 16)], backend="eager")
+        x = torch.randn(4, 16)
+        expected = engine(x)
+        started = threading.Barrier(5)
+        def spin():
+            engine(x)
+            started.wait()
+            while True:
+                engine(x)
+        for _ in range(4):
+            threading.Thread(target=spin, daemon=True).start()
+        started.wait()
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "last call True\n"
+    assert "Traceback" not in done.stderr
+
+
+def test_the_interpreter_exits_while_a_thread_compiles(run_python: Any) -> None:
     done = run_python(
         """
         import threading, torch, anabranch
         engine = anabranch.compile(torch.nn.Linear(16, 16).eval(), [torch.randn(4, 16)], backend="eager")
+        xs = [torch.randn(n, 16) for n in range(100)]
         started = threading.Event()
-        def spin():
-            while True:
-                engine(torch.randn(4, 16))
+        def work():
+            for x in xs:
                 started.set()
-        for _ in range(4):
-            threading.Thread(target=spin, daemon=True).start()
+                engine(x)
+        threading.Thread(target=work, daemon=True).start()
         started.wait()
-        print("bye")
         """
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "bye\n"
-    assert "Traceback" not in done.stderr
 
 
 def test_a_spawned_script_exits_cleanly_after_a_fork_with_an_engine(run_python: Any) -> None:

@@ -226,6 +226,20 @@ def test_a_failed_build_of_a_signature_leaves_the_others_usable(monkeypatch: Any
     assert engine(torch.randn(5, 3)).shape == (5, 4)
 
 
+def test_a_model_that_made_up_values_do_not_suit_is_compiled_all_the_same() -> None:
+    class Solve(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.cholesky(x)
+
+    engine = anabranch.compile(Solve(), [torch.eye(4)], backend="eager")
+    root = torch.randn(4, 4).tril()
+    x = root @ root.t() + torch.eye(4)
+    torch.testing.assert_close(engine(x), torch.linalg.cholesky(x))
+    with pytest.raises(RuntimeError, match="positive-definite"):
+        engine(-x)
+    torch.testing.assert_close(engine(x), torch.linalg.cholesky(x))
+
+
 def test_an_error_inside_a_call_reaches_the_caller_and_the_engine_stays_usable() -> None:
     engine = anabranch.compile(nn.Embedding(5, 2), [torch.tensor([1, 2])], backend="eager")
     with pytest.raises(IndexError, match="out of range"):

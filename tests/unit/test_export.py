@@ -579,6 +579,40 @@ def test_sdpa_with_dropout_is_random() -> None:
     assert not torch.equal(engine(q), engine(q))
 
 
+# -- the default dtype ------------------------------------------------------------------------------------------------
+
+COUNTS = torch.tensor([[3, 0, 2], [5, 1, 4]])
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: (torch.ones(3), torch.zeros(2, 3) - x, torch.full((2,), 1.5)),
+        lambda x: (torch.arange(0, 1, 0.25), torch.linspace(0, 1, 5), torch.eye(3), torch.hann_window(6)),
+        lambda x: (x * 2.5, x / 2, x / (x + 1), 1.5 - x, x**0.5, x.sqrt(), x.sigmoid(), torch.atan2(x, x + 1)),
+        lambda x: (
+            (x > 1) * 0.5,
+            torch.where(x > 1, x, 7),
+            torch.where(x > 1, 0.5 * x, 7.0),
+            x.exp().sum(),
+        ),
+        lambda x: (x.float().mean(0), x.to(torch.float16) * 2, x.half() / (x + 1), x // 2, x + 1, x.clamp(max=1.5)),
+        lambda x: (torch.tensor([1.5, 2.5]) * 2, x.double() * 2.5, torch.ones_like(x), x.new_zeros(2)),
+    ],
+    ids=["factories", "ranges", "promotion", "where", "explicit", "other types"],
+)
+def test_the_default_dtype_of_the_call_changes_nothing(fn: Any) -> None:
+    expected = fn(COUNTS)
+    engine = build(fn, COUNTS)
+    torch.set_default_dtype(torch.float64)
+    try:
+        out = engine(COUNTS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for o, e in zip(out, expected, strict=True):
+        assert same(o, e), f"{o} {o.dtype}, not {e} {e.dtype}"
+
+
 # -- shapes that depend on data ---------------------------------------------------------------------------------------
 
 

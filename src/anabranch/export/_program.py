@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -171,17 +172,17 @@ def _keep_backends_enabled() -> Iterator[None]:
     operators from being taken apart for one library, and nothing is taken apart here. Where a PyTorch version has no
     such hook, calls that this would disturb find the flags changed and raise. Called with the build lock held.
     """
-    from torch.export import _trace  # loads half of the compiler: not at import
-
-    original = getattr(_trace, "_ignore_backend_decomps", None)
-    _trace._ignore_backend_decomps = nullcontext  # type: ignore[assignment]
+    # Loads half of the compiler, so not at import.
+    tracer: Any = importlib.import_module("torch.export._trace")
+    original = getattr(tracer, "_ignore_backend_decomps", None)
+    tracer._ignore_backend_decomps = nullcontext
     try:
         yield
     finally:
         if original is None:
-            del _trace._ignore_backend_decomps
+            del tracer._ignore_backend_decomps
         else:
-            _trace._ignore_backend_decomps = original
+            tracer._ignore_backend_decomps = original
 
 
 def _describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
@@ -248,6 +249,7 @@ def _flatten(exported: ExportedProgram, originals: Mapping[str, torch.Tensor]) -
 
     direct_only, data_dependent = _uncapturable(gm.graph)
     _propagate(gm, data_dependent)
+    _pin_default_dtype(gm.graph)
     outputs = _classify_outputs(gm, inputs, weights)
 
     computed = _results(gm.graph)
@@ -328,6 +330,31 @@ def _propagate(gm: fx.GraphModule, data_dependent: bool) -> None:
     args = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
     with mode, torch.no_grad():
         Propagate(gm).run(*args, enable_io_processing=False)
+
+
+def _pin_default_dtype(graph: fx.Graph) -> None:
+    """Write today's default dtype into the graph where an operator would ask for it at each call.
+
+    ``torch.ones(3)`` does, and so does an integer tensor times 2.5. The default is process-wide: another thread that
+    builds a model in half precision must not change what a call returns.
+    """
+    default = torch.get_default_dtype()
+    for node in list(graph.nodes):
+        value, op = node.meta.get("val"), node.target
+        if not isinstance(op, torch._ops.OpOverload) or not isinstance(value, torch.Tensor) or value.dtype != default:
+            continue
+        takes_dtype = any(a.name == "dtype" for a in op._schema.arguments)
+        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        if not tensors and takes_dtype:
+            node.update_kwarg("dtype", node.kwargs.get("dtype") or default)
+        elif torch.Tag.pointwise in op.tags and not takes_dtype and op.overloadpacket is not _aten.where:
+            if any(n.meta["val"].is_floating_point() or n.meta["val"].is_complex() for n in tensors):
+                continue
+            for n in tensors:  # as type promotion would
+                with graph.inserting_before(node):
+                    cast = graph.call_function(_aten._to_copy.default, (n,), {"dtype": default})
+                cast.meta = {**n.meta, "val": n.meta["val"].to(default)}
+                node.replace_input_with(n, cast)
 
 
 def _storage(node: fx.Node) -> int | None:

@@ -89,7 +89,8 @@ def build_plan(
     kind_of_result = "static" if captured else "output"
     workspace: tuple[Access, ...] = ()
     if on_cuda and uses_workspace(program):
-        buffers["workspace main"] = Buffer("workspace main", 0, "workspace")
+        # Its size is the library's business; one byte stands for all of it.
+        buffers["workspace main"] = Buffer("workspace main", 1, "workspace")
         workspace = (Access("workspace main"),)
 
     def label_of(node: fx.Node) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from anabranch.errors import FlagsChanged, InputError, NotCapturable
 from anabranch.export import AliasOutput, ComputedOutput, Program, Signature
 from anabranch.plan import Plan
 from anabranch.plan._build import build_plan, uses_workspace
+from anabranch.race import check_plan
 from anabranch.runtime._build import neutral, process
 from anabranch.runtime._context import Context
 from anabranch.runtime._flags import Flags, sensitive
@@ -100,6 +101,8 @@ class Specialization:
         self.uses_graphs, self.reason = self._build()
         # Attached to this object, not to the engine: a call under way keeps it alive, and what that call queues is
         # covered by an event recorded before it lets go.
+        #: That no two steps of the plan can race. Raises PlanError before anything could run.
+        self.proof = check_plan(self.plan()).raise_if_unordered()
         weakref.finalize(self, _retire, device, list(program.weights), self._last_uses).atexit = False
         counters.add("specializations")
 
@@ -449,6 +452,7 @@ class Specialization:
         settings = self.settings
         way = "captured: one CUDA graph launch a call" if self.uses_graphs else "direct"
         lines = [f"{self.signature}: {way} ({self.reason})"]
+        lines.append(f"  plan: {self.proof.pairs} conflicting pairs of accesses, all ordered")
         if self.backend != settings.backend and not self.program.is_empty:
             lines.append(f"  backend eager instead of {settings.backend}: {self.program.direct_only}")
         if self.uses_graphs:
