@@ -51,7 +51,11 @@ class Graveyard:
             except IndexError:
                 return
             events, _, then = entry
-            if self._query(events):
+            done = False
+            try:
+                done = self._query(events)
+            finally:
+                if not done:
+                    self._entries.append(entry)
+            if done:
                 then()
-            else:
-                self._entries.append(entry)

@@ -104,12 +104,20 @@ class _Forward(torch.nn.Module):
             register_dataclasses(result)
             return result
 
-        def enter(x: Any) -> Any:
-            floating = isinstance(x, torch.Tensor) and x.is_floating_point()
-            return x.to(self._precision) if floating else x
+        originals: dict[int, torch.Tensor] = {}
 
-        args, kwargs = pytree.tree_map(enter, (args, kwargs))
+        def enter(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype is self._precision:
+                return x
+            cast = x.to(self._precision)
+            originals[id(cast)] = x
+            return cast
+
+        entered = pytree.tree_map(enter, (args, kwargs))
+        args, kwargs = entered
         result = self.model(*args, **kwargs)
+        # An input that is handed back is the caller's own, not a rounded copy.
+        result = pytree.tree_map(lambda y: originals.get(id(y), y), result)
         register_dataclasses(result)
         leaves, structure = pytree.tree_flatten(result)
         leaves = [

@@ -30,8 +30,10 @@ def _uses_workspace(node: fx.Node) -> bool:
         return target is not operator.getitem
     if torch.Tag.pointwise in target.tags or _aliases(node) or torch.Tag.reduction in target.tags:
         return False
-    # A user's own op may be called anything; and conv_tbc is one matrix product after another.
-    if target.namespace != "aten" or "conv_tbc" in target.name():
+    # A user's own op may be called anything; and conv_tbc is one matrix product after another, as every convolution is
+    # where cuDNN does not do it.
+    name = target.name()
+    if target.namespace != "aten" or "conv_tbc" in name or ("conv" in name and not torch.backends.cudnn.enabled):
         return True
     return not any(word in target.name() for word in _NO_BLAS)
 

@@ -82,8 +82,12 @@ class Context:
                 # Per-thread and per-stream set-up of libraries is not allowed to happen inside the capture.
                 kernels(inputs)
             graph, results = device.capture(lane, memory, lambda: kernels(inputs))
-        finally:
             lane.stream.synchronize()
+        except BaseException:
+            lane.stream.synchronize()  # if this fails too, the device is lost, and nothing is to be used again
+            device.release_lane(lane)
+            device.release_memory(memory)
+            raise
         outputs = StaticOutputs(results)
         nbytes = memory.nbytes() + lane.hidden_nbytes()
         return cls(device, graph, lane, memory, inputs, outputs, nbytes, forget)

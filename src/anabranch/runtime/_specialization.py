@@ -405,7 +405,8 @@ class Specialization:
             self._check_flags()  # before anything enters the capture
         with device.building():
             lane = device.join_capture(stream, self._index, keep=self)
-            if self._workspaces:
+            # On the mere suspicion: memory that the lane first got inside the capture would be the caller's pool's.
+            if self._sensitive:
                 lane.load_workspaces()
         fork, join = device.event(), device.event()
         fork.record(stream)
