@@ -23,6 +23,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-tiers", action="store_true", help="write the number of tests in each tier to tests/tiers.json"
     )
+    parser.addoption("--evidence", metavar="FILE", help="write what was run, where, and how it ended, as JSON")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """``--evidence FILE``: what was run where, and how it ended, for benchmarks/results."""
+    target = config.getoption("--evidence")
+    if not target:
+        return
+    from anabranch.check import environment
+
+    counts = {kind: len(terminalreporter.getreports(kind)) for kind in ("passed", "failed", "error", "skipped")}
+    names = sorted(r.nodeid for r in terminalreporter.getreports("passed"))
+    skipped = {r.nodeid: str(r.longrepr[-1]) for r in terminalreporter.getreports("skipped")}
+    where = {**environment("cuda"), "command": "python -m " + " ".join(["pytest", *config.invocation_params.args])}
+    content = {**counts, "environment": where, "skips": skipped, "tests": names}
+    Path(target).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _tests(config: pytest.Config) -> Path:

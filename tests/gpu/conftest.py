@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 import anabranch
+
+# As `anabranch check` does: a held stream must not hold others through a hardware queue that they share.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 from gpu.support import Gpu, Make
 
 

@@ -18,6 +18,16 @@ from anabranch.devices._graveyard import Graveyard
 from anabranch.runtime._pool import ContextPool, Limits, Reservation
 
 
+def yes() -> bool:
+    """A call may build a context."""
+    return True
+
+
+def no() -> bool:
+    """It may not."""
+    return False
+
+
 class Context:
     """What the pool looks at in an execution context."""
 
@@ -73,51 +83,51 @@ def threads(n: int, work: Callable[[int], Any]) -> Iterator[list[threading.Threa
 def test_the_streams_own_context_comes_first() -> None:
     mine, fresh, other = Context(used_on=7), Context(), Context(used_on=8)
     pool = pool_of(mine, fresh, other, max_contexts=9)
-    assert pool.acquire(7, True) is mine
+    assert pool.acquire(7, yes) is mine
 
 
 def test_of_the_streams_own_the_most_recently_used_comes_first() -> None:
     older, newer = Context(used_on=7), Context(used_on=7)
     pool = pool_of(older, newer)
-    assert pool.acquire(7, True) is newer
-    assert pool.acquire(7, True) is older
+    assert pool.acquire(7, yes) is newer
+    assert pool.acquire(7, yes) is older
 
 
 def test_a_context_that_was_never_used_comes_before_a_new_one() -> None:
     other, fresh = Context(used_on=8), Context()
     pool = pool_of(other, fresh, max_contexts=9)
-    assert pool.acquire(7, True) is fresh
+    assert pool.acquire(7, yes) is fresh
     assert pool._limits.held() == (2, 200), "nothing was reserved"
 
 
 def test_a_new_one_comes_before_another_streams() -> None:
     other = Context(used_on=8)
     pool = pool_of(other, max_contexts=2)
-    choice = pool.acquire(7, True)
+    choice = pool.acquire(7, yes)
     assert isinstance(choice, Reservation)
     assert choice.nbytes == 100, "what the last one took"
     assert pool._limits.held() == (2, 200)
-    assert pool.acquire(7, True) is other, "the limit is reached"
+    assert pool.acquire(7, yes) is other, "the limit is reached"
 
 
 def test_where_nothing_may_be_built_the_least_recently_used_comes() -> None:
     first, second = Context(used_on=8), Context(used_on=9)
     pool = pool_of(first, second, max_contexts=9)
-    assert pool.acquire(7, False) is first
+    assert pool.acquire(7, no) is first
     assert pool._limits.held() == (2, 200)
     pool.release(first)
-    assert pool.acquire(7, False) is second, "the one given back is now the most recent"
+    assert pool.acquire(7, no) is second, "the one given back is now the most recent"
 
 
 def test_without_contexts_and_without_room_a_call_runs_direct() -> None:
     pool = pool_of(max_contexts=0)
-    assert pool.acquire(7, True) is None
-    assert pool_of(max_contexts=5).acquire(7, False) is None
+    assert pool.acquire(7, yes) is None
+    assert pool_of(max_contexts=5).acquire(7, no) is None
 
 
 def test_a_reservation_keeps_its_bytes_when_the_estimate_changes() -> None:
     pool = pool_of(Context(100, used_on=8), max_contexts=9)
-    choice = pool.acquire(7, True)
+    choice = pool.acquire(7, yes)
     bigger = Context(300)
     pool._limits.reserve(0)
     pool._limits.confirm(0, 300)
@@ -129,11 +139,11 @@ def test_a_reservation_keeps_its_bytes_when_the_estimate_changes() -> None:
 def test_drain_takes_the_idle_and_leaves_those_in_use() -> None:
     idle, used = Context(used_on=1), Context(used_on=2)
     pool = pool_of(idle, used)
-    assert pool.acquire(2, False) is used
+    assert pool.acquire(2, no) is used
     assert pool.drain() == [idle]
     assert len(pool) == 1
     pool.release(used)
-    assert pool.acquire(2, False) is used
+    assert pool.acquire(2, no) is used
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------
@@ -233,7 +243,7 @@ def test_sixty_four_threads_share_one_context_and_all_finish() -> None:
     def work(i: int) -> None:
         nonlocal inside
         for _ in range(10):
-            context = pool.acquire(i, True)
+            context = pool.acquire(i, yes)
             inside += 1
             assert inside == 1, "two threads have one context"
             calls.append(i)
@@ -250,13 +260,13 @@ def test_sixty_four_threads_share_one_context_and_all_finish() -> None:
 
 def test_waiters_are_served_in_the_order_in_which_they_came() -> None:
     pool = pool_of(Context(used_on=0))
-    context = pool.acquire(0, True)
+    context = pool.acquire(0, yes)
     served: list[int] = []
     go = [threading.Event() for _ in range(12)]
 
     def work(i: int) -> None:
         go[i].wait(30)
-        mine = pool.acquire(i, True)
+        mine = pool.acquire(i, yes)
         served.append(i)
         pool.release(mine)
 
@@ -270,9 +280,9 @@ def test_waiters_are_served_in_the_order_in_which_they_came() -> None:
 
 def test_a_newcomer_does_not_overtake_a_waiter() -> None:
     pool = pool_of(Context(used_on=0))
-    context = pool.acquire(0, True)
+    context = pool.acquire(0, yes)
     got: list[Any] = []
-    with threads(1, lambda i: got.append(pool.acquire(1, True))):
+    with threads(1, lambda i: got.append(pool.acquire(1, yes))):
         eventually(lambda: len(pool._waiters) == 1)
         pool.release(context)
         assert not pool._idle, "the context went to the waiter, not to whoever comes next"
@@ -281,9 +291,9 @@ def test_a_newcomer_does_not_overtake_a_waiter() -> None:
 
 def test_discarding_the_last_context_wakes_all_who_wait() -> None:
     pool = pool_of(Context(used_on=0))
-    context = pool.acquire(0, True)
+    context = pool.acquire(0, yes)
     got: list[Any] = []
-    with threads(5, lambda i: got.append(pool.acquire(i, False))):
+    with threads(5, lambda i: got.append(pool.acquire(i, no))):
         eventually(lambda: len(pool._waiters) == 5)
         start = time.monotonic()
         pool.discard(context)
@@ -293,9 +303,9 @@ def test_discarding_the_last_context_wakes_all_who_wait() -> None:
 
 def test_discarding_one_of_two_leaves_the_other_to_the_waiters() -> None:
     pool = pool_of(Context(used_on=0), Context(used_on=1))
-    first, second = pool.acquire(0, True), pool.acquire(1, True)
+    first, second = pool.acquire(0, yes), pool.acquire(1, yes)
     got: list[Any] = []
-    with threads(1, lambda i: got.append(pool.acquire(5, True))):
+    with threads(1, lambda i: got.append(pool.acquire(5, yes))):
         eventually(lambda: len(pool._waiters) == 1)
         pool.discard(first)
         pool.release(second)
@@ -304,9 +314,9 @@ def test_discarding_one_of_two_leaves_the_other_to_the_waiters() -> None:
 
 def test_a_context_lost_with_its_thread_does_not_hold_up_the_waiters_for_ever() -> None:
     pool = pool_of(Context(used_on=0))
-    context = pool.acquire(0, True)
+    context = pool.acquire(0, yes)
     got: list[Any] = []
-    with threads(3, lambda i: got.append(pool.acquire(i, False))):
+    with threads(3, lambda i: got.append(pool.acquire(i, no))):
         eventually(lambda: len(pool._waiters) == 3)
         del context  # neither released nor discarded
     assert got == [None] * 3
@@ -320,12 +330,12 @@ class Interrupt(BaseException):
 def test_an_exception_raised_into_a_waiting_thread_loses_no_context() -> None:
     pool = pool_of(Context(used_on=0))
     for _ in range(10):
-        context = pool.acquire(0, True)
+        context = pool.acquire(0, yes)
         caught: list[bool] = []
 
         def work(i: int, caught: list[bool] = caught) -> None:
             try:
-                pool.acquire(1, True)
+                pool.acquire(1, yes)
             except Interrupt:
                 caught.append(True)
 
@@ -348,7 +358,7 @@ def test_an_exception_raised_into_a_waiting_thread_loses_no_context() -> None:
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
 def test_ctrl_c_while_waiting_loses_no_context() -> None:
     pool = pool_of(Context(used_on=0))
-    context = pool.acquire(0, True)
+    context = pool.acquire(0, yes)
 
     def interrupt(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -358,19 +368,19 @@ def test_ctrl_c_while_waiting_loses_no_context() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            pool.acquire(1, True)
+            pool.acquire(1, yes)
         assert time.monotonic() - start < 0.9, "at once, not when the wait's time is up"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert not pool._waiters
     pool.release(context)
-    assert pool.acquire(1, True) is context
+    assert pool.acquire(1, yes) is context
 
 
 def test_an_interrupted_waiter_hands_its_context_to_the_next() -> None:
     pool = pool_of(Context(used_on=0))
-    context = pool.acquire(0, True)
+    context = pool.acquire(0, yes)
     got: list[Any] = []
     first_waits = threading.Event()
 
@@ -378,7 +388,7 @@ def test_an_interrupted_waiter_hands_its_context_to_the_next() -> None:
         if i == 1:
             first_waits.wait(30)
         try:
-            got.append(pool.acquire(i, True))
+            got.append(pool.acquire(i, yes))
         except Interrupt:
             got.append("interrupted")
 
@@ -407,7 +417,7 @@ def test_many_threads_streams_and_discards_end_with_the_books_in_order() -> None
 
     def work(i: int) -> None:
         for n in range(200):
-            choice = pool.acquire(i, True)
+            choice = pool.acquire(i, yes)
             if isinstance(choice, Reservation):
                 counts["built"] += 1
                 choice = build(choice.nbytes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,8 @@ def test_readme_commands_exist() -> None:
 
     for name in set(re.findall(r"^(?:.*&& )?anabranch (\w+)", README, flags=re.M)):
         assert main.get_command(None, name) is not None, name  # type: ignore[arg-type]
+
+
+def test_readme_tables_are_those_of_the_committed_results() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

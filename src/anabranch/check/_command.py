@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ def command(
     engine's own serial output bit for bit; the serial output must be near float32 eager. Exit status: 0 all right,
     1 something is wrong, 2 the check could not be made.
     """
+    # The driver maps streams onto 8 hardware queues unless told otherwise, and a held stream would hold those that
+    # share its queue: fewer calls would really be in flight. Read when CUDA starts, which is later.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         _refuse("--device cuda given, but PyTorch sees no GPU here; use --device cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 from anabranch.runtime._build import process
 from anabranch.runtime._context import Context
@@ -30,13 +31,17 @@ class Limits:
         """Make room for one more context of about ``nbytes``; False if a limit forbids it."""
         with self._lock:
             self._settle()
-            if self._contexts >= self.max_contexts:
-                return False
-            if self.memory_limit is not None and self._bytes + nbytes > self.memory_limit:
+            if not self._fits(nbytes):
                 return False
             self._contexts += 1
             self._bytes += nbytes
             return True
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether :meth:`reserve` would succeed now."""
+        with self._lock:
+            self._settle()
+            return self._fits(nbytes)
 
     def confirm(self, reserved: int, actual: int) -> bool:
         """Correct a reservation to what the context really takes; False if that is over the limit."""
@@ -58,6 +63,10 @@ class Limits:
         with self._lock:
             self._settle()
             return self._contexts, self._bytes
+
+    def _fits(self, nbytes: int) -> bool:
+        within_memory = self.memory_limit is None or self._bytes + nbytes <= self.memory_limit
+        return self._contexts < self.max_contexts and within_memory
 
     def _settle(self) -> None:
         while self._forgotten:
@@ -100,7 +109,7 @@ class ContextPool:
         #: Bytes of the last context built: what the next will take.
         self.estimate = 0
 
-    def acquire(self, stream: int, may_build: bool) -> Context | Reservation | None:
+    def acquire(self, stream: int, may_build: Callable[[], bool]) -> Context | Reservation | None:
         """An idle context, by preference: last used on ``stream``; never used; a new one (room for it is reserved); the
         least recently used. When all are in the hands of other threads, waits for the first that comes back. None
         (run direct) when there is no context at all and none may be built.
@@ -115,7 +124,7 @@ class ContextPool:
                     return idle.pop(i)
             # Read once: another thread's build changes it.
             estimate = self.estimate
-            if may_build and self._limits.reserve(estimate):
+            if self._limits.has_room(estimate) and may_build() and self._limits.reserve(estimate):
                 return Reservation(estimate)
             if idle:
                 return idle.pop(0)

@@ -317,14 +317,16 @@ class Specialization:
         return self._finish(inputs, results)
 
     def _acquire(self, stream: Any) -> Context | None:
-        # A context captured now would have today's flags baked in, not the engine's.
-        may_build = self._may_grow and (not self._sensitive or self.settings.flags.unchanged())
-        choice = self._pool.acquire(stream.stream_id, may_build)
+        choice = self._pool.acquire(stream.stream_id, self._may_build)
         if isinstance(choice, Reservation):
             return self._build_context(choice.nbytes)
         if choice is not None and choice.used_on is not None and choice.used_on != stream.stream_id:
             self._counters.add("waits")
         return choice
+
+    def _may_build(self) -> bool:
+        # A context captured now would have today's flags baked in, not the engine's.
+        return self._may_grow and (not self._sensitive or self.settings.flags.unchanged())
 
     def _run_graph(self, context: Context, inputs: Sequence[torch.Tensor], stream: Any) -> list[torch.Tensor]:
         try:

@@ -10,7 +10,10 @@ from anabranch.runtime._build import process
 
 @dataclass
 class Stats:
-    """What an engine has done so far. ``bytes`` is device memory held by execution contexts, workspaces included."""
+    """What an engine has done so far. ``bytes`` is device memory held by execution contexts, workspaces included.
+
+    ``dataclasses.asdict`` makes a dict of it.
+    """
 
     calls: int = 0
     graph_calls: int = 0
