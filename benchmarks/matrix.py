@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import click
@@ -48,8 +49,9 @@ def check_model(name: str, calls: int, target: Path) -> None:
 @click.command()
 @click.option("--calls", default=500, show_default=True, help="A row; a tenth of it at 4K.")
 @click.option("--json", "target", type=click.Path(path_type=Path), required=True)
+@click.option("--seconds", default=1200.0, show_default=True, help="Stop after this; what is not done is said.")
 @click.option("--only", type=click.Choice(list(MODELS)), help="This model only, in this process.")
-def main(calls: int, target: Path, only: str | None) -> None:
+def main(calls: int, target: Path, seconds: float, only: str | None) -> None:
     if only:
         with float32_exactly(), torch.no_grad():
             check_model(only, calls // 10 if only.endswith("-4k") else calls, target)
@@ -63,19 +65,27 @@ def main(calls: int, target: Path, only: str | None) -> None:
             file = Path(folder) / f"{name}.json"
             command = [sys.executable, __file__, "--only", name, "--calls", str(calls), "--json", str(file)]
             runs[file] = subprocess.Popen(command, env=environment)
-        rows = []
+        rows, failed = [], {}
+        end = time.monotonic() + seconds
         for file, run in runs.items():
-            if run.wait():
-                raise SystemExit(f"{file.stem}: exit status {run.returncode}")
-            rows += json.loads(file.read_text())
+            try:
+                status = run.wait(timeout=max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                run.kill()
+                status = "out of time"
+            if status:
+                failed[file.stem] = f"exit status {status}"
+            rows += json.loads(file.read_text()) if file.exists() else []
     content = to_json([], "cuda", calls=sum(r["calls"] for r in rows), wrong=sum(r["wrong"] for r in rows))
     content |= {"all_zero": sum(r["all_zero"] for r in rows), "non_finite": sum(r["non_finite"] for r in rows)}
-    content |= {"rows": rows}
+    content |= {"failed": failed, "rows": rows}
     content["environment"]["command"] = f"python {' '.join(sys.argv)}"
     write_json(target, content)
     bad = [r for r in rows if not r["ok"]]
-    print(f"{len(rows)} rows, {content['calls']} calls, {content['wrong']} wrong, {len(bad)} rows not right")
-    sys.exit(bool(bad))
+    print(
+        f"{len(rows)} rows, {content['calls']} calls, {content['wrong']} wrong, {len(bad)} rows not right, {failed or 'all done'}"
+    )
+    sys.exit(bool(bad or failed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the README's tables from ``benchmarks/results``: ``python benchmarks/readme.py``; ``--check`` only compares."""
+"""Writes the README's tables from ``benchmarks/results``. ``--check`` only compares."""
 
 from __future__ import annotations
 
