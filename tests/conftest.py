@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """``--evidence FILE``: what was run where, and how it ended, for benchmarks/results."""
     target = config.getoption("--evidence")
-    if not target:
+    if not target or hasattr(config, "workerinput"):
         return
     from anabranch.check import environment
 
