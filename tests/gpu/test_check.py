@@ -32,7 +32,7 @@ def test_the_injected_stale_stream_is_wrong_everywhere_but_on_the_main_stream(dt
     options = Options("cuda", calls=32, backend="eager", inject="stale-stream", cuda_graphs=graphs)
     rows = {r.path: r for r in run_check(find_subject("relu"), [Case(dtype, (1, 3, 5))], options)}
     assert rows["main"].ok
-    # Not each of them: streams share the GPU's hardware queues, so a stale call may be late, and then be lucky.
+    # Not each of them: a fresh stream may share the main stream's hardware queue, and a stale call then comes late.
     for path in ("fresh", "rotate", "threads"):
         assert rows[path].wrong > rows[path].calls // 2, path
 

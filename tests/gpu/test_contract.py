@@ -54,38 +54,36 @@ def test_clause1_the_stream_is_looked_up_at_every_call(gpu: Gpu, compiled: Make,
         assert torch.equal(y, e)
 
 
-def test_clause1_the_inputs_device_decides_not_the_threads(gpu: Gpu) -> None:
+@PATHS
+def test_clause1_the_engines_device_decides_not_the_threads(gpu: Gpu, graphs: bool) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    for graphs in (True, False):
-        model = Mlp().eval().requires_grad_(False).to("cuda:1")
-        source = gpu.random(4, 256).to("cuda:1")
-        engine = anabranch.compile(model, [source], backend="eager", cuda_graphs=graphs)
-        assert torch.cuda.current_device() == 0
+    # Nothing is copied from one GPU to the other: once they are peers, an allocation waits for held streams of both.
+    generator = torch.Generator(device="cuda:1").manual_seed(5)
+    source = torch.randn(4, 256, device="cuda:1", generator=generator)
+    engine = anabranch.compile(
+        Mlp().eval().requires_grad_(False).to("cuda:1"), [source], backend="eager", cuda_graphs=graphs
+    )
+    assert torch.cuda.current_device() == 0
+    s = gpu.seam.stream(1)
+    with torch.cuda.stream(s):
+        x = torch.full_like(source, float("nan"))
         expected = engine(source)
-        torch.cuda.synchronize(1)
-        s = gpu.seam.stream(1)
-        with torch.cuda.stream(s):
-            x = torch.full_like(source, float("nan"))
-        s.synchronize()
-        latch = gpu.latch(s)
-        with torch.cuda.device(1):
-            torch.cuda.set_stream(s)
-        try:
-            assert torch.cuda.current_device() == 0
-            with torch.cuda.device(1):
-                x.copy_(source)
-            y = engine(x)
-            assert torch.cuda.current_device() == 0
-            done = torch.cuda.Event()
-            done.record(s)
-            assert not done.query()
-        finally:
-            torch.cuda.set_stream(torch.cuda.default_stream(1))
-            torch.cuda.set_device(0)
-        latch.open()
-        torch.cuda.synchronize(1)
-        assert torch.equal(y, expected)
+    s.synchronize()
+    assert torch.isfinite(expected).all()
+    latch = gpu.latch(s)
+    with torch.cuda.stream(s):
+        x.copy_(source)
+        torch.cuda.set_device(0)  # the stream stays current for its own device
+        assert torch.cuda.current_stream(1) == s
+        y = engine(x)
+        assert torch.cuda.current_device() == 0
+        done = s.record_event()
+    assert not done.query()
+    latch.open()
+    s.synchronize()
+    assert torch.equal(y, expected)
+    engine.close()
 
 
 # -- 2: no stream of its own that a caller could observe -------------------------------------------------------------

@@ -185,7 +185,7 @@ for s in streams:
 def _run(code: str, **variables: Any) -> subprocess.CompletedProcess[str]:
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     code = (_WORK_IN_FLIGHT + code).format(root=root, **variables)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
 
 
 @PATHS
