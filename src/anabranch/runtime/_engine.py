@@ -93,6 +93,8 @@ def compile(
     engine._primary = engine._specialization(args, keywords)
     if seam.has_streams:
         seam.current_stream(index).synchronize()
+        if not engine._primary.uses_graphs:
+            seam.trim()  # what building and measuring took, and no context will
     return engine
 
 

@@ -99,10 +99,11 @@ class Specialization:
         if device.has_streams:
             device.prepare_retire(self._index)
         self.uses_graphs, self.reason = self._build()
-        # Attached to this object, not to the engine: a call under way keeps it alive, and what that call queues is
-        # covered by an event recorded before it lets go.
+        self._check_flags()  # another thread may have set one while kernels were chosen and captured
         #: That no two steps of the plan can race. Raises PlanError before anything could run.
         self.proof = check_plan(self.plan()).raise_if_unordered()
+        # Attached to this object, not to the engine: a call under way keeps it alive, and what that call queues is
+        # covered by an event recorded before it lets go.
         weakref.finalize(self, _retire, device, list(program.weights), self._last_uses).atexit = False
         counters.add("specializations")
 
@@ -256,6 +257,7 @@ class Specialization:
         """Build until there are ``contexts`` of them or a limit is reached; returns how many there are."""
         if not self.uses_graphs:
             return 0
+        self._check_flags()
         self._may_grow = True
         with process.build_lock, neutral(self._device, self._index), self._device.building():
             while len(self._pool) < contexts and self._limits.reserve(self._pool.estimate):
@@ -387,6 +389,8 @@ class Specialization:
         event = self._last_uses.get(stream.stream_id)
         if event is None:
             event = self._last_uses.setdefault(stream.stream_id, self._device.event())
+        # The stream may be a new one under the handle of one that died: what that one still runs stays covered.
+        stream.wait_event(event)
         try:
             return self._run_kernels(inputs)
         finally:
