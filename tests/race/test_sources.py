@@ -18,9 +18,10 @@ FILES = sorted(
 
 
 def test_formatted() -> None:
-    program = shutil.which("clang-format")
+    # Beside the interpreter first: requirements/dev.txt puts it into the virtual environment.
+    program = shutil.which("clang-format", path=Path(sys.executable).parent) or shutil.which("clang-format")
     if program is None:
-        pytest.skip("no clang-format on PATH")
+        pytest.skip("no clang-format beside the interpreter or on PATH")
     done = subprocess.run(
         [program, "--dry-run", "--Werror", f"--style=file:{ROOT / '.clang-format'}", *map(str, FILES)],
         capture_output=True,

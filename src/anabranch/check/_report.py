@@ -72,6 +72,6 @@ def table(rows: Sequence[Row], title: str) -> Table:
             count(r.all_zero),
             count(r.non_finite),
             error,
-            f"{r.us_a_call:.1f}",
+            f"{r.us_a_call:.1f}" if r.us_a_call < 1000 else f"{r.us_a_call:,.0f}",
         )
     return result
