@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 
 import click
 
@@ -35,5 +34,3 @@ class _Lazy(click.Group):
 @click.version_option(package_name="anabranch")
 def main() -> None:
     """Compile PyTorch models once, call them correctly from any stream; and find stream bugs anywhere."""
-    # torch.export copies its own tree specs; the user of a command can do nothing about it.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from torch.utils import _pytree as pytree
 
 from anabranch.errors import InputError, UnsupportedModel
 from anabranch.export._signature import register_dataclasses
+
+# torch.export copies tree specs of its own in a way that PyTorch deprecates; nobody who sees it can do anything about it.
+warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning, module="copyreg")
 
 _aten = torch.ops.aten
 
