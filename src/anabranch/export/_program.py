@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from anabranch.errors import InputError, UnsupportedModel
 from anabranch.export._signature import register_dataclasses
 
-# torch.export copies tree specs of its own in a way that PyTorch deprecates; nobody who sees it can do anything about it.
+# torch.export copies tree specs of its own in a way that PyTorch deprecates; whoever sees it can do nothing about it.
 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning, module="copyreg")
 
 _aten = torch.ops.aten
