@@ -82,7 +82,7 @@ class CpuDevice:
     def release_lane(self, lane: Lane) -> None:
         raise NotImplementedError("the CPU has no lanes")
 
-    def memory(self, index: int) -> Memory:
+    def memory(self, index: int, fresh: bool = False) -> Memory:
         raise NotImplementedError("the CPU has no private memory pools")
 
     def release_memory(self, memory: Memory) -> None:

@@ -224,7 +224,9 @@ class CudaDevice:
         assert isinstance(lane, _CudaLane)
         self._free_lanes.setdefault(lane.index, []).append(lane)
 
-    def memory(self, index: int) -> Memory:
+    def memory(self, index: int, fresh: bool = False) -> Memory:
+        if fresh:
+            return _CudaMemory(index)
         try:
             return self._free_memory[index].pop()
         except (KeyError, IndexError):
@@ -255,9 +257,13 @@ class CudaDevice:
             graph = _ok("cudaStreamEndCapture", rt.cudaStreamEndCapture(stream.cuda_stream))
             try:
                 executable = _ok("cudaGraphInstantiate", rt.cudaGraphInstantiate(graph, 0))
-                _ok("cudaGraphUpload", rt.cudaGraphUpload(executable, stream.cuda_stream))
             finally:
                 rt.cudaGraphDestroy(graph)
+            try:
+                _ok("cudaGraphUpload", rt.cudaGraphUpload(executable, stream.cuda_stream))
+            except BaseException:
+                rt.cudaGraphExecDestroy(executable)
+                raise
         return _CudaGraph(executable), result
 
     def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:

@@ -101,8 +101,8 @@ class Device(Protocol):
     def release_lane(self, lane: Lane) -> None:
         """Give a lane back. Everything queued on it must have finished."""
 
-    def memory(self, index: int) -> Memory:
-        """A private memory pool that nothing else uses."""
+    def memory(self, index: int, fresh: bool = False) -> Memory:
+        """A private memory pool that nothing else uses; with ``fresh``, nor ever did."""
 
     def release_memory(self, memory: Memory) -> None:
         """Give a pool back for the next context. Nothing in it may be in use any more."""

@@ -135,8 +135,11 @@ def export_program(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     precision: torch.dtype | None = None,
+    cast: torch.nn.Module | None = None,
 ) -> Program:
-    """Export ``model`` for these inputs.
+    """Export ``model`` for these inputs; with ``precision``, its copy ``cast`` whose parameters have that type.
+
+    Each input tensor must have memory of its own: what shares a storage is taken for one value.
 
     Raises :class:`InputError` where the model rejects the inputs and :class:`UnsupportedModel` where an engine could
     not reproduce it: a buffer or an input that it changes in place, control flow that depends on data.
@@ -148,7 +151,8 @@ def export_program(
     dtypes: list[Any] = []
     if precision is not None:
         dtypes = _output_dtypes(_export(_Forward(module, None, []), args, kwargs))
-        module = copy.deepcopy(module).to(precision)
+        assert cast is not None
+        module = cast
         originals = {}
     exported = _export(_Forward(module, precision, dtypes), args, kwargs)
     with torch.no_grad(), _keep_backends_enabled():
@@ -409,6 +413,9 @@ def _view_chain(value: fx.Node, root: fx.Node) -> fx.GraphModule:
             for n in node.all_input_nodes:
                 clone(n)
             copied[node] = graph.node_copy(node, lambda n: copied[n])
+            if copied[node].target is _aten.view.default:
+                # The caller's tensor may have other strides than the canonical ones, and then eager copies.
+                copied[node].target = _aten.reshape.default
         return copied[node]
 
     if any(n.op == "placeholder" and n is not root for n in _ancestors(value)):

@@ -160,8 +160,9 @@ class Signature:
     def tensors(self) -> tuple[TensorSpec, ...]:
         return tuple(x for x in self.leaves if isinstance(x, TensorSpec))
 
-    def synthesize(self, device: torch.device) -> list[Any]:
-        return [x.synthesize(device) if isinstance(x, TensorSpec) else x for x in self.leaves]
+    def empty(self, device: torch.device) -> list[Any]:
+        """Leaves like these: each tensor a new one of its own memory, with canonical strides and no values."""
+        return [x.empty(device) if isinstance(x, TensorSpec) else x for x in self.leaves]
 
     def __str__(self) -> str:
         return ", ".join(str(x) if isinstance(x, TensorSpec) else repr(x) for x in self.leaves) or "no inputs"

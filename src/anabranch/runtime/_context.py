@@ -67,13 +67,17 @@ class Context:
         signature: Signature,
         workspaces: bool,
         forget: Callable[[int], None],
+        fresh: bool,
     ) -> Context:
         """Capture ``kernels`` into a graph. The host waits for this context's own lane only.
+
+        ``fresh``: in a memory pool that nothing used before, so that its size is what this context needs.
 
         The kernels must have run before. Called with the build lock held, in a neutral thread state.
         """
         torch_device = torch.device(device.kind, index)
-        lane, memory = device.acquire_lane(index), device.memory(index)
+        lane, memory = device.acquire_lane(index), device.memory(index, fresh)
+        graph: Graph | None = None
         try:
             if workspaces:
                 lane.load_workspaces()
@@ -83,13 +87,15 @@ class Context:
                 kernels(inputs)
             graph, results = device.capture(lane, memory, lambda: kernels(inputs))
             lane.stream.synchronize()
+            outputs = StaticOutputs(results)
+            nbytes = memory.nbytes() + lane.hidden_nbytes()
         except BaseException:
             lane.stream.synchronize()  # if this fails too, the device is lost, and nothing is to be used again
+            if graph is not None:
+                graph.destroy()
             device.release_lane(lane)
             device.release_memory(memory)
             raise
-        outputs = StaticOutputs(results)
-        nbytes = memory.nbytes() + lane.hidden_nbytes()
         return cls(device, graph, lane, memory, inputs, outputs, nbytes, forget)
 
 
@@ -137,8 +143,13 @@ class StaticOutputs:
 
 
 def _is_dense(y: torch.Tensor) -> bool:
-    start, stop = _extent(y)
-    return stop - start == y.numel() * y.element_size()
+    """Each element in a place of its own, and no gaps: what ``copy_`` can write as a whole."""
+    expected = 1
+    for stride, size in sorted((s, n) for n, s in zip(y.size(), y.stride(), strict=True) if n != 1):
+        if stride != expected and y.numel():
+            return False
+        expected *= size
+    return True
 
 
 def _extent(y: torch.Tensor) -> tuple[int, int]:

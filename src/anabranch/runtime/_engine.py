@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,11 +91,10 @@ def compile(
         raise NotCapturable("compile was called inside a CUDA graph capture; compile first, then capture")
     settings = Settings(name, seam, index, backend, cuda_graphs, Flags(device.type))
     engine = Engine(settings, placed, precision, Limits(max_contexts, memory_limit))
-    engine._primary = engine._specialization(args, keywords)
     if seam.has_streams:
+        # Parameters that were written just before are there for the lane that warms up, and for every later caller.
         seam.current_stream(index).synchronize()
-        if not engine._primary.uses_graphs:
-            seam.trim()  # what building and measuring took, and no context will
+    engine._primary = engine._specialization(args, keywords)
     return engine
 
 
@@ -200,6 +200,12 @@ class Engine:
         self._torch_device = settings.torch_device
         self._model = model
         self._precision = precision
+        # Once for all signatures: the caller of a later one need not wait until a copy of the weights is written.
+        self._cast: torch.nn.Module | None = None
+        if precision is not None:
+            module = model.module() if isinstance(model, ExportedProgram) else model
+            with neutral(settings.device, settings.index):
+                self._cast = copy.deepcopy(module).to(precision)
         self._limits = limits
         self._counters = Counters()
         #: By signature. Written with the build lock held; read without, which a dict allows.
@@ -264,12 +270,15 @@ class Engine:
                     f"numerics flags changed since compile: {self._settings.flags.changes()}; a new input signature"
                     " cannot be compiled under the engine's flags. Set them back first."
                 )
-            device.reap()
             leaves, structure = flatten_call(args, kwargs)
             signature = Signature.of(leaves, structure)
             try:
+                device.reap()
                 with neutral(device, index):
-                    program = export_program(self._model, args, kwargs, self._precision)
+                    # Not on the caller's own tensors: one that is passed twice, or two that share memory, would be
+                    # taken for one input by this call and by all later ones.
+                    args, kwargs = pytree.tree_unflatten(signature.empty(self._torch_device), structure)
+                    program = export_program(self._model, args, kwargs, self._precision, self._cast)
                     made = Specialization(self._settings, program, signature, self._limits, self._counters)
             except InputError as e:
                 if self._specializations:
@@ -322,12 +331,18 @@ class Engine:
     def trim(self) -> None:
         """Give the memory of idle contexts back to the driver. Later calls build contexts anew.
 
-        The host may wait for the device, because freeing memory does.
+        The host may wait for the device, because freeing memory does, and for a build under way. PyTorch's allocator
+        does not allow it while other code in the process captures a CUDA graph or allocates from a pool of its own.
         """
         self._check_usable()
-        for specialization in list(self._specializations.values()):
-            specialization.trim()
-        self._device.trim()
+        with process.build_lock, self._device.building():
+            for specialization in list(self._specializations.values()):
+                specialization.trim()
+            try:
+                self._device.trim()
+            except Exception as e:
+                self._device.check_error(e)
+                raise
 
     def close(self) -> None:
         """Free everything; calls that are in flight finish, later ones raise ``EngineClosed``. May be repeated."""
@@ -335,7 +350,7 @@ class Engine:
         with process.build_lock:
             self._specializations.clear()
             self.__dict__.pop("_primary", None)
-            self._model = torch.nn.Module()
+            self._model, self._cast = torch.nn.Module(), None
 
     def __enter__(self) -> Engine:
         return self

@@ -25,6 +25,7 @@ _CUDA: dict[str, _Getter] = {
     **_COMMON,
     "torch.backends.cuda.matmul.fp32_precision": partial(_fp32, "cuda", "matmul"),
     "torch.backends.cudnn.conv.fp32_precision": partial(_fp32, "cuda", "conv"),
+    "torch.backends.cudnn.rnn.fp32_precision": partial(_fp32, "cuda", "rnn"),
     "torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction": (
         torch._C._get_cublas_allow_fp16_reduced_precision_reduction
     ),
@@ -45,6 +46,7 @@ _CPU: dict[str, _Getter] = {
     "torch.backends.mkldnn.enabled": torch._C._get_mkldnn_enabled,
     "torch.backends.mkldnn.matmul.fp32_precision": partial(_fp32, "mkldnn", "matmul"),
     "torch.backends.mkldnn.conv.fp32_precision": partial(_fp32, "mkldnn", "conv"),
+    "torch.backends.mkldnn.rnn.fp32_precision": partial(_fp32, "mkldnn", "rnn"),
 }
 
 

@@ -150,8 +150,9 @@ class ContextPool:
 
     def add(self, context: Context) -> None:
         """Count a context that was just built; it is in its builder's hands."""
-        self.estimate = context.nbytes
-        self._alive.add(context)
+        with self._lock:
+            self.estimate = context.nbytes
+            self._alive.add(context)
 
     def release(self, context: Context) -> None:
         """Give a context back; ``context.done`` must have been recorded after its last use."""
@@ -165,8 +166,8 @@ class ContextPool:
 
     def discard(self, context: Context) -> None:
         """Give up a context after an error; it is freed once its queued work is done."""
-        self._alive.discard(context)
         with self._lock:
+            self._alive.discard(context)
             if not self._alive:
                 while self._waiters:
                     self._waiters.popleft().ready.set()
@@ -175,13 +176,14 @@ class ContextPool:
         """Take all idle contexts out for good."""
         with self._lock:
             idle, self._idle = self._idle, []
-        for context in idle:
-            self._alive.discard(context)
+            for context in idle:
+                self._alive.discard(context)
         return idle
 
     def events(self) -> set[int]:
         """Identities of the events of the contexts that are alive."""
-        return {id(context.done) for context in list(self._alive)}
+        with self._lock:
+            return {id(context.done) for context in self._alive}
 
     def __len__(self) -> int:
         return len(self._alive)

@@ -201,27 +201,31 @@ class Specialization:
             self._device.check_error(e)
             if self.settings.cuda_graphs:
                 raise
-            return f"capture failed: {type(e).__name__}: {str(e).splitlines()[0]}"
+            return f"capture failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
         if context is None:
             return f"a context exceeds memory_limit ({self._limits.memory_limit} bytes)"
         return context
 
     def _build_reserved(self, reserved: int) -> Context | None:
         """Build the context that ``reserved`` bytes were set aside for; None if it takes more than the limit."""
-        nbytes = reserved
+        limited = self._limits.memory_limit is not None
         try:
             context = Context.build(
-                self._device, self._index, self._kernels, self.signature, self._workspaces, self._limits.forget
+                self._device, self._index, self._kernels, self.signature, self._workspaces, self._limits.forget, limited
             )
         except BaseException:
             self._limits.cancel(reserved)
             raise
-        nbytes = context.nbytes
+        # From here on the context's finalizer gives back what it really takes, so that has to be booked first.
+        fits = self._limits.confirm(reserved, context.nbytes)
+        self._last_uses[f"context {next(_serial)}"] = context.done
         self._counters.add("captures")
         self._prune_last_uses()
-        self._last_uses[f"context {next(_serial)}"] = context.done
-        if not self._limits.confirm(reserved, nbytes):
-            return None  # its finalizer gives the reservation back
+        if not fits:
+            self._may_grow = False
+            return None
+        if self._sensitive and not self.settings.flags.unchanged():
+            return None  # captured under somebody's temporary flags
         self._pool.add(context)
         return context
 
@@ -232,11 +236,7 @@ class Specialization:
             return None
         try:
             with neutral(self._device, self._index), self._device.building():
-                context = self._build_reserved(reserved)
-            if context is not None and self._sensitive and not self.settings.flags.unchanged():
-                self._pool.discard(context)  # captured under somebody's temporary flags
-                return None
-            return context
+                return self._build_reserved(reserved)
         except Exception as e:
             # The call can do without: it runs direct. So do later ones, until trim() or warm() ask for contexts again.
             self._device.check_error(e)
@@ -257,12 +257,13 @@ class Specialization:
         """Build until there are ``contexts`` of them or a limit is reached; returns how many there are."""
         if not self.uses_graphs:
             return 0
-        self._check_flags()
         self._may_grow = True
         with process.build_lock, neutral(self._device, self._index), self._device.building():
+            self._check_flags()
             while len(self._pool) < contexts and self._limits.reserve(self._pool.estimate):
                 context = self._build_reserved(self._pool.estimate)
                 if context is None:
+                    self._check_flags()
                     break
                 self._pool.release(context)
         return len(self._pool)
