@@ -218,9 +218,9 @@ class Specialization:
             raise
         # From here on the context's finalizer gives back what it really takes, so that has to be booked first.
         fits = self._limits.confirm(reserved, context.nbytes)
-        self._last_uses[f"context {next(_serial)}"] = context.done
         self._counters.add("captures")
-        self._prune_last_uses()
+        self._prune_last_uses()  # before this one is on the list: it is not alive in the pool yet
+        self._last_uses[f"context {next(_serial)}"] = context.done
         if not fits:
             self._may_grow = False
             return None
