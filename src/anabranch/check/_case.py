@@ -50,10 +50,7 @@ class Case:
 
     @property
     def nbytes(self) -> int:
-        n = self.dtype.itemsize
-        for size in self.shape:
-            n *= size
-        return n
+        return self.dtype.itemsize * math.prod(self.shape)
 
     def empty(self, device: torch.device) -> torch.Tensor:
         """An uninitialized input of this layout, on the current stream."""

@@ -7,7 +7,7 @@ import importlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,7 +85,6 @@ class Program:
     direct_only: str | None = None
     #: Of those, whether its result's shapes or its control flow depend on data.
     data_dependent: bool = False
-    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +41,10 @@ class Input:
                 " give as many, or leave memory_format out"
             )
 
-    def synthesize(self, device: torch.device) -> torch.Tensor:
-        """A tensor like this one, with harmless values: see :meth:`TensorSpec.synthesize`."""
+    def empty(self, device: torch.device) -> torch.Tensor:
+        """An uninitialized tensor like this one: nothing at compile reads an input's values."""
         device = torch.device(self.device) if self.device is not None else device
-        empty = torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=self.memory_format)
-        return TensorSpec.of(empty).synthesize(device)
+        return torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=self.memory_format)
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        n = self.dtype.itemsize
-        for size in self.shape:
-            n *= size
-        return n
+        return self.dtype.itemsize * math.prod(self.shape)
 
     def empty(self, device: torch.device) -> torch.Tensor:
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)

@@ -84,7 +84,7 @@ def compile(
     args, keywords = _inputs(model, inputs, kwargs)
     device = _device(model, (args, keywords))
     placed = _on_device(model, device)
-    args, keywords = _synthesize((args, keywords), device)
+    args, keywords = _tensors_for((args, keywords), device)
     seam = get_device(device.type)
     index = seam.index(device)
     if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
@@ -113,13 +113,13 @@ def _inputs(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[
     return args, keywords
 
 
-def _synthesize(inputs: Any, device: torch.device) -> Any:
+def _is_input(x: Any) -> bool:
+    return isinstance(x, Input)
+
+
+def _tensors_for(inputs: Any, device: torch.device) -> Any:
     """Tensors in place of each :class:`Input`."""
-
-    def is_input(x: Any) -> bool:
-        return isinstance(x, Input)
-
-    return pytree.tree_map(lambda x: x.synthesize(device) if is_input(x) else x, inputs, is_leaf=is_input)
+    return pytree.tree_map(lambda x: x.empty(device) if _is_input(x) else x, inputs, is_leaf=_is_input)
 
 
 def load_exported(path: Path) -> ExportedProgram:
@@ -136,13 +136,9 @@ def load_exported(path: Path) -> ExportedProgram:
 
 def _device(model: Any, inputs: Any) -> torch.device:
     """The one device of all inputs, or of the model where there are none."""
-
-    def is_input(x: Any) -> bool:
-        return isinstance(x, Input)
-
     given = {
         torch.device(x.device)
-        for x in pytree.tree_leaves(inputs, is_leaf=is_input)
+        for x in pytree.tree_leaves(inputs, is_leaf=_is_input)
         if isinstance(x, torch.Tensor | Input) and x.device is not None
     }
     if not given:
@@ -323,7 +319,7 @@ class Engine:
         if inputs is None and kwargs is None:
             return self._primary.warm(contexts)
         args, keywords = _inputs(self._model, inputs, kwargs)
-        args, keywords = _synthesize((args, keywords), self._torch_device)
+        args, keywords = _tensors_for((args, keywords), self._torch_device)
         _, key = self._key(args, keywords)
         specialization = self._specializations.get(key) or self._specialization(args, keywords)
         return specialization.warm(contexts)

@@ -163,6 +163,16 @@ void Detector::on_alias() {
   order_.alias(stream_names_.intern(name), stream_names_.intern(of));
 }
 
+// What this event's thread issues: where it stands, and the innermost lock held there.
+Actor Detector::issued(Via via) {
+  Actor actor;
+  actor.site = site_;
+  actor.via = via;
+  const std::vector<uint32_t>& locks = order_.at_thread(thread_).locks;
+  actor.lock = locks.empty() ? kNone : locks.back();
+  return actor;
+}
+
 // The stream that `name` means, with its next item ordered; reports a dead handle.
 uint32_t Detector::queue(uint32_t name, const char* what) {
   const uint32_t stream = order_.stream(name);
@@ -176,12 +186,8 @@ void Detector::on_op() {
   const std::string_view on = text(Key::kStream);
   ranges(Key::kReads, false, reads_);
   ranges(Key::kWrites, true, writes_);
-  Actor actor;
-  actor.site = site_;
-  actor.via = Via::kOp;
+  Actor actor = issued(Via::kOp);
   actor.stream = stream_names_.intern(on);
-  const std::vector<uint32_t>& locks = order_.at_thread(thread_).locks;
-  actor.lock = locks.empty() ? kNone : locks.back();
   const uint32_t stream = queue(actor.stream, "op");
   actor.tick = order_.stream_item(stream);
   actor.component = order_.at_stream(stream).component;
@@ -196,11 +202,7 @@ void Detector::on_op() {
 void Detector::on_host() {
   ranges(Key::kReads, false, reads_);
   ranges(Key::kWrites, true, writes_);
-  Actor actor;
-  actor.site = site_;
-  actor.via = Via::kHost;
-  const std::vector<uint32_t>& locks = order_.at_thread(thread_).locks;
-  actor.lock = locks.empty() ? kNone : locks.back();
+  Actor actor = issued(Via::kHost);
   actor.tick = order_.thread_item(thread_);
   actor.component = order_.at_thread(thread_).component;
   for (std::vector<Range>* list : {&reads_, &writes_}) {
@@ -238,13 +240,9 @@ void Detector::on_replay() {
   const std::string_view on = text(Key::kStream);
   const uint32_t id = graph_names_.intern(name);
   if (id >= graphs_.size()) graphs_.resize(id + 1);
-  Actor actor;
-  actor.site = site_;
-  actor.via = Via::kReplay;
+  Actor actor = issued(Via::kReplay);
   actor.graph = id;
   actor.stream = stream_names_.intern(on);
-  const std::vector<uint32_t>& locks = order_.at_thread(thread_).locks;
-  actor.lock = locks.empty() ? kNone : locks.back();
   const uint32_t stream = queue(actor.stream, "replay");
   order_.after(stream, graphs_[id].clock);
   actor.tick = order_.stream_item(stream);

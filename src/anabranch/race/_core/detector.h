@@ -79,6 +79,7 @@ class Detector {
   void on_unsafe_call();
   void on_destroy();
 
+  Actor issued(Via via);
   uint32_t queue(uint32_t name, const char* what);
   void access(const Range& range, const Actor& actor, const Clock& clock);
 
