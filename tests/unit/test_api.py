@@ -41,7 +41,7 @@ def test_compile_has_the_promised_signature() -> None:
     keyword_only = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert keyword_only == {
         "kwargs": None,
-        "backend": "inductor",
+        "backend": None,
         "runtime": "python",
         "precision": None,
         "max_contexts": 16,

@@ -606,7 +606,7 @@ def test_a_lock_held_at_the_fork_does_not_hang_the_child(which: str) -> None:
     x, wide = torch.randn(4), torch.randn(9)
     if torch.cuda.is_initialized():
         wide = x  # torch.export starts CUDA where there is one, which a forked child cannot do again
-    locks = {"build": process.build_lock, "counters": engine._counters._lock, "limits": engine._limits._lock}
+    locks = {"build": process.build_lock, "counters": engine._counters._tally._lock, "limits": engine._limits._lock}
     with held_by_another_thread(locks[which]):
         status = in_child(
             lambda: (

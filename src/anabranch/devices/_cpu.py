@@ -17,6 +17,8 @@ class CpuDevice:
 
     kind = "cpu"
     has_streams = False
+    survives_fork = True
+    backends: tuple[str, ...] = ("inductor", "eager")
 
     def index(self, device: torch.device) -> int:
         return 0

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from anabranch import _sync
 from anabranch.devices._device import Graph, Lane, Latch, Memory
 from anabranch.devices._graveyard import Graveyard
 from anabranch.errors import AnabranchError, DeviceLost
@@ -147,6 +148,7 @@ class _CudaLatch:
         self._word[0] = 1
 
 
+@_sync.atomics("_lost")
 class CudaDevice:
     """See :class:`anabranch.devices.Device`.
 
@@ -156,15 +158,17 @@ class CudaDevice:
 
     kind = "cuda"
     has_streams = True
+    survives_fork = False
+    backends: tuple[str, ...] = ("inductor", "eager")
 
     def __init__(self) -> None:
-        self._free_lanes: dict[int, list[Lane]] = {}
-        self._free_memory: dict[int, list[Memory]] = {}
-        self._reapers: dict[int, Any] = {}
+        self._free_lanes: dict[int, list[Lane]] = _sync.dict_("free lanes")
+        self._free_memory: dict[int, list[Memory]] = _sync.dict_("free memory")
+        self._reapers: dict[int, Any] = _sync.dict_("reapers")
         self._graveyard = Graveyard(self._query)
         self._captured_by_callers = _CallerCaptures(self.release_lane)
         self._lost: str | None = None
-        self._leaked: list[Any] = []
+        self._leaked: list[Any] = _sync.list_("leaked")
         self._nvtx = os.environ.get("ANABRANCH_NVTX", "") not in ("", "0")
         self._graveyard.also = self._captured_by_callers.reap
         os.register_at_fork(after_in_child=self._after_fork)
@@ -222,7 +226,7 @@ class CudaDevice:
 
     def release_lane(self, lane: Lane) -> None:
         assert isinstance(lane, _CudaLane)
-        self._free_lanes.setdefault(lane.index, []).append(lane)
+        self._free_lanes.setdefault(lane.index, _sync.list_("lanes")).append(lane)
 
     def memory(self, index: int, fresh: bool = False) -> Memory:
         if fresh:
@@ -235,7 +239,7 @@ class CudaDevice:
     def release_memory(self, memory: Memory) -> None:
         # Not freed here: freeing a pool calls cudaFree, which waits for the whole device, and this runs in finalizers.
         assert isinstance(memory, _CudaMemory)
-        self._free_memory.setdefault(memory.index, []).append(memory)
+        self._free_memory.setdefault(memory.index, _sync.list_("memory")).append(memory)
 
     def trim(self) -> None:
         self.reap()
@@ -331,8 +335,8 @@ class _CallerCapture:
 
     def __init__(self) -> None:
         self.semaphore = (ctypes.c_char * 64)()  # sizeof(sem_t) is 32 on 64-bit Linux
-        self.kept: list[Any] = []
-        self.lanes: dict[int, Lane] = {}
+        self.kept: list[Any] = _sync.list_("kept")
+        self.lanes: dict[int, Lane] = _sync.dict_("lanes of a capture")
 
 
 class _CallerCaptures:
@@ -347,7 +351,8 @@ class _CallerCaptures:
         self._libc = ctypes.CDLL(None)
         self._sem_post = ctypes.cast(self._libc.sem_post, ctypes.c_void_p).value
         self._release_lane = release_lane
-        self._captures: dict[int, _CallerCapture] = {}  # by CUDA's id of the capture, unique in the process
+        #: By CUDA's id of the capture, unique in the process.
+        self._captures: dict[int, _CallerCapture] = _sync.dict_("captures of callers")
 
     def of(self, stream: Any) -> _CallerCapture:
         """The capture under way on ``stream``."""

@@ -64,6 +64,10 @@ class Device(Protocol):
     kind: str
     #: Whether work is asynchronous and ordered by streams. Without streams a call is done when it returns.
     has_streams: bool
+    #: Whether a forked child has the device's memory, and so may go on using the parent's engines.
+    survives_fork: bool
+    #: The backends that can compile for it, the best one first.
+    backends: tuple[str, ...]
 
     def index(self, device: torch.device) -> int:
         """The device's index; the current device's where ``device`` names none."""

@@ -12,7 +12,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from anabranch import _sync
 
+
+@_sync.atomics("_closed")
 class Graveyard:
     """Threads: any. No lock is taken, because a garbage collection can call :meth:`bury` and :meth:`reap` in a thread
     that holds one; ``deque.append`` and ``popleft`` are atomic, and an entry is in the hands of one thread at a time.
@@ -20,7 +23,7 @@ class Graveyard:
 
     def __init__(self, query: Callable[[Sequence[Any]], bool]) -> None:
         self._query = query
-        self._entries: deque[tuple[Sequence[Any], Any, Callable[[], None]]] = deque()
+        self._entries: deque[tuple[Sequence[Any], Any, Callable[[], None]]] = _sync.deque_("graveyard")
         #: Something else to look at in each reaping.
         self.also: Callable[[], None] = lambda: None
         self._closed = False

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol
 
 import torch
 
+from anabranch import _sync
 from anabranch.devices import Device
 
 
+class _Forked(Protocol):
+    """Has state that a forked child must set right before it goes on."""
+
+    def after_fork(self) -> None:
+        """In the child, on its only thread. Other threads of the parent may have held its locks."""
+
+
+@_sync.atomics("_exiting")
 class _Process:
     """Lock order: ``build_lock``, then a pool's, then ``Limits``'.
 
@@ -25,18 +35,27 @@ class _Process:
 
     def __init__(self) -> None:
         self.generation = 0
-        self.build_lock = threading.RLock()
-        self._inside: set[int] = set()
         self._exiting = False
-        #: Whatever else of an engine's has a lock that a CPU engine takes in a forked child.
-        self.locked: weakref.WeakSet[Any] = weakref.WeakSet()
+        # In the order of their registration, so that a child makes their locks in the same order in every run.
+        self._forked: weakref.WeakValueDictionary[int, _Forked] = weakref.WeakValueDictionary()
+        self._serial = itertools.count()
+        self.renew_locks()
+
+    def renew_locks(self) -> None:
+        """Make what threads share here anew. Nothing may be compiling and no call be under way in another thread."""
+        self.build_lock = _sync.rlock("build")
+        #: Threads inside a call.
+        self._inside = _sync.set_("inside")
+
+    def register(self, owner: _Forked) -> None:
+        """Call ``owner.after_fork()`` in each forked child, for as long as ``owner`` lives."""
+        self._forked[next(self._serial)] = owner
 
     def after_fork(self) -> None:
         self.generation += 1
-        self.build_lock = threading.RLock()
-        self._inside = set()
-        for owner in list(self.locked):
-            owner._lock = threading.Lock()
+        self.renew_locks()
+        for owner in list(self._forked.values()):
+            owner.after_fork()
 
     def enter(self) -> None:
         """A call begins. At interpreter exit a daemon thread stops here, for good.
@@ -48,7 +67,7 @@ class _Process:
         self._inside.add(thread)  # before the look at _exiting: either we see it, or at_exit() sees us
         if self._exiting and threading.current_thread() is not threading.main_thread():
             self._inside.discard(thread)
-            threading.Event().wait()
+            _sync.event("for good").wait()
 
     def leave(self) -> None:
         """The call that this thread entered has ended."""
@@ -57,7 +76,7 @@ class _Process:
     def at_exit(self) -> None:
         self._exiting = True
         end = time.monotonic() + 10.0  # a call that hangs must not keep the process alive
-        while self._inside - {threading.get_ident()} and time.monotonic() < end:
+        while set(self._inside) - {threading.get_ident()} and time.monotonic() < end:
             time.sleep(0.001)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from anabranch import _sync
 from anabranch.backends import BACKENDS
 from anabranch.devices import Device, get_device
 from anabranch.errors import AnabranchError, DeviceLost, EngineClosed, FlagsChanged, InputError, NotCapturable
@@ -32,7 +33,7 @@ def compile(
     inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     *,
     kwargs: Mapping[str, Any] | None = None,
-    backend: str = "inductor",
+    backend: str | None = None,
     runtime: str = "python",
     precision: torch.dtype | None = None,
     max_contexts: int = DEFAULT_MAX_CONTEXTS,
@@ -48,7 +49,8 @@ def compile(
         taken as keyword inputs. Of tensors only shape, dtype, strides and device count. Exported programs default to
         their own example inputs. Further signatures are compiled at their first call, or by :meth:`Engine.warm`.
     :param kwargs: keyword inputs, likewise.
-    :param backend: ``"inductor"`` or ``"eager"``.
+    :param backend: ``"inductor"``, ``"eager"``, or None for the device's best: ``"inductor"``, and on ``sim``, which
+        Inductor cannot compile for, ``"eager"``.
     :param runtime: ``"python"``.
     :param precision: ``torch.float16`` or ``torch.bfloat16``: compute in that type (parameters are copied to it);
         inputs and outputs keep the types that the model has. None computes as the model says.
@@ -64,8 +66,8 @@ def compile(
     Raises :class:`~anabranch.errors.InputError`, :class:`~anabranch.errors.UnsupportedModel`,
     :class:`~anabranch.errors.BuildError`, :class:`~anabranch.errors.DeviceLost`.
     """
-    if backend not in BACKENDS:
-        raise InputError(f"backend={backend!r} given; expected one of {', '.join(map(repr, BACKENDS))}")
+    if backend is not None and backend not in BACKENDS:
+        raise InputError(f"backend={backend!r} given; expected None or one of {', '.join(map(repr, BACKENDS))}")
     if runtime not in RUNTIMES:
         raise InputError(f"runtime={runtime!r} given; expected one of {', '.join(map(repr, RUNTIMES))}")
     if precision not in (None, torch.float16, torch.bfloat16):
@@ -89,13 +91,24 @@ def compile(
     index = seam.index(device)
     if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
         raise NotCapturable("compile was called inside a CUDA graph capture; compile first, then capture")
-    settings = Settings(name, seam, index, backend, cuda_graphs, Flags(device.type))
+    settings = Settings(name, seam, index, _backend(backend, seam), cuda_graphs, Flags(device.type))
     engine = Engine(settings, placed, precision, Limits(max_contexts, memory_limit))
     if seam.has_streams:
         # Parameters that were written just before are there for the lane that warms up, and for every later caller.
         seam.current_stream(index).synchronize()
     engine._primary = engine._specialization(args, keywords)
     return engine
+
+
+def _backend(given: str | None, device: Device) -> str:
+    if given is None:
+        return device.backends[0]
+    if given not in device.backends:
+        raise InputError(
+            f"backend={given!r} given, which cannot compile for device {device.kind!r}; expected one of"
+            f" {', '.join(map(repr, device.backends))}, or None for the device's best"
+        )
+    return given
 
 
 def _inputs(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -145,7 +158,7 @@ def _device(model: Any, inputs: Any) -> torch.device:
         state = model.state_dict if isinstance(model, ExportedProgram) else dict(model.state_dict())
         given = {t.device for t in state.values()} or {torch.device("cpu")}
     seams = {d: get_device(d.type) for d in given}
-    devices = {torch.device(d.type, seam.index(d)) if d.type == "cuda" else d for d, seam in seams.items()}
+    devices = {torch.device(d.type, seam.index(d)) if seam.has_streams else d for d, seam in seams.items()}
     if len(devices) > 1:
         raise InputError(
             f"inputs on several devices given ({', '.join(sorted(map(str, devices)))}); an engine runs on one"
@@ -175,6 +188,7 @@ def _tensors(values: Any) -> list[torch.Tensor]:
     return [v for v in values if isinstance(v, torch.Tensor)]
 
 
+@_sync.atomics("_closed", "_primary")
 class Engine:
     """A compiled model. Made by :func:`compile`; immutable to its callers.
 
@@ -205,10 +219,11 @@ class Engine:
         self._limits = limits
         self._counters = Counters()
         #: By signature. Written with the build lock held; read without, which a dict allows.
-        self._specializations: dict[Any, Specialization] = {}
-        self._primary: Specialization
+        self._specializations: dict[Any, Specialization] = _sync.dict_("specializations")
+        self._primary: Specialization | None = None
         self._closed = False
         self._generation = process.generation
+        process.register(self)
 
     # -- calling ------------------------------------------------------------------------------------------------
 
@@ -289,21 +304,30 @@ class Engine:
             return made
 
     def _known(self) -> str:
-        return "; ".join(str(s.signature) for s in self._specializations.values()) or "nothing"
+        return "; ".join(str(s.signature) for s in list(self._specializations.values())) or "nothing"
 
     def _check_usable(self) -> None:
         if self._closed:
             raise EngineClosed(f"{self!r} was closed; compile a new one")
         if self._generation != process.generation:
-            if self._device.has_streams:
-                raise EngineClosed(
-                    f"{self!r} belongs to the parent of this forked process, whose device memory is not to be had here."
-                    " Compile in the child, or start children with multiprocessing's 'spawn'."
-                )
-            self._generation = process.generation
+            raise EngineClosed(
+                f"{self!r} belongs to the parent of this forked process, whose device memory is not to be had here."
+                " Compile in the child, or start children with multiprocessing's 'spawn'."
+            )
         lost = self._device.lost()
         if lost:
             raise DeviceLost(f"the device was lost earlier in this process: {lost}. Start a new process.")
+
+    def after_fork(self) -> None:
+        if self._device.survives_fork:
+            self._generation = process.generation
+
+    def _first(self) -> Specialization:
+        """The specialization that the engine was compiled for."""
+        primary = self._primary
+        if primary is None:  # closed, perhaps by another thread at this moment
+            raise EngineClosed(f"{self!r} was closed; compile a new one")
+        return primary
 
     # -- building ahead, giving back ----------------------------------------------------------------------------
 
@@ -317,8 +341,8 @@ class Engine:
         """
         self._check_usable()
         if inputs is None and kwargs is None:
-            return self._primary.warm(contexts)
-        args, keywords = _inputs(self._model, inputs, kwargs)
+            return self._first().warm(contexts)
+        args, keywords = _inputs(None, inputs, kwargs)
         args, keywords = _tensors_for((args, keywords), self._torch_device)
         _, key = self._key(args, keywords)
         specialization = self._specializations.get(key) or self._specialization(args, keywords)
@@ -345,7 +369,7 @@ class Engine:
         self._closed = True
         with process.build_lock:
             self._specializations.clear()
-            self.__dict__.pop("_primary", None)
+            self._primary = None
             self._model, self._cast = torch.nn.Module(), None
 
     def __enter__(self) -> Engine:
@@ -369,14 +393,12 @@ class Engine:
     @property
     def plan(self) -> Plan:
         """The plan for the signature that the engine was compiled for."""
-        if self._closed:
-            self._check_usable()
-        return self._primary.plan()
+        return self._first().plan()
 
     @property
     def plans(self) -> tuple[Plan, ...]:
         """The plan of each signature compiled so far."""
-        return tuple(s.plan() for s in self._specializations.values())
+        return tuple(s.plan() for s in list(self._specializations.values()))
 
     def explain(self) -> str:
         """What runs captured, what direct, and why; one paragraph a signature."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 
+from anabranch import _sync
 from anabranch.runtime._build import process
 from anabranch.runtime._context import Context
 
@@ -21,11 +21,11 @@ class Limits:
     def __init__(self, max_contexts: int, memory_limit: int | None) -> None:
         self.max_contexts = max_contexts
         self.memory_limit = memory_limit
-        self._lock = threading.Lock()
+        self._lock = _sync.lock("limits")
         self._contexts = 0
         self._bytes = 0
-        self._forgotten: deque[int] = deque()
-        process.locked.add(self)
+        self._forgotten: deque[int] = _sync.deque_("forgotten")
+        process.register(self)
 
     def reserve(self, nbytes: int) -> bool:
         """Make room for one more context of about ``nbytes``; False if a limit forbids it."""
@@ -73,12 +73,15 @@ class Limits:
             self._contexts -= 1
             self._bytes -= self._forgotten.popleft()
 
+    def after_fork(self) -> None:
+        self._lock = _sync.lock("limits")
+
 
 class _Waiter:
     __slots__ = ("context", "ready")
 
     def __init__(self) -> None:
-        self.ready = threading.Event()
+        self.ready = _sync.event("a context")
         self.context: Context | None = None
 
 
@@ -102,12 +105,18 @@ class ContextPool:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._lock = threading.Lock()
+        self._lock = _sync.lock("pool")
         self._idle: list[Context] = []  # least recently used first
         self._waiters: deque[_Waiter] = deque()
         self._alive: weakref.WeakSet[Context] = weakref.WeakSet()
-        #: Bytes of the last context built: what the next will take.
-        self.estimate = 0
+        self._estimate = 0
+        process.register(self)
+
+    @property
+    def estimate(self) -> int:
+        """Bytes of the last context built: what the next will take."""
+        with self._lock:
+            return self._estimate
 
     def acquire(self, stream: int, may_build: Callable[[], bool]) -> Context | Reservation | None:
         """An idle context, by preference: last used on ``stream``; never used; a new one (room for it is reserved); the
@@ -123,7 +132,7 @@ class ContextPool:
                 if context.used_on is None:
                     return idle.pop(i)
             # Read once: another thread's build changes it.
-            estimate = self.estimate
+            estimate = self._estimate
             if self._limits.has_room(estimate) and may_build() and self._limits.reserve(estimate):
                 return Reservation(estimate)
             if idle:
@@ -151,7 +160,7 @@ class ContextPool:
     def add(self, context: Context) -> None:
         """Count a context that was just built; it is in its builder's hands."""
         with self._lock:
-            self.estimate = context.nbytes
+            self._estimate = context.nbytes
             self._alive.add(context)
 
     def release(self, context: Context) -> None:
@@ -185,5 +194,12 @@ class ContextPool:
         with self._lock:
             return {id(context.done) for context in self._alive}
 
+    def after_fork(self) -> None:
+        # Contexts in the hands of threads that the child does not have never come back: nobody is to wait for them.
+        self._lock = _sync.lock("pool")
+        self._waiters.clear()
+        self._alive = weakref.WeakSet(self._idle)
+
     def __len__(self) -> int:
-        return len(self._alive)
+        with self._lock:
+            return len(self._alive)

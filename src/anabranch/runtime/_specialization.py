@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from anabranch import _sync
 from anabranch.backends import get_backend
 from anabranch.devices import Device
 from anabranch.errors import FlagsChanged, InputError, NotCapturable
@@ -48,10 +49,11 @@ class Settings:
         return torch.device("cpu") if self.device.kind == "cpu" else torch.device(self.device.kind, self.index)
 
 
+@_sync.atomics("_may_grow")
 class Specialization:
     """Runs calls of one signature.
 
-    Threads: any. Everything but the pool and ``_last_uses`` is immutable after ``__init__``.
+    Threads: any. Everything but the pool, ``_last_uses`` and ``_may_grow`` is immutable after ``__init__``.
 
     Streams: a call queues everything on the caller's stream ``s``, in this order:
 
@@ -88,7 +90,7 @@ class Specialization:
         # the number of stream handles that ever called, which the driver re-uses. Two threads on one stream may record
         # in either order: both records come after both threads' work, or after the other record. And by context (as
         # a string): its `done`.
-        self._last_uses: dict[int | str, Any] = {}
+        self._last_uses: dict[int | str, Any] = _sync.dict_("last uses")
         #: Whether calls may build contexts; not after a build failed.
         self._may_grow = True
         #: Figures of the build for explain(): microseconds a call.

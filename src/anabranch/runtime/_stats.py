@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, fields
 
+from anabranch import _sync
 from anabranch.runtime._build import process
 
 
@@ -34,15 +34,13 @@ class Counters:
     """The live counters behind :class:`Stats`. Threads: any; one lock, never held while anything else is called."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._stats = Stats()
-        process.locked.add(self)
-
-    def add(self, *names: str) -> None:
-        with self._lock:
-            for name in names:
-                setattr(self._stats, name, getattr(self._stats, name) + 1)
+        self._tally = _sync.tally("counters", [f.name for f in fields(Stats)])
+        #: ``add(*names)``: one more of each.
+        self.add = self._tally.add
+        process.register(self)
 
     def snapshot(self) -> Stats:
-        with self._lock:
-            return Stats(*(getattr(self._stats, f.name) for f in fields(Stats)))
+        return Stats(**self._tally.read())
+
+    def after_fork(self) -> None:
+        self._tally.renew_lock()
