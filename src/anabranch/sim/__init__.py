@@ -1,0 +1,38 @@
+"""A simulated accelerator: the PyTorch device ``sim``, with streams on which nothing runs before it has to.
+
+Importing this module builds a C++ backend at first use and registers the devices ``sim:0`` and ``sim:1``. See
+``docs/sim.md`` for what is modelled and what is not. A process has one kind of accelerator: import it before anything
+uses CUDA, or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from anabranch.sim import _module
+from anabranch.sim._graph import Graph, graph
+from anabranch.sim._module import Event, Stream
+
+core = _module.core
+
+torch.utils.rename_privateuse1_backend("sim")
+torch._register_device_module("sim", _module)
+torch.utils.generate_methods_for_privateuse1_backend()
+
+
+def launch(
+    name: str, kernel: Callable[..., Any], *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = ()
+) -> None:
+    """Queue a kernel that is not an ATen operator on the current stream of its tensors' device.
+
+    When its turn comes, ``kernel`` is called with CPU tensors over the same memory, first those of ``reads``, then those
+    of ``writes``; it must touch nothing else. An exception in it is a device error: it lasts, and shows at the next
+    synchronization.
+    """
+    core.launch(name, kernel, list(reads), list(writes))
+
+
+__all__ = ["Event", "Graph", "Stream", "core", "graph", "launch"]
