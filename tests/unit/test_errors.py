@@ -180,7 +180,7 @@ def test_what_is_no_model_is_refused() -> None:
 
 
 def test_a_device_without_engines_is_refused() -> None:
-    with pytest.raises(anabranch.InputError, match=r"device 'meta' given; engines run on 'cuda' or 'cpu'"):
+    with pytest.raises(anabranch.InputError, match=r"device 'meta' given; engines run on 'cuda', 'cpu' or 'sim'"):
         anabranch.compile(nn.Linear(3, 4), [anabranch.Input((2, 3), device="meta")], backend="eager")
 
 

@@ -1,4 +1,4 @@
-"""The device seam: streams, events, memory, launches and captures. Siblings behind it: ``cuda`` and ``cpu``."""
+"""The device seam: streams, events, memory, launches, captures. Siblings behind it: ``cuda``, ``cpu``, ``sim``."""
 
 from anabranch.devices._device import Device, Graph, Lane, Latch, Memory, get_device
 

@@ -164,4 +164,10 @@ def get_device(kind: str) -> Device:
         from anabranch.devices._cpu import CpuDevice
 
         return CpuDevice()
-    raise InputError(f"device {kind!r} given; engines run on 'cuda' or 'cpu'. Move the model and its inputs there.")
+    if kind == "sim":
+        from anabranch.devices._sim import SimDevice
+
+        return SimDevice()
+    raise InputError(
+        f"device {kind!r} given; engines run on 'cuda', 'cpu' or 'sim'. Move the model and its inputs there."
+    )

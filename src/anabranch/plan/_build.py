@@ -64,7 +64,7 @@ def build_plan(
     lane = "main"
     buffers: dict[str, Buffer] = {}
     steps: list[Step] = []
-    on_cuda = device.type == "cuda"
+    has_workspaces = device.type != "cpu"
 
     def buffer(label: str, kind: str, value: Any) -> Access:
         spec = value if isinstance(value, TensorSpec) else TensorSpec(_ints(value.shape), (), value.dtype)
@@ -90,7 +90,7 @@ def build_plan(
     results = list(graph.output_node().args[0])  # type: ignore[arg-type]
     kind_of_result = "static" if captured else "output"
     workspace: tuple[Access, ...] = ()
-    if on_cuda and uses_workspace(program):
+    if has_workspaces and uses_workspace(program):
         # Its size is the library's business; one byte stands for all of it.
         buffers["workspace main"] = Buffer("workspace main", 1, "workspace")
         workspace = (Access("workspace main"),)

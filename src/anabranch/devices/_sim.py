@@ -1,0 +1,287 @@
+"""The simulated accelerator behind the seam: what ``_cuda.py`` does, on a machine that runs only when it is stepped.
+
+Host memory is the device's memory, so a forked child has a copy of all of it and may go on using what it inherited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+import anabranch.sim
+from anabranch import _sync
+from anabranch.devices._device import Graph, Lane, Latch, Memory
+from anabranch.devices._graveyard import Graveyard
+from anabranch.errors import DeviceLost
+
+_core: Any = anabranch.sim.core
+
+
+class _OnStream:
+    """Makes a stream and its device current. ``with stream:`` is not for two threads at once, nor for nesting."""
+
+    __slots__ = ("_before", "_device", "_stream")
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        self._device = torch.accelerator.current_device_index()
+        self._before = torch.accelerator.current_stream(self._stream.device_index)
+        torch.accelerator.set_stream(self._stream)
+
+    def __exit__(self, *exc: object) -> None:
+        torch.accelerator.set_stream(self._before)
+        torch.accelerator.set_device_index(self._device)
+
+
+class _SimGraph:
+    """See :class:`anabranch.devices.Graph`."""
+
+    __slots__ = ("_graph",)
+
+    def __init__(self, graph: int) -> None:
+        self._graph = graph
+
+    def launch(self, stream: Any) -> None:
+        _core.graph_launch(self._graph, stream.stream_id, stream.device_index)
+
+    def destroy(self) -> None:
+        _core.graph_destroy(self._graph)
+
+
+class _SimMemory:
+    """See :class:`anabranch.devices.Memory`."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.pool = _core.pool_new()
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        _core.pool_begin(self.pool)
+        try:
+            yield
+        finally:
+            _core.pool_end()
+
+    def nbytes(self) -> int:
+        return int(_core.pool_bytes(self.pool))
+
+
+class _SimLane:
+    """See :class:`anabranch.devices.Lane`."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.stream = anabranch.sim.Stream(index)
+        self.hidden = _SimMemory(index)
+
+    def load_workspaces(self) -> None:
+        with self.hidden.using():
+            _core.workspace_load(self.stream.stream_id, self.index)
+
+    def hidden_nbytes(self) -> int:
+        return self.hidden.nbytes()
+
+
+class _SimLatch:
+    """See :class:`anabranch.devices.Latch`."""
+
+    def __init__(self) -> None:
+        self._latch = _core.latch_new()
+
+    def hold(self, stream: Any) -> None:
+        _core.latch_hold(self._latch, stream.stream_id, stream.device_index)
+
+    def open(self) -> None:
+        _core.latch_open(self._latch)
+
+
+class SimDevice:
+    """See :class:`anabranch.devices.Device`.
+
+    As for CUDA, garbage collections call :meth:`release_lane`, :meth:`retire` and :meth:`bury` in the middle of
+    anything, so no method takes a lock of ours.
+    """
+
+    kind = "sim"
+    has_streams = True
+    survives_fork = True
+    backends: tuple[str, ...] = ("eager",)
+
+    def __init__(self) -> None:
+        self._free_lanes: dict[int, list[Lane]] = _sync.dict_("free lanes")
+        self._free_memory: dict[int, list[Memory]] = _sync.dict_("free memory")
+        self._reapers: dict[int, Any] = _sync.dict_("reapers")
+        #: What callers' captures have baked in, by the machine's id of the capture.
+        self._captures: dict[int, _CallerCapture] = _sync.dict_("captures of callers")
+        #: Captures whose graph is gone. Noted where a graph is destroyed, which may be anywhere; seen to in a reaping.
+        self._ended: Any = _sync.deque_("captures that are gone")
+        self._graveyard = Graveyard(self._query)
+        self._graveyard.also = self._reap_captures
+
+    def index(self, device: torch.device) -> int:
+        return self.current_index() if device.index is None else device.index
+
+    def current_index(self) -> int:
+        return torch.accelerator.current_device_index()
+
+    def current_stream(self, index: int) -> Any:
+        return torch.accelerator.current_stream(index)
+
+    def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
+        return _OnStream(stream)
+
+    @contextmanager
+    def on_device(self, index: int) -> Iterator[None]:
+        before = _core.exchange_device(index)
+        try:
+            yield
+        finally:
+            _core.exchange_device(before)
+
+    def stream(self, index: int) -> Any:
+        return anabranch.sim.Stream(index)
+
+    def latch(self) -> Latch:
+        return _SimLatch()
+
+    def event(self) -> Any:
+        return torch.Event(device=self.kind)
+
+    def is_capturing(self, stream: Any) -> bool:
+        return bool(_core.capture_id(stream.stream_id, stream.device_index))
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        before = _core.relax(True)
+        try:
+            yield
+        finally:
+            _core.relax(before)
+
+    def acquire_lane(self, index: int) -> Lane:
+        try:
+            return self._free_lanes[index].pop()
+        except (KeyError, IndexError):
+            return _SimLane(index)
+
+    def release_lane(self, lane: Lane) -> None:
+        assert isinstance(lane, _SimLane)
+        self._free_lanes.setdefault(lane.index, _sync.list_("lanes")).append(lane)
+
+    def memory(self, index: int, fresh: bool = False) -> Memory:
+        if fresh:
+            return _SimMemory(index)
+        try:
+            return self._free_memory[index].pop()
+        except (KeyError, IndexError):
+            return _SimMemory(index)
+
+    def release_memory(self, memory: Memory) -> None:
+        assert isinstance(memory, _SimMemory)
+        self._free_memory.setdefault(memory.index, _sync.list_("memory")).append(memory)
+
+    def trim(self) -> None:
+        self.reap()
+        for index in list(self._free_memory):
+            torch.accelerator.synchronize(index)  # as cudaFree does
+        for pools in list(self._free_memory.values()):
+            for _ in range(len(pools)):
+                try:
+                    memory = pools.pop()
+                except IndexError:
+                    break
+                assert isinstance(memory, _SimMemory)
+                _core.pool_trim(memory.pool)
+                if memory.nbytes():  # other threads have queued work since
+                    self.release_memory(memory)
+
+    def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
+        stream, index = lane.stream.stream_id, lane.stream.device_index
+        with self.on_stream(lane.stream), memory.using():
+            _core.capture_begin(stream, index, "thread_local")
+            try:
+                result = fn()
+            except BaseException:
+                _core.capture_abort(stream, index)
+                raise
+            graph = _core.capture_end(stream, index)
+        return _SimGraph(graph), result
+
+    def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:
+        identity = _core.capture_id(stream.stream_id, stream.device_index)
+        assert identity, "asked for a capture where none is under way"
+        capture = self._captures.get(identity)
+        if capture is None:
+            capture = self._captures.setdefault(identity, _CallerCapture())
+            _core.graph_on_destroy(identity, lambda: self._ended.append(identity))
+        if keep not in capture.kept:
+            capture.kept.append(keep)
+        lane = capture.lanes.get(stream.stream_id)
+        if lane is None:
+            lane = capture.lanes.setdefault(stream.stream_id, self.acquire_lane(index))
+        return lane
+
+    def _reap_captures(self) -> None:
+        while self._ended:
+            capture = self._captures.pop(self._ended.popleft(), None)
+            if capture is not None:
+                for lane in list(capture.lanes.values()):
+                    self.release_lane(lane)
+
+    def prepare_retire(self, index: int) -> None:
+        if index not in self._reapers:
+            self._reapers.setdefault(index, anabranch.sim.Stream(index))
+
+    def retire(self, events: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
+        ours = [t for t in tensors if t.device.type == self.kind]
+        if not events or not ours or self.lost():
+            return
+        reaper = self._reapers[ours[0].device.index]
+        for event in events:
+            reaper.wait_event(event)
+        for t in ours:
+            t.record_stream(reaper)
+
+    def bury(self, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
+        self._graveyard.bury(events, remains, then)
+
+    def reap(self) -> None:
+        self._graveyard.reap()
+
+    def _query(self, events: Sequence[Any]) -> bool:
+        if self.lost():
+            return False
+        with self.building():
+            return all(event.query() for event in events)
+
+    def lost(self) -> str | None:
+        lost: str | None = _core.lost()
+        return lost
+
+    def check_error(self, error: BaseException) -> None:
+        lost = self.lost()
+        if lost and not isinstance(error, DeviceLost):
+            raise DeviceLost(
+                f"queued work failed on the simulated device: {lost}. Every engine on it now raises DeviceLost, until"
+                " anabranch.sim.reset()."
+            ) from error
+
+    def range(self, name: str) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def describe(self, index: int) -> str:
+        return f"simulated accelerator {index} of {_core.devices}"
+
+
+class _CallerCapture:
+    """One capture of a caller's: what its graph has baked in."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = _sync.list_("kept")
+        self.lanes: dict[int, Lane] = _sync.dict_("lanes of a capture")
