@@ -105,8 +105,14 @@ def _exported(path: Path) -> Subject:
     return Subject(path.stem, lambda: load_exported(path), (tuple(x.shape),), (), x.dtype)
 
 
-def cases_for(subject: Subject, dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, ...]] | None) -> list[Case]:
-    """Every dtype with every shape; without ``shapes``, the boundary shapes too, some in every layout."""
+def cases_for(
+    subject: Subject,
+    dtypes: Sequence[torch.dtype],
+    shapes: Sequence[tuple[int, ...]] | None,
+    max_elements: int | None = None,
+) -> list[Case]:
+    """Every dtype with every shape; without ``shapes``, the default ones of at most ``max_elements``: the boundary
+    shapes too, some in every layout."""
     if subject.fixed_dtype is not None:
         dtypes = [subject.fixed_dtype]
     if shapes:
@@ -114,6 +120,8 @@ def cases_for(subject: Subject, dtypes: Sequence[torch.dtype], shapes: Sequence[
     if not subject.shapes:
         raise InputError(f"model {subject.name!r} has no default shapes; give --shape, for example --shape 1,3,224,224")
     plain = tuple(dict.fromkeys((*subject.shapes, *subject.boundary)))
+    if max_elements is not None:
+        plain = tuple(s for s in plain if math.prod(s) <= max_elements) or plain
     cases = [Case(d, s) for d in dtypes for s in plain]
     for dtype in dtypes:
         # Layouts differ only where there is more than one row and column; the smallest such image will do.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from anabranch.check._case import cases_for, find_subject
 from anabranch.check._inject import INJECTIONS
 from anabranch.check._report import table, to_json, write_json
 from anabranch.check._run import Options, Row, paths_for, run_check
-from anabranch.devices import get_device
 from anabranch.errors import AnabranchError
 from anabranch.runtime._engine import DEFAULT_MAX_CONTEXTS, RUNTIMES
 
+#: Elements of the largest default shape on the simulated device, whose kernels are the CPU's.
+_SIMULATED = 1 << 16
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -41,17 +43,22 @@ class _Shape(click.ParamType):  # type: ignore[type-arg]  # generic in click's s
 
 @click.command("check")
 @click.argument("model")
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Default: cuda where there is a GPU.")
+@click.option(
+    "--device",
+    type=click.Choice(["cuda", "cpu", "sim"]),
+    help="Default: cuda where there is a GPU, else cpu. sim, the simulated accelerator, has streams and needs no GPU.",
+)
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(_DTYPES)), help="Default: float32, float16.")
 @click.option("--shape", "shapes", multiple=True, type=_Shape(), help="Default: boundary shapes in several layouts.")
 @click.option("--streams", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--threads", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--calls", default=100, show_default=True, type=click.IntRange(1), help="For each row of the table.")
 @click.option("--runtime", default="python", show_default=True, type=click.Choice(RUNTIMES))
-@click.option("--backend", default="inductor", show_default=True, type=click.Choice(BACKENDS))
+@click.option("--backend", type=click.Choice(BACKENDS), help="Default: inductor; on sim, eager.")
 @click.option("--graphs/--direct", "cuda_graphs", default=None, help="Force a path. Default: whichever is faster.")
 @click.option("--max-contexts", default=DEFAULT_MAX_CONTEXTS, show_default=True, type=click.IntRange(1))
 @click.option("--inject", type=click.Choice(INJECTIONS), help="Put a known bug back, to see it found.")
+@click.option("--seed", default=0, show_default=True, help="With --device sim: which interleaving.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the rows here.")
 def command(
     model: str,
@@ -64,8 +71,9 @@ def command(
     """Call MODEL's engine on many streams and threads at once and compare every output.
 
     MODEL is relu, upscaler or branches (built in), module:callable, or a .pt2 file. Concurrent outputs must equal the
-    engine's own serial output bit for bit; the serial output must be near float32 eager. Exit status: 0 all right,
-    1 something is wrong, 2 the check could not be made.
+    engine's own serial output bit for bit; the serial output must be near float32 eager. On sim the race checker
+    watches, too, and names what is missing. Exit status: 0 all right, 1 something is wrong, 2 the check could not be
+    made.
     """
     # The driver maps streams onto 8 hardware queues unless told otherwise, and a held stream would hold those that
     # share its queue: fewer calls would really be in flight. Read when CUDA starts, which is later.
@@ -74,16 +82,17 @@ def command(
     if device == "cuda" and not torch.cuda.is_available():
         _refuse("--device cuda given, but PyTorch sees no GPU here; use --device cpu")
     options = Options(device=device, **settings)
-    if options.inject and not get_device(device).has_streams:
+    if options.inject and device == "cpu":
         _refuse(
-            f"--inject {options.inject}: device {device!r} has no streams, so there is no stale stream to find."
-            " Run it with --device cuda."
+            f"--inject {options.inject}: device 'cpu' has no streams, so there is no stale stream to find."
+            " Run it with --device sim, which needs no GPU, or with --device cuda."
         )
     # Piped or in a log there is no window to fit: a table cut down to 80 columns would hide its figures.
     console = Console() if sys.stdout.isatty() else Console(width=120)
     try:
         subject = find_subject(model)
-        cases = cases_for(subject, [_DTYPES[d] for d in dtypes or ("float32", "float16")], shapes or None)
+        most = _SIMULATED if device == "sim" else None
+        cases = cases_for(subject, [_DTYPES[d] for d in dtypes or ("float32", "float16")], shapes or None, most)
         total = len(cases) * len(paths_for(device)) * options.calls
         with Progress(
             TextColumn("{task.description}"),
@@ -105,14 +114,14 @@ def command(
     except AnabranchError as e:
         _refuse(str(e))
     injected = f", with {options.inject} injected" if options.inject else ""
-    console.print(
-        table(rows, f"{subject.name} on {device}: {options.streams} streams, {options.threads} threads{injected}")
-    )
+    title = f"{subject.name} on {device}: {options.streams} streams, {options.threads} threads{injected}"
+    console.print(table(rows, title, watched=device == "sim"))
     allowed = {r.dtype: r.tolerance for r in rows}
     bounds = ", ".join(f"{dtype} {bound:.1e}" for dtype, bound in allowed.items())
     console.print(f"largest error allowed against float32 eager (serial, relative to its largest value): {bounds}")
     for line in dict.fromkeys(f"{r.dtype} {r.shape}: {r.mode}" for r in rows):
         console.print(f"  {line}")
+    _print_races(console, rows)
     bad = [r for r in rows if not r.ok]
     calls, wrong = sum(r.calls for r in rows), sum(r.wrong for r in rows)
     if json_path:
@@ -120,6 +129,16 @@ def command(
     verdict = "all outputs right" if not bad else f"WRONG in {len(bad)} of {len(rows)} rows"
     console.print(f"{verdict}: {wrong} wrong of {calls} calls")
     sys.exit(1 if bad else 0)
+
+
+def _print_races(console: Console, rows: Sequence[Row]) -> None:
+    """What the race checker says of each path, at its first case."""
+    seen = set()
+    for row in rows:
+        if row.report and row.path not in seen:
+            seen.add(row.path)
+            console.print(f"\n{row.path}, {row.dtype} {row.shape}:", highlight=False)
+            console.print(row.report, markup=False, highlight=False)
 
 
 def _refuse(message: str) -> None:

@@ -20,6 +20,7 @@ import torch
 
 from anabranch.check._case import Case, Subject
 from anabranch.check._inject import StaleStream
+from anabranch.check._watch import Watch, interleaved
 from anabranch.devices import get_device
 from anabranch.errors import InputError
 from anabranch.runtime import Engine, compile
@@ -38,7 +39,7 @@ class Options:
     streams: int = 8
     threads: int = 8
     calls: int = 100
-    backend: str = "inductor"
+    backend: str | None = None
     runtime: str = "python"
     inject: str | None = None
     max_contexts: int = 16
@@ -47,6 +48,8 @@ class Options:
     #: Compare each serial result (1), or each n-th of a round, with float32 eager.
     reference_every: int = 1
     timed: bool = True
+    #: On the simulated device: which of the possible interleavings.
+    seed: int = 0
 
 
 @dataclass
@@ -65,10 +68,14 @@ class Row:
     tolerance: float = 0.0
     us_a_call: float = 0.0
     mode: str = ""
+    #: Distinct findings of the race checker, and the first of them in words; on the simulated device.
+    races: int = 0
+    report: str = ""
 
     @property
     def ok(self) -> bool:
-        return not self.wrong and not self.all_zero and not self.non_finite and self.max_error <= self.tolerance
+        findings = self.wrong or self.all_zero or self.non_finite or self.races
+        return not findings and self.max_error <= self.tolerance
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ok": self.ok}
@@ -110,12 +117,14 @@ def run_check(
         )
     paths = options.paths or paths_for(options.device)
     rows = []
-    with float32_exactly(), torch.no_grad():
+    with float32_exactly(), torch.no_grad(), interleaved(options.device, options.seed):
         with concurrent.futures.ThreadPoolExecutor(options.threads, "anabranch-check") as workers:
             for case in cases:
                 bench = Bench(subject, case, options, workers)
                 for path in paths:
-                    row = bench.run(path, lambda n: progress(None, n))
+                    with Watch(options.device) as watch:
+                        row = bench.run(path, lambda n: progress(None, n))
+                    row.races, row.report = watch.races, watch.report
                     rows.append(row)
                     progress(row, 0)
                 bench.close()
@@ -142,7 +151,9 @@ class Bench:
         else:
             module = model.module()
             self.reference = lambda x: module(x.to(case.dtype))
-        self.generator = torch.Generator(device=self.torch_device).manual_seed(2991)
+        #: Where inputs are drawn: the simulated device has no generators of its own.
+        self.drawn_on = torch.device("cpu") if self.device.kind == "sim" else self.torch_device
+        self.generator = torch.Generator(device=self.drawn_on).manual_seed(2991)
         self.engine: Engine = compile(
             model,
             [case.empty(self.torch_device)],
@@ -180,7 +191,7 @@ class Bench:
             n = min(size, self.options.calls - row.calls)
             run_round(row, path, n, hold=True)
             progress(n)
-        row.us_a_call = self._time(path) if self.options.timed else 0.0
+        row.us_a_call = self._time(path) if self.options.timed and self.device.kind != "sim" else 0.0
         return row
 
     def _round_size(self, path: str) -> int:
@@ -195,9 +206,9 @@ class Bench:
 
     def _source(self) -> torch.Tensor:
         """A new input: values of order 1 and of both signs, none of them zero."""
-        x = torch.empty(self.case.shape, dtype=torch.float32, device=self.torch_device)
+        x = torch.empty(self.case.shape, dtype=torch.float32, device=self.drawn_on)
         x.uniform_(-1, 1, generator=self.generator)
-        return (x + 0.1 * x.sign()).to(self.case.dtype)
+        return (x + 0.1 * x.sign()).to(self.torch_device, self.case.dtype)
 
     def _input(self, source: torch.Tensor) -> torch.Tensor:
         return self.case.empty(self.torch_device).copy_(source)
@@ -272,6 +283,9 @@ class Bench:
         stream may share a hardware queue with a held one.
         """
         stream = self.device.current_stream(self.index)
+        if self.device.kind == "sim":
+            stream.synchronize()  # streams share nothing there, and there is no time
+            return
         event = self.device.event()
         event.record(stream)
         end = time.monotonic() + 1.0
@@ -328,10 +342,15 @@ class Bench:
         def work(worker: int) -> None:
             # Modes are thread-local, like the current stream.
             with torch.no_grad(), self.device.on_device(self.index):
-                ready.wait()
+                if ready is not None:
+                    ready.wait()
                 for i in range(worker, n, workers):
                     one(i)
 
+        ready: threading.Barrier | None = None
+        if self.device.kind == "sim":
+            on_threads(workers, work)
+            return
         ready = threading.Barrier(workers)  # so that each runs in a thread of its own
         futures = [self.workers.submit(work, w) for w in range(workers)]
         _, pending = concurrent.futures.wait(futures, timeout=_PATIENCE)
@@ -364,6 +383,25 @@ class Bench:
         self._spread(path, n, one)
         synchronize()
         return (time.perf_counter() - start) / n * 1e6
+
+
+def on_threads(n: int, work: Callable[[int], None]) -> None:
+    """Run ``work(i)`` in ``n`` new threads; the first error is raised here."""
+    errors: list[BaseException] = []
+
+    def run(i: int) -> None:
+        try:
+            work(i)
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
