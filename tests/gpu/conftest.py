@@ -14,7 +14,9 @@ import anabranch
 
 # As `anabranch check` does: a held stream must not hold others through a hardware queue that they share.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-from gpu.support import Gpu, Make
+# Before anything imports them: their asserts are to explain themselves as those of test files do.
+pytest.register_assert_rewrite("contract")
+from gpu.support import Gpu, Make  # noqa: E402
 
 
 @pytest.fixture
@@ -23,6 +25,12 @@ def gpu() -> Iterator[Gpu]:
     yield gpu
     gpu.open_all()
     gc.collect()
+
+
+@pytest.fixture
+def rig(gpu: Gpu) -> Gpu:
+    """What the contract's tests call it."""
+    return gpu
 
 
 @pytest.fixture

@@ -1,0 +1,554 @@
+"""The stream contract's clauses, for whatever device the tier's ``rig`` is. Each test is named after its clause.
+
+``tests/gpu`` runs them on CUDA and ``tests/sim`` on the simulated device, by importing what is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from typing import Any
+
+import pytest
+import torch
+
+import anabranch
+from contract.support import PATHS, Chain, Make, Mlp, Rig, on_threads
+
+# -- 1: ordered on the caller's current stream, looked up at every call ----------------------------------------------
+
+
+@PATHS
+@pytest.mark.parametrize("model", [torch.nn.ReLU(), Mlp(), Chain()], ids=["relu", "mlp", "chain"])
+def test_clause1_starts_after_the_callers_queued_work(rig: Rig, compiled: Make, model: Any, graphs: bool) -> None:
+    source = rig.random(4, 256)
+    engine = compiled(model, source, cuda_graphs=graphs)
+    expected = rig.load_kernels(engine, source)
+    s = rig.stream()
+    x = rig.poisoned(source, s)
+    latch = rig.latch(s)
+    with rig.module.stream(s):
+        x.copy_(source)
+        y = engine(x)
+        z = y + 1  # queued afterwards: sees the output
+        done = s.record_event()
+    rig.run_what_can()
+    assert not done.query()
+    latch.open()
+    s.synchronize()
+    assert torch.equal(y, expected)
+    assert torch.equal(z, expected + 1)
+
+
+@PATHS
+def test_clause1_the_stream_is_looked_up_at_every_call(rig: Rig, compiled: Make, graphs: bool) -> None:
+    sources = [rig.random(4, 256) for _ in range(6)]
+    engine = compiled(Mlp(), sources[0], cuda_graphs=graphs)
+    expected = [rig.load_kernels(engine, x) for x in sources]
+    streams = [rig.stream(), rig.module.Stream(), rig.module.default_stream(), rig.stream()] * 2
+    inputs = [rig.poisoned(x, s) for x, s in zip(sources, streams, strict=False)]
+    latch = rig.latch(*streams[:4])
+    outputs = []
+    for x, source, s in zip(inputs, sources, streams, strict=False):
+        with rig.module.stream(s):
+            outputs.append(engine(x.copy_(source)))
+    latch.open()
+    rig.module.synchronize()
+    for y, e in zip(outputs, expected, strict=True):
+        assert torch.equal(y, e)
+
+
+@PATHS
+def test_clause1_the_engines_device_decides_not_the_threads(rig: Rig, graphs: bool) -> None:
+    if rig.module.device_count() < 2:
+        pytest.skip("needs two devices")
+    # Nothing is copied from one device to the other: once they are peers, an allocation waits for held streams of both.
+    source = rig.random(4, 256, index=1)
+    engine = anabranch.compile(
+        Mlp().eval().requires_grad_(False).to(rig.device(1)), [source], backend="eager", cuda_graphs=graphs
+    )
+    assert rig.module.current_device() == 0
+    s = rig.seam.stream(1)
+    with rig.module.stream(s):
+        x = torch.full_like(source, float("nan"))
+        expected = engine(source)
+    s.synchronize()
+    assert torch.isfinite(expected).all()
+    latch = rig.latch(s)
+    with rig.module.stream(s):
+        x.copy_(source)
+        rig.module.set_device(0)  # the stream stays current for its own device
+        assert rig.module.current_stream(1) == s
+        y = engine(x)
+        assert rig.module.current_device() == 0
+        done = s.record_event()
+    rig.run_what_can()
+    assert not done.query()
+    latch.open()
+    s.synchronize()
+    assert torch.equal(y, expected)
+    engine.close()
+
+
+# -- 2: no stream of its own that a caller could observe -------------------------------------------------------------
+
+
+@PATHS
+def test_clause2_leaves_stream_and_device_as_they_were(rig: Rig, compiled: Make, graphs: bool) -> None:
+    x = rig.random(4, 256)
+    engine = compiled(Mlp(), x, cuda_graphs=graphs)
+    for s in (rig.stream(), rig.module.Stream(), rig.module.default_stream()):
+        with rig.module.stream(s):
+            engine(x)
+            assert rig.module.current_stream() == s
+            with contextlib.suppress(anabranch.InputError):
+                engine(x.cpu())
+            assert rig.module.current_stream() == s
+        assert rig.module.current_device() == 0
+
+
+# -- 3: calls on different streams are not ordered; sharing a context waits on the device ----------------------------
+
+
+@PATHS
+def test_clause3_a_held_stream_holds_no_other_call(rig: Rig, compiled: Make, graphs: bool) -> None:
+    x1, x2 = rig.random(4, 256), rig.random(4, 256)
+    engine = compiled(Mlp(), x1, cuda_graphs=graphs)
+    expected1, expected2 = rig.load_kernels(engine, x1), rig.load_kernels(engine, x2)
+    engine.warm(contexts=2)
+    s1, s2 = rig.stream(), rig.stream()
+    for s in (s1, s2):
+        with rig.module.stream(s):
+            engine(x1)
+    rig.module.synchronize()
+    latch = rig.latch(s1)
+    with rig.module.stream(s1):
+        y1 = engine(x1)
+    with rig.module.stream(s2):
+        y2 = engine(x2)
+    s2.synchronize()  # would never return if the second call waited for the first
+    assert torch.equal(y2, expected2)
+    latch.open()
+    s1.synchronize()
+    assert torch.equal(y1, expected1)
+
+
+def test_clause3_sharing_a_context_waits_on_the_device_and_asks_no_event(
+    rig: Rig, compiled: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [rig.random(4, 256) for _ in range(4)]
+    engine = compiled(Mlp(), sources[0], cuda_graphs=True, max_contexts=1)
+    expected = [rig.load_kernels(engine, x) for x in sources]
+    streams = [rig.stream() for _ in sources]
+    inputs = [rig.poisoned(x, s) for x, s in zip(sources, streams, strict=True)]
+    waits = engine.stats().waits
+    latch = rig.latch(*streams)
+    with monkeypatch.context() as m:
+        m.setattr(rig.event_class, "query", lambda self: pytest.fail("asked an event on the call path"))
+        m.setattr(rig.event_class, "synchronize", lambda self: pytest.fail("waited on the host on the call path"))
+        outputs = []
+        for x, source, s in zip(inputs, sources, streams, strict=True):
+            with rig.module.stream(s):
+                outputs.append(engine(x.copy_(source)))
+    events = [s.record_event() for s in streams]
+    rig.run_what_can()
+    assert not any(e.query() for e in events)
+    latch.open()
+    rig.module.synchronize()
+    for y, e in zip(outputs, expected, strict=True):
+        assert torch.equal(y, e)
+    assert engine.stats().waits - waits == 4
+    assert engine.stats().contexts == 1
+
+
+def test_clause3_only_the_held_one_waits_for_the_least_recently_used_context(rig: Rig, compiled: Make) -> None:
+    x = rig.random(4, 256)
+    engine = compiled(Mlp(), x, cuda_graphs=True, max_contexts=2)
+    expected = rig.load_kernels(engine, x)
+    engine.warm(contexts=2)
+    held, free, third = rig.stream(), rig.stream(), rig.stream()
+    latch = rig.latch(held)
+    with rig.module.stream(free):
+        engine(x)
+    with rig.module.stream(held):
+        y = engine(x)
+    with rig.module.stream(third):
+        z = engine(x)  # takes the context of `free`, which was used longest ago
+    third.synchronize()
+    assert torch.equal(z, expected)
+    latch.open()
+    held.synchronize()
+    assert torch.equal(y, expected)
+
+
+def test_clause3_sixty_four_threads_share_one_context(rig: Rig, compiled: Make) -> None:
+    sources = [rig.random(4, 256) for _ in range(64)]
+    engine = compiled(Mlp(), sources[0], cuda_graphs=True, max_contexts=1)
+    expected = [rig.load_kernels(engine, x) for x in sources]
+    outputs: list[Any] = [None] * 64
+
+    def work(i: int) -> None:
+        with rig.module.stream(rig.stream()):
+            for _ in range(5):
+                outputs[i] = engine(sources[i])
+
+    on_threads(64, work)
+    rig.module.synchronize()
+    assert all(torch.equal(y, e) for y, e in zip(outputs, expected, strict=True))
+    assert engine.stats().contexts == 1
+
+
+def test_clause3_the_memory_limit_is_kept(rig: Rig, compiled: Make) -> None:
+    x = rig.random(64, 256)
+    one = compiled(Mlp(), x, cuda_graphs=True).stats().bytes
+    assert one > 0
+    engine = compiled(Mlp(), x, cuda_graphs=True, memory_limit=2 * one)
+    assert engine.warm(contexts=8) == 2
+    assert engine.stats().bytes <= 2 * one
+    none = compiled(Mlp(), x, cuda_graphs=True, memory_limit=one // 2)
+    assert none.stats().contexts == 0
+    assert "memory_limit" in none.explain()
+    assert torch.equal(none(x), engine(x))
+
+
+# -- 4: outputs are ordinary tensors of the caller; inputs and engine may go at once ---------------------------------
+
+
+@PATHS
+def test_clause4_outputs_are_ordinary_and_their_own(rig: Rig, compiled: Make, graphs: bool) -> None:
+    x1, x2 = rig.random(4, 256), rig.random(4, 256)
+    engine = compiled(Mlp(), x1, cuda_graphs=graphs)
+    with torch.inference_mode():
+        y1 = engine(x1)
+    kept = y1.clone()
+    assert not y1.is_inference()
+    assert not y1.requires_grad
+    y1.add_(0)  # in place, and with autograd
+    y1.requires_grad_().sum().backward()
+    y2 = engine(x2)
+    rig.module.synchronize()
+    assert torch.equal(y1, kept)
+    assert not torch.equal(y1, y2)
+
+
+@PATHS
+def test_clause4_inputs_are_freed_right_after_the_call(rig: Rig, compiled: Make, graphs: bool) -> None:
+    source = rig.random(64, 256)
+    engine = compiled(Mlp(), source, cuda_graphs=graphs)
+    expected = rig.load_kernels(engine, source)
+    s = rig.stream()
+    x = rig.poisoned(source, s)
+    block = x.data_ptr()
+    latch = rig.latch(s)
+    with rig.module.stream(s):
+        y = engine(x.copy_(source))
+        del x
+        junk = [torch.full_like(source, float("nan")) for _ in range(8)]
+    assert block in [j.data_ptr() for j in junk]
+    latch.open()
+    s.synchronize()
+    assert torch.equal(y, expected)
+
+
+@PATHS
+def test_clause4_the_engine_is_dropped_with_work_in_flight(rig: Rig, graphs: bool) -> None:
+    source = rig.random(64, 256)
+    model = Mlp().eval().requires_grad_(False).to(rig.device())
+    engine = anabranch.compile(model, [source], backend="eager", cuda_graphs=graphs)
+    expected = rig.load_kernels(engine, source)
+    sizes = [p.shape for p in model.parameters()]
+    s = rig.stream()
+    latch = rig.latch(s)
+    with rig.module.stream(s):
+        y = engine(source)
+    del engine, model
+    gc.collect()
+    # On another stream, where the freed parameters would come from first: nothing may overwrite them yet.
+    junk = [torch.full(size, float("nan"), device=rig.device()) for size in sizes for _ in range(20)]
+    rig.module.default_stream().synchronize()
+    latch.open()
+    s.synchronize()
+    assert torch.equal(y, expected)
+    del junk
+
+
+@PATHS
+def test_clause4_what_is_handed_back_is_the_callers(rig: Rig, compiled: Make, graphs: bool) -> None:
+    class Mixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(256))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = x * self.weight
+            return {
+                "x": x,
+                "view": x[1:],
+                "weight": self.weight,
+                "y": y,
+                "part": y[:, :2],
+                "wide": y[:1].expand(3, 256),
+            }
+
+    x = rig.random(4, 256)
+    engine = compiled(Mixed(), x, cuda_graphs=graphs)
+    for scale in (1.0, 2.0):
+        z = x * scale
+        out = engine(z)
+        assert out["x"] is z
+        assert out["view"].data_ptr() == z[1:].data_ptr()
+        assert out["y"].untyped_storage().data_ptr() == out["part"].untyped_storage().data_ptr()
+        assert torch.equal(out["y"], z * out["weight"])
+        assert torch.equal(out["part"], out["y"][:, :2])
+        assert torch.equal(out["wide"], out["y"][:1].expand(3, 256))
+        assert out["wide"].stride() == (0, 1)
+
+
+# -- 6: inside the caller's own capture ------------------------------------------------------------------------------
+
+
+@PATHS
+@pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
+def test_clause6_two_user_graphs_replay_beside_direct_calls_after_the_engine_is_gone(
+    rig: Rig, graphs: bool, mode: str
+) -> None:
+    model = Mlp().eval().requires_grad_(False).to(rig.device()).half()
+    sources = [rig.random(64, 256, dtype=torch.half) for _ in range(16)]
+    engine = anabranch.compile(model, [sources[0]], backend="eager", cuda_graphs=graphs)
+    other = anabranch.compile(model, [sources[0]], backend="eager", cuda_graphs=graphs)
+    expected = [rig.load_kernels(engine, x) for x in sources]
+    captures = []
+    for _ in range(2):
+        x = torch.full_like(sources[0], float("nan"))
+        g = rig.new_graph()
+        with rig.capture(g, mode):
+            y = engine(engine(x) * 0 + x)  # twice in one capture
+        captures.append((g, x, y))
+    assert engine.stats().calls_in_captures == 4
+    del engine, model
+    gc.collect()
+    junk = [torch.full((256, 256), float("nan"), device=rig.device(), dtype=torch.half) for _ in range(50)]
+
+    def work(i: int) -> None:
+        with rig.module.stream(rig.stream()):
+            if i < 2:
+                g, x, y = captures[i]
+                for k in range(100):
+                    x.copy_(sources[k % 16])
+                    g.replay()
+                    assert torch.equal(y, expected[k % 16]), f"graph {i}, replay {k}"
+            else:
+                for k in range(100):
+                    assert torch.equal(other(sources[(k + i) % 16]), expected[(k + i) % 16])
+
+    on_threads(6, work)
+    other.close()
+    del junk
+
+
+def test_clause6_what_a_graph_has_baked_in_is_freed_with_it(rig: Rig) -> None:
+    model = Mlp(2048).eval().requires_grad_(False).to(rig.device())
+    x = rig.random(4, 2048)
+    engine = anabranch.compile(model, [x], backend="eager", cuda_graphs=False)
+    rig.load_kernels(engine, x)
+    g = rig.new_graph()
+    with rig.capture(g):
+        y = engine(x)
+    size = sum(p.nbytes for p in model.parameters())
+    del engine, model, y
+    gc.collect()
+    held = rig.module.memory_allocated()
+    g.replay()
+    rig.module.synchronize()
+    del g
+    gc.collect()
+    rig.seam.reap()
+    gc.collect()
+    assert held - rig.module.memory_allocated() >= size
+
+
+def test_clause6_what_cannot_be_captured_raises(rig: Rig, compiled: Make) -> None:
+    class Data(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[x > 0]
+
+    x = rig.random(4, 256)
+    known, data = compiled(Mlp(), x), compiled(Data(), x)
+    new_shape = rig.random(5, 256)
+    expected = rig.load_kernels(known, x)
+    g = rig.new_graph()
+    with rig.capture(g):
+        with pytest.raises(anabranch.NotCapturable, match="warm"):
+            known(new_shape)
+        with pytest.raises(anabranch.NotCapturable, match=r"nonzero|data-dependent"):
+            data(x)
+        y = known(x)  # the capture is still good
+    g.replay()
+    rig.module.synchronize()
+    assert torch.equal(y, expected)
+    assert torch.equal(data(x), x[x > 0])
+
+
+def test_clause6_random_models_draw_anew_in_a_users_graph(rig: Rig, compiled: Make) -> None:
+    class Noise(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.rand_like(x)
+
+    x = rig.random(4, 256)
+    engine = compiled(Noise(), x)
+    assert "random" in engine.explain()
+    first, second = engine(x), engine(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    drawn = engine(x)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, x + torch.rand_like(x))
+    g = rig.new_graph()
+    with rig.capture(g):
+        y = engine(x)
+    g.replay()
+    a = y.clone()
+    g.replay()
+    assert not torch.equal(a, y)
+
+
+# -- 7: the same bits everywhere -------------------------------------------------------------------------------------
+
+
+def same_bits(rig: Rig, compiled: Make, backend: str, dtype: torch.dtype) -> None:
+    """Clause 7; each tier makes tests of it, as the backends differ."""
+    x = rig.random(65, 256, dtype=dtype)
+    graph = compiled(Mlp(), x, cuda_graphs=True, backend=backend)
+    direct = compiled(Mlp(), x, cuda_graphs=False, backend=backend)
+    expected = rig.load_kernels(graph, x)
+    assert torch.equal(direct(x), expected)
+    g = rig.new_graph()
+    with rig.capture(g):
+        y = direct(x)
+    g.replay()
+    assert torch.equal(y, expected)
+    strided = torch.stack([x, x], -1)[..., 0]
+    misaligned = torch.empty(x.numel() + 1, dtype=dtype, device=rig.device())[1:].view_as(x).copy_(x)
+    outputs: list[Any] = [None] * 16
+
+    def work(i: int) -> None:
+        with rig.module.stream(rig.stream()):
+            outputs[i] = [e(v) for e in (graph, direct) for v in (x, strided, misaligned)]
+
+    rig.module.synchronize()
+    on_threads(16, work)
+    rig.module.synchronize()
+    assert all(torch.equal(y, expected) for ys in outputs for y in ys)
+
+
+def test_clause7_flags_are_frozen_at_compile(rig: Rig, compiled: Make) -> None:
+    x = rig.random(64, 256)
+    rig.fast_matmul(False)
+    graph = compiled(Mlp(), x, cuda_graphs=True)
+    direct = compiled(Mlp(), x, cuda_graphs=False)
+    relu = compiled(torch.nn.ReLU(), x, cuda_graphs=False)
+    expected = rig.load_kernels(graph, x)
+    try:
+        rig.fast_matmul(True)
+        assert torch.equal(graph(x), expected)  # its graph is frozen
+        with pytest.raises(anabranch.FlagsChanged, match="matmul"):
+            direct(x)
+        assert torch.equal(relu(x), x.relu())  # reads no flag
+    finally:
+        rig.fast_matmul(False)
+    assert torch.equal(direct(x), expected)
+
+
+def test_clause7_autocast_and_inference_mode_of_the_caller_change_nothing(rig: Rig, compiled: Make) -> None:
+    x = rig.random(64, 256)
+    engine = compiled(Mlp(), x, cuda_graphs=False)
+    expected = rig.load_kernels(engine, x)
+    with torch.autocast(rig.kind, dtype=torch.float16):
+        assert torch.equal(engine(x), expected)
+    with torch.inference_mode(), torch.autocast(rig.kind, dtype=torch.bfloat16):
+        assert torch.equal(engine(x), expected)
+
+
+# -- 8: errors ------------------------------------------------------------------------------------------------------
+
+
+@PATHS
+def test_clause8_bad_input_raises_before_device_work_and_the_engine_stays_usable(
+    rig: Rig, compiled: Make, graphs: bool
+) -> None:
+    x = rig.random(4, 256)
+    engine = compiled(Mlp(), x, cuda_graphs=graphs)
+    expected = rig.load_kernels(engine, x)
+    s = rig.stream()
+    bad = [
+        (x.cpu(),),
+        (rig.random(4, 255),),
+        (x.double(),),
+        (x.clone().requires_grad_(),),
+        (x.to_sparse(),),
+        (x, x),
+        (),
+        ("x",),
+        (object(),),
+    ]
+    rig.module.synchronize()
+    allocated = rig.module.memory_allocated()
+    with rig.module.stream(s):
+        for args in bad:
+            with pytest.raises(anabranch.InputError):
+                engine(*args)
+        assert s.query()
+    assert rig.module.memory_allocated() == allocated
+    assert torch.equal(engine(x), expected)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("planted"), KeyboardInterrupt(), torch.OutOfMemoryError("planted")])
+@pytest.mark.parametrize("where", ["allocate", "launch", "record"])
+def test_clause8_an_error_inside_a_call_leaves_no_half_used_context(
+    rig: Rig, compiled: Make, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
+) -> None:
+    from anabranch.runtime import _context
+
+    x = rig.random(4, 256)
+    engine = compiled(Mlp(), x, cuda_graphs=True, max_contexts=1)
+    expected = rig.load_kernels(engine, x)
+    s = rig.stream()
+    latch = rig.latch(s)
+
+    def fail(*args: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as m:
+        if where == "allocate":
+            m.setattr(_context.StaticOutputs, "allocate", fail)
+        elif where == "launch":
+            m.setattr(rig.graph_class, "launch", fail)
+        else:
+            record, calls = rig.event_class.record, []
+
+            def record_once_failing(self: Any, stream: Any = None) -> None:
+                calls.append(1)
+                if len(calls) == 1:
+                    raise error
+                record(self, stream)
+
+            m.setattr(rig.event_class, "record", record_once_failing)
+        with rig.module.stream(s), pytest.raises(type(error)):
+            engine(x)
+    with rig.module.stream(s):
+        y = engine(x)
+    latch.open()
+    rig.module.synchronize()
+    assert torch.equal(y, expected)
+    rig.seam.reap()
+    gc.collect()
+    assert engine.stats().contexts <= 1
+
+
+def test_clause8_closed_engines_say_so(rig: Rig, compiled: Make) -> None:
+    x = rig.random(4, 256)
+    engine = compiled(Mlp(), x)
+    engine.close()
+    engine.close()
+    with pytest.raises(anabranch.EngineClosed, match="compile a new one"):
+        engine(x)

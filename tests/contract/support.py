@@ -1,0 +1,142 @@
+"""What tests of the contract share: a device's streams held still by a latch, poisoned inputs, small models."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+
+from anabranch.devices import get_device
+
+
+class Mlp(torch.nn.Module):
+    """Matrix products: they use the stream's hidden workspace (cuBLAS'), the resource that captures must not share."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(width, width), torch.nn.GELU(), torch.nn.Linear(width, width), torch.nn.Linear(width, width)
+        )
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) * (width**-0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class Chain(torch.nn.Module):
+    """Twenty small operators: a graph of these is what a captured graph is for."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i in range(10):
+            x = torch.roll(x, i + 1, -1) * 0.9 + 0.1
+        return x
+
+
+class Rig:
+    """Streams, latches and inputs of one test on one kind of device. Every latch is opened at its end."""
+
+    kind: str
+    #: Classes whose methods a test may replace: events that the engine makes, and its captured graphs.
+    event_class: Any
+    graph_class: Any
+
+    def __init__(self) -> None:
+        self.seam = get_device(self.kind)
+        #: ``torch.cuda``, ``torch.sim``: what a program uses.
+        self.module: Any = torch.get_device_module(self.kind)
+        self._latches: list[Any] = []
+        self._seed = 0
+
+    def device(self, index: int = 0) -> torch.device:
+        return torch.device(self.kind, index)
+
+    def stream(self) -> Any:
+        return self.seam.stream(0)
+
+    def latch(self, *streams: Any) -> Any:
+        latch = self.seam.latch()
+        self._latches.append(latch)
+        for stream in streams:
+            latch.hold(stream)
+        return latch
+
+    def open_all(self) -> None:
+        for latch in self._latches:
+            latch.open()
+        self.module.synchronize()
+
+    def random(self, *shape: int, dtype: torch.dtype = torch.float32, index: int = 0) -> torch.Tensor:
+        """Values of order 1, none of them zero, different at every call; ready when this returns."""
+        self._seed += 1
+        x = self.draw(shape, self._seed, index)
+        x = (x + 0.1 * x.sign()).to(dtype)
+        self.module.synchronize(index)
+        return x
+
+    def poisoned(self, like: torch.Tensor, stream: Any) -> torch.Tensor:
+        """An input that belongs to ``stream`` and holds NaN; ready when this returns."""
+        with self.module.stream(stream):
+            x = torch.full_like(like, float("nan"))
+        self.module.synchronize()
+        return x
+
+    def load_kernels(self, engine: Any, x: torch.Tensor) -> torch.Tensor:
+        """The engine's serial result. Run before a latch closes: loading a kernel waits for held streams."""
+        torch.full_like(x, float("nan")).copy_(x)
+        y = engine(x)
+        self.module.synchronize()
+        return y
+
+    # What devices spell differently.
+
+    def draw(self, shape: tuple[int, ...], seed: int, index: int) -> torch.Tensor:
+        """Uniform in [-1, 1)."""
+        raise NotImplementedError
+
+    def run_what_can(self) -> None:
+        """Let the device get as far as latches allow, where it would not do so by itself."""
+
+    def new_graph(self) -> Any:
+        """A graph of the caller's, with ``replay()``."""
+        raise NotImplementedError
+
+    def capture(self, graph: Any, mode: str = "global") -> AbstractContextManager[Any]:
+        """Capture what this thread queues into the caller's ``graph``."""
+        raise NotImplementedError
+
+    def fast_matmul(self, allowed: bool) -> None:
+        """Set a flag that lets float32 products lose precision."""
+        raise NotImplementedError
+
+
+def on_threads(n: int, work: Any) -> None:
+    """Run ``work(i)`` in ``n`` threads that start together; the first error is raised here."""
+    barrier, errors = threading.Barrier(n), []
+
+    def run(i: int) -> None:
+        try:
+            barrier.wait()
+            work(i)
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(n)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    if errors:
+        raise errors[0]
+
+
+Make = Callable[..., Any]
+
+#: The two ways in which a call outside a capture can run.
+PATHS = pytest.mark.parametrize("graphs", [True, False], ids=["graph", "direct"])

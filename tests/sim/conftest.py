@@ -1,0 +1,87 @@
+"""Fixtures of the tests on the simulated device. It is imported in fixtures, not before: a process that only collects
+these tests, on a GPU host, keeps CUDA as its accelerator."""
+
+from __future__ import annotations
+
+import gc
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+
+import anabranch
+
+pytest.register_assert_rewrite("contract")
+from contract.support import Make, Rig  # noqa: E402
+
+
+class Sim(Rig):
+    """The simulated device. ``policy`` says how it runs what is queued whenever a host thread waits."""
+
+    kind = "sim"
+
+    def __init__(self, policy: str, seed: int) -> None:
+        import anabranch.sim
+        from anabranch.devices import _sim
+
+        super().__init__()
+        self.core = anabranch.sim.core
+        self.core.policy(policy, seed)
+        self.graph_class = _sim._SimGraph
+        # PyTorch's own class cannot be changed, as torch.cuda.Event can.
+        self.event_class = type("Event", (torch.Event,), {})
+
+    def event(self) -> Any:
+        return self.event_class("sim")
+
+    def draw(self, shape: tuple[int, ...], seed: int, index: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.empty(shape).uniform_(-1, 1, generator=generator).to(self.device(index))
+
+    def run_what_can(self) -> None:
+        while able := [actor for actor, enabled, *_ in self.core.heads() if enabled]:
+            for actor in able:
+                self.core.step(actor)
+
+    def new_graph(self) -> Any:
+        import anabranch.sim
+
+        return anabranch.sim.Graph()
+
+    def capture(self, graph: Any, mode: str = "global") -> AbstractContextManager[Any]:
+        import anabranch.sim
+
+        return anabranch.sim.graph(graph, mode=mode)
+
+    def fast_matmul(self, allowed: bool) -> None:
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+
+
+@pytest.fixture(params=["lazy", "random"])
+def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sim]:
+    # lazy runs only what a host thread waits for, and so is the one that finds waits that are missing.
+    rig = Sim(request.param, zlib.crc32(request.node.nodeid.encode()))
+    monkeypatch.setattr(type(rig.seam), "event", lambda seam: rig.event())
+    yield rig
+    rig.open_all()
+    gc.collect()
+    rig.core.policy("fifo", 0)
+
+
+@pytest.fixture
+def compiled() -> Iterator[Make]:
+    """Compile an engine; closed at the end of the test."""
+    engines: list[Any] = []
+
+    def make(model: torch.nn.Module, *inputs: torch.Tensor, **options: Any) -> Any:
+        model = model.eval().requires_grad_(False).to("sim", inputs[0].dtype)
+        engine = anabranch.compile(model, list(inputs), **options)
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
