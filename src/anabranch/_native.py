@@ -17,6 +17,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from anabranch.errors import BuildError
@@ -67,16 +68,29 @@ def build(
     os.close(handle)
     try:
         # What the compiler writes has another name until it is whole: a reader sees all of it or nothing.
-        command = [*compiler, *options, *map(str, sources), "-o", partial]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise BuildError(f"compiling {name} failed:\n  {shlex.join(command)}\n{done.stderr.strip()[-4000:]}")
+        with tempfile.TemporaryDirectory(prefix="anabranch-") as folder:
+            objects = [str(Path(folder) / f"{i}.o") for i in range(len(sources))]
+            commands = [
+                [*compiler, *(o for o in options if o != "-shared"), "-c", str(source), "-o", made]
+                for source, made in zip(sources, objects, strict=True)
+            ]
+            # A compiler is a process of its own: threads do to run several.
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                for _ in pool.map(_run, commands, [name] * len(commands)):
+                    pass
+            _run([*compiler, *options, *objects, "-o", partial], name)
         os.chmod(partial, 0o700)
         os.replace(partial, target)
     finally:
         Path(partial).unlink(missing_ok=True)
     say(f"anabranch: compiled {name} in {time.monotonic() - started:.1f} s")
     return target
+
+
+def _run(command: Sequence[str], name: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BuildError(f"compiling {name} failed:\n  {shlex.join(command)}\n{done.stderr.strip()[-4000:]}")
 
 
 def cache_folder() -> Path:
