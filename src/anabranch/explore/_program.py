@@ -1,0 +1,129 @@
+"""Where a program is, in both directions: a name to a function, and a function to the command that runs it again."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from anabranch.explore._errors import ExploreError
+
+
+def load(target: str) -> Callable[..., Any]:
+    """``program.py``, ``program.py:function`` or ``module:function``; without a function, ``main``.
+
+    Raises :class:`ExploreError` if there is no such thing.
+    """
+    module_name, colon, qualname = target.rpartition(":")
+    if not colon:
+        module_name, qualname = target, ""
+    found = _module(module_name)
+    for part in (qualname or "main").split("."):
+        if not hasattr(found, part):
+            raise ExploreError(f"{module_name} has no function {qualname or 'main'!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ExploreError(f"{target} is {type(found).__name__}, not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def _module(name: str) -> Any:
+    if not name.endswith(".py"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name and name.startswith(error.name):
+                raise ExploreError(f"there is no module {name!r}; expected program.py or module:function") from error
+            raise
+    path = Path(name).resolve()
+    if not path.is_file():
+        raise ExploreError(f"{name}: no such file")
+    # As when Python runs a script: what lies beside it can be imported.
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def locate(value: object) -> str | None:
+    """The target under which a fresh process finds this function; None where there is none (a closure, a lambda)."""
+    qualname, module_name = getattr(value, "__qualname__", ""), getattr(value, "__module__", "")
+    module = sys.modules.get(module_name)
+    if module is None or not qualname or "<" in qualname:
+        return None
+    found: object = module
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    if found is not value:
+        return None
+    file = getattr(module, "__file__", None)
+    spec = getattr(module, "__spec__", None)
+    # A package is found by its name; a file that stands alone, or was run as a script, by its path.
+    if spec is not None and spec.parent and module_name != "__main__":
+        return f"{module_name}:{qualname}"
+    return f"{_short(Path(file))}:{qualname}" if file else None
+
+
+def _short(path: Path) -> str:
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def literal(value: object) -> str | None:
+    """``value`` as text that :func:`parse` gives back; None if there is none."""
+    text = repr(value)
+    try:
+        return text if ast.literal_eval(text) == value else None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def parse(text: str) -> Any:
+    """Raises :class:`ExploreError` if ``text`` is not a Python literal."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise ExploreError(f"{text!r} is not a Python literal") from error
+
+
+def replay_command(
+    fn: object,
+    args: tuple[Any, ...],
+    reference: object,
+    oracles: frozenset[str] | None,
+    steps: int | None,
+    schedule: str,
+) -> str | None:
+    """The command that runs ``schedule`` in a fresh process; None if it cannot name the function or its arguments.
+
+    ``oracles`` and ``steps`` are None where they are the command's defaults.
+    """
+    target = locate(fn)
+    if target is None:
+        return None
+    words = ["anabranch", "explore", target]
+    if args:
+        text = literal(args)
+        if text is None:
+            return None
+        words += ["--args", text]
+    if reference is not None:
+        text = locate(reference) or literal(reference)
+        if text is None:
+            return None
+        words += ["--reference", text]
+    for oracle in sorted(oracles or ()):
+        words += ["--oracle", oracle]
+    if steps is not None:
+        words += ["--steps", str(steps)]
+    return shlex.join([*words, "--replay", schedule])

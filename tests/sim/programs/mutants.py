@@ -1,0 +1,291 @@
+"""Broken runtimes, each with its repaired twin. The explorer must find every one of the first and none of the second.
+
+Each is the product's engine with one thing changed; nothing of this is in the product. ``MUTANTS`` gives the program of
+the mutant, that of its twin, and what the race checker must say of the mutant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from anabranch.check._inject import StaleStream
+from anabranch.sim import core
+
+from .engines import ENGINES, INPUTS, SIM, STREAMS, check, many_threads, one_thread, serve
+
+Program = Callable[[], None]
+
+#: Of the mutants that run calls on a stream of the runtime's own.
+LANE = torch.Stream(SIM)
+_STALE = StaleStream(ENGINES[1])
+
+
+def _pick(engine: Any) -> Any:
+    """The specialization that runs the calls."""
+    return engine._primary
+
+
+# -- 1: the stream of compile time -------------------------------------------------------------------------------------
+
+
+def stale_stream() -> None:
+    one_thread(_STALE, 2)
+
+
+def stale_stream_repaired() -> None:
+    one_thread(ENGINES[1], 2)
+
+
+# -- 2, 3, 9: a runtime with a stream of its own -----------------------------------------------------------------------
+
+
+class OnLane:
+    """Runs the kernels on a private stream, forked from the caller's and joined to it."""
+
+    def __init__(self, engine: Any, *, wait_in: bool = True, wait_out: bool = True, record: bool = True) -> None:
+        self._kernels = _pick(engine)._run_kernels
+        self._wait_in, self._wait_out, self._record = wait_in, wait_out, record
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        caller = torch.accelerator.current_stream()
+        fork, join = torch.Event(SIM), torch.Event(SIM)
+        fork.record(caller)
+        if self._wait_in:
+            LANE.wait_event(fork)
+        with LANE:
+            (y,) = self._kernels([x])
+            join.record(LANE)
+        if self._record:
+            x.record_stream(LANE)
+            y.record_stream(caller)
+        if self._wait_out:
+            caller.wait_event(join)
+        # As a caller would: the result is used and dropped while its work is still queued.
+        return y + 0
+
+
+def lane_repaired() -> None:
+    one_thread(OnLane(ENGINES[1]), 2)
+
+
+def no_input_wait() -> None:
+    one_thread(OnLane(ENGINES[1], wait_in=False), 2)
+
+
+def no_output_wait() -> None:
+    one_thread(OnLane(ENGINES[1], wait_out=False), 2)
+
+
+def record_stream_forgotten() -> None:
+    one_thread(OnLane(ENGINES[1], record=False), 2)
+
+
+# -- 4, 5, 6, 8, 10: the graph path with its steps in another order ----------------------------------------------------
+
+
+def _launch_without_wait(context: Any, inputs: Sequence[torch.Tensor], stream: Any) -> list[torch.Tensor]:
+    results, copies = context.outputs.allocate()
+    _queue(context, inputs, copies, stream)
+    context.done.record(stream)
+    context.used_on = stream.stream_id
+    return results  # type: ignore[no-any-return]
+
+
+def _launch_with_late_wait(context: Any, inputs: Sequence[torch.Tensor], stream: Any) -> list[torch.Tensor]:
+    results, copies = context.outputs.allocate()
+    for static, x in zip(context.inputs, inputs, strict=True):
+        static.copy_(x)
+    stream.wait_event(context.done)
+    context.graph.launch(stream)
+    for new, static in copies:
+        new.copy_(static)
+    context.done.record(stream)
+    context.used_on = stream.stream_id
+    return results  # type: ignore[no-any-return]
+
+
+def _queue(context: Any, inputs: Sequence[torch.Tensor], copies: Any, stream: Any) -> None:
+    for static, x in zip(context.inputs, inputs, strict=True):
+        static.copy_(x)
+    context.graph.launch(stream)
+    for new, static in copies:
+        new.copy_(static)
+
+
+def shared_context() -> None:
+    _pick(ENGINES[1])._launch = _launch_without_wait
+    one_thread(ENGINES[1], 2)
+
+
+def inputs_refilled() -> None:
+    _pick(ENGINES[1])._launch = _launch_with_late_wait
+    one_thread(ENGINES[1], 2)
+
+
+def graph_path_repaired() -> None:
+    one_thread(ENGINES[1], 2)
+
+
+def released_before_outputs() -> None:
+    spec = _pick(ENGINES[1])
+
+    def run(context: Any, inputs: Sequence[torch.Tensor], stream: Any) -> list[torch.Tensor]:
+        results, copies = context.outputs.allocate()
+        stream.wait_event(context.done)
+        for static, x in zip(context.inputs, inputs, strict=True):
+            static.copy_(x)
+        context.graph.launch(stream)
+        context.done.record(stream)
+        context.used_on = stream.stream_id
+        spec._pool.release(context)
+        for new, static in copies:
+            new.copy_(static)
+        return results  # type: ignore[no-any-return]
+
+    spec._run_graph = run
+    many_threads(ENGINES[1], 2, 1)
+
+
+def two_threads_repaired() -> None:
+    many_threads(ENGINES[1], 2, 1)
+
+
+def event_reused() -> None:
+    pool = _pick(ENGINES[2])._pool
+    first, second = list(pool._idle)
+    second.done = first.done
+    one_thread(ENGINES[2], 3, streams=3)
+
+
+def event_reused_repaired() -> None:
+    one_thread(ENGINES[2], 3, streams=3)
+
+
+def _fail_then_call() -> None:
+    outputs: dict[int, torch.Tensor] = {}
+    # The third launch is the copy of the output: the graph is queued by then.
+    with torch.no_grad(), STREAMS[0]:
+        x = INPUTS[0] * 1
+        core.fail("launch", 3)
+        try:
+            ENGINES[1](x)
+        except RuntimeError as e:
+            assert "made to fail" in str(e)
+        else:
+            raise AssertionError("the call was made to fail, and did not")
+        del x
+    serve(ENGINES[1], STREAMS[1], [1], outputs)
+    check(outputs, STREAMS[:2])
+
+
+def error_not_drained() -> None:
+    spec = _pick(ENGINES[1])
+    launch = spec._launch
+
+    def run(context: Any, inputs: Sequence[torch.Tensor], stream: Any) -> list[torch.Tensor]:
+        try:
+            return launch(context, inputs, stream)  # type: ignore[no-any-return]
+        finally:
+            spec._pool.release(context)
+
+    spec._run_graph = run
+    _fail_then_call()
+
+
+def error_drained() -> None:
+    _fail_then_call()
+
+
+# -- 7: a context that does not wait for its last call -----------------------------------------------------------------
+
+
+def _call_then_trim() -> None:
+    outputs: dict[int, torch.Tensor] = {}
+    serve(ENGINES[1], STREAMS[0], [0], outputs)
+    _pick(ENGINES[1]).trim()
+    check(outputs, STREAMS[:1])
+
+
+def context_freed_early() -> None:
+    device = ENGINES[1].seam
+    bury = type(device).bury
+
+    def at_once(self: Any, events: Any, remains: Any, then: Callable[[], None]) -> None:
+        then()
+
+    type(device).bury = at_once
+    try:
+        _call_then_trim()
+    finally:
+        type(device).bury = bury
+
+
+def context_freed_in_time() -> None:
+    _call_then_trim()
+
+
+# -- 11: two preemptions -----------------------------------------------------------------------------------------------
+
+
+class CheckThenAct:
+    """A context that is taken by looking at a flag and then setting it, as two accesses.
+
+    Thread 1 finds it free and is preempted; thread 2 takes it and is preempted in the middle of its call; thread 1
+    goes on with the context that thread 2 has half filled. With one preemption less, ``done`` orders the two.
+    """
+
+    def __init__(self, engine: Any, *, atomic: bool) -> None:
+        from anabranch import _sync
+
+        self._spec = _pick(engine)
+        (self._context,) = list(self._spec._pool._idle)
+        self._state = _sync.dict_("context taken")
+        self._lock = _sync.lock("context taken")
+        self._free = _sync.event("context free")
+        self._atomic = atomic
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._atomic:
+            with self._lock:
+                return self._run(x)
+        if self._state.get("taken"):
+            # Taken: a call that needs no context.
+            (y,) = self._spec._run_kernels([x])
+            return y  # type: ignore[no-any-return]
+        self._state["taken"] = True
+        y = self._run(x)
+        self._state["taken"] = False
+        return y
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        stream = torch.accelerator.current_stream()
+        (y,) = self._spec._launch(self._context, [x], stream)
+        return y  # type: ignore[no-any-return]
+
+
+def two_preemptions() -> None:
+    many_threads(CheckThenAct(ENGINES[1], atomic=False), 2, 1)
+
+
+def two_preemptions_repaired() -> None:
+    many_threads(CheckThenAct(ENGINES[1], atomic=True), 2, 1)
+
+
+MUTANTS: dict[str, tuple[Program, Program]] = {
+    "stale stream": (stale_stream, stale_stream_repaired),
+    "no input wait": (no_input_wait, lane_repaired),
+    "no output wait": (no_output_wait, lane_repaired),
+    "one context shared by two streams": (shared_context, graph_path_repaired),
+    "released before the outputs are copied out": (released_before_outputs, two_threads_repaired),
+    "inputs refilled while the graph runs": (inputs_refilled, graph_path_repaired),
+    "context freed early": (context_freed_early, context_freed_in_time),
+    "event re-used too soon": (event_reused, event_reused_repaired),
+    "record_stream forgotten": (record_stream_forgotten, lane_repaired),
+    "error path that does not drain": (error_not_drained, error_drained),
+    "two preemptions": (two_preemptions, two_preemptions_repaired),
+}
+
+__all__ = ["MUTANTS"]
