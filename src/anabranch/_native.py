@@ -31,12 +31,13 @@ def build(
     sources: Sequence[Path],
     *,
     flags: Sequence[str] = (),
+    libraries: Sequence[str] = (),
     shared: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Compile ``sources`` and return the path of the library (or, with ``shared=False``, of the program).
 
-    Returns at once when an equal build is in the cache. Headers beside the sources (``*.h``) count as sources for that
+    ``libraries`` are the linker's arguments. Returns at once when an equal build is in the cache. Headers beside the sources (``*.h``) count as sources for that
     comparison. ``progress`` gets one line before a compilation and one after it; by default they go to stderr. Safe in
     many threads and processes at once.
 
@@ -48,7 +49,7 @@ def build(
     compiler = _compiler()
     options = [*BASE_FLAGS, *(["-shared"] if shared else []), *flags]
     digest = hashlib.sha256()
-    for part in (*compiler, _version(compiler), *options, sysconfig.get_platform()):
+    for part in (*compiler, _version(compiler), *options, *libraries, sysconfig.get_platform()):
         digest.update(part.encode() + b"\0")
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
@@ -78,7 +79,7 @@ def build(
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
                 for _ in pool.map(_run, commands, [name] * len(commands)):
                     pass
-            _run([*compiler, *options, *objects, "-o", partial], name)
+            _run([*compiler, *options, *objects, *libraries, "-o", partial], name)
         os.chmod(partial, 0o700)
         os.replace(partial, target)
     finally:

@@ -187,9 +187,13 @@ class History:
         for i in sorted(found, reverse=True):
             other = self.steps[i].actor
             relation = found[i]
-            if relation != ORDER and i > pre.get(other, -1) and not any(self.before(i, c) for c in races):
-                if not (relation == ENABLES and self._enabled_by(i, actor)):
-                    races.append(i)
+            if (
+                relation != ORDER
+                and i > pre.get(other, -1)
+                and not any(self.before(i, c) for c in races)
+                and not (relation == ENABLES and self._enabled_by(i, actor))
+            ):
+                races.append(i)
             if i > post.get(other, -1):
                 _join(post, self.clocks[i])
         return Relations(pre, post, races)

@@ -368,29 +368,29 @@ _PLACES: list[tuple[Any, str, Any]] = [
 @contextmanager
 def patched() -> Iterator[None]:
     """Locks, events and threads that are made meanwhile, anywhere in the process, are observable."""
-    if threading.Lock is Lock:  # type: ignore[comparison-overlap]
+    if vars(threading)["Lock"] is Lock:
         yield
         return
     before = [(where, name, getattr(where, name)) for where, name, _ in _PLACES]
-    pool = concurrent.futures.thread
-    global_lock = pool._global_shutdown_lock  # type: ignore[attr-defined]
+    pool: Any = concurrent.futures.thread
+    global_lock = pool._global_shutdown_lock
     for where, name, ours in _PLACES:
         setattr(where, name, ours)
     # Held while a pool hands over work, so it must not be one that blocks behind the conductor's back.
-    pool._global_shutdown_lock = Lock("pools")  # type: ignore[attr-defined]
+    pool._global_shutdown_lock = Lock("pools")
     try:
         yield
     finally:
-        pool._global_shutdown_lock = global_lock  # type: ignore[attr-defined]
+        pool._global_shutdown_lock = global_lock
         for where, name, theirs in before:
             setattr(where, name, theirs)
 
 
 def end_pools() -> None:
     """What the interpreter does at its exit: tell the workers of pools that nobody shut down to end, and join them."""
-    pool = concurrent.futures.thread
-    if pool._threads_queues:  # type: ignore[attr-defined]
-        pool._python_exit()  # type: ignore[attr-defined]
+    pool: Any = concurrent.futures.thread
+    if pool._threads_queues:
+        pool._python_exit()
 
 
 __all__ = ["Event", "Lock", "RLock", "end_pools", "patched"]

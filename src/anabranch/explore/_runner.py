@@ -26,6 +26,7 @@ from anabranch.explore._errors import ExploreError
 from anabranch.explore._hostwait import HostWaits
 from anabranch.explore._oracles import Result
 from anabranch.explore._run import End, Failure, Run
+from anabranch.race import Detector
 
 #: Seconds without a step after which a schedule counts as hung.
 PATIENCE = 30.0
@@ -174,6 +175,9 @@ def snapshot() -> Iterator[None]:
     """The state that children start from: one thread in PyTorch's pools, nothing left for the collector to move."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    # Loaded here once, not in every child.
+    Detector().finish()
+    _oracles.outcome(_oracles.collect(torch.zeros(1), None), [], "")
     gc.collect()
     gc.freeze()
     try:

@@ -101,10 +101,9 @@ class Search:
         self.cut += run.end == "cut"
         start = max(len(prefix) - 1, 0)
         self._extend(run, start, prefix[-1] if prefix else None)
-        if self._reduce:
-            if run.end in ("deadlock", "steps"):
-                for pending in run.pending:
-                    self._judge(pending)
+        if self._reduce and run.end in ("deadlock", "steps"):
+            for pending in run.pending:
+                self._judge(pending)
         self._script = self._backtrack()
 
     def diverged(self, run: Run) -> NotDeterministic:

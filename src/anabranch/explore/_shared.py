@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 from zlib import crc32
 
@@ -107,22 +108,41 @@ def _observable(base: type, slotted: dict[str, int], whole: dict[str, int]) -> t
         base.__init__(self)  # type: ignore[misc]
         self._place = Place(base.__name__, name)
 
+    def reduce(self: Any, protocol: int) -> Any:
+        # A copy is the copier's own: a plain container.
+        self._place.touch("look at (copy)", READ)
+        return base, (dict(dict.items(self)) if base is dict else list(base.__iter__(self)),)  # type: ignore[attr-defined]
+
     body["__init__"] = init
-    # A copy is the copier's own: a plain container.
-    body["__reduce_ex__"] = lambda self, protocol: (
-        (base, (list(base.__iter__(self)),))
-        if base is not dict
-        else (
-            dict,
-            (dict(dict.items(self)),),
-        )
-    )
+    body["__reduce_ex__"] = reduce
     return type(f"Observable{base.__name__.title()}", (base,), body)
 
 
-_LOOKS = ("__iter__", "__len__", "__eq__", "__reversed__", "copy", "count", "index", "keys", "values", "items")
+_LOOKS: tuple[str, ...] = (
+    "__iter__",
+    "__len__",
+    "__eq__",
+    "__reversed__",
+    "copy",
+    "count",
+    "index",
+    "keys",
+    "values",
+    "items",
+)
 _LOOKS += ("__or__", "__and__", "__sub__", "__le__", "__lt__", "__ge__", "__gt__", "isdisjoint", "issubset")
-_CHANGES = ("append", "appendleft", "pop", "popleft", "extend", "extendleft", "insert", "remove", "clear", "rotate")
+_CHANGES: tuple[str, ...] = (
+    "append",
+    "appendleft",
+    "pop",
+    "popleft",
+    "extend",
+    "extendleft",
+    "insert",
+    "remove",
+    "clear",
+    "rotate",
+)
 _CHANGES += ("reverse", "sort", "popitem", "update", "__ior__", "__iadd__")
 _whole = {**dict.fromkeys(_LOOKS, READ), **dict.fromkeys(_CHANGES, WRITE)}
 _items = {"__getitem__": READ, "__setitem__": WRITE, "__delitem__": WRITE, "__contains__": READ}
@@ -176,10 +196,9 @@ class _Atomic:
     def _adopt(self, instance: object) -> Place:
         key = id(instance)
         place = self._places[key] = Place("attr", f"{self._owner}.{self._name}")
-        try:
+        # Without weak references the name may pass on to the next object at this address.
+        with suppress(TypeError):
             weakref.finalize(instance, self._places.pop, key, None).atexit = False
-        except TypeError:
-            pass  # no weak references: the name may pass on to the next object at this address
         return place
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:

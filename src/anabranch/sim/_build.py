@@ -47,7 +47,13 @@ def load() -> ModuleType:
     """
     # The name says for which PyTorch: the flags, which hold its folder, need not differ between two versions.
     version = f"torch-{torch.__version__}-{sysconfig.get_config_var('SOABI')}"
-    path = _native.build(NAME, sources(), flags=[*flags(), f'-DANABRANCH_FOR="{version}"'])
+    folder = cpp_extension.TORCH_LIB_PATH
+    path = _native.build(
+        NAME,
+        sources(),
+        flags=[*flags(), f'-DANABRANCH_FOR="{version}"'],
+        libraries=[f"-L{folder}", f"-Wl,-rpath,{folder}", "-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"],
+    )
     spec = spec_from_file_location(NAME, path, loader=ExtensionFileLoader(NAME, str(path)))
     assert spec is not None
     module = module_from_spec(spec)

@@ -4,6 +4,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/enum_tag.h>
+#include <ATen/native/IndexingUtils.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
@@ -133,9 +134,9 @@ class Call {
 
   void run() {
     const c10::DeviceGuard guard(device_);
+    expand_indices();
     find_generator();
     if (has_tag(at::Tag::dynamic_output_shape) || has_tag(at::Tag::data_dependent_output)) return run_synchronized();
-    if (base_name(op_) == "_index_put_impl") wait_for_masks();
     infer();
     adapt_written();
     Twins hosts(c10::kCPU);
@@ -220,11 +221,7 @@ class Call {
       if (!device_.has_index() && args_[i].isDevice() && args_[i].toDevice().type() == kSim) {
         device_ = args_[i].toDevice();
       }
-      // Kernels that take indices on the CPU too copy them first, and so does the host's number that a tensor
-      // without dimensions is.
-      if (args_[i].isOptionalTensorList()) {
-        args_[i] = mapped(args_[i], [&](const at::Tensor& t) { return t.is_cpu() ? t.to(device_) : t; });
-      }
+      if (args_[i].isOptionalTensorList()) continue;  // see expand_indices
       each(args_[i], [&](const at::Tensor& t) {
         if (t.device() == device_ || (t.is_cpu() && !t.dim() && !written(i))) return;
         TORCH_CHECK(false, "Expected all tensors to be on the same device, but found at least two devices, ", device_,
@@ -250,14 +247,23 @@ class Call {
     if (!generator_ && has_tag(at::Tag::nondeterministic_seeded)) refuse(op_, "it takes no random generator");
   }
 
-  // With a mask for an index CUDA reads it on the host.
-  void wait_for_masks() {
-    bool masks = false;
+  // As on CUDA, indices on the host are copied to the device first, and masks become indices, which the host waits for.
+  void expand_indices() {
     for (auto& arg : args_) {
       if (!arg.isOptionalTensorList()) continue;
-      each(arg, [&](const at::Tensor& t) { masks |= t.scalar_type() == at::kBool || t.scalar_type() == at::kByte; });
+      bool masks = false;
+      c10::List<std::optional<at::Tensor>> indices;
+      for (const std::optional<at::Tensor>& t : arg.toOptionalTensorList()) {
+        indices.push_back(t && t->defined() && t->is_cpu() ? t->to(device_) : t);
+        masks |= t && t->defined() && (t->scalar_type() == at::kBool || t->scalar_type() == at::kByte);
+      }
+      if (masks) {
+        auto expanded = at::native::expandTensors(args_[0].toTensor(), indices);
+        indices.clear();
+        for (auto& t : expanded) indices.push_back(t.defined() ? std::optional<at::Tensor>(t) : std::nullopt);
+      }
+      arg = indices;
     }
-    if (masks) synchronize_current(device_.index());
   }
 
   c10::IValue elsewhere(const c10::IValue& arg, c10::DeviceType type) const {

@@ -84,7 +84,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("native_dropout", &native_dropout);
 }
 
-const at::_GeneratorRegister registered([](c10::DeviceIndex device) { return new_generator(device); });
+[[maybe_unused]] const bool registered = [] {
+  at::GetGeneratorPrivate() = [](c10::DeviceIndex device) { return new_generator(device); };
+  return true;
+}();
 
 }  // namespace
 
