@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
 from anabranch.explore._dependence import GIVE, NEED, WRITE, Step, Touch
-from anabranch.explore._errors import ReplayDiverged
+from anabranch.explore._errors import ExploreError, ReplayDiverged
 from anabranch.explore._run import End, Failure
 
 #: Steps in vain after which a thread is not enabled until somebody else has done something.
@@ -147,6 +147,7 @@ class Conductor:
         max_steps: int = 20_000,
         finish: Callable[[End], NoReturn],
         progress: Callable[[str], None] | None = None,
+        in_process: bool = False,
     ) -> None:
         self.steps: list[Step] = []
         self.enabled: list[frozenset[str]] = []
@@ -159,6 +160,9 @@ class Conductor:
         self._core = core
         self._max_steps = max_steps
         self._finish = finish
+        self._in_process = in_process
+        #: Why T0 must give up; only where the process goes on afterwards.
+        self.broken: str | None = None
         self._progress = progress
         self._actors: list[Actor] = []
         self._vain: dict[str, int] = {}
@@ -171,13 +175,7 @@ class Conductor:
 
     def run(self, main: Callable[[], None]) -> NoReturn:
         """Run ``main`` as thread T0 to the end of the schedule."""
-        global active
-        active = self
-        me = Actor("T0", 0, threading.current_thread(), "begin", [])
-        self._actors.append(me)
-        if self._core is not None:
-            self._core.set_hooks(self.core_point, self.amend)
-        self._enroll(me)
+        me = self.enter()
         try:
             main()
         except BaseException as error:
@@ -188,6 +186,33 @@ class Conductor:
         never.acquire()
         while True:
             never.acquire()
+
+    def enter(self) -> Actor:
+        """Conduct the calling thread from now on, as T0."""
+        global active
+        active = self
+        me = Actor("T0", 0, threading.current_thread(), "begin", [])
+        self._actors.append(me)
+        if self._core is not None:
+            self._core.set_hooks(self.core_point, self.amend)
+        self._enroll(me)
+        return me
+
+    def wait_for_all(self) -> None:
+        """T0 waits until all other threads have ended; daemons are left where they are."""
+        others = self._actors[1:]
+        self.point("join", "wait for all threads", [], ready=lambda: all(a.ended or a.daemon for a in others))
+
+    def leave(self) -> None:
+        """Conduct nobody any more."""
+        global active
+        active = None
+        if self._core is not None:
+            self._core.withdraw()
+            self._core.set_hooks(None, None)
+
+    def wake_main(self) -> None:
+        self._actors[0].baton.release()
 
     def core_point(self, kind: str, label: str, touches: list[Touch], needs: list[str]) -> None:
         """What the device calls before an enrolled thread does something observable to it."""
@@ -219,6 +244,8 @@ class Conductor:
             me.baton.acquire()
             if self._dying is not None:
                 self._reap()
+            if self.broken is not None:
+                raise ExploreError(self.broken)
         return not me.timed_out
 
     def amend(self, touches: Sequence[Touch]) -> None:
@@ -249,6 +276,9 @@ class Conductor:
             self.end(actor)
 
         thread.run = run  # type: ignore[method-assign]
+        if self._in_process:
+            # If the schedule cannot be finished, the interpreter must not wait for it at its exit.
+            thread.daemon = True
         self.emit(f'{{"do":"start","of":"{name}","thread":"{me.name}"}}')
         with plain():
             start()
@@ -277,6 +307,8 @@ class Conductor:
             traceback = traceback.tb_next
         if traceback is not None:
             message += f" (thread {me.name}, {traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno})"
+        if self._in_process and me.name != "T0":
+            threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, me.thread)))
         oracle = "values" if isinstance(error, AssertionError) else "error"
         self.failures.append(Failure(oracle, message))
 

@@ -1,0 +1,166 @@
+"""``anabranch explore``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from anabranch.errors import AnabranchError
+from anabranch.explore import _program
+from anabranch.explore import _schedulers as schedulers
+from anabranch.explore._explore import SCHEDULES, STEPS, explore, observed
+from anabranch.explore._oracles import ORACLES
+from anabranch.explore._run import Run
+from anabranch.explore._verdict import Verdict
+
+_STATUS = {"exhaustive": 0, "failed": 1, "bounded": 3}
+
+
+@click.command("explore", short_help="Run a program under every interleaving, or many; say what that came to.")
+@click.argument("program", metavar="PROGRAM.py[:FUNCTION]")
+@click.option(
+    "--scheduler",
+    default="exhaustive",
+    show_default=True,
+    type=click.Choice(["exhaustive", "random", "pct", "fifo", "lazy"]),
+)
+@click.option(
+    "--seed", default=0, show_default=True, help="Of random and pct: the first; each schedule takes the next."
+)
+@click.option("--depth", default=3, show_default=True, type=click.IntRange(1), help="Of pct: orderings a bug needs.")
+@click.option("--schedules", default=SCHEDULES, show_default=True, type=click.IntRange(1), help="At most so many.")
+@click.option("--steps", default=STEPS, show_default=True, type=click.IntRange(1), help="Of one schedule, at most.")
+@click.option("--no-reduce", is_flag=True, help="exhaustive: try equivalent schedules, too.")
+@click.option("--replay", "replayed", metavar="SCHEDULE", help="Run just this one.")
+@click.option("--args", "arguments", metavar="LITERAL", help="What FUNCTION is called with: a Python tuple.")
+@click.option("--reference", metavar="FUNCTION|LITERAL", help="What it must return, if it returns something.")
+@click.option("--oracle", "oracles", multiple=True, type=click.Choice(ORACLES), help="Only these. Default: all.")
+@click.option("--keep-going", is_flag=True, help="Do not stop at the first failure.")
+@click.option("--json", "json_path", metavar="FILE", help="Write the verdict there (- for stdout).")
+@click.option("--trace", "trace_path", metavar="FILE", help="Write the failing schedule's trace, for anabranch race.")
+def command(
+    program: str,
+    scheduler: str,
+    seed: int,
+    depth: int,
+    no_reduce: bool,
+    replayed: str | None,
+    arguments: str | None,
+    reference: str | None,
+    oracles: tuple[str, ...],
+    json_path: str | None,
+    trace_path: str | None,
+    **limits: Any,
+) -> None:
+    """Run FUNCTION (main, unless it is given) of PROGRAM.py, or of module:FUNCTION, under one schedule after another.
+    What a failure was, with the command that replays it, comes first; the last line is the verdict.
+
+    Exit status: 0 exhaustive (every schedule was tried, none failed); 1 failed; 2 the exploration could not be made,
+    or a replayed schedule does not fit; 3 bounded (none failed, but a limit came before every schedule was tried: that
+    is no success). A replay that does not fail, and any scheduler but exhaustive, end with 3.
+    """
+    try:
+        # What the program makes as it is imported must be observable.
+        with observed():
+            fn = _program.load(program)
+            expected = _reference(reference, program)
+        args = _program.parse(arguments) if arguments is not None else ()
+        if not isinstance(args, tuple):
+            _refuse(f"--args {arguments!r} is {type(args).__name__}; expected a tuple, such as '(3,)'")
+        with _Bar(1 if replayed is not None else limits["schedules"]) as bar:
+            verdict = explore(
+                fn,
+                args=args,
+                scheduler=_scheduler(scheduler, seed, depth, replayed),
+                oracles=oracles or ORACLES,
+                reference=expected,
+                reduce=not no_reduce,
+                progress=bar,
+                show_output=replayed is not None,
+                **limits,
+            )
+    except AnabranchError as error:
+        _refuse(str(error))
+    except Exception as error:
+        _refuse(f"{program} cannot be imported: {type(error).__name__}: {error}")
+    _write(verdict, json_path, trace_path)
+    click.echo(verdict.report())
+    sys.exit(_STATUS[verdict.kind])
+
+
+def _scheduler(name: str, seed: int, depth: int, replayed: str | None) -> schedulers.Scheduler:
+    if replayed is not None:
+        return schedulers.replay(replayed)
+    if name == "random":
+        return schedulers.random(seed)
+    if name == "pct":
+        return schedulers.pct(seed, depth)
+    return {"fifo": schedulers.fifo, "lazy": schedulers.lazy, "exhaustive": schedulers.exhaustive}[name]()
+
+
+def _reference(text: str | None, program: str) -> Any:
+    """A function of the same file by its name or its whole target, or a literal."""
+    if text is None:
+        return None
+    if ":" in text and text.rpartition(":")[2].isidentifier():
+        return _program.load(text)
+    if text.isidentifier() and text not in ("None", "True", "False"):
+        return _program.load(f"{program.rpartition(':')[0] or program}:{text}")
+    return _program.parse(text)
+
+
+def _write(verdict: Verdict, json_path: str | None, trace_path: str | None) -> None:
+    try:
+        if trace_path is not None:
+            verdict.save_trace(trace_path)
+        if json_path == "-":
+            click.echo(json.dumps(verdict.to_dict(), indent=1))
+        elif json_path is not None:
+            Path(json_path).write_text(json.dumps(verdict.to_dict(), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        _refuse(f"{error.filename} cannot be written: {error.strerror}")
+    except ValueError as error:
+        click.echo(f"anabranch explore: {error}", err=True)
+
+
+class _Bar:
+    """Schedules so far, of those that the limit allows: an exhaustive search does not know how many there are."""
+
+    def __init__(self, total: int) -> None:
+        # No thread of rich's own: the exploration forks.
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("schedules"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            auto_refresh=False,
+        )
+        self._task = self._bar.add_task("explore", total=total)
+        self._drawn = 0.0
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, number: int, run: Run) -> None:
+        now = self._bar.get_time()
+        if now - self._drawn > 0.1:
+            self._drawn = now
+            self._bar.update(self._task, completed=number, refresh=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    click.echo(f"anabranch explore: {message}", err=True)
+    sys.exit(2)

@@ -1,0 +1,51 @@
+"""`conducted`: one schedule in this very process, for programs that are to be run rather than explored."""
+
+from __future__ import annotations
+
+import threading
+from _thread import allocate_lock
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from anabranch.explore import _conductor
+from anabranch.explore._conductor import Conductor, local
+from anabranch.explore._errors import ExploreError
+from anabranch.explore._explore import device, observed
+from anabranch.explore._run import End
+from anabranch.explore._schedulers import Scheduler
+
+
+@contextmanager
+def conducted(scheduler: Scheduler) -> Iterator[Conductor]:
+    """Conduct the calling thread, and the threads that it starts, by ``scheduler``; waits for these at the end.
+
+    Work that is still queued on the device then stays queued. Threads: one such block at a time in a process, not
+    inside an exploration. Raises :class:`~anabranch.explore.ExploreError` where nothing can go on any more; the threads
+    that are stuck stay so, as daemons.
+    """
+    if _conductor.active is not None:
+        raise ExploreError("a conducted block inside another, or inside an exploration")
+    main = threading.current_thread()
+
+    def finish(end: End) -> NoReturn:
+        conductor.broken = f"nothing can go on:\n{conductor.stuck()}" if end == "deadlock" else f"ended by {end}"
+        if threading.current_thread() is not main:
+            conductor.wake_main()
+            never = allocate_lock()
+            while True:
+                never.acquire()
+        raise ExploreError(conductor.broken)
+
+    with observed():
+        conductor = Conductor(scheduler, core=device(), max_steps=1 << 62, finish=finish, in_process=True)
+        conductor.enter()
+        try:
+            yield conductor
+        finally:
+            try:
+                if conductor.broken is None:
+                    conductor.wait_for_all()
+            finally:
+                conductor.leave()
+                local.actor = None
