@@ -1,0 +1,79 @@
+"""``anabranch check --device sim``: the bug and the cure, without a GPU, and the same in every run."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SRC = Path(__file__).resolve().parents[2] / "src"
+
+
+def check(*args: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: the simulated device is a process's only accelerator."""
+    return subprocess.run(
+        [sys.executable, "-m", "anabranch", "check", *args, "--device", "sim"],
+        env={"PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+SMALL = ("relu", "--shape", "1,3,5", "--dtype", "float16", "--calls", "24", "--streams", "3", "--threads", "3")
+
+
+@pytest.mark.parametrize("path", ["--graphs", "--direct"])
+def test_a_right_engine_is_silent(tmp_path: Path, path: str) -> None:
+    target = tmp_path / "r.json"
+    done = check(*SMALL, path, "--json", str(target))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all outputs right" in done.stdout
+    assert "race:" not in done.stdout
+    rows = json.loads(target.read_text())["rows"]
+    assert [r["path"] for r in rows] == ["main", "fresh", "rotate", "threads"]
+    assert all(r["ok"] and r["calls"] == 24 and r["races"] == 0 for r in rows)
+    assert min(r["in_flight"] for r in rows if r["path"] != "main") >= 3
+
+
+@pytest.mark.parametrize("path", ["--graphs", "--direct"])
+def test_the_injected_stale_stream_is_found_the_same_in_every_run(tmp_path: Path, path: str) -> None:
+    tables: list[Any] = []
+    outputs = []
+    for i in range(2):
+        target = tmp_path / f"{i}.json"
+        done = check(*SMALL, path, "--inject", "stale-stream", "--json", str(target))
+        assert done.returncode == 1, done.stdout + done.stderr
+        tables.append(json.loads(target.read_text())["rows"])
+        outputs.append(done.stdout)
+    assert tables[0] == tables[1]
+    assert outputs[0] == outputs[1]
+    rows = {r["path"]: r for r in tables[0]}
+    assert rows["main"]["ok"]
+    for name in ("fresh", "rotate", "threads"):
+        row = rows[name]
+        assert row["wrong"] == row["calls"] == 24, name
+        assert row["all_zero"] + row["non_finite"] == 24, f"{name}: neither zeros nor poison"
+        assert row["races"] > 0
+        # What is missing, and what would add it.
+        assert re.search(r"missing|fix|wait", row["report"]), row["report"]
+        assert row["report"].splitlines()[0] in outputs[0]
+
+
+def test_the_default_shapes_are_the_small_ones(tmp_path: Path) -> None:
+    target = tmp_path / "r.json"
+    done = check(
+        "relu", "--calls", "4", "--streams", "2", "--threads", "2", "--dtype", "float32", "--json", str(target)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    shapes = {r["shape"] for r in json.loads(target.read_text())["rows"]}
+    assert "1x3x5" in shapes
+    assert "0x3x5" in shapes
+    assert any(s.endswith("misaligned") for s in shapes)
+    assert not any("2160" in s for s in shapes)
