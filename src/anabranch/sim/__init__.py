@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+from anabranch import _sync
+from anabranch.explore import Verdict, exhaustive, explore, fifo, lazy, pct, random, replay
+from anabranch.explore._shared import Factories
+from anabranch.runtime._build import process
 from anabranch.sim import _module
 from anabranch.sim._graph import Graph, graph
 from anabranch.sim._module import Event, Stream
@@ -21,6 +25,10 @@ core = _module.core
 torch.utils.rename_privateuse1_backend("sim")
 torch._register_device_module("sim", _module)
 torch.utils.generate_methods_for_privateuse1_backend()
+# What the runtime's threads share is observable in this process from here on; in threads that no explorer conducts it
+# behaves as ever.
+_sync.install(Factories())
+process.renew_locks()
 
 
 def launch(
@@ -28,11 +36,26 @@ def launch(
 ) -> None:
     """Queue a kernel that is not an ATen operator on the current stream of its tensors' device.
 
-    When its turn comes, ``kernel`` is called with CPU tensors over the same memory, first those of ``reads``, then those
-    of ``writes``; it must touch nothing else. An exception in it is a device error: it lasts, and shows at the next
+    When its turn comes, ``kernel`` is called with CPU tensors over the same memory, first those of ``reads``, then
+    those of ``writes``; it must touch nothing else. An exception in it is a device error: it lasts, and shows at the next
     synchronization.
     """
     core.launch(name, kernel, list(reads), list(writes))
 
 
-__all__ = ["Event", "Graph", "Stream", "core", "graph", "launch"]
+__all__ = [
+    "Event",
+    "Graph",
+    "Stream",
+    "Verdict",
+    "core",
+    "exhaustive",
+    "explore",
+    "fifo",
+    "graph",
+    "launch",
+    "lazy",
+    "pct",
+    "random",
+    "replay",
+]

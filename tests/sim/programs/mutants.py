@@ -6,6 +6,7 @@ the mutant, that of its twin, and what the race checker must say of the mutant.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -153,14 +154,31 @@ def two_threads_repaired() -> None:
     many_threads(ENGINES[1], 2, 1)
 
 
+def _launch_with_events(events: Sequence[torch.Event]) -> Callable[..., list[torch.Tensor]]:
+    """Takes the event of each use from a ring; a context that was never used waits for nothing."""
+    ring = itertools.cycle(events)
+
+    def launch(context: Any, inputs: Sequence[torch.Tensor], stream: Any) -> list[torch.Tensor]:
+        results, copies = context.outputs.allocate()
+        if context.used_on is not None:
+            stream.wait_event(context.done)
+        _queue(context, inputs, copies, stream)
+        context.done = next(ring)
+        context.done.record(stream)
+        context.used_on = stream.stream_id
+        return results  # type: ignore[no-any-return]
+
+    return launch
+
+
 def event_reused() -> None:
-    pool = _pick(ENGINES[2])._pool
-    first, second = list(pool._idle)
-    second.done = first.done
+    # Another context's record moves it before the next user of this context has waited.
+    _pick(ENGINES[2])._launch = _launch_with_events([torch.Event(SIM)])
     one_thread(ENGINES[2], 3, streams=3)
 
 
 def event_reused_repaired() -> None:
+    _pick(ENGINES[2])._launch = _launch_with_events([torch.Event(SIM) for _ in range(3)])
     one_thread(ENGINES[2], 3, streams=3)
 
 
@@ -206,7 +224,9 @@ def _call_then_trim() -> None:
     outputs: dict[int, torch.Tensor] = {}
     serve(ENGINES[1], STREAMS[0], [0], outputs)
     _pick(ENGINES[1]).trim()
-    check(outputs, STREAMS[:1])
+    # Builds a context anew, in whatever memory the old one has left.
+    serve(ENGINES[1], STREAMS[1], [1], outputs)
+    check(outputs, STREAMS[:2])
 
 
 def context_freed_early() -> None:

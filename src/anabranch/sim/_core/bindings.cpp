@@ -129,6 +129,7 @@ void trace(bool on) {
                  (queue->kind == Queue::kBlocking ? "blocking" : "nonblocking") + R"(","device":)" +
                  std::to_string(queue->device) + "}");
   }
+  for (auto& [handle, graph] : machine.graphs) machine.trace_graph(*graph);
 }
 
 }  // namespace

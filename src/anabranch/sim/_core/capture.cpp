@@ -68,23 +68,23 @@ std::shared_ptr<Graph> Machine::end_capture(const QueuePtr& queue) {
   graph->lanes = capture->counts.size();
   graph->on_destroy = std::move(capture->on_destroy);
   if (tracing) {
-    std::vector<Range> all;
-    for (auto& node : graph->nodes) {
-      if (node.op.poison) continue;
-      all.insert(all.end(), node.op.ranges.begin(), node.op.ranges.end());
-    }
-    std::sort(all.begin(), all.end(), [](const Range& a, const Range& b) {
-      return std::tie(a.lo, a.hi, a.write) < std::tie(b.lo, b.hi, b.write);
-    });
-    all.erase(
-        std::unique(all.begin(), all.end(),
-                    [](const Range& a, const Range& b) { return a.lo == b.lo && a.hi == b.hi && a.write == b.write; }),
-        all.end());
-    log(nullptr, R"({"do":"graph","graph":")" + graph->id + R"(","reads":)" + describe(all, false) + R"(,"writes":)" +
-                     describe(all, true));
+    trace_graph(*graph);
     capture_traces.push_back(std::move(capture->trace));
   }
   return graph;
+}
+
+void Machine::trace_graph(const Graph& graph) {
+  std::vector<Range> all;
+  for (auto& node : graph.nodes) {
+    if (!node.op.poison) all.insert(all.end(), node.op.ranges.begin(), node.op.ranges.end());
+  }
+  auto key = [](const Range& r) { return std::tie(r.lo, r.hi, r.write); };
+  std::sort(all.begin(), all.end(), [&](const Range& a, const Range& b) { return key(a) < key(b); });
+  all.erase(std::unique(all.begin(), all.end(), [&](const Range& a, const Range& b) { return key(a) == key(b); }),
+            all.end());
+  log(nullptr, R"({"do":"graph","graph":")" + graph.id + R"(","reads":)" + describe(all, false) + R"(,"writes":)" +
+                   describe(all, true));
 }
 
 void Machine::launch_graph(const std::shared_ptr<Graph>& graph, const QueuePtr& queue) {

@@ -170,6 +170,7 @@ class Machine {
   void hold(int64_t latch, const QueuePtr& queue);
   void launch_graph(const std::shared_ptr<Graph>& graph, const QueuePtr& queue);
   void load_workspace(const QueuePtr& queue);
+  void trace_graph(const Graph& graph);
 
   // -- waiting ---------------------------------------------------------------------------------------------------
   Deps frontier(const QueuePtr& queue);

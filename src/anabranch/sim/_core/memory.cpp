@@ -71,10 +71,15 @@ Block* Machine::allocate(size_t bytes, const QueuePtr& queue, int64_t pool, cons
   }
   block->asked = bytes;
   block->live = true;
-  block->name = name.empty() ? "b" + (before.empty() ? block->id : make_id(&Ids::block)) : name;
   block->capture = pool ? queue->capture : nullptr;
-  log(nullptr, R"({"do":"alloc","buffer":")" + block->name + R"(","stream":")" + queue->trace_name() + '"' +
-                   (before.empty() ? "" : R"(,"reuses":")" + before + '"'));
+  if (block->capture) {
+    // What a capture allocates is the graph's, also what it frees again: the trace knows it by the memory it has.
+    block->name = "c" + std::to_string(block->capture->id) + "m" + block->id;
+  } else {
+    block->name = name.empty() ? "b" + (before.empty() ? block->id : make_id(&Ids::block)) : name;
+    log(nullptr, R"({"do":"alloc","buffer":")" + block->name + R"(","stream":")" + queue->trace_name() + '"' +
+                     (before.empty() ? "" : R"(,"reuses":")" + before + '"'));
+  }
   if (!block->others.empty()) {
     // Freed while other streams had it: poisoned only now that they are done.
     block->others.clear();
@@ -104,7 +109,7 @@ void Machine::release(void* data) {
   auto found = blocks_.find(reinterpret_cast<uintptr_t>(data));
   if (found == blocks_.end()) return;
   auto& block = *found->second;
-  log(nullptr, R"({"do":"free","buffer":")" + block.name + '"');
+  if (!block.capture) log(nullptr, R"({"do":"free","buffer":")" + block.name + '"');
   block.live = false;
   block.pending.clear();
   auto owner = queue(block.device, block.stream);
