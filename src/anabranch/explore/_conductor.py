@@ -24,6 +24,7 @@ from anabranch.explore._run import End, Failure
 PATIENCE = 3
 #: Time-outs of one thread at one place after which a run counts as stuck.
 TIMEOUTS = 16
+_CHILDREN = 10_000
 #: Steps that change nothing when they fail, so that a thread may make them in a loop.
 _IDLE_KINDS = frozenset({"query", "try", "poll", "sleep"})
 
@@ -120,6 +121,16 @@ def plain() -> Iterator[None]:
         yield
     finally:
         local.plain -= 1
+
+
+@contextmanager
+def observable() -> Iterator[None]:
+    """The opposite of :func:`plain`, inside one."""
+    before, local.plain = local.plain, 0
+    try:
+        yield
+    finally:
+        local.plain = before
 
 
 _unowned = 0
@@ -260,7 +271,9 @@ class Conductor:
         assert me is not None
         name, me.children = f"{me.name}.{me.children + 1}", me.children + 1
         self.point("start", f"start {name}", [(f"t{name}", 0, 1, GIVE)])
-        actor = Actor(name, len(self._actors), thread, "begin", [(f"t{name}", 0, 1, NEED)])
+        # The index names what the thread makes: from its name, not from when it was started.
+        index = me.index * _CHILDREN + me.children
+        actor = Actor(name, index, thread, "begin", [(f"t{name}", 0, 1, NEED)])
         thread._anabranch_actor = actor  # type: ignore[attr-defined]
         body = thread.run
 

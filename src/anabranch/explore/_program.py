@@ -34,6 +34,8 @@ def load(target: str) -> Callable[..., Any]:
 
 def _module(name: str) -> Any:
     if not name.endswith(".py"):
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -44,13 +46,20 @@ def _module(name: str) -> Any:
     if not path.is_file():
         raise ExploreError(f"{name}: no such file")
     # As when Python runs a script: what lies beside it can be imported.
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    root, dotted = path.parent, path.stem
+    while (root / "__init__.py").exists():
+        root, dotted = root.parent, f"{root.name}.{dotted}"
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    if dotted in sys.modules and getattr(sys.modules[dotted], "__file__", None) == str(path):
+        return sys.modules[dotted]
+    spec = importlib.util.spec_from_file_location(dotted, path)
     assert spec is not None
     assert spec.loader is not None
+    if "." in dotted:
+        importlib.import_module(dotted.rpartition(".")[0])
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[dotted] = module
     spec.loader.exec_module(module)
     return module
 
@@ -67,11 +76,10 @@ def locate(value: object) -> str | None:
     if found is not value:
         return None
     file = getattr(module, "__file__", None)
-    spec = getattr(module, "__spec__", None)
-    # A package is found by its name; a file that stands alone, or was run as a script, by its path.
-    if spec is not None and spec.parent and module_name != "__main__":
-        return f"{module_name}:{qualname}"
-    return f"{_short(Path(file))}:{qualname}" if file else None
+    # An installed package is found by its name; a file of the user's own by its path, wherever its root is.
+    if file and "site-packages" not in file:
+        return f"{_short(Path(file))}:{qualname}"
+    return f"{module_name}:{qualname}" if module_name != "__main__" else None
 
 
 def _short(path: Path) -> str:

@@ -17,7 +17,7 @@ from zlib import crc32
 
 from anabranch import _sync
 from anabranch.explore import _conductor, _locks
-from anabranch.explore._conductor import conducted, fresh, plain
+from anabranch.explore._conductor import conducted, fresh, observable, plain
 from anabranch.explore._dependence import ADD, READ, WRITE, Touch
 
 _WHOLE = (0, 1 << 33)
@@ -231,13 +231,17 @@ class Factories(_sync.Factories):
     """Makes the observable objects for the product's declarations."""
 
     def lock(self, name: str) -> Any:
-        return _locks.Lock(name)
+        # Also where a forked child makes its locks anew, which the standard library must do with plain ones.
+        with observable():
+            return _locks.Lock(name)
 
     def rlock(self, name: str) -> Any:
-        return _locks.RLock(name)
+        with observable():
+            return _locks.RLock(name)
 
     def event(self, name: str) -> Any:
-        return _locks.Event(name)
+        with observable():
+            return _locks.Event(name)
 
     def dict_(self, name: str) -> Any:
         return Dict(name)

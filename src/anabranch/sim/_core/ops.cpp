@@ -254,8 +254,13 @@ class Call {
       bool masks = false;
       c10::List<std::optional<at::Tensor>> indices;
       for (const std::optional<at::Tensor>& t : arg.toOptionalTensorList()) {
-        indices.push_back(t && t->defined() && t->is_cpu() ? t->to(device_) : t);
-        masks |= t && t->defined() && (t->scalar_type() == at::kBool || t->scalar_type() == at::kByte);
+        bool given = t && t->defined();
+        TORCH_CHECK_INDEX(!given || t->is_cpu() || t->device() == device_,
+                          "indices should be either on cpu or on the "
+                          "same device as the indexed tensor (",
+                          device_, ")");
+        indices.push_back(given && t->is_cpu() ? t->to(device_) : t);
+        masks |= given && (t->scalar_type() == at::kBool || t->scalar_type() == at::kByte);
       }
       if (masks) {
         auto expanded = at::native::expandTensors(args_[0].toTensor(), indices);
