@@ -18,6 +18,7 @@ class CpuDevice:
     kind = "cpu"
     has_streams = False
     survives_fork = True
+    has_time = True
     backends: tuple[str, ...] = ("inductor", "eager")
 
     def index(self, device: torch.device) -> int:

@@ -159,6 +159,7 @@ class CudaDevice:
     kind = "cuda"
     has_streams = True
     survives_fork = False
+    has_time = True
     backends: tuple[str, ...] = ("inductor", "eager")
 
     def __init__(self) -> None:

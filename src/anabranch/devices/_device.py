@@ -66,6 +66,8 @@ class Device(Protocol):
     has_streams: bool
     #: Whether a forked child has the device's memory, and so may go on using the parent's engines.
     survives_fork: bool
+    #: Whether how long work takes can be measured.
+    has_time: bool
     #: The backends that can compile for it, the best one first.
     backends: tuple[str, ...]
 

@@ -111,6 +111,7 @@ class SimDevice:
     kind = "sim"
     has_streams = True
     survives_fork = True
+    has_time = False
     backends: tuple[str, ...] = ("eager",)
 
     def __init__(self) -> None:

@@ -146,6 +146,9 @@ class Specialization:
             if settings.cuda_graphs:
                 self._pool.release(context)
                 return True, "CUDA graphs were asked for"
+            if not device.has_time:
+                self._pool.release(context)
+                return True, "there is no time to measure on this device"
             with scratch.using():
                 graph_us, direct_us = self._measure(context, examples, lane.stream)
             self.measured = {"graph": graph_us, "direct": direct_us}
@@ -479,7 +482,7 @@ class Specialization:
             lines.append("  not deterministic across threads: torch.backends.cudnn.benchmark was on at compile")
         if self.program.direct_only and not self.program.data_dependent:
             lines.append("  results differ from call to call: the model draws random numbers")
-        if self._sensitive and settings.device.kind == "cpu":
+        if self._sensitive and settings.device.kind != "cuda":
             lines.append("  CPU reductions give the same bits only under the same torch.get_num_threads()")
         return lines
 
