@@ -16,7 +16,7 @@ from anabranch.explore._errors import ExploreError, ReplayDiverged
 from anabranch.explore._run import Run
 from anabranch.explore._runner import Program, Runner, snapshot
 from anabranch.explore._schedulers import Scheduler
-from anabranch.explore._search import Search
+from anabranch.explore._search import Search, Unreduced, diverged
 from anabranch.explore._verdict import Verdict
 
 SCHEDULES = 5000
@@ -104,7 +104,7 @@ def explore(
         program = Program(fn, args, expected, wanted, core, steps, show_output)
         with snapshot():
             if isinstance(scheduler, schedulers.exhaustive):
-                limit = _search(program, tally, schedules, reduce)
+                limit = (_search if reduce else _all)(program, tally, schedules)
             else:
                 limit = _sample(program, tally, scheduler, schedules)
     if tally.too_long:
@@ -137,21 +137,40 @@ def explore(
     )
 
 
-def _search(program: Program, tally: _Tally, schedules: int, reduce: bool) -> str | None:
+def _search(program: Program, tally: _Tally, schedules: int) -> str | None:
     """Search; says which limit ended it, None if none did."""
     runner = Runner(program, at_once=1)
-    search = Search(reduce=reduce)
+    search = Search()
     while (script := search.next()) is not None:
         if tally.runs >= schedules:
             return _plural(schedules)
         run = runner.run(schedulers.script(*script))
         if run.end == "diverged":
-            raise search.diverged(run)
+            raise diverged(run)
         # A process that died left no steps to learn from: nothing can be said about what comes after.
         if tally.take(run) or run.end in ("crash", "hang"):
             return _plural(tally.runs)
         search.take(run)
     return None
+
+
+def _all(program: Program, tally: _Tally, schedules: int) -> str | None:
+    """Every schedule, equivalent or not; says which limit ended it, None if none did."""
+    runner = Runner(program)
+    walk = Unreduced()
+
+    def following() -> Scheduler | None:
+        prefix = walk.next() if walk.given < schedules else None
+        return None if prefix is None else schedulers.script(prefix, {})
+
+    for run in runner.run_all(following):
+        if run.end == "diverged":
+            raise diverged(run)
+        if tally.take(run) or run.end in ("crash", "hang"):
+            runner.close()
+            return _plural(tally.runs)
+        walk.take(run)
+    return None if walk.finished else _plural(schedules)
 
 
 def _sample(program: Program, tally: _Tally, scheduler: Scheduler, schedules: int) -> str:
@@ -160,8 +179,13 @@ def _sample(program: Program, tally: _Tally, scheduler: Scheduler, schedules: in
     # The first run's length is what the later ones plan with, so it goes alone.
     first = runner.run(scheduler.for_run(0, 0), keep_trace=runs == 1)
     if not tally.take(first):
-        rest = (scheduler.for_run(number, len(first.steps)) for number in range(1, runs))
-        for run in runner.run_all(rest):
+        numbers = iter(range(1, runs))
+
+        def following() -> Scheduler | None:
+            number = next(numbers, None)
+            return None if number is None else scheduler.for_run(number, len(first.steps))
+
+        for run in runner.run_all(following):
             if tally.take(run):
                 break
         runner.close()

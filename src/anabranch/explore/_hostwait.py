@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _RUNTIME = str(Path(__file__).parent.parent / "runtime") + "/"
 #: Functions of the runtime in which waiting is allowed: they build, warm or close.
-_BUILDING = frozenset({"build", "_build", "warm", "close", "_build_context", "prepare"})
+_BUILDING = frozenset({"build", "warm", "close", "trim", "_specialization"})
 
 
 class HostWaits:
@@ -28,7 +28,7 @@ class HostWaits:
         while frame is not None:
             code = frame.f_code
             if code.co_filename.startswith(_RUNTIME):
-                if code.co_name in _BUILDING:
+                if code.co_name in _BUILDING or code.co_name.startswith("_build"):
                     return
                 where = where or f"{Path(code.co_filename).name}:{frame.f_lineno}"
                 called = called or code.co_name == "__call__"

@@ -12,7 +12,7 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -128,16 +128,18 @@ class Runner:
         self._running: list[_Child] = []
 
     def run(self, scheduler: Picks, *, keep_trace: bool = False) -> Run:
-        return next(self.run_all([scheduler], keep_trace=keep_trace))
+        waiting = [scheduler]
+        return next(self.run_all(lambda: waiting.pop() if waiting else None, keep_trace=keep_trace))
 
-    def run_all(self, schedulers: Iterable[Picks], *, keep_trace: bool = False) -> Iterator[Run]:
-        """A run of each, in their order, two processes at a time."""
-        waiting = iter(schedulers)
+    def run_all(self, following: Callable[[], Picks | None], *, keep_trace: bool = False) -> Iterator[Run]:
+        """A run of each, in their order, two processes at a time; ``following`` gives the next scheduler, or None where
+        there is none yet. Over when there is none and nothing runs.
+        """
         order: list[_Child] = []
         done: dict[int, Run] = {}
         try:
             while True:
-                while len(self._running) < self._at_once and (scheduler := next(waiting, None)) is not None:
+                while len(self._running) < self._at_once and (scheduler := following()) is not None:
                     free = next(b for b in self._boards if all(c.board is not b for c in self._running))
                     child = _Child(self.program, scheduler, free, keep_trace)
                     self._running.append(child)
@@ -245,20 +247,21 @@ def _judge(program: Program, conductor: Conductor, end: End, returned: list[Any]
         core.set_hooks(None, None)
     if end == "deadlock" and "deadlock" in program.oracles:
         failures.append(Failure("deadlock", "nothing can go on:\n" + conductor.stuck()))
+    # Before anything is fetched, which is no part of the program.
+    captures: list[bytes] = []
+    if end not in ("cut", "diverged"):
+        if core is not None:
+            trace, captures = core.take_trace(), core.take_captures()
+        else:
+            trace = "".join(line + "\n" for line in conductor.lines).encode()
     if end == "complete":
         lost = core.lost() if core is not None else None
         if lost:
             failures.append(Failure("error", f"the device is lost: {lost}"))
         elif returned:
             result = _oracles.collect(returned[0], core)
-    if end not in ("cut", "diverged"):
-        captures: list[bytes] = []
-        if core is not None:
-            trace, captures = core.take_trace(), core.take_captures()
-        else:
-            trace = "".join(line + "\n" for line in conductor.lines).encode()
-        if "race" in program.oracles and trace:
-            failures += _found(_oracles.race(trace, captures))
+    if "race" in program.oracles and trace:
+        failures += _found(_oracles.race(trace, captures))
     if result is not None:
         if "values" in program.oracles and program.reference is not None:
             failures += _found(_oracles.values(result, program.reference))

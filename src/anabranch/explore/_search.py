@@ -74,11 +74,10 @@ class Search:
     and not asleep, ``sleep`` being what sleeps *before the last step* of ``prefix``.
 
     Use: ``while (script := search.next()) is not None: search.take(run(*script))``. ``finished`` says whether the tree
-    was walked to its end; with ``reduce=False`` every branch of every node is.
+    was walked to its end.
     """
 
-    def __init__(self, *, reduce: bool = True) -> None:
-        self._reduce = reduce
+    def __init__(self) -> None:
         self._history = History()
         self._nodes: list[_Node] = []
         self._script: tuple[list[str], Sleep] | None = ([], {})
@@ -101,14 +100,10 @@ class Search:
         self.cut += run.end == "cut"
         start = max(len(prefix) - 1, 0)
         self._extend(run, start, prefix[-1] if prefix else None)
-        if self._reduce and run.end in ("deadlock", "steps"):
+        if run.end in ("deadlock", "steps"):
             for pending in run.pending:
                 self._judge(pending)
         self._script = self._backtrack()
-
-    def diverged(self, run: Run) -> NotDeterministic:
-        """The error for a run that could not follow the script."""
-        return NotDeterministic(f"{run.failures[0].message}. {_WHY}")
 
     def _extend(self, run: Run, start: int, branch: str | None) -> None:
         history, nodes = self._history, self._nodes
@@ -128,19 +123,18 @@ class Search:
             else:
                 node = _Node(enabled, self._sleep_after(index), {step.actor})
                 # Out of time, any of those whose time is up may be the first; nothing else could be.
-                if step.timeout or not self._reduce:
+                if step.timeout:
                     node.backtrack |= enabled
                 nodes.append(node)
             node.done[step.actor] = step
             relations = history.relate(step)
-            if self._reduce:
-                for i in relations.races:
-                    self._reverse(i, step, relations.post)
+            for i in relations.races:
+                self._reverse(i, step, relations.post)
             history.add(step, enabled, relations)
 
     def _sleep_after(self, index: int) -> Sleep:
         """What sleeps at the node after step index - 1."""
-        if index == 0 or not self._reduce:
+        if index == 0:
             return {}
         node, step = self._nodes[index - 1], self._history.steps[index - 1]
         asleep = {**node.sleep, **node.done}
@@ -168,14 +162,50 @@ class Search:
                 self._history.truncate(len(nodes) - 1)
                 branch = min(rest)
                 prefix = [step.actor for step in self._history.steps] + [branch]
-                return prefix, {**node.sleep, **node.done} if self._reduce else {}
+                return prefix, {**node.sleep, **node.done}
             nodes.pop()
         return None
 
 
-def search(run: Callable[[Sequence[str], Sleep], Run], *, reduce: bool = True, limit: int | None = None) -> Search:
+class Unreduced:
+    """Every schedule, to compare with: each run shows, at each of its nodes beyond its prefix, who else could go on.
+
+    Runs may be under way side by side: :meth:`take` them in the order in which :meth:`next` gave their prefixes.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[list[str]] = [[]]
+        self._under_way: list[int] = []
+        self.given = 0
+
+    @property
+    def finished(self) -> bool:
+        return not self._waiting and not self._under_way
+
+    def next(self) -> list[str] | None:
+        """A prefix to run; None if there is none, or none yet."""
+        if not self._waiting:
+            return None
+        prefix = self._waiting.pop()
+        self._under_way.append(len(prefix))
+        self.given += 1
+        return prefix
+
+    def take(self, run: Run) -> None:
+        actors = list(run.schedule)
+        for index in range(self._under_way.pop(0), len(actors)):
+            for other in sorted(run.enabled[index] - {actors[index]}):
+                self._waiting.append([*actors[:index], other])
+
+
+def diverged(run: Run) -> NotDeterministic:
+    """The error for a run that could not follow its script."""
+    return NotDeterministic(f"{run.failures[0].message}. {_WHY}")
+
+
+def search(run: Callable[[Sequence[str], Sleep], Run], *, limit: int | None = None) -> Search:
     """Walk the whole tree, or ``limit`` runs of it."""
-    walk = Search(reduce=reduce)
+    walk = Search()
     while (limit is None or walk.runs < limit) and (script := walk.next()) is not None:
         walk.take(run(*script))
     return walk

@@ -28,8 +28,8 @@ class Place:
 
     __slots__ = ("changed", "id", "name")
 
-    def __init__(self, kind: str, name: str) -> None:
-        self.id = fresh(kind)
+    def __init__(self, kind: str, name: str, *, is_unique: bool = True) -> None:
+        self.id = fresh(kind) if is_unique else kind
         self.name = f"{self.id}:{name}" if name else self.id
         self.changed: set[int] = set()
 
@@ -193,18 +193,30 @@ class _Atomic:
     def _place(self, instance: object) -> Place | None:
         return self._places.get(id(instance))
 
-    def _adopt(self, instance: object) -> Place:
-        key = id(instance)
-        place = self._places[key] = Place("attr", f"{self._owner}.{self._name}")
+    def _adopt(self, instance: object, *, is_new: bool) -> Place:
+        key, name = id(instance), f"{self._owner}.{self._name}"
+        # Of an object that was made unobserved, whoever comes first in this schedule would give its name to it. So all
+        # such objects of a class share one name: two of them only seem to depend.
+        named = is_new or conducted() is None
+        place = self._places[key] = Place("attr", name) if named else Place(f"attr:{name}", "", is_unique=False)
         # Without weak references the name may pass on to the next object at this address.
         with suppress(TypeError):
             weakref.finalize(instance, self._places.pop, key, None).atexit = False
         return place
 
+    def _has_value(self, instance: Any) -> bool:
+        if self._slot is None:
+            return self._name in instance.__dict__
+        try:
+            self._slot.__get__(instance, type(instance))
+        except AttributeError:
+            return False
+        return True
+
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self._default if self._slot is None else self
-        (self._place(instance) or self._adopt(instance)).touch("read", READ)
+        (self._place(instance) or self._adopt(instance, is_new=False)).touch("read", READ)
         if self._slot is not None:
             return self._slot.__get__(instance, owner)
         try:
@@ -216,11 +228,11 @@ class _Atomic:
 
     def __set__(self, instance: Any, value: Any) -> None:
         place = self._place(instance)
-        if place is None:
+        if place is None and not self._has_value(instance):
             # The first store is its maker's: nobody else has the object yet.
-            self._adopt(instance)
+            self._adopt(instance, is_new=True)
         else:
-            place.touch("write", WRITE)
+            (place or self._adopt(instance, is_new=False)).touch("write", WRITE)
         if self._slot is not None:
             self._slot.__set__(instance, value)
         else:
