@@ -114,6 +114,10 @@ def streams3_threads3_calls1_contexts2() -> None:
     many_threads(ENGINES[2], 3, 1)
 
 
+def streams3_threads3_calls1_contexts1() -> None:
+    many_threads(ENGINES[1], 3, 1)
+
+
 def streams3_threads3_calls3_contexts2() -> None:
     many_threads(ENGINES[2], 3, 3)
 

@@ -1,0 +1,91 @@
+"""Each broken runtime is found, by each oracle alone, and by its own diagnostic; its repaired twin is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = Path(__file__).parent / "programs"
+
+#: What the race checker says of each.
+DIAGNOSTICS = {
+    "stale stream": "stream `legacy` has waited for no work of stream `s1`",
+    "no input wait": "has waited for no work of stream `s1`",
+    "no output wait": "stream `s1` has waited for no work of stream",
+    "one context shared by two streams": "stream `s2` has waited for no work of stream `s1`",
+    "released before the outputs are copied out": "has waited for stream `s1` only up to its item",
+    "inputs refilled while the graph runs": "stream `s2` has waited for no work of stream `s1`",
+    "context freed early": "its block handed out again",
+    "event re-used too soon": "stream `s3` has waited for no work of stream `s1`",
+    "record_stream forgotten": "record_stream",
+    "error path that does not drain": "stream `s2` has waited for no work of stream `s1`",
+    "two preemptions": "has waited for no work of stream",
+}
+
+
+@pytest.fixture(scope="module")
+def mutants() -> Any:
+    sys.path.insert(0, str(PROGRAMS))
+    import mutants
+
+    assert set(mutants.MUTANTS) == set(DIAGNOSTICS)
+    return mutants
+
+
+@pytest.mark.parametrize("name", DIAGNOSTICS)
+@pytest.mark.parametrize("oracle", ["race", "values"])
+def test_found_by_exhaustive_search(mutants: Any, name: str, oracle: str) -> None:
+    from anabranch.sim import explore
+
+    broken, _ = mutants.MUTANTS[name]
+    verdict = explore(broken, oracles=[oracle])
+    assert verdict.failed, f"{name}: {verdict}"
+    assert verdict.oracles == {oracle}
+    if oracle == "race":
+        assert DIAGNOSTICS[name] in verdict.failures[0].message + verdict.failures[0].report, verdict.report()
+    else:
+        assert "expected" in verdict.failures[0].message
+
+
+@pytest.mark.parametrize("name", DIAGNOSTICS)
+@pytest.mark.parametrize("oracle", ["race", "values"])
+def test_found_by_random_schedules(mutants: Any, name: str, oracle: str) -> None:
+    from anabranch.sim import explore, random
+
+    broken, _ = mutants.MUTANTS[name]
+    verdict = explore(broken, scheduler=random(0), schedules=50, oracles=[oracle])
+    assert verdict.failed, f"{name}: {verdict}"
+
+
+@pytest.mark.parametrize("name", DIAGNOSTICS)
+def test_its_repaired_twin_passes_the_exhaustive_search(mutants: Any, name: str) -> None:
+    from anabranch.sim import explore
+
+    _, repaired = mutants.MUTANTS[name]
+    verdict = explore(repaired)
+    assert not verdict.failed, verdict.report()
+    assert verdict.kind == "exhaustive"
+
+
+@pytest.mark.parametrize("name", DIAGNOSTICS)
+def test_the_replay_command_fails_the_same_way_in_a_fresh_process(mutants: Any, name: str) -> None:
+    from anabranch.sim import explore
+
+    broken, _ = mutants.MUTANTS[name]
+    verdict = explore(broken, oracles=["values"])
+    assert verdict.command is not None
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    again = subprocess.run(
+        verdict.command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 1, again.stdout + again.stderr
+    # The same wrong values of the same call, and the same schedule.
+    assert verdict.failures[0].message.split(" (thread")[0] in again.stdout, again.stdout + again.stderr
+    assert str(verdict) in again.stdout
