@@ -63,7 +63,20 @@ Stack least_and_greatest_along(const Stack& args) {
   return {one, at::empty_like(one)};
 }
 
+// PyTorch's meta kernel has the shapes of CUDA. The map from indices to bags is left out: a backward that needs it then
+// makes it itself.
+Stack bags(const Stack& args) {
+  auto &weight = args[0].toTensor(), &indices = args[1].toTensor(), &offsets = args[2].toTensor();
+  auto count = offsets.size(0) - (args[7].toBool() ? 1 : 0);
+  auto none = at::empty({0}, indices.options());
+  constexpr int64_t kMax = 2;
+  return {at::empty({count, weight.size(1)}, weight.options()), none, at::empty_like(offsets),
+          args[4].toInt() == kMax ? at::empty({count, weight.size(1)}, indices.options()) : at::empty_like(none)};
+}
+
 const std::map<std::string, ShapeRule> kRules{
+    {"aten::_embedding_bag", &bags},
+    {"aten::_embedding_bag_forward_only", &bags},
     {"aten::_transformer_encoder_layer_fwd", &like_first},
     {"aten::_native_multi_head_attention", &attention},
     {"aten::_transform_bias_rescale_qkv", &rescaled_qkv},
