@@ -299,6 +299,6 @@ def crashing() -> None:
 
     def second() -> None:
         if x.get():
-            os.kill(os.getpid(), signal.SIGSEGV)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     _together(lambda: x.set(1), second)
