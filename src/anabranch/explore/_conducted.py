@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from _thread import allocate_lock
 from collections.abc import Iterator
@@ -37,6 +38,10 @@ def conducted(scheduler: Scheduler) -> Iterator[Conductor]:
                 never.acquire()
         raise ExploreError(conductor.broken)
 
+    # A garbage collection would come at a moment of its own, in the middle of a decision too, and what it drops asks the
+    # device about events: the run would not be the same twice.
+    collecting = gc.isenabled()
+    gc.disable()
     with observed():
         conductor = Conductor(scheduler, core=device(), max_steps=1 << 62, finish=finish, in_process=True)
         conductor.enter()
@@ -49,3 +54,5 @@ def conducted(scheduler: Scheduler) -> Iterator[Conductor]:
             finally:
                 conductor.leave()
                 local.actor = None
+                if collecting:
+                    gc.enable()

@@ -199,7 +199,7 @@ def _conduct(program: Program, scheduler: Picks, out: int, board: mmap.mmap, kee
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         # It need not write to 1: a test's capture has its own.
-        sys.stdout = open(null, "w", encoding="utf-8")
+        sys.stdout = os.fdopen(null, "w", encoding="utf-8")
     core: Core | None = program.core
     returned: list[Any] = []
     position = _HEADER.size

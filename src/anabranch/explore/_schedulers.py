@@ -61,7 +61,7 @@ class lazy(Scheduler):
 
 class random(Scheduler):
     """Any of the choices, by weights that each actor draws once a run: from as likely as the others to hundreds of
-    times less. With equal weights a queue would hardly ever fall behind by the many steps that a call of the host takes.
+    times less. With equal weights a queue would hardly ever fall behind by the many steps that a call takes.
 
     Run n of ``random(seed)`` is run 0 of ``random(seed + n)``.
     """

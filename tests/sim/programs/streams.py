@@ -131,7 +131,7 @@ def freed_too_early() -> torch.Tensor:
         Y.copy_(t)
     del t
     with A:
-        t = torch.full((4,), 5.0, device=SIM)
+        _ = torch.full((4,), 5.0, device=SIM)
     _sync(A, B)
     return Y
 
@@ -145,7 +145,7 @@ def freed_with_record_stream() -> torch.Tensor:
     t.record_stream(B)
     del t
     with A:
-        t = torch.full((4,), 5.0, device=SIM)
+        _ = torch.full((4,), 5.0, device=SIM)
     _sync(A, B)
     return Y
 
