@@ -56,6 +56,6 @@ def test_a_context_for_fewer_threads_than_call(engines: Any) -> None:
 def test_three_threads_on_three_streams(engines: Any) -> None:
     from anabranch.sim import explore, random
 
-    verdict = explore(engines.streams3_threads3_calls3_contexts2, scheduler=random(0), schedules=5000)
+    verdict = explore(engines.streams3_threads3_calls2_contexts2, scheduler=random(0), schedules=5000)
     assert not verdict.failed, verdict.report()
     assert str(verdict) == "bounded(5000 schedules, 5000)"

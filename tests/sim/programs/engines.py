@@ -118,8 +118,8 @@ def streams3_threads3_calls1_contexts1() -> None:
     many_threads(ENGINES[1], 3, 1)
 
 
-def streams3_threads3_calls3_contexts2() -> None:
-    many_threads(ENGINES[2], 3, 3)
+def streams3_threads3_calls2_contexts2() -> None:
+    many_threads(ENGINES[2], 3, 2)
 
 
 __all__ = ["DIRECT", "ENGINES", "STREAMS", "check", "make", "many_threads", "one_thread", "serve"]
