@@ -81,6 +81,7 @@ class Gpu:
         """The engine's serial result. Run before a latch closes: loading a kernel waits for held streams."""
         torch.full_like(x, float("nan")).copy_(x)
         y = engine(x)
+        torch.equal(y, y + 1)  # what tests do with results
         torch.cuda.synchronize()
         return y
 
