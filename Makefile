@@ -21,7 +21,7 @@ check: install ## Run the linters and the type checker only
 
 # No virtual environment: a GPU host's own Python has the PyTorch that fits its driver.
 test-gpu: ## Run the GPU tests with the Python that this host has; a skip is a failure
-	PYTHONPATH=src ANABRANCH_REQUIRE_GPU=1 $(or $(PYTHON),python3) -m pytest -m gpu tests
+	PYTHONPATH=src ANABRANCH_REQUIRE_GPU=1 $(or $(PYTHON),python3) -m pytest -m gpu tests/gpu
 
 clean: ## Remove .venv and everything that was made
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis upscaled.mp4

@@ -31,12 +31,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     target = config.getoption("--evidence")
     if not target or hasattr(config, "workerinput"):
         return
+    import torch
+
     from anabranch.check import environment
 
     counts = {kind: len(terminalreporter.getreports(kind)) for kind in ("passed", "failed", "error", "skipped")}
     names = sorted(r.nodeid for r in terminalreporter.getreports("passed"))
     skipped = {r.nodeid: str(r.longrepr[-1]) for r in terminalreporter.getreports("skipped")}
-    where = {**environment("cuda"), "command": "python -m " + " ".join(["pytest", *config.invocation_params.args])}
+    command = "python -m " + " ".join(["pytest", *config.invocation_params.args])
+    where = {**environment("cuda"), "gpus": torch.cuda.device_count(), "command": command}
     content = {**counts, "environment": where, "skips": skipped, "tests": names}
     Path(target).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

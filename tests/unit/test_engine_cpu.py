@@ -288,6 +288,17 @@ def test_modes_around_an_inductor_call_change_nothing(mode: str) -> None:
         assert not given.requires_grad
 
 
+def test_an_inductor_call_shares_nothing_with_a_thread_that_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(Net(), torch.randn(2, 3, 9, 7), backend="inductor")
+    x = torch.randn(2, 3, 9, 7)
+    expecteds = engine(x)
+    # As while another thread exports. The notes are kept in one dict of the process, without a lock.
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    monkeypatch.setattr(torch.fx.traceback, "annotate", lambda notes: pytest.fail(f"a call leaves notes: {notes}"))
+    for given, expected in zip(engine(x), expecteds, strict=True):
+        assert torch.equal(given, expected)
+
+
 def test_modes_around_compile_change_nothing() -> None:
     model = Net().eval()
     x = torch.randn(2, 3, 9, 7)

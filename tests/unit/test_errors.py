@@ -4,6 +4,7 @@ stays usable."""
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -108,7 +109,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
 
 @pytest.mark.parametrize("case", list(BAD_CALLS))
 def test_a_bad_call_is_refused_by_name_and_the_engine_stays_usable(
-    case: str, model: nn.Module, engine: anabranch.Engine
+    case: str, model: nn.Module, engine: anabranch.Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     make, error, words = BAD_CALLS[case]
     given = make()
@@ -122,6 +123,7 @@ def test_a_bad_call_is_refused_by_name_and_the_engine_stays_usable(
         x = torch.randn(2, 3)
         assert torch.equal(engine(x), model(x).detach())
     assert engine.stats() == anabranch.Stats(calls=2, direct_calls=2, specializations=1)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]  # the error says it all
 
 
 @pytest.mark.parametrize("case", list(BAD_CALLS))

@@ -16,6 +16,8 @@ class _Inductor:
     name = "inductor"
 
     def lower(self, program: Program, examples: Sequence[torch.Tensor]) -> Kernels:
+        from torch._C._dynamo.eval_frame import set_eval_frame
+        from torch._dynamo.eval_frame import innermost_fn
         from torch._inductor import config, standalone_compile
 
         weights = tuple(program.weights)
@@ -33,8 +35,18 @@ class _Inductor:
                 " compiler."
             ) from e
 
+        # PyTorch wraps what it compiled in torch.compiler.disable. While any thread of the process exports a model,
+        # this wrapper notes each call in one dict of all threads (torch.fx.traceback.current_meta): two calls at once
+        # then raise KeyError, and the model under export gets notes about strangers' calls. So the wrapper is taken
+        # off, and the one thing that it is for, to keep Dynamo out, is done here.
+        run = innermost_fn(getattr(artifact, "_compiled_fn", artifact))
+
         def kernels(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-            return artifact(*weights, *inputs)
+            before = set_eval_frame(None)
+            try:
+                return run(*weights, *inputs)
+            finally:
+                set_eval_frame(before)
 
         return kernels
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -163,7 +165,7 @@ def _export(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     try:
         with torch.no_grad():
             # By name, as flatten_call() orders a call's leaves: the graph's inputs follow the order given here.
-            with _keep_backends_enabled():
+            with _keep_backends_enabled(), _fake_tensor_errors_unlogged():
                 return torch.export.export(module, tuple(args), dict(sorted(kwargs.items())), strict=False)
     except Exception as e:
         text = str(e).strip().splitlines()
@@ -198,6 +200,25 @@ def _keep_backends_enabled() -> Iterator[None]:
             del tracer._ignore_backend_decomps
         else:
             tracer._ignore_backend_decomps = original
+
+
+@contextmanager
+def _fake_tensor_errors_unlogged() -> Iterator[None]:
+    """Keep PyTorch from logging, with a traceback, an operator's refusal of its inputs that we raise by name anyway.
+
+    It is not for the eye only: whatever keeps log records would keep the traceback's frames, and with them the memory
+    of the tensors that were exported on. Other threads' records pass.
+    """
+    logger, here = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
+
+    def by_others(record: logging.LogRecord) -> bool:
+        return threading.get_ident() != here or record.levelno < logging.ERROR
+
+    logger.addFilter(by_others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(by_others)
 
 
 def _describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
