@@ -46,6 +46,9 @@ class Sim(Rig):
             for actor in able:
                 self.core.step(actor)
 
+    def sparse(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cpu().to_sparse()  # not modelled
+
     def new_graph(self) -> Any:
         import anabranch.sim
 

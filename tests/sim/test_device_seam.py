@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -43,6 +44,8 @@ def test_a_forked_child_goes_on_with_engines_of_its_parent(rig: Rig, compiled: M
     pid = os.fork()
     if pid == 0:
         status = 1
+        signal.alarm(60)
+        torch.set_num_threads(1)  # the parent's OpenMP threads are not there
         try:
             streams = [rig.stream() for _ in range(3)]
             outputs = []
