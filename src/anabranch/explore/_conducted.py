@@ -38,8 +38,8 @@ def conducted(scheduler: Scheduler) -> Iterator[Conductor]:
                 never.acquire()
         raise ExploreError(conductor.broken)
 
-    # A garbage collection would come at a moment of its own, in the middle of a decision too, and what it drops asks the
-    # device about events: the run would not be the same twice.
+    # A garbage collection would come at a moment of its own, in the middle of a decision too, and what it drops asks
+    # the device about events: the run would not be the same twice.
     collecting = gc.isenabled()
     gc.disable()
     with observed():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from anabranch import _sync
-from anabranch.explore import _locks, _oracles, _program, _schedule
+from anabranch.explore import _conductor, _locks, _oracles, _program, _schedule
 from anabranch.explore import _schedulers as schedulers
 from anabranch.explore._conductor import Core
 from anabranch.explore._errors import ExploreError, ReplayDiverged
@@ -85,6 +85,8 @@ def explore(
     schedule does not fit, :class:`~anabranch.explore.NotDeterministic` if the program does something else under the
     same schedule, :class:`~anabranch.explore.ExploreError` for arguments that make no sense.
     """
+    if _conductor.active is not None:
+        raise ExploreError("an exploration inside another, or inside a conducted block")
     wanted = frozenset(oracles)
     if unknown := wanted - set(_oracles.ORACLES):
         raise ExploreError(f"no oracle {', '.join(sorted(unknown))}; there are {', '.join(_oracles.ORACLES)}")

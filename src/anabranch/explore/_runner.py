@@ -68,6 +68,8 @@ class _Child:
                     os.close(self.pipe)
                     local.plain = 0
                     _conduct(program, scheduler, out, board, keep_trace)
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     os._exit(70)
         os.close(out)

@@ -177,6 +177,8 @@ class script(Scheduler):
         index = len(self._steps)
         if index < len(self._prefix):
             wanted = self._prefix[index]
+            if index == len(self._prefix) - 1:
+                self._compare(choices)
             for choice in choices:
                 if choice.actor == wanted:
                     return choice
@@ -188,3 +190,12 @@ class script(Scheduler):
             self._judged += 1
         awake = [choice for choice in choices if choice.actor not in self._asleep]
         return self._going(awake) if awake else None
+
+    def _compare(self, choices: Sequence[Choice]) -> None:
+        """What sleeps was run from this very node: the same step must be pending again."""
+        for choice in choices:
+            before = self._asleep.get(choice.actor)
+            if before is not None and before.label != choice.label:
+                raise ReplayDiverged(
+                    f"{choice.actor}'s step after {len(self._steps)} others was {before.label!r}, now {choice.label!r}"
+                )

@@ -111,6 +111,12 @@ class Search:
             raise NotDeterministic(
                 f"the program ended after {len(run.steps)} steps where the same schedule went on before. {_WHY}"
             )
+        for index in range(start):
+            step, before = run.steps[index], history.steps[index]
+            if step.label != before.label or run.enabled[index] != history.enabled[index]:
+                raise NotDeterministic(
+                    f"step {index + 1} of {step.actor} was {before.label!r} and is now {step.label!r}. {_WHY}"
+                )
         for index in range(start, len(run.steps)):
             step, enabled = run.steps[index], run.enabled[index]
             if index == start and branch is not None:
