@@ -21,6 +21,7 @@ from anabranch.explore._dependence import (
     READ,
     RELEASE,
     WRITE,
+    History,
     Step,
     Touch,
     dependent,
@@ -165,6 +166,21 @@ class Model:
             state.values[f"m{memory}"] = op
             if host:
                 state.values["host", op] = sorted(state.counters.items())
+
+
+def trace_of(run: Run) -> frozenset[object]:
+    """The Mazurkiewicz trace: equal for schedules that differ only in the order of neighbours that commute."""
+    history = History()
+    number: list[int] = []
+    count: dict[str, int] = {}
+    for step, enabled in zip(run.steps, run.enabled, strict=True):
+        count[step.actor] = count.get(step.actor, 0) + 1
+        number.append(count[step.actor])
+        history.add(step, enabled, history.relate(step))
+    return frozenset(
+        (step.actor, number[i], step.label, frozenset((actor, number[k]) for actor, k in history.clocks[i].items()))
+        for i, step in enumerate(history.steps)
+    )
 
 
 def random_model(seed: int) -> Model:

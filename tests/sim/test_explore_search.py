@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from explore_model import Model, random_model
+from explore_model import Model, random_model, trace_of
 
-from anabranch.explore._dependence import History, Step
+from anabranch.explore._dependence import Step
 from anabranch.explore._run import Run
 from anabranch.explore._search import Unreduced, search
 
@@ -26,22 +26,8 @@ class Seen:
         run = self._model.run(prefix, sleep)
         if run.end != "cut":
             self.outcomes.add(run.outcome)
-            self.traces.add(_trace(run))
+            self.traces.add(trace_of(run))
         return run
-
-
-def _trace(run: Run) -> frozenset[object]:
-    history = History()
-    number: list[int] = []
-    count: dict[str, int] = {}
-    for step, enabled in zip(run.steps, run.enabled, strict=True):
-        count[step.actor] = count.get(step.actor, 0) + 1
-        number.append(count[step.actor])
-        history.add(step, enabled, history.relate(step))
-    return frozenset(
-        (step.actor, number[i], step.label, frozenset((actor, number[k]) for actor, k in history.clocks[i].items()))
-        for i, step in enumerate(history.steps)
-    )
 
 
 def _everything(model: Model) -> Seen | None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import mmap
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from explore_model import trace_of
 from programs import threads
 
 from anabranch import _sync
-from anabranch.explore import NotDeterministic, Var, conducted, explore, fifo, observed, pct, random
+from anabranch.explore import NotDeterministic, Run, Var, conducted, explore, fifo, observed, pct, random
 from anabranch.explore._locks import Lock
 
 
@@ -70,6 +70,23 @@ def test_bugs_are_found(program: str, oracle: str, message: str) -> None:
 @pytest.mark.parametrize("scheduler", [random(0), pct(0, depth=3)], ids=repr)
 def test_bugs_are_found_at_random(program: str, scheduler: Any) -> None:
     assert explore(getattr(threads, program), scheduler=scheduler, schedules=200).failed
+
+
+@pytest.mark.parametrize(
+    "program", ["pool", "condition", "two_setters", "handed_over", "locked", "semaphore", "barrier", "two_preemptions"]
+)
+def test_no_schedule_drawn_at_random_is_new(program: str) -> None:
+    """Each is equivalent to one that the search has run."""
+    searched, drawn = set(), set()
+
+    def note(number: int, run: Run) -> None:
+        if run.end != "cut":
+            searched.add(trace_of(run))
+
+    fn = getattr(threads, program)
+    explore(fn, keep_going=True, progress=note)
+    explore(fn, keep_going=True, scheduler=random(0), schedules=60, progress=lambda _, run: drawn.add(trace_of(run)))
+    assert drawn <= searched
 
 
 def test_outcomes_are_told_apart() -> None:
@@ -137,9 +154,14 @@ def test_a_pool_that_nobody_shuts_down_ends_with_the_program() -> None:
     assert explore(_forgotten_pool, reference=3).kind == "exhaustive"
 
 
-def _depends_on_its_process() -> None:
+#: Shared by all processes: what no schedule determines.
+_runs = mmap.mmap(-1, 1)
+
+
+def _depends_on_what_ran_before() -> None:
     x = Var(0)
-    others = [threading.Thread(target=x.set, args=(i,)) for i in range(1 + os.getpid() % 2)]
+    _runs[0] ^= 1
+    others = [threading.Thread(target=x.set, args=(i,)) for i in range(1 + _runs[0])]
     for thread in others:
         thread.start()
     x.get()
@@ -147,14 +169,9 @@ def _depends_on_its_process() -> None:
         thread.join()
 
 
-def _explore_often(program: Callable[[], object]) -> None:
-    for _ in range(20):
-        explore(program)
-
-
 def test_a_program_that_depends_on_something_else_is_refused() -> None:
     with pytest.raises(NotDeterministic, match="besides the schedule"):
-        _explore_often(_depends_on_its_process)
+        explore(_depends_on_what_ran_before)
 
 
 def _shared_containers() -> list[Any]:

@@ -134,6 +134,19 @@ def observable() -> Iterator[None]:
 
 
 _unowned = 0
+#: Where the numbers begin of what a forked child makes before it is conducted: whatever its parent did before.
+_CHILD = 1000
+
+
+@contextmanager
+def child_names() -> Iterator[None]:
+    """Around a fork."""
+    global _unowned
+    before, _unowned = _unowned, _CHILD * (1 + _unowned // _CHILD)
+    try:
+        yield
+    finally:
+        _unowned = before
 
 
 def fresh(kind: str) -> str:

@@ -348,6 +348,21 @@ def _observable_monotonic() -> float:
     return _monotonic() if conducted() is None else _origin + _active().now
 
 
+class _Ordered(dict[threading.Thread, None]):
+    """A pool's set of threads: it is joined in their order, not in that of their addresses."""
+
+    def add(self, thread: threading.Thread) -> None:
+        self[thread] = None
+
+
+_pool_init = concurrent.futures.ThreadPoolExecutor.__init__
+
+
+def _observable_pool_init(pool: Any, *args: Any, **kwargs: Any) -> None:
+    _pool_init(pool, *args, **kwargs)
+    pool._threads = _Ordered()
+
+
 _PLACES: list[tuple[Any, str, Any]] = [
     (threading, "Lock", Lock),
     (threading, "_allocate_lock", Lock),
@@ -362,7 +377,12 @@ _PLACES: list[tuple[Any, str, Any]] = [
     (time, "monotonic", _observable_monotonic),
     (queue, "time", _observable_monotonic),
     (queue, "SimpleQueue", SimpleQueue),
+    (concurrent.futures.ThreadPoolExecutor, "__init__", _observable_pool_init),
 ]
+
+
+#: In place of the lock that is held while a pool hands over work: that one blocks behind the conductor's back.
+_POOLS = Lock("pools")
 
 
 @contextmanager
@@ -376,8 +396,7 @@ def patched() -> Iterator[None]:
     global_lock = pool._global_shutdown_lock
     for where, name, ours in _PLACES:
         setattr(where, name, ours)
-    # Held while a pool hands over work, so it must not be one that blocks behind the conductor's back.
-    pool._global_shutdown_lock = Lock("pools")
+    pool._global_shutdown_lock = _POOLS
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 
 from anabranch.explore import _locks, _oracles
-from anabranch.explore._conductor import Conductor, Core, Picks, local, plain
+from anabranch.explore._conductor import Conductor, Core, Picks, child_names, local, plain
 from anabranch.explore._dependence import Step
 from anabranch.explore._errors import ExploreError
 from anabranch.explore._hostwait import HostWaits
@@ -61,7 +61,7 @@ class _Child:
         sys.stderr.flush()
         self.pipe, out = os.pipe()
         # What the standard library makes anew in a forked child are plain locks, as they were.
-        with plain():
+        with plain(), child_names():
             self.pid = os.fork()
             if self.pid == 0:
                 try:
