@@ -212,6 +212,61 @@ def test_work_owns_no_device_memory(core: Any) -> None:
     core.policy("fifo", 0)
 
 
+def test_gaps_are_not_touched(core: Any) -> None:
+    x = torch.zeros(4, 6, device=DEVICE)
+    core.synchronize(-1)
+    x[1:3, :2].fill_(1)
+    (head,) = core.heads()
+    written = [(lo, hi) for key, lo, hi, mode in head[3] if key.startswith("m") and mode == 1]
+    assert written == [(24, 32), (48, 56)]
+    core.synchronize(-1)
+    torch.add(x.t()[:2], x[0, :4], out=torch.empty(2, 4, device=DEVICE))
+    (head,) = core.heads()
+    read = [(lo, hi) for key, lo, hi, mode in head[3] if key.startswith("m") and mode == 0]
+    assert sorted(read) == [(0, 8), (0, 16), (24, 32), (48, 56), (72, 80)]
+
+
+def test_what_meta_kernels_said_is_not_mixed_up(core: Any) -> None:
+    x = torch.arange(6.0).to(DEVICE)
+    for _ in range(2):
+        assert x.add(x).dtype == torch.float32
+        assert x.add(2).dtype == torch.float32
+        assert x.add(torch.tensor(2.0, dtype=torch.float64)).dtype == torch.float32
+        assert x.long().add(2.5).dtype == torch.float32
+        assert x.long().add(2).dtype == torch.int64
+        assert x[:3].add_(x[3:]).shape == (3,)
+        with pytest.raises(RuntimeError, match="memory location"):
+            x[:3].add_(x[1:4])
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert x.long().add(2.5).dtype == torch.float64
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_captured(core: Any) -> None:
+    from anabranch import sim
+
+    x, r = torch.ones(4).to(DEVICE), torch.zeros(4, device=DEVICE)
+    core.synchronize(-1)
+    stream = torch.Stream(device=DEVICE)
+    with pytest.raises(RuntimeError, match="pageable"), stream, sim.graph(sim.Graph()):
+        torch.ones(3).to(DEVICE, non_blocking=True)
+    core.reset()
+    graph = sim.Graph()
+    with stream, sim.graph(graph):
+        x.mul_(2)
+        r.uniform_()
+    assert x.tolist() == [1, 1, 1, 1]
+    seen = set()
+    for _ in range(2):
+        graph.replay()
+        torch.accelerator.synchronize()
+        seen.add(tuple(r.tolist()))
+    assert x.tolist() == [4, 4, 4, 4]
+    assert len(seen) == 2  # each launch draws anew
+
+
 # -- copies ------------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ const char* const kName = "aten::copy_";
 // `to` and `from` are on the CPU, or stand for device memory there.
 std::function<void()> copying(at::Tensor to, at::Tensor from) {
   return [to = std::move(to), from = std::move(from)] {
-    Below below;
+    Running running;
     to.copy_(from);
   };
 }
@@ -113,7 +113,7 @@ at::Scalar local_scalar_dense(const at::Tensor& self) {
   TORCH_CHECK(self.numel() == 1, "sim: one element expected, not ", self.numel());
   auto value = std::make_shared<at::Scalar>();
   Work work{"aten::_local_scalar_dense", {}, [value, host = Twins(c10::kCPU).of(self)] {
-              Below below;
+              Running running;
               *value = at::_local_scalar_dense(host);
             }};
   touch(work.ranges, self, false);

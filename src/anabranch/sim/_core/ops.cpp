@@ -12,7 +12,9 @@
 #include <exception>
 #include <set>
 
+#include "infer.h"
 #include "shapes.h"
+#include "values.h"
 
 namespace anabranch::sim {
 namespace {
@@ -56,51 +58,6 @@ std::string base_name(const c10::OperatorHandle& op) {
   auto name = op.schema().name().substr(6);  // without "aten::"
   if (name.size() > 1 && name.back() == '_') name.pop_back();
   return name;
-}
-
-[[noreturn]] void refuse(const c10::OperatorHandle& op, const std::string& why) {
-  C10_THROW_ERROR(NotImplementedError,
-                  "sim cannot simulate " + c10::toString(op.operator_name()) + ": " + why.substr(0, why.find('\n')));
-}
-
-// `value` with `f` applied to every tensor in it.
-template <class F>
-c10::IValue mapped(const c10::IValue& value, const F& f) {
-  if (value.isTensor()) return f(value.toTensor());
-  if (value.isTensorList()) {
-    c10::List<at::Tensor> all;
-    for (const at::Tensor& t : value.toTensorList()) all.push_back(f(t));
-    return all;
-  }
-  if (value.isOptionalTensorList()) {
-    c10::List<std::optional<at::Tensor>> all;
-    for (const std::optional<at::Tensor>& t : value.toOptionalTensorList()) {
-      all.push_back(t && t->defined() ? std::optional<at::Tensor>(f(*t)) : t);
-    }
-    return all;
-  }
-  return value;
-}
-
-template <class F>
-void each(const c10::IValue& value, const F& f) {
-  mapped(value, [&](const at::Tensor& t) {
-    if (t.defined()) f(t);
-    return t;
-  });
-}
-
-// Tensors of `value` beside those that were made of them, in the same order.
-void each_pair(const c10::IValue& value, const c10::IValue& made,
-               const std::function<void(const at::Tensor&, const at::Tensor&)>& f) {
-  std::vector<at::Tensor> twins;
-  mapped(made, [&](const at::Tensor& t) { return twins.push_back(t), t; });
-  size_t i = 0;
-  mapped(value, [&](const at::Tensor& t) {
-    auto& twin = twins[i++];
-    if (t.defined()) f(t, twin);
-    return t;
-  });
 }
 
 // Where results of the CPU kernel go: return value `index` into `host`, device memory.
@@ -170,7 +127,7 @@ class Call {
     auto runs = std::make_shared<uint64_t>(0);
     work.run = [op = op_, name = name_, args = std::move(host_args), results = std::move(results), seed = seed_,
                 generator = generator_, runs] {
-      Below below;
+      Running running;
       Stack call = args;
       if (generator) call[*generator] = at::detail::createCPUGenerator(seed + (*runs)++);
       op.callBoxed(call);
@@ -271,44 +228,15 @@ class Call {
     }
   }
 
-  c10::IValue elsewhere(const c10::IValue& arg, c10::DeviceType type) const {
-    return arg.isDevice() && arg.toDevice().type() == kSim ? c10::IValue(c10::Device(type)) : arg;
-  }
-
-  // The returns of the meta kernel, into `inferred_`; what it did to the arguments is in `metas_`.
   void infer() {
-    Below below;
-    Twins twins(c10::kMeta);
-    for (auto& arg : args_) {
-      metas_.push_back(
-          mapped(elsewhere(arg, c10::kMeta), [&](const at::Tensor& t) { return on_sim(t) ? twins.of(t) : t; }));
+    bool in_place = any_written();
+    for (size_t i = 0; i < args_.size(); ++i) in_place &= !(written(i) && op_.schema().arguments()[i].is_out());
+    for (auto& returned : op_.schema().returns()) {
+      in_place &= returned.alias_info() && returned.alias_info()->isWrite();
     }
-    if (auto shape = shape_rule(op_.operator_name())) {
-      inferred_ = shape(metas_);
-      return;
-    }
-    inferred_ = metas_;
-    if (!op_.hasKernelForDispatchKey(c10::DispatchKey::Meta) && only_in_place()) {
-      inferred_.assign(op_.schema().returns().size(), c10::IValue());
-      return;
-    }
-    try {
-      op_.callBoxed(inferred_);
-    } catch (const c10::NotImplementedError& e) {
-      refuse(op_, std::string("its shape is not known without running it: ") + e.what_without_backtrace());
-    }
-  }
-
-  // Whether all that the operator gives are arguments that keep their shapes.
-  bool only_in_place() const {
-    auto& schema = op_.schema();
-    for (auto& returned : schema.returns()) {
-      if (!returned.alias_info() || !returned.alias_info()->isWrite()) return false;
-    }
-    for (size_t i = 0; i < args_.size(); ++i) {
-      if (written(i) && schema.arguments()[i].is_out()) return false;
-    }
-    return any_written();
+    auto found = anabranch::sim::infer(op_, args_, in_place);
+    inferred_ = std::move(found.returns);
+    metas_ = std::move(found.args);
   }
 
   // `out=` may have got another shape.
@@ -374,7 +302,7 @@ class Call {
       }
     }
     work.run = [op = op_, args = std::move(args), outcome] {
-      Below below;
+      Running running;
       Stack call = args;
       try {
         op.callBoxed(call);
@@ -406,7 +334,7 @@ class Call {
   void write_back(const at::Tensor& to, const at::Tensor& from) const {
     if (!to.numel()) return;
     Work work{name_, {}, [host = Twins(c10::kCPU).of(to), from] {
-                Below below;
+                Running running;
                 host.copy_(from);
               }};
     touch(work.ranges, to, true);

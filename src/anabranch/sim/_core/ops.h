@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/util/Exception.h>
 
 #include <utility>
 #include <vector>
@@ -30,6 +31,17 @@ class Below {
   c10::InferenceMode ordinary_{false};
   c10::impl::ForceDispatchKeyGuard keys_;
   at::impl::TorchFunctionDisabledState functions_;
+};
+
+// While queued work runs, besides: no warnings. They came when it was queued, if they are about the arguments.
+class Running {
+ public:
+  Running() : quiet_(nobody()) {}
+
+ private:
+  static c10::WarningHandler* nobody();
+  Below below_;
+  c10::WarningUtils::WarningHandlerGuard quiet_;
 };
 
 // Tensors on `type` (CPU or meta) that stand for device tensors: the same sizes, strides and sharing of storage, so

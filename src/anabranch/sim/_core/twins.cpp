@@ -22,6 +22,14 @@ Below::~Below() {
   at::impl::PythonTorchFunctionTLS::set_disabled_state(functions_);
 }
 
+c10::WarningHandler* Running::nobody() {
+  struct Nobody final : c10::WarningHandler {
+    void process(const c10::Warning&) override {}
+  };
+  static Nobody nobody;
+  return &nobody;
+}
+
 namespace {
 c10::Storage stand_in(const c10::Storage& storage, c10::DeviceType type) {
   // A kernel may make a meta storage larger (`out=`). Device memory is resized when an operator is queued, never when
