@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -103,6 +103,12 @@ class Rig:
 
     def run_what_can(self) -> None:
         """Let the device get as far as latches allow, where it would not do so by itself."""
+
+    @contextmanager
+    def nothing_queued(self, stream: Any) -> Iterator[None]:
+        """Asserts that the block queues no work on ``stream``, which was idle."""
+        yield
+        assert stream.query()
 
     def sparse(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` as a sparse tensor, which no engine takes."""

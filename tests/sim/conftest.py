@@ -4,9 +4,10 @@ these tests, on a GPU host, keeps CUDA as its accelerator."""
 from __future__ import annotations
 
 import gc
+import json
 import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -45,6 +46,16 @@ class Sim(Rig):
         while able := [actor for actor, enabled, *_ in self.core.heads() if enabled]:
             for actor in able:
                 self.core.step(actor)
+
+    @contextmanager
+    def nothing_queued(self, stream: Any) -> Iterator[None]:
+        # The stream itself is not idle where something was freed on it: that queues poison.
+        self.core.trace(True)
+        yield
+        events = [json.loads(line) for line in self.core.take_trace().splitlines()]
+        self.core.trace(False)
+        assert any(e["do"] == "alloc" for e in events), "traced nothing"
+        assert not [e for e in events if e["do"] in ("op", "replay") and e["stream"] == f"s{stream.stream_id}"]
 
     def sparse(self, x: torch.Tensor) -> torch.Tensor:
         return x.cpu().to_sparse()  # not modelled

@@ -94,5 +94,8 @@ class CpuDevice:
     def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
         raise NotImplementedError("the CPU has no captures")
 
+    def hand_over(self, tensors: Sequence[torch.Tensor], stream: Any) -> None:
+        raise NotImplementedError("the CPU has no captures")
+
     def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:
         raise NotImplementedError("the CPU has no captures")

@@ -280,6 +280,11 @@ class CudaDevice:
             lane = tie.lanes.setdefault(stream.cuda_stream, self.acquire_lane(index))
         return lane
 
+    def hand_over(self, tensors: Sequence[torch.Tensor], stream: Any) -> None:
+        # The allocator need not know. Their blocks can come back only to the lane, in this capture's pool, and all that
+        # is ever queued on the lane there waits for the caller's stream first.
+        pass
+
     def prepare_retire(self, index: int) -> None:
         if index not in self._reapers:
             self._reapers.setdefault(index, _new_stream(index))

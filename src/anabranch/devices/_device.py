@@ -130,6 +130,10 @@ class Device(Protocol):
         made of it are gone.
         """
 
+    def hand_over(self, tensors: Sequence[torch.Tensor], stream: Any) -> None:
+        """``tensors`` of a lane that :meth:`join_capture` gave are now the caller's, who uses and frees them on
+        ``stream``."""
+
     def prepare_retire(self, index: int) -> None:
         """Create what :meth:`retire` needs on device ``index``; a finalizer must not create anything."""
 

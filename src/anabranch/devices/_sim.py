@@ -228,6 +228,12 @@ class SimDevice:
             lane = capture.lanes.setdefault(stream.stream_id, self.acquire_lane(index))
         return lane
 
+    def hand_over(self, tensors: Sequence[torch.Tensor], stream: Any) -> None:
+        # What is freed is poisoned at once, in the order of the stream that owns it: the lane, which waits for the
+        # caller's stream only when it is used next.
+        for t in tensors:
+            t.record_stream(stream)
+
     def _reap_captures(self) -> None:
         while self._ended:
             capture = self._captures.pop(self._ended.popleft(), None)

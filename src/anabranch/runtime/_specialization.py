@@ -425,7 +425,9 @@ class Specialization:
         lane.stream.wait_event(fork)
         try:
             with device.on_stream(lane.stream):
-                return self._run_kernels(inputs)
+                results = self._run_kernels(inputs)
+            device.hand_over(results, stream)
+            return results
         finally:
             # Also after an error: a lane left forked would invalidate the caller's capture as a whole.
             join.record(lane.stream)
