@@ -65,6 +65,7 @@ class Model:
                 awake = [a for a in able if a not in asleep]
                 if not awake:
                     end = "cut"
+                    pending = {a: s for a, s in pending.items() if a not in able}
                     break
                 actor = steps[-1].actor if steps and steps[-1].actor in awake else awake[0]
             step = pending[actor]
@@ -103,6 +104,10 @@ class Model:
             touches = [(f"e{on}", 0, 1, WRITE)]
         elif do == "wait":
             touches = [(f"e{on}", 0, 1, AWAIT)]
+        elif do == "put":
+            touches = [(f"line{on}", 0, 1, WRITE)]
+        elif do == "get":
+            touches = [(f"line{on}", 0, 1, AWAIT), (f"got{on}", 0, 1, WRITE)]
         elif do == "push":
             queue, op, memory, host = on
             touches = [(f"q{queue}", 0, 1, WRITE), (f"u{op}", 0, 1, GIVE)]
@@ -126,6 +131,8 @@ class Model:
             return bool(state.values.get(f"flag{on}"))
         if do == "sync":
             return on in state.done
+        if do == "get":
+            return bool(state.values.get(f"line{on}"))
         return True
 
     def _execute(self, state: _State, actor: str) -> None:
@@ -157,6 +164,12 @@ class Model:
         elif do == "push":
             queue, op, memory, host = on
             state.queues.setdefault(queue, []).append(("op", (op, memory, host)))
+        elif do == "put":
+            state.values[f"line{on}"] = [*state.values.get(f"line{on}", []), (actor, state.counters[actor])]
+        elif do == "get":
+            first, *rest = state.values[f"line{on}"]
+            state.values[f"line{on}"] = rest
+            seen.append(first)
         elif do == "query":
             seen.append(on in state.done)
         elif do == "op":
@@ -188,17 +201,32 @@ def random_model(seed: int) -> Model:
     rng = random.Random(seed)
     threads: dict[str, list[Instruction]] = {}
     ops = [0]
-    flavour = rng.choice(["memory", "locks", "events", "device", "all"])
+    flavour = rng.choice(["memory", "locks", "events", "device", "lines", "all"])
     kinds = {
         "memory": ["write", "write", "read", "add", "unless"],
         "locks": ["lock", "lock", "try", "write", "read"],
         "events": ["set", "wait", "clear", "write", "unless"],
+        "lines": ["put", "get", "put", "get", "write", "read"],
         "device": ["push", "push", "sync", "query", "write"],
-        "all": ["write", "read", "lock", "try", "set", "wait", "clear", "push", "sync", "unless", "query"],
+        "all": [
+            "write",
+            "read",
+            "lock",
+            "try",
+            "set",
+            "wait",
+            "clear",
+            "push",
+            "sync",
+            "unless",
+            "query",
+            "put",
+            "get",
+        ],
     }[flavour]
     for t in range(rng.choice([2, 2, 3])):
         code: list[Instruction] = []
-        length = rng.randint(1, 4 if t < 2 else 2)
+        length = rng.randint(1, 4 if t < 2 else 3 if flavour in ("lines", "events") else 2)
         while len(code) < length:
             do = rng.choice(kinds)
             on = rng.choice("ab")

@@ -193,6 +193,7 @@ class Conductor:
         self._timeouts: dict[tuple[str, str], int] = {}
         self._dying: threading.Thread | None = None
         self._signalled: set[str] = set()
+        self._cut: frozenset[str] = frozenset()
         scheduler.attach(self.steps)
 
     # What threads call.
@@ -360,11 +361,11 @@ class Conductor:
     # Deciding.
 
     def pending(self) -> list[Step]:
-        """The steps that were not taken: of threads, then of queues."""
+        """The steps that were not taken: of threads, then of queues; after a cut only those that are not enabled."""
         left = [Step(a.name, a.label, a.touches) for a in self._actors if not a.ended]
         if self._core is not None:
             left += [Step(actor, label, touches) for actor, _, label, touches in self._core.heads()]
-        return left
+        return [step for step in left if step.actor not in self._cut]
 
     def stuck(self) -> str:
         """Who waits for what, one line each."""
@@ -392,6 +393,7 @@ class Conductor:
                 self.failures = [Failure("replay", str(error))]
                 self._finish("diverged")
             if choice is None:
+                self._cut = frozenset([c.actor for c in choices])
                 self._finish("cut")
             self.steps.append(Step(choice.actor, choice.label, choice.touches, timeout))
             self.enabled.append(frozenset([c.actor for c in choices]))

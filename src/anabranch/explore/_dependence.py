@@ -184,16 +184,21 @@ class History:
                     _join(post, self.clocks[indices[-1]])
             return Relations(post, dict(post), [])
         races: list[int] = []
+        reversible: list[int] = []
         for i in sorted(found, reverse=True):
             other = self.steps[i].actor
             relation = found[i]
             if (
                 relation != ORDER
                 and i > pre.get(other, -1)
-                and not any(self.before(i, c) for c in races)
+                and not any(self.before(i, c) for c in reversible)
                 and not (relation == ENABLES and self._enabled_by(i, actor))
             ):
                 races.append(i)
+                # Whether a step that may have enabled this one can be reversed with it is not known when its actor had
+                # something else to do at the time: what lies behind such a step must be judged by itself.
+                if relation == CONFLICT:
+                    reversible.append(i)
             if i > post.get(other, -1):
                 _join(post, self.clocks[i])
         return Relations(pre, post, races)

@@ -26,7 +26,8 @@ class Run:
 
     ``complete``: every thread ended and every queue is empty. ``deadlock``: neither, and nothing can go on. ``cut``:
     all that can go on is covered by another schedule. ``steps``: the limit of steps. ``crash`` and ``hang``: the
-    process died, or made no progress. ``pending`` are the steps that were not taken. ``outcome`` is a digest of what
+    process died, or made no progress. ``pending`` are the steps that were not taken; of a cut run only those that
+    were not enabled. ``outcome`` is a digest of what
     the program returned or raised: equal outcomes are equal values.
     """
 

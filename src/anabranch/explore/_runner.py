@@ -282,7 +282,7 @@ def _found(failure: Failure | None) -> list[Failure]:
 
 def _pack(conductor: Conductor, end: End, failures: list[Failure], digest: str, trace: bytes) -> bytes:
     steps = [(s.actor, s.label, [tuple(t) for t in s.touches], s.timeout) for s in conductor.steps]
-    pending = [(s.actor, s.label, [tuple(t) for t in s.touches]) for s in conductor.pending()] if end != "cut" else []
+    pending = [(s.actor, s.label, [tuple(t) for t in s.touches]) for s in conductor.pending()]
     enabled = [tuple(actors) for actors in conductor.enabled]
     found = [(f.oracle, f.message, f.report) for f in failures]
     return marshal.dumps((end, steps, enabled, pending, found, digest, trace))

@@ -26,14 +26,18 @@ Why that stays sound with what threads and queues add:
   lock in between follows R1, thus A1, too; so A2 is enabled after the rest of v. With A1 R1 A3 R3 A2, only (A3, A2) is
   a race of A2; the run that reverses it has A1 R1 A2 and then (A1, A2).
 - *Deadlock.* A thread that never gets its lock executes no A2 from which a race could be judged. So at the end of a
-  run the pending steps of all that are stuck are judged as if they came next. A run cut by sleep needs no such thing:
-  all of its continuations were covered by another branch, and judged there. (A run that ends at the limit of steps is
-  treated as stuck; it makes the verdict `bounded` anyway.)
+  run the pending steps of all that are stuck are judged as if they came next. In a run cut by sleep these are the ones
+  that are not enabled: its continuations were covered by another branch, but reversing such a race leads out of them
+  (the sleeper need not run before the reversed pair does). The enabled ones, all asleep, need no such thing. (A run that
+  ends at the limit of steps is treated as stuck; it makes the verdict `bounded` anyway.)
 - *Trying.* A try-acquire is always enabled, and its answer depends on releases as well: it writes `try:<lock>`, and so
   does every release.
 - *Waiting for an event's flag.* If i was the very step that enabled a waiting j (`set`, then `wait`), j cannot come
   before it: no race. But only the flag decides whether j is enabled, and every change of it conflicts with i, hence is
-  not in v; so nothing in v could enable j instead. Earlier writers of the flag (`clear`) are still judged.
+  not in v; so nothing in v could enable j instead. Earlier writers of the flag (`clear`) are still judged. The same
+  holds for taking an item out of a queue (`put`, `get`), where other takers are the ones that disable. If j's actor had
+  another step to take first when i ran, it is not known whether i enabled j: then i counts as a race, but as one that
+  may be impossible to reverse, and hides no earlier one.
 - *Timed waits.* Time passes only when nothing else can happen. Then those whose time is up first are the only
   branches, and all of them are tried. Since a time-out needs everything else to have happened, the same steps come
   before it in every schedule that swaps neighbours: it is a wall that no race crosses.
@@ -100,7 +104,7 @@ class Search:
         self.cut += run.end == "cut"
         start = max(len(prefix) - 1, 0)
         self._extend(run, start, prefix[-1] if prefix else None)
-        if run.end in ("deadlock", "steps"):
+        if run.end in ("deadlock", "steps", "cut"):
             for pending in run.pending:
                 self._judge(pending)
         self._script = self._backtrack()
