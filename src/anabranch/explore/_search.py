@@ -28,8 +28,8 @@ Why that stays sound with what threads and queues add:
 - *Deadlock.* A thread that never gets its lock executes no A2 from which a race could be judged. So at the end of a
   run the pending steps of all that are stuck are judged as if they came next. In a run cut by sleep these are the ones
   that are not enabled: its continuations were covered by another branch, but reversing such a race leads out of them
-  (the sleeper need not run before the reversed pair does). The enabled ones, all asleep, need no such thing. (A run that
-  ends at the limit of steps is treated as stuck; it makes the verdict `bounded` anyway.)
+  (the sleeper need not run before the reversed pair does). The enabled ones, all asleep, need no such thing. (A run
+  that ends at the limit of steps is treated as stuck; it makes the verdict `bounded` anyway.)
 - *Trying.* A try-acquire is always enabled, and its answer depends on releases as well: it writes `try:<lock>`, and so
   does every release.
 - *Waiting for an event's flag.* If i was the very step that enabled a waiting j (`set`, then `wait`), j cannot come
