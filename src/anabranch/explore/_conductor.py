@@ -38,6 +38,11 @@ class Core(Protocol):
     def heads(self) -> list[tuple[str, bool, str, list[Touch]]]: ...
     def step(self, actor: str) -> None: ...
     def all_done(self, needs: list[str]) -> bool: ...
+    def thread_named(self, ident: int) -> str | None:
+        """The conducted thread with this `threading.get_ident()`: the number itself may be given again."""
+        named = [a for a in self._actors if a.thread.ident == ident]
+        return next((a.name for a in named if not a.ended), named[-1].name if named else None)
+
     def emit(self, line: str) -> None: ...
 
 
@@ -347,6 +352,11 @@ class Conductor:
     def awaited(self, name: str) -> None:
         if name in self._signalled:
             self.emit(f'{{"do":"await","on":"{name}","thread":"{local.actor.name if local.actor else "T0"}"}}')
+
+    def thread_named(self, ident: int) -> str | None:
+        """The conducted thread with this `threading.get_ident()`: the number itself may be given again."""
+        named = [a for a in self._actors if a.thread.ident == ident]
+        return next((a.name for a in named if not a.ended), named[-1].name if named else None)
 
     def emit(self, line: str) -> None:
         """One event of the trace."""

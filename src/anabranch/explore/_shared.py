@@ -51,7 +51,9 @@ class Place:
 
 
 def _slot(key: object) -> int:
-    """The same for equal keys, in every schedule; addresses must not get in."""
+    """The same for equal keys, in every schedule; addresses must not get in, nor the numbers of threads."""
+    if type(key) is int and key > 1 << 32 and _conductor.active is not None:
+        key = _conductor.active.thread_named(key) or key
     if isinstance(key, (str, int, bytes, float, type(None))):
         return crc32(repr(key).encode("utf-8", "surrogatepass"))
     if isinstance(key, tuple):
