@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from functools import cache
 from importlib.machinery import ExtensionFileLoader
@@ -36,24 +37,31 @@ def flags() -> list[str]:
         # PyTorch's own headers have some.
         "-Wno-unused-parameter",
         *(f"-isystem{h}" for h in headers),
+        # A build of its own, for the tests under sanitizers.
+        *os.environ.get("ANABRANCH_SIM_FLAGS", "").split(),
     ]
 
 
-@cache
-def load() -> ModuleType:
-    """The backend's module, compiled if need be (about a minute, once for each version of PyTorch and Python).
+def build() -> Path:
+    """Where the backend's library is, compiled if need be (about a minute, once for each PyTorch and Python).
 
     Raises :class:`~anabranch.errors.BuildError` where there is no compiler.
     """
     # The name says for which PyTorch: the flags, which hold its folder, need not differ between two versions.
     version = f"torch-{torch.__version__}-{sysconfig.get_config_var('SOABI')}"
     folder = cpp_extension.TORCH_LIB_PATH
-    path = _native.build(
+    return _native.build(
         NAME,
         sources(),
         flags=[*flags(), f'-DANABRANCH_FOR="{version}"'],
         libraries=[f"-L{folder}", f"-Wl,-rpath,{folder}", "-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"],
     )
+
+
+@cache
+def load() -> ModuleType:
+    """The backend's module. Raises as :func:`build` does."""
+    path = build()
     spec = spec_from_file_location(NAME, path, loader=ExtensionFileLoader(NAME, str(path)))
     assert spec is not None
     module = module_from_spec(spec)

@@ -1,5 +1,5 @@
 // What makes the machine a PyTorch device: guard, allocators, hooks.
-#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/Generator.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -12,7 +12,8 @@
 
 namespace anabranch::sim {
 
-void seed_all(uint64_t seed);  // random.cpp
+const at::Generator& default_generator(int device);  // random.cpp
+at::Generator new_generator(int device);
 
 namespace {
 
@@ -270,6 +271,10 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex d) const override {
     return d < 0 ? getCurrentDevice() : exchangeDevice(d);
   }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex d) const override {
+    return default_generator(d < 0 ? current_device() : d);
+  }
+  at::Generator getNewGenerator(c10::DeviceIndex d) const override { return new_generator(d); }
   at::Allocator* getPinnedMemoryAllocator() const override { return &PinnedAllocator::get(); }
   bool isPinnedPtr(const void* data) const override { return PinnedAllocator::get().holds(data); }
   at::Device getDeviceFromPtr(void* data) const override {

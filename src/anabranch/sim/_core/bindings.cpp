@@ -234,6 +234,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
 
   // -- devices and streams
+  m.def("seed_all", &seed_all);
   m.def("current_device", &current_device);
   m.def("exchange_device", &exchange_device);
   m.def("current_stream", [](int device) {

@@ -1,6 +1,5 @@
 // Random numbers. A seed is drawn from the device's generator when an operator is queued; when it runs, the CPU kernel
 // gets a generator of its own with that seed. So the numbers depend on the order of the calls alone, as on CUDA.
-#include <ATen/core/GeneratorForPrivateuseone.h>
 #include <ATen/ops/bernoulli.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -83,11 +82,6 @@ std::tuple<at::Tensor, at::Tensor> native_dropout(const at::Tensor& input, doubl
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("native_dropout", &native_dropout);
 }
-
-[[maybe_unused]] const bool registered = [] {
-  at::GetGeneratorPrivate() = [](c10::DeviceIndex device) { return new_generator(device); };
-  return true;
-}();
 
 }  // namespace
 

@@ -1,0 +1,81 @@
+"""The backend under AddressSanitizer and UndefinedBehaviorSanitizer, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FLAGS = (
+    "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sanitize=vptr -fno-omit-frame-pointer"
+    # With sanitizers the compiler sees less of PyTorch's headers than it thinks.
+    " -Wno-error=maybe-uninitialized"
+)
+
+_RUN = """
+import pytest, sys
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+def _library(compiler: str, name: str) -> str:
+    path = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+    return path.strip()
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    from anabranch.sim import _build
+
+    before = os.environ.get("ANABRANCH_SIM_FLAGS")
+    os.environ["ANABRANCH_SIM_FLAGS"] = FLAGS
+    try:
+        # Not in the process below, where the compiler would run under the sanitizers too.
+        _build.build()
+        environment = dict(os.environ)
+    finally:
+        os.environ.pop("ANABRANCH_SIM_FLAGS")
+        if before is not None:
+            os.environ["ANABRANCH_SIM_FLAGS"] = before
+    libraries = [_library("gcc", "libasan.so"), _library("gcc", "libubsan.so"), _library("g++", "libstdc++.so")]
+    environment["LD_PRELOAD"] = " ".join(libraries)
+    # Python and PyTorch never free what they made once; only what is wrong in what we do counts.
+    environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_odr_violation=0:abort_on_error=1"
+    environment["UBSAN_OPTIONS"] = "print_stacktrace=1"
+    environment["PYTHONPATH"] = str(ROOT / "src")
+    return environment
+
+
+def test_a_planted_error_is_seen(environment: dict[str, str]) -> None:
+    # A kernel that reads beyond its block: the sanitizer is really there, and knows the machine's memory.
+    code = """
+import ctypes, torch, anabranch.sim as sim
+x = torch.ones(4, device="sim")
+sim.launch("stray", lambda t: ctypes.memmove((ctypes.c_char * 8)(), t.data_ptr() + 512, 8), reads=[x])
+torch.accelerator.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        ["tests/sim/test_ops.py"],
+        ["tests/sim/test_device_seam.py", "tests/sim/test_device_contract.py"],
+        ["tests/sim/test_mutants.py", "-k", "exhaustive"],
+    ],
+    ids=["ops", "device", "explorer"],
+)
+def test_the_suite_is_clean(environment: dict[str, str], tests: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, *tests], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout
+    assert "runtime error" not in done.stdout + done.stderr
