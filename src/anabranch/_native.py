@@ -1,12 +1,13 @@
 """Builds this package's C++ at first use. One function, :func:`build`; it knows nothing of what it builds.
 
 A library is kept in the user's cache under a name made from its sources, the compiler and the flags, so a change in
-any of them builds anew and nothing is ever rebuilt in place: two processes may build at once, and the later one
-replaces an equal file in one step.
+any of them builds anew and nothing is ever rebuilt in place. Processes that want to build at once do it one after the
+other, and find what the first one made.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shlex
@@ -16,8 +17,9 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from anabranch.errors import BuildError
@@ -37,9 +39,9 @@ def build(
 ) -> Path:
     """Compile ``sources`` and return the path of the library (or, with ``shared=False``, of the program).
 
-    ``libraries`` are the linker's arguments. Returns at once when an equal build is in the cache. Headers beside the sources (``*.h``) count as sources for that
-    comparison. ``progress`` gets one line before a compilation and one after it; by default they go to stderr. Safe in
-    many threads and processes at once.
+    ``libraries`` are the linker's arguments. Returns at once when an equal build is in the cache. Headers beside the
+    sources (``*.h``) count as sources for that comparison. ``progress`` gets one line before a compilation and one
+    after it; by default they go to stderr. Safe in many threads and processes at once.
 
     Raises :class:`~anabranch.errors.BuildError` when there is no compiler, when it fails (its output is in the
     message), or when the cache cannot be written.
@@ -57,8 +59,6 @@ def build(
     if target.exists():
         return target
 
-    say(f"anabranch: compiling {name} (once for this version; kept in {target.parent})")
-    started = time.monotonic()
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, partial = tempfile.mkstemp(prefix=f".{name}-", dir=target.parent)
@@ -68,24 +68,46 @@ def build(
         ) from error
     os.close(handle)
     try:
-        # What the compiler writes has another name until it is whole: a reader sees all of it or nothing.
-        with tempfile.TemporaryDirectory(prefix="anabranch-") as folder:
-            objects = [str(Path(folder) / f"{i}.o") for i in range(len(sources))]
-            commands = [
-                [*compiler, *(o for o in options if o != "-shared"), "-c", str(source), "-o", made]
-                for source, made in zip(sources, objects, strict=True)
-            ]
-            # A compiler is a process of its own: threads do to run several.
-            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                for _ in pool.map(_run, commands, [name] * len(commands)):
-                    pass
-            _run([*compiler, *options, *objects, *libraries, "-o", partial], name)
-        os.chmod(partial, 0o700)
-        os.replace(partial, target)
+        with _alone(target.parent):
+            if target.exists():  # another process was building it meanwhile
+                return target
+            say(f"anabranch: compiling {name} (once for this version; kept in {target.parent})")
+            started = time.monotonic()
+            # What the compiler writes has another name until it is whole: a reader sees all of it or nothing.
+            _compile(name, [*compiler, *options], sources, libraries, partial)
+            os.chmod(partial, 0o700)
+            os.replace(partial, target)
+            say(f"anabranch: compiled {name} in {time.monotonic() - started:.1f} s")
     finally:
         Path(partial).unlink(missing_ok=True)
-    say(f"anabranch: compiled {name} in {time.monotonic() - started:.1f} s")
     return target
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One build at a time in ``folder``: a second one would most likely make the same library, and slow down both."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        # Where the file system knows no locks, both build: the result is the same.
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _compile(name: str, compiler: list[str], sources: Sequence[Path], libraries: Sequence[str], target: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="anabranch-") as folder:
+        objects = [str(Path(folder) / f"{i}.o") for i in range(len(sources))]
+        commands = [
+            [*(word for word in compiler if word != "-shared"), "-c", str(source), "-o", made]
+            for source, made in zip(sources, objects, strict=True)
+        ]
+        # A compiler is a process of its own: threads do to run several.
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for _ in pool.map(_run, commands, [name] * len(commands)):
+                pass
+        _run([*compiler, *objects, *libraries, "-o", target], name)
 
 
 def _run(command: Sequence[str], name: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils.backend_registration import generate_methods_for_privateuse1_backend, rename_privateuse1_backend
 
 from anabranch import _sync
 from anabranch.explore import Verdict, exhaustive, explore, fifo, lazy, pct, random, replay
@@ -22,9 +23,9 @@ from anabranch.sim._module import Event, Stream
 
 core = _module.core
 
-torch.utils.rename_privateuse1_backend("sim")
+rename_privateuse1_backend("sim")
 torch._register_device_module("sim", _module)
-torch.utils.generate_methods_for_privateuse1_backend()
+generate_methods_for_privateuse1_backend()
 # What the runtime's threads share is observable in this process from here on; in threads that no explorer conducts it
 # behaves as ever.
 _sync.install(Factories())

@@ -15,7 +15,7 @@ void Machine::begin_capture(const QueuePtr& queue, Capture::CaptureMode mode) {
   auto capture = std::make_shared<Capture>();
   capture->mode = mode;
   capture->id = next_capture_++;
-  capture->thread = &ids();
+  capture->thread = this_thread();
   capture->origin = queue;
   capture->counts = {0};
   capture->waits.resize(1);

@@ -105,7 +105,7 @@ struct Node {
 struct Capture {
   enum class CaptureMode { kGlobal, kThreadLocal, kRelaxed } mode = CaptureMode::kThreadLocal;
   int64_t id = 0;
-  const Ids* thread = nullptr;
+  const void* thread = nullptr;  // see this_thread()
   QueuePtr origin;
   std::vector<Node> nodes;
   std::vector<size_t> counts;             // nodes of each lane
@@ -245,6 +245,8 @@ void add(Deps& deps, const Deps& more);
 
 // The calling thread's counters, and whether it is conducted.
 Ids& ids();
+// Something that is another thing in each thread.
+const void* this_thread();
 bool conducted();
 std::string make_id(uint64_t Ids::* counter);
 

@@ -68,6 +68,9 @@ Lock::~Lock() {
   Machine::get().mutex.unlock();
 }
 
+const void* this_thread() {
+  return &t_device;
+}
 Ids& ids() {
   return t_ids ? *t_ids : free_ids;
 }
@@ -224,7 +227,7 @@ void refuse_in_capture(const char* what, const QueuePtr& queue) {
     using Mode = Capture::CaptureMode;
     bool own = queue && queue->capture == capture;
     bool forbidden =
-        capture->mode == Mode::kGlobal || (capture->mode == Mode::kThreadLocal && capture->thread == &ids());
+        capture->mode == Mode::kGlobal || (capture->mode == Mode::kThreadLocal && capture->thread == this_thread());
     if (own || (forbidden && !t_relaxed)) {
       capture->invalid = std::string(what) + " while a capture was under way";
       TORCH_CHECK(false, "sim: ", what, " is not permitted while a stream is under capture",
