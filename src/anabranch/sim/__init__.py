@@ -38,8 +38,8 @@ def launch(
     """Queue a kernel that is not an ATen operator on the current stream of its tensors' device.
 
     When its turn comes, ``kernel`` is called with CPU tensors over the same memory, first those of ``reads``, then
-    those of ``writes``; it must touch nothing else. An exception in it is a device error: it lasts, and shows at the next
-    synchronization.
+    those of ``writes``; it must touch nothing else. An exception in it is a device error: it lasts, and shows at the
+    next synchronization.
     """
     core.launch(name, kernel, list(reads), list(writes))
 
