@@ -22,7 +22,7 @@ from anabranch.errors import AnabranchError
 from anabranch.runtime._engine import DEFAULT_MAX_CONTEXTS, RUNTIMES
 
 #: Elements of the largest default shape on the simulated device, whose kernels are the CPU's.
-_SIMULATED = 1 << 16
+_SIMULATED = 1 << 13
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -52,7 +52,7 @@ class _Shape(click.ParamType):  # type: ignore[type-arg]  # generic in click's s
 @click.option("--shape", "shapes", multiple=True, type=_Shape(), help="Default: boundary shapes in several layouts.")
 @click.option("--streams", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--threads", default=8, show_default=True, type=click.IntRange(1))
-@click.option("--calls", default=100, show_default=True, type=click.IntRange(1), help="For each row of the table.")
+@click.option("--calls", type=click.IntRange(1), help="For each row of the table. Default: 100; on sim, 16.")
 @click.option("--runtime", default="python", show_default=True, type=click.Choice(RUNTIMES))
 @click.option("--backend", type=click.Choice(BACKENDS), help="Default: inductor; on sim, eager.")
 @click.option("--graphs/--direct", "cuda_graphs", default=None, help="Force a path. Default: whichever is faster.")
@@ -63,6 +63,7 @@ class _Shape(click.ParamType):  # type: ignore[type-arg]  # generic in click's s
 def command(
     model: str,
     device: str | None,
+    calls: int | None,
     dtypes: tuple[str, ...],
     shapes: tuple[tuple[int, ...], ...],
     json_path: Path | None,
@@ -81,7 +82,7 @@ def command(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         _refuse("--device cuda given, but PyTorch sees no GPU here; use --device cpu")
-    options = Options(device=device, **settings)
+    options = Options(device=device, calls=calls or (16 if device == "sim" else 100), **settings)
     if options.inject and device == "cpu":
         _refuse(
             f"--inject {options.inject}: device 'cpu' has no streams, so there is no stale stream to find."
@@ -123,11 +124,11 @@ def command(
         console.print(f"  {line}")
     _print_races(console, rows)
     bad = [r for r in rows if not r.ok]
-    calls, wrong = sum(r.calls for r in rows), sum(r.wrong for r in rows)
+    made, wrong = sum(r.calls for r in rows), sum(r.wrong for r in rows)
     if json_path:
         write_json(json_path, to_json(rows, device, model=subject.name, inject=options.inject))
     verdict = "all outputs right" if not bad else f"WRONG in {len(bad)} of {len(rows)} rows"
-    console.print(f"{verdict}: {wrong} wrong of {calls} calls")
+    console.print(f"{verdict}: {wrong} wrong of {made} calls")
     sys.exit(1 if bad else 0)
 
 

@@ -68,7 +68,7 @@ class Row:
     tolerance: float = 0.0
     us_a_call: float = 0.0
     mode: str = ""
-    #: Distinct findings of the race checker, and the first of them in words; on the simulated device.
+    #: Findings of the race checker at different places, and the first of them in words; on the simulated device.
     races: int = 0
     report: str = ""
 
@@ -151,9 +151,7 @@ class Bench:
         else:
             module = model.module()
             self.reference = lambda x: module(x.to(case.dtype))
-        #: Where inputs are drawn: the simulated device has no generators of its own.
-        self.drawn_on = torch.device("cpu") if self.device.kind == "sim" else self.torch_device
-        self.generator = torch.Generator(device=self.drawn_on).manual_seed(2991)
+        self.generator = torch.Generator(device=self.torch_device).manual_seed(2991)
         self.engine: Engine = compile(
             model,
             [case.empty(self.torch_device)],
@@ -184,7 +182,7 @@ class Bench:
         row.mode = f"{plan.backend}, {'captured' if plan.captured else 'direct'}"
         run_round = self._round if self.device.has_streams else self._round_cpu
         size = self._round_size(path)
-        if self.device.has_streams:
+        if self.device.has_streams and self.device.kind != "sim":
             # Whatever would wait for a held stream (loading kernels, a thread's library handles) happens here, once.
             run_round(Row(path, "", ""), path, size, hold=False)
         while row.calls < self.options.calls:
@@ -206,9 +204,9 @@ class Bench:
 
     def _source(self) -> torch.Tensor:
         """A new input: values of order 1 and of both signs, none of them zero."""
-        x = torch.empty(self.case.shape, dtype=torch.float32, device=self.drawn_on)
+        x = torch.empty(self.case.shape, dtype=torch.float32, device=self.torch_device)
         x.uniform_(-1, 1, generator=self.generator)
-        return (x + 0.1 * x.sign()).to(self.torch_device, self.case.dtype)
+        return (x + 0.1 * x.sign()).to(self.case.dtype)
 
     def _input(self, source: torch.Tensor) -> torch.Tensor:
         return self.case.empty(self.torch_device).copy_(source)

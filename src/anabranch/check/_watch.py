@@ -30,7 +30,7 @@ class Watch:
             import anabranch.sim
 
             self._core = anabranch.sim.core
-        #: Distinct findings, and the first of them with what would repair it.
+        #: Findings at different places in the program, and the first of them with what would repair it.
         self.races = 0
         self.report = ""
 
@@ -49,5 +49,5 @@ class Watch:
             detector = Detector()
             detector.feed_bytes(trace)
             reports += detector.finish().reports
-        self.races = len(reports)
+        self.races = len({(r.verdict, r.first and r.first.site.source, r.second.site.source) for r in reports})
         self.report = str(reports[0]) if reports else ""
