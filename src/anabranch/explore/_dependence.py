@@ -34,6 +34,8 @@ _RELATIONS = {
     (ACQUIRE, ACQUIRE): CONFLICT,
     (AWAIT, WRITE): ENABLES,
     (HOST_ASYNC, HOST): CONFLICT,
+    # Two copies may use one pinned buffer.
+    (HOST_ASYNC, HOST_ASYNC): CONFLICT,
     (GIVE, NEED): ORDER,
     (RELEASE, ACQUIRE): ORDER,
 }
