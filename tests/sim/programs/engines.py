@@ -74,7 +74,8 @@ def one_thread(call: Call, calls: int, streams: int = 2) -> None:
 
 def many_threads(call: Call, threads: int, calls: int) -> None:
     """Each thread on a stream of its own."""
-    outputs: dict[int, torch.Tensor] = {}
+    # Filled in advance: in the order in which threads would add to it, results would be dropped in the end.
+    outputs: dict[int, Any] = dict.fromkeys(range(threads * calls))
     workers = [
         threading.Thread(target=serve, args=(call, STREAMS[t], range(t * calls, (t + 1) * calls), outputs))
         for t in range(threads)

@@ -249,8 +249,13 @@ void enqueue(int device, Work work) {
     op.id = make_id(&Ids::op);
   }
   point("queue", [&] { return op.name + " on " + queue->actor; }, [&] { return queue_touches(queue, op.id); });
-  Lock lock;
-  machine.launch(queue, std::move(op), work.workspace);
+  auto name = op.name;
+  {
+    Lock lock;
+    machine.launch(queue, std::move(op), work.workspace);
+  }
+  // The host's next accesses of pinned memory go unseen: the copy may run before them, so that is a step's end.
+  if (work.host_async) point("host", [&] { return "after " + name; }, [] { return Touches{}; });
 }
 
 Touches queue_touches(const QueuePtr& queue, const std::string& op) {
