@@ -8,7 +8,12 @@ help: ## List the targets
 install: ## Create .venv with pinned dependencies; quick when it is there already
 	@scripts/install
 
-demo: install ## Check the reported network and upscale a video, on the CPU
+demo: install ## See the bug and the cure on a simulated GPU, check on the CPU, upscale a video
+	@echo "The reported bug, put back into the engine, on a simulated accelerator:"
+	@.venv/bin/anabranch check relu --device sim --dtype float16 --shape 1,3,5 --calls 16 --inject stale-stream; \
+	    test $$? = 1 || { echo "make demo: the injected bug was not found" >&2; exit 1; }
+	@echo "The engine as it is:"
+	.venv/bin/anabranch check relu --device sim --dtype float32 --dtype float16 --shape 1,3,5 --shape 1,3,54,96 --calls 16
 	.venv/bin/anabranch check relu --device cpu --dtype float32 --dtype float16 --shape 1,3,5 --shape 1,3,2160,3840 --calls 16
 	.venv/bin/python examples/upscale_video.py --device cpu --frames 24
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,14 @@ def test_a_call_must_not_wait_for_the_device(program: str, message: str, monkeyp
     if verdict.failure is not None:
         assert verdict.failure.oracle == "host-wait"
         assert message in verdict.failure.message
+
+
+def test_the_example_fails_without_its_wait_and_not_with_it() -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    import missing_wait
+
+    from anabranch.sim import explore
+
+    assert explore(missing_wait.main).oracles == {"race"}
+    assert explore(missing_wait.main, oracles=["values"]).oracles == {"values"}
+    assert explore(missing_wait.repaired).kind == "exhaustive"
