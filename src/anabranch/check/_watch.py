@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +18,15 @@ def interleaved(device: str, seed: int) -> Iterator[None]:
         return
     from anabranch.explore import conducted, random
 
-    with conducted(random(seed)):
-        yield
+    # Collections come when they come, and finalizers ask the device: only between rows, so that two runs are equal.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with conducted(random(seed)):
+            yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class Watch:
@@ -36,6 +44,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self._core is not None:
+            gc.collect()
             self._core.trace(True)
         return self
 
