@@ -123,7 +123,7 @@ def test_an_asynchronous_copy_reads_pinned_memory_when_it_runs(sim: Any) -> None
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_freed_block_is_poisoned_and_belongs_to_its_stream(sim: Any) -> None:
+def test_a_freed_block_belongs_to_its_stream_and_comes_back_poisoned(sim: Any) -> None:
     def program(record: bool) -> torch.Tensor:
         a, b = torch.Stream(SIM), torch.Stream(SIM)
         with a:
@@ -144,9 +144,30 @@ def test_a_freed_block_is_poisoned_and_belongs_to_its_stream(sim: Any) -> None:
     is_wrong(lambda: program(False), [8.0] * 4, "record_stream")
 
 
+def test_a_block_may_be_freed_before_its_stream_waits_for_another_that_reads_it(sim: Any) -> None:
+    def program(wait: bool) -> torch.Tensor:
+        a, b = torch.Stream(SIM), torch.Stream(SIM)
+        with a:
+            x = torch.ones(4, device=SIM)
+        b.wait_event(a.record_event())
+        with b:
+            y = x + 1
+        del x
+        if wait:
+            a.wait_event(b.record_event())
+        with a:
+            torch.full((4,), 9.0, device=SIM)
+        b.synchronize()
+        return y.cpu()
+
+    is_right(lambda: program(True), [2.0] * 4)
+    is_wrong(lambda: program(False), [2.0] * 4, "record_stream")
+
+
 def test_fresh_memory_is_poison_in_every_float_type(sim: Any) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         x = torch.empty(100, dtype=dtype, device=SIM)
+        torch.accelerator.synchronize()
         assert sim.core.poisoned(x) == 100
         assert x.cpu().isnan().all()
         x.fill_(1)

@@ -163,7 +163,7 @@ struct Allocator final : c10::DeviceAllocator {
   static void free(void* data) {
     if (!data) return;
     auto& machine = Machine::get();
-    // Freeing queues work (the poison), and it decides what the next allocation gets.
+    // It decides what the next allocation gets.
     point(
         "free", [] { return std::string("free"); },
         [&] {
@@ -171,18 +171,11 @@ struct Allocator final : c10::DeviceAllocator {
           auto* block = machine.block_of(reinterpret_cast<uintptr_t>(data));
           if (!block) return all;
           all.push_back({Machine::pool_key(block->device, block->pool, block->stream), 0, 1, kWrite});
-          if (block->others.empty())
-            all.push_back({"q" + machine.queue(block->device, block->stream)->actor, 0, 1, kWrite});
           for (auto& other : block->others) all.push_back({"q" + other->actor, 0, 1, kRead});
           return all;
         });
     Lock lock;
     machine.release(data);
-    if (conducted()) {
-      auto* block = machine.block_of(reinterpret_cast<uintptr_t>(data));
-      auto owner = machine.queue(block->device, block->stream);
-      if (block->pending.empty()) amend({{"u" + owner->last, 0, 1, kGive}});
-    }
   }
   c10::DataPtr allocate(size_t bytes) override {
     c10::Device device(kSim, static_cast<c10::DeviceIndex>(current_device()));

@@ -28,6 +28,7 @@ Touches Machine::allocation_touches(size_t bytes, const QueuePtr& queue, int64_t
   bytes = (bytes + kGranule - 1) / kGranule * kGranule;
   for (auto* block : cached_[{queue->device, pool, queue->id}]) {
     if (block->bytes != bytes) continue;
+    if (all.size() == 1) all.push_back({"q" + queue->actor, 0, 1, kWrite});  // its poison is queued
     // Whether it may be handed out is a question to the device.
     for (auto& dep : block->pending) all.push_back({"y" + dep.op, 0, 1, kRead});
   }
@@ -80,16 +81,16 @@ Block* Machine::allocate(size_t bytes, const QueuePtr& queue, int64_t pool, cons
     log(nullptr, R"({"do":"alloc","buffer":")" + block->name + R"(","stream":")" + queue->trace_name() + '"' +
                      (before.empty() ? "" : R"(,"reuses":")" + before + '"'));
   }
-  if (!block->others.empty()) {
-    // Freed while other streams had it: poisoned only now that they are done.
-    block->others.clear();
-    poison(*block, queue);
-  }
+  // Inside a capture even what is fresh: each replay finds what the last one left.
+  if (!before.empty() || block->capture) poison(*block, queue);
+  block->others.clear();
   block->pending.clear();
   return block;
 }
 
-// Queued like any other work of the block's stream, so that what may still be reading the block by right is not harmed.
+// When a block is handed out again, not when it is freed: a program may free it before it orders the block's stream
+// after another one that still reads it. Queued like any other work of that stream, so that no rightful reader is
+// harmed.
 void Machine::poison(Block& block, const QueuePtr& queue) {
   Op op;
   op.id = make_id(&Ids::op);
@@ -112,9 +113,7 @@ void Machine::release(void* data) {
   if (!block.capture) log(nullptr, R"({"do":"free","buffer":")" + block.name + '"');
   block.live = false;
   block.pending.clear();
-  auto owner = queue(block.device, block.stream);
   for (auto& other : block.others) add(block.pending, frontier(other));
-  if (block.others.empty()) poison(block, owner);
   block.capture = nullptr;
   cached_[{block.device, block.pool, block.stream}].push_back(&block);
 }

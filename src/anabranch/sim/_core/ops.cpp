@@ -148,7 +148,7 @@ class Call {
   bool has_tag(at::Tag tag) const { return op_.hasTag(tag); }
   bool written(size_t argument) const {
     auto* alias = op_.schema().arguments()[argument].alias_info();
-    return (alias && alias->isWrite()) || writes_unannounced(name_, args_, argument);
+    return writes_by_rule(name_, args_, argument).value_or(alias && alias->isWrite());
   }
   bool any_written() const {
     for (size_t i = 0; i < args_.size(); ++i) {

@@ -151,11 +151,13 @@ ShapeRule shape_rule(const c10::OperatorName& op) {
   return found == kRules.end() ? nullptr : found->second;
 }
 
-bool writes_unannounced(const std::string& op, const Stack& args, size_t argument) {
-  // The running statistics.
-  if (op == "aten::native_batch_norm") return (argument == 3 || argument == 4) && args[5].toBool();
-  if (op == "aten::batch_norm_update_stats") return argument == 1 || argument == 2;
-  return false;
+std::optional<bool> writes_by_rule(const std::string& op, const Stack& args, size_t argument) {
+  // The running statistics: written without a word in the schema, or announced and only read.
+  bool statistics = argument == 3 || argument == 4;
+  if (statistics && (op == "aten::native_batch_norm" || op == "aten::_native_batch_norm_legit"))
+    return args[5].toBool();
+  if (op == "aten::batch_norm_update_stats" && (argument == 1 || argument == 2)) return true;
+  return std::nullopt;
 }
 
 }  // namespace anabranch::sim

@@ -4,6 +4,7 @@
 #include <ATen/core/operator_name.h>
 #include <ATen/core/stack.h>
 
+#include <optional>
 #include <string>
 
 #include "ops.h"
@@ -14,7 +15,7 @@ namespace anabranch::sim {
 using ShapeRule = torch::jit::Stack (*)(const torch::jit::Stack& args);
 ShapeRule shape_rule(const c10::OperatorName& op);
 
-// Whether an operator writes an argument that its schema does not mark as written.
-bool writes_unannounced(const std::string& op, const torch::jit::Stack& args, size_t argument);
+// Whether an operator writes an argument, where the schema does not have it right; nothing where it does.
+std::optional<bool> writes_by_rule(const std::string& op, const torch::jit::Stack& args, size_t argument);
 
 }  // namespace anabranch::sim
