@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -81,19 +82,40 @@ def test_its_repaired_twin_passes_the_exhaustive_search(mutants: Any, name: str)
     assert verdict.kind == "exhaustive"
 
 
-@pytest.mark.parametrize("name", DIAGNOSTICS)
-def test_the_replay_command_fails_the_same_way_in_a_fresh_process(mutants: Any, name: str) -> None:
-    from anabranch.sim import explore
+_FIND = """
+import json, sys
+sys.path.insert(0, "tests/sim/programs")
+from mutants import MUTANTS
+from anabranch.sim import explore
 
-    broken, _ = mutants.MUTANTS[name]
-    verdict = explore(broken, oracles=["values"])
-    assert verdict.command is not None
+found = {name: explore(broken, oracles=["values"]) for name, (broken, _) in MUTANTS.items()}
+print(json.dumps({name: (v.command, v.failures[0].message, str(v)) for name, v in found.items()}))
+"""
+
+
+def fresh_process(command: list[str] | str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    again = subprocess.run(
-        verdict.command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, shell=isinstance(command, str)
     )
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, tuple[str, str, str]]:
+    """Command, message and verdict of each mutant; in a fresh process, because streams are named in order."""
+    done = fresh_process([sys.executable, "-c", _FIND])
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", DIAGNOSTICS)
+def test_the_replay_command_fails_the_same_way_in_a_fresh_process(
+    found: dict[str, tuple[str, str, str]], name: str
+) -> None:
+    command, message, verdict = found[name]
+    again = fresh_process(command)
     assert again.returncode == 1, again.stdout + again.stderr
     # The same wrong values of the same call, and the same schedule.
-    assert verdict.failures[0].message.split(" (thread")[0] in again.stdout, again.stdout + again.stderr
-    assert str(verdict) in again.stdout
+    assert message.split(" (thread")[0] in again.stdout, again.stdout + again.stderr
+    assert verdict in again.stdout
