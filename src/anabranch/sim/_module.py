@@ -43,6 +43,11 @@ def is_initialized() -> bool:
     return True
 
 
+def _lazy_init() -> None:
+    """Nothing to do; but only where a module has it does PyTorch 2.11 take the device for initialized, and wait for it
+    in ``torch.accelerator.synchronize``."""
+
+
 def _is_in_bad_fork() -> bool:
     # Its memory is the host's: a forked child has a copy of everything.
     return False
