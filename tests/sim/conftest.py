@@ -74,6 +74,14 @@ class Sim(Rig):
         torch.set_float32_matmul_precision("high" if allowed else "highest")
 
 
+_EXPLORER = ("test_explore_", "test_mutants", "test_runtime")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The explorer forks for each schedule, which costs by the memory that the process holds: its tests come first.
+    items.sort(key=lambda item: not item.path.name.startswith(_EXPLORER))
+
+
 @pytest.fixture(params=["lazy", "random"])
 def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sim]:
     # lazy runs only what a host thread waits for, and so is the one that finds waits that are missing.
