@@ -1,0 +1,77 @@
+"""The process of one system on one work: obeys commands, one JSON object a message, until told to stop.
+
+Started by a fork server that has imported PyTorch but touched no device, so that a hundred of them cost no hundred
+imports. Whatever the system does to its process (abort, fault, hang, leak) ends with it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+def serve(connection: Connection, log: str, job: dict[str, Any]) -> None:
+    """Send ``{"up": true}``, build, answer; then one answer for each command. An error is an answer too."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    faulthandler.enable(file=sys.stderr)
+    os.environ.update(job["environment"])
+    meter = None
+    while True:
+        try:
+            command = json.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            break
+        if command["do"] == "stop":
+            break
+        try:
+            if command["do"] == "build":
+                meter = _meter(job)
+                answer = meter.build()
+            elif command["do"] == "latency":
+                assert meter is not None
+                answer = meter.latency(command["seconds"])
+            else:
+                assert meter is not None
+                answer = meter.throughput(command["streams"], command["seconds"])
+        except BaseException as e:
+            from anabranch.bench._system import NotReady
+
+            # A system that cannot serve is no fault and needs no traceback.
+            if not isinstance(e, NotReady):
+                traceback.print_exc()
+            answer = {"error": _one_line(e), "not_ready": isinstance(e, NotReady)}
+        try:
+            connection.send_bytes(json.dumps(answer).encode())
+        except OSError:
+            break
+    sys.stderr.flush()
+    # Not a normal exit: destructors of half-dead engines can hang, and all is said.
+    os._exit(0)
+
+
+def _meter(job: dict[str, Any]) -> Any:
+    import torch
+
+    from anabranch.bench._measure import Meter
+    from anabranch.bench._system import find_system
+    from anabranch.bench._work import find_work
+
+    torch.set_num_threads(job["torch_threads"]) if job["torch_threads"] else None
+    work, system = find_work(job["work"]), find_system(job["system"])
+    dtype = getattr(torch, job["dtype"])
+    deadline = time.monotonic() + job["build_seconds"]
+    return Meter(work, system, job["device"], dtype, job["streams"], deadline)
+
+
+def _one_line(e: BaseException) -> str:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return f"{type(e).__name__}: {' '.join(lines)}"[:300]
