@@ -72,6 +72,7 @@ def _streams(ctx: Any, param: Any, value: str) -> tuple[int, ...]:
 @click.option("--limit", default=0.0, help="Seconds for the whole run; what is not done by then is said.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Works that are built together.")
 @click.option("--cores", default=0, help="Cores that builds use at a time. Default: all.")
+@click.option("--torch-threads", default=0, help="Cores that one call may use on the CPU. Default: PyTorch's choice.")
 @click.option("--patience", default=120.0, show_default=True, help="Seconds after which a measurement counts as hung.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures here.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path, dir_okay=False), help="Draw them here (PNG).")

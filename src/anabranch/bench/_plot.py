@@ -75,9 +75,9 @@ def plot(content: dict[str, Any], target: Path) -> None:
                 drawn[_LABEL.get(group, group)] = panel.scatter(
                     value, row, marker=marker, c=color, s=size, alpha=alpha, zorder=order, linewidths=1.4
                 )
-        panel.set_xscale("log")
+        panel.set_xscale("log", base=2)
         panel.set_title(title, fontsize=11)
-        panel.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}x"))
+        panel.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:.3g}x"))
         panel.tick_params(axis="y", length=0)
         for side in ("top", "right", "left"):
             panel.spines[side].set_visible(False)

@@ -111,9 +111,10 @@ def table(content: Content, work: str) -> Table:
         family = system["family"]
         style = {"ours": "bold green", "bound": "dim"}.get(family, "")
         if "latency" not in cell:
-            lines = cell.get("crash", {}).get("stderr", [])
-            reason = f"{cell['status']}: {cell.get('reason', '')}" + (f" ({lines[-1][:60]})" if lines else "")
-            result.add_row(system["label"], f"[dim]{_escape(reason)[:60]}[/]", style=style)
+            text = (
+                cell["status"] if cell["status"] in ("slow", "skipped", "unavailable") else f"[red]{cell['status']}[/]"
+            )
+            result.add_row(system["label"], text, style=style)
             continue
         row = [system["label"], *(strike(cell, f, family, rich=True) for f in ("p50_us", "p99_us", "host_us"))]
         for n in streams:
@@ -125,10 +126,6 @@ def table(content: Content, work: str) -> Table:
         row += [number(cell["build_s"]), number(cell["first_call_ms"]), f"{cell['memory_mb']:,.0f}"]
         result.add_row(*row, style=style)
     return result
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 def notes(content: Content) -> list[str]:

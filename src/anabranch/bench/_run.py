@@ -17,6 +17,8 @@ from anabranch.bench._system import System, find_system
 from anabranch.bench._work import Work, find_work
 from anabranch.check import environment, write_json
 
+#: The part of a limited run's time after which building ends and measuring starts.
+_BUILDING = 0.6
 #: ``progress(done, of, what)``.
 Progress = Callable[[int, int, str], None]
 
@@ -65,6 +67,7 @@ class Cell:
     #: Streams -> why there is no (further) figure.
     without: dict[int, str] = field(default_factory=dict)
     memory_mb: float = 0.0
+    tries: int = 0
 
     def end(self, status: str, reason: str) -> None:
         self.status, self.reason = status, reason
@@ -163,9 +166,8 @@ class _Run:
         """Build all of ``cells``, as many at a time as there are cores; slow ones first."""
         waiting = sorted(cells, key=lambda c: -c.system.slow)
         running: list[Cell] = []
-        # Half of the batch's time is for measuring.
         start = time.monotonic()
-        close = start + (until - start) * 0.55
+        close = start + (until - start) * _BUILDING
         while waiting or running:
             free = self.cores - sum(c.system.cores for c in running)
             while waiting and (free > 0 or not running):
@@ -180,16 +182,21 @@ class _Run:
                 free -= cell.system.cores
             if not running:
                 continue
-            ends = {c: min(c.worker.since + self.options.build_seconds, close) for c in running if c.worker}  # type: ignore[misc]
+            ends = {c: min(c.worker.since + self.options.build_seconds, close) for c in running if c.worker}
             readable = {c.worker.connection: c for c in running if c.worker}
             sentinels = {c.worker.process.sentinel: c for c in running if c.worker}
             hit = wait([*readable, *sentinels], max(0.0, min(ends.values()) - time.monotonic()) + 0.01)
             now = time.monotonic()
-            answered = {id(readable.get(h) or sentinels[h]) for h in hit}  # type: ignore[call-overload, index]
+            answered = {id(readable.get(h) or sentinels[h]) for h in hit}  # type: ignore[call-overload]
             for cell in list(running):
                 if id(cell) in answered or now > ends[cell]:
                     running.remove(cell)
                     self._built(cell, id(cell) in answered)
+                    if cell.status == "failed" and "out of memory" in cell.reason and cell.tries < 4:
+                        # Not the system's fault: other builds' peaks pass, and a virtual machine's memory grows.
+                        cell.tries += 1
+                        waiting.append(cell)
+                        continue
                     self._step(f"built {cell.work.name}: {cell.system.label}")
 
     def _start(self, cell: Cell, folder: Path, seconds: float) -> None:
@@ -198,7 +205,6 @@ class _Run:
             # A cache of its own: no system's build is quicker for another's having been there.
             "TORCHINDUCTOR_CACHE_DIR": str(folder / name),
             "TRITON_CACHE_DIR": str(folder / name / "triton"),
-            "TORCHINDUCTOR_COMPILE_THREADS": str(cell.system.cores),
             # More hardware queues than the default 8, or streams would wait for each other without need.
             "CUDA_DEVICE_MAX_CONNECTIONS": "32",
         }
@@ -210,6 +216,7 @@ class _Run:
             "streams": min(max(self.options.streams), cell.work.max_streams),
             "build_seconds": seconds,
             "torch_threads": self.options.torch_threads,
+            "cores": cell.system.cores,
             "environment": {**variables, **cell.system.environment},
         }
         logs = self.options.logs or folder
@@ -235,7 +242,7 @@ class _Run:
             cell.worker.kill()
             cell.worker = None
             return
-        cell.status = "ok"
+        cell.end("ok", "")
         cell.built = answer
         cell.memory_mb = answer["memory_mb"]
 
@@ -313,6 +320,7 @@ class _Run:
                 "limit_seconds": options.limit or None,
                 "works_built_together": options.batch,
                 "cores_for_builds": self.cores,
+                "torch_threads": options.torch_threads or None,
             },
             "partial": partial,
             "works": {w.name: {"summary": w.summary, "shape": list(w.shape_on(options.device))} for w in self.works},

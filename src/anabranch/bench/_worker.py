@@ -60,12 +60,16 @@ def serve(connection: Connection, log: str, job: dict[str, Any]) -> None:
 
 def _meter(job: dict[str, Any]) -> Any:
     import torch
+    import torch._inductor.config as inductor
 
     from anabranch.bench._measure import Meter
     from anabranch.bench._system import find_system
     from anabranch.bench._work import find_work
 
-    torch.set_num_threads(job["torch_threads"]) if job["torch_threads"] else None
+    # The fork server has imported it already, so its environment variable comes too late.
+    inductor.compile_threads = job["cores"]
+    if job["torch_threads"]:
+        torch.set_num_threads(job["torch_threads"])
     work, system = find_work(job["work"]), find_system(job["system"])
     dtype = getattr(torch, job["dtype"])
     deadline = time.monotonic() + job["build_seconds"]
