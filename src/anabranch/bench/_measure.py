@@ -27,7 +27,8 @@ from anabranch.check import float32_exactly
 
 #: Inputs in turn; two calls in flight on neighbouring threads never have the same one.
 INPUTS = 8
-#: A serial output this far from float32 eager (relative to its largest magnitude) is wrong.
+#: A serial output this far from float32 eager (relative to its largest magnitude) is wrong, unless eager PyTorch in
+#: the same dtype is itself off by a quarter of that or more: some networks amplify rounding.
 ALLOWED = {torch.float16: 0.05, torch.bfloat16: 0.2, torch.float32: 0.01}
 #: A concurrent output this far from the system's own serial one is wrong. Nearer, but not the same bits, is "inexact":
 #: peers may choose another algorithm in another thread, and do not promise bits.
@@ -67,6 +68,7 @@ class Meter:
         self.references: list[torch.Tensor] = []
         self.scales: list[float] = []
         self.close = CLOSE[dtype]
+        self.allowed = ALLOWED[dtype]
         self.warmed = 0
 
     def _input(self, i: int) -> torch.Tensor:
@@ -100,14 +102,14 @@ class Meter:
             "first_call_ms": (called - built) * 1e3,
             "note": self.ready.note,
             "error": error,
-            "allowed_error": ALLOWED[self.dtype],
+            "allowed_error": self.allowed,
             "close": self.close,
             "memory_mb": memory_mb(self.cuda),
         }
 
     def _error(self) -> float:
         """Largest error of the serial outputs against float32 eager, relative to the largest magnitude there."""
-        worst = 0.0
+        worst = rounding = 0.0
         reference = self._float32.to(self.device)
         # One run an input does not repay a search for the fastest algorithm.
         flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
@@ -117,6 +119,9 @@ class Meter:
                 difference = (y.float() - expected).abs().max().item()
                 scale = max(expected.abs().max().item(), 1e-12)
                 worst = max(worst, difference / scale) if difference == difference else float("inf")
+                plain = (self.subject.model(x).float() - expected).abs().max().item() / scale
+                rounding = max(rounding, plain) if plain == plain else rounding
+        self.allowed = max(self.allowed, 4 * rounding)
         self.scales = [max(y.abs().max().item(), 1e-12) for y in self.references]
         # Two outputs that are nearer to each other than what passes as close could be exchanged unnoticed.
         for i, y in enumerate(self.references):
@@ -142,11 +147,11 @@ class Meter:
         clock = time.perf_counter
         with torch.no_grad(), self._on(0):
             call = self.ready.slots(1)[0]
-            for x in self.inputs[:3]:
+            for x in self.inputs[:2]:
                 call(x)
             self._sync(0)
             end = clock() + seconds
-            while (clock() < end or len(total) < 5) and len(total) < _MOST_SAMPLES:
+            while (clock() < end or len(total) < 3) and len(total) < _MOST_SAMPLES:
                 x = self.inputs[len(total) % INPUTS]
                 before = clock()
                 y = call(x)
@@ -189,12 +194,14 @@ class Meter:
             def timed(n: int) -> float:
                 return self._each(everyone, lambda i: self._loop(i, calls[i], n))
 
-        timed(2)
-        wanted = 3
-        for share in (0.2, 1.0):
-            # Three calls are mostly start and end; what a fifth of the time holds tells how many fill it.
-            trial = timed(wanted)
-            wanted = min(_MOST_CALLS, max(3, int(share * seconds * wanted / max(trial, 1e-6))))
+        timed(1)
+        wanted, trial = 1, timed(1)
+        for share in (0.05, 0.2, 1.0):
+            # One call is mostly start and end; longer trials, as far as there is time, tell how many fill it.
+            now = min(_MOST_CALLS, max(2, int(share * seconds * wanted / max(trial, 1e-6))))
+            if now > 2 and share < 1.0:
+                trial = timed(now)
+            wanted = now if share == 1.0 or now > 2 else wanted
         took = timed(wanted)
         tallies = [torch.zeros(3, dtype=torch.int64, device=self.device) for _ in everyone]
         checked = min(wanted, _CHECKED_CALLS)
@@ -314,9 +321,12 @@ class _Thread:
     def __init__(self, i: int) -> None:
         self.todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.done: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.cores = torch.get_num_threads()
         threading.Thread(target=self._run, name=f"bench-{i}", daemon=True).start()
 
     def _run(self) -> None:
+        # A new thread would take as many cores as there are.
+        torch.set_num_threads(self.cores)
         while True:
             self.todo.get()()
             self.done.put(None)

@@ -19,6 +19,8 @@ from anabranch.check import environment, write_json
 
 #: The part of a limited run's time after which building ends and measuring starts.
 _BUILDING = 0.6
+#: Seconds that a process gets to stop a build by itself before it is killed.
+_GRACE = 15.0
 #: ``progress(done, of, what)``.
 Progress = Callable[[int, int, str], None]
 
@@ -56,7 +58,6 @@ class Cell:
 
     work: Work
     system: System
-    worker: Worker | None = None
     #: ``ok``, ``unavailable``, ``failed`` (raised), ``crashed``, ``hung``, ``slow`` (not built in time), ``skipped``.
     status: str = "waiting"
     reason: str = ""
@@ -72,16 +73,9 @@ class Cell:
     def end(self, status: str, reason: str) -> None:
         self.status, self.reason = status, reason
 
-    def take(self, stage: str, error: Exception) -> None:
-        """Note how the worker ended."""
-        if isinstance(error, Crashed):
-            self.end("crashed", f"{stage}: {error.how}")
-            self.crash = {"stage": stage, "how": error.how, "stderr": error.lines}
-        else:
-            lines = self.worker.last_lines() if self.worker else []
-            self.end("hung", f"{stage}: no answer")
-            self.crash = {"stage": stage, "how": "no answer in time; killed", "stderr": lines}
-        self.worker = None
+    def count(self, figure: str) -> int:
+        """Rounds in which this figure (``"latency"``, or a number of streams) was measured."""
+        return len(self.latency) if figure == "latency" else len(self.throughput.get(int(figure), []))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON. Figures are medians over the rounds, with the lowest and highest round."""
@@ -109,6 +103,31 @@ class Cell:
         return result
 
 
+@dataclass(eq=False)
+class Group:
+    """One system's cells of a batch, and the one process that builds and measures them all.
+
+    A crash ends the process; the cells that it held and that still miss figures are built again in a new one.
+    """
+
+    system: System
+    cells: list[Cell]
+    queue: list[Cell] = field(default_factory=list)
+    worker: Worker | None = None
+    building: Cell | None = None
+
+    def lost(self, cell: Cell, stage: str, error: Exception) -> None:
+        """Note how the process ended, at this cell."""
+        worker, self.worker, self.building = self.worker, None, None
+        if isinstance(error, Crashed):
+            cell.end("crashed", f"{stage}: {error.how}")
+            cell.crash = {"stage": stage, "how": error.how, "stderr": error.lines}
+        else:
+            lines = worker.last_lines() if worker else []
+            cell.end("hung", f"{stage}: no answer")
+            cell.crash = {"stage": stage, "how": "no answer in time; killed", "stderr": lines}
+
+
 def run_bench(
     works: Sequence[str],
     systems: Sequence[str],
@@ -126,177 +145,224 @@ class _Run:
         self.start = time.monotonic()
         self.report = progress
         self.done = 0
+        self.started = 0
+        self.folder = Path()
         self.cores = options.cores or os.cpu_count() or 1
         self.where = environment(options.device)
         self.where |= {"cores": os.cpu_count(), "load_before": os.getloadavg(), "versions": _versions()}
 
-    # Each cell counts once for its build and once for each round.
     @property
-    def total(self) -> int:
-        return len(self.cells) * (1 + self.options.rounds)
+    def figures(self) -> list[str]:
+        return ["latency", *map(str, self.options.streams)]
 
     def _step(self, what: str, n: int = 1) -> None:
         self.done += n
-        self.report(self.done, self.total, what)
+        total = len(self.cells) * (1 + self.options.rounds * len(self.figures))
+        self.report(min(self.done, total), total, what)
 
     def _left(self) -> float:
         return self.options.limit - (time.monotonic() - self.start) if self.options.limit else float("inf")
 
     def run(self) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="anabranch-bench-", ignore_cleanup_errors=True) as folder:
+            self.folder = Path(folder)
             for i in range(0, len(self.works), self.options.batch):
                 batch = self.works[i : i + self.options.batch]
                 batches_left = -(-(len(self.works) - i) // self.options.batch)
-                cells = [c for c in self.cells if c.work in batch]
-                until = time.monotonic() + self._left() / batches_left
+                groups = [Group(s, [c for c in self.cells if c.work in batch and c.system is s]) for s in self.systems]
                 try:
-                    self._build(cells, Path(folder), until)
-                    self._measure(batch, cells, until)
+                    self._batch(groups, time.monotonic() + self._left() / batches_left)
                 finally:
-                    for cell in cells:
-                        if cell.worker:
-                            cell.worker.kill()
-                            cell.worker = None
+                    # All at once: a process with an accelerator takes a second to go.
+                    workers = [g.worker for g in groups if g.worker]
+                    for worker in workers:
+                        worker.process.kill()
+                    for worker in workers:
+                        worker.kill()
                 self._save()
         return self._content(partial=False)
 
+    def _batch(self, groups: list[Group], until: float) -> None:
+        """Build and measure; then build again what a crash elsewhere took along. Each crash ends one cell for good."""
+        start = time.monotonic()
+        for group in groups:
+            missing = group.system.missing(self.options.device)
+            for cell in group.cells:
+                if missing:
+                    cell.end("unavailable", missing)
+                    self._step(cell.system.label, 1 + self.options.rounds * len(self.figures))
+            group.queue = [c for c in group.cells if c.status == "waiting"]
+        close = start + (until - start) * _BUILDING
+        while any(g.queue for g in groups):
+            self._build([g for g in groups if g.queue], min(close, until))
+            self._measure(groups, until)
+            for group in groups:
+                if group.worker is None and time.monotonic() < until:
+                    group.queue = [c for c in group.cells if c.status == "ok" and self._incomplete(c)]
+            # Later passes may use what is left, but for a few seconds in which to measure.
+            close = until - 10.0
+
+    def _incomplete(self, cell: Cell) -> bool:
+        return any(
+            cell.count(f) < self.options.rounds
+            for f in self.figures
+            if f == "latency" or (int(f) not in cell.without and int(f) <= cell.work.max_streams)
+        )
+
     # -- building -------------------------------------------------------------------------------------------------
 
-    def _build(self, cells: list[Cell], folder: Path, until: float) -> None:
-        """Build all of ``cells``, as many at a time as there are cores; slow ones first."""
-        waiting = sorted(cells, key=lambda c: -c.system.slow)
-        running: list[Cell] = []
-        start = time.monotonic()
-        close = start + (until - start) * _BUILDING
+    def _build(self, groups: list[Group], close: float) -> None:
+        """Build what is queued: systems side by side, as many as there are cores, the works of each in turn."""
+        waiting = sorted(groups, key=lambda g: -g.system.slow)
+        running: list[Group] = []
         while waiting or running:
-            free = self.cores - sum(c.system.cores for c in running)
+            free = self.cores - sum(g.system.cores for g in running)
             while waiting and (free > 0 or not running):
-                cell = waiting.pop(0)
-                missing = cell.system.missing(self.options.device)
-                if missing or time.monotonic() > close:
-                    cell.end("unavailable" if missing else "skipped", missing or "out of time before its build")
-                    self._step(f"{cell.work.name}: {cell.system.label}", 1 + self.options.rounds)
-                    continue
-                self._start(cell, folder, min(self.options.build_seconds, close - time.monotonic()))
-                running.append(cell)
-                free -= cell.system.cores
+                group = waiting.pop(0)
+                if self._next(group, close):
+                    running.append(group)
+                    free -= group.system.cores
             if not running:
                 continue
-            ends = {c: min(c.worker.since + self.options.build_seconds, close) for c in running if c.worker}
-            readable = {c.worker.connection: c for c in running if c.worker}
-            sentinels = {c.worker.process.sentinel: c for c in running if c.worker}
-            hit = wait([*readable, *sentinels], max(0.0, min(ends.values()) - time.monotonic()) + 0.01)
-            now = time.monotonic()
-            answered = {id(readable.get(h) or sentinels[h]) for h in hit}  # type: ignore[call-overload]
-            for cell in list(running):
-                if id(cell) in answered or now > ends[cell]:
-                    running.remove(cell)
-                    self._built(cell, id(cell) in answered)
-                    if cell.status == "failed" and "out of memory" in cell.reason and cell.tries < 4:
-                        # Not the system's fault: other builds' peaks pass, and a virtual machine's memory grows.
-                        cell.tries += 1
-                        waiting.append(cell)
-                        continue
-                    self._step(f"built {cell.work.name}: {cell.system.label}")
+            handles: dict[Any, Group] = {}
+            for group in running:
+                assert group.worker is not None
+                handles[group.worker.connection] = handles[group.worker.process.sentinel] = group
+            hit = wait(list(handles), max(0.0, min(self._end(g, close) for g in running) - time.monotonic()) + 0.01)
+            answered = {id(handles[h]) for h in hit}
+            for group in list(running):
+                if id(group) not in answered and time.monotonic() <= self._end(group, close):
+                    continue
+                self._built(group)
+                if not self._next(group, close):
+                    running.remove(group)
 
-    def _start(self, cell: Cell, folder: Path, seconds: float) -> None:
-        name = f"{cell.work.name}-{cell.system.name}".replace("/", "_").replace(":", "_")
+    def _end(self, group: Group, close: float) -> float:
+        """When to give up on a build. Its own process stops it in time, unless it hangs where Python cannot reach."""
+        assert group.worker is not None
+        return min(group.worker.since + self.options.build_seconds, close) + _GRACE
+
+    def _next(self, group: Group, close: float) -> bool:
+        """Have the group build the next of its cells. False: there is none, or no time for it."""
+        while group.queue:
+            seconds = min(self.options.build_seconds, close - time.monotonic())
+            cell = group.queue.pop(0)
+            if seconds < 1.0:
+                if cell.status == "waiting":
+                    cell.end("skipped", "out of time before its build")
+                continue
+            if group.worker is None:
+                group.worker = self._start(group.system)
+            group.building = cell
+            try:
+                streams = min(max(self.options.streams), cell.work.max_streams)
+                group.worker.send(do="build", work=cell.work.name, streams=streams, seconds=seconds)
+            except Crashed as e:
+                group.lost(cell, "build", e)
+                continue
+            return True
+        return False
+
+    def _start(self, system: System) -> Worker:
+        self.started += 1
+        name = f"{system.name}-{self.started}".replace("/", "_").replace(":", "_")
         variables = {
             # A cache of its own: no system's build is quicker for another's having been there.
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / name),
-            "TRITON_CACHE_DIR": str(folder / name / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / system.name.replace(":", "_")),
+            "TRITON_CACHE_DIR": str(self.folder / system.name.replace(":", "_") / "triton"),
             # More hardware queues than the default 8, or streams would wait for each other without need.
             "CUDA_DEVICE_MAX_CONNECTIONS": "32",
         }
         job = {
-            "work": cell.work.name,
-            "system": cell.system.name,
+            "system": system.name,
             "device": self.options.device,
             "dtype": self.options.dtype,
-            "streams": min(max(self.options.streams), cell.work.max_streams),
-            "build_seconds": seconds,
             "torch_threads": self.options.torch_threads,
-            "cores": cell.system.cores,
-            "environment": {**variables, **cell.system.environment},
+            "cores": system.cores,
+            "environment": {**variables, **system.environment},
         }
-        logs = self.options.logs or folder
+        logs = self.options.logs or self.folder
         logs.mkdir(parents=True, exist_ok=True)
-        cell.worker = Worker(job, logs / f"{name}.log")
-        cell.worker.send(do="build")
+        return Worker(job, logs / f"{name}.log")
 
-    def _built(self, cell: Cell, answered: bool) -> None:
-        assert cell.worker is not None
-        if not answered:
-            took = time.monotonic() - cell.worker.since
-            cell.worker.kill()
-            cell.worker = None
-            cell.end("slow", f"not built within {took:.0f} s")
-            return
+    def _built(self, group: Group) -> None:
+        """Take the answer to a build, or its end."""
+        cell, group.building = group.building, None
+        assert cell is not None
+        assert group.worker is not None
         try:
-            answer = cell.worker.receive(1.0)
+            answer = group.worker.receive(0.0)
         except (Crashed, Hung) as e:
-            cell.take("build", e)
+            again = [c for c in group.cells if c.status == "ok" and self._incomplete(c)]
+            group.lost(cell, "build", e)
+            group.queue = again + group.queue
             return
-        if "error" in answer and "build_s" not in answer:
+        if "error" not in answer or "build_s" in answer:
+            first = cell.status == "waiting"
+            cell.end("ok", "")
+            if first:
+                cell.built = answer
+                cell.memory_mb = answer["memory_mb"]
+        elif "out of memory" in answer["error"] and cell.tries < 4:
+            # Not the system's fault: other builds' peaks pass, and a virtual machine's memory grows as it is used.
+            cell.tries += 1
+            group.queue.append(cell)
+            return
+        elif answer.get("slow"):
+            cell.end("slow", f"not built within {answer['seconds']:.0f} s")
+        else:
             cell.end("failed", f"build: {answer['error']}")
-            cell.worker.kill()
-            cell.worker = None
-            return
-        cell.end("ok", "")
-        cell.built = answer
-        cell.memory_mb = answer["memory_mb"]
+        self._step(f"built {cell.work.name}: {cell.system.label}")
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
-    def _measure(self, batch: list[Work], cells: list[Cell], until: float) -> None:
+    def _measure(self, groups: list[Group], until: float) -> None:
+        """Round after round, figure after figure, each work with all systems in turn."""
         for r in range(self.options.rounds):
-            for work in batch:
-                todo = [c for c in cells if c.work is work]
-                # Another order each round: no system always runs just after the same other one.
-                shift = r * (len(todo) // max(1, self.options.rounds))
-                for cell in todo[shift:] + todo[:shift]:
-                    if cell.worker is None:
-                        if cell.status not in ("unavailable", "skipped"):
-                            self._step(cell.work.name)
-                        continue
-                    if time.monotonic() > until or self._left() < 0:
-                        if not cell.latency:
-                            cell.end("skipped", "out of time before its measurement")
-                    else:
-                        self._round(cell)
-                    self._step(f"round {r + 1} {cell.work.name}: {cell.system.label}")
-                self._save()
+            # Another order each round: no system always runs just after the same other one.
+            shift = r * (len(groups) // self.options.rounds)
+            order = groups[shift:] + groups[:shift]
+            for figure in self.figures:
+                # The most streams come last: what crashes there has shown its other figures.
+                for work in [w for w in self.works if any(c.work is w for g in groups for c in g.cells)]:
+                    for group in order:
+                        cell = next(c for c in group.cells if c.work is work)
+                        if group.worker is None or cell.status != "ok" or cell.count(figure) > r:
+                            continue
+                        if time.monotonic() > until:
+                            if not cell.latency:
+                                cell.end("skipped", "out of time before its measurement")
+                            continue
+                        self._one(group, cell, figure)
+                        self._step(f"round {r + 1}, {figure}, {work.name}: {cell.system.label}")
+            self._save()
 
-    def _round(self, cell: Cell) -> None:
-        worker, options = cell.worker, self.options
+    def _one(self, group: Group, cell: Cell, figure: str) -> None:
+        """One figure of one cell, once."""
+        options, worker = self.options, group.worker
         assert worker is not None
-        stage = "latency"
+        about = {"work": cell.work.name, "seconds": options.seconds}
         try:
-            answer = worker.ask(options.patience, do="latency", seconds=options.seconds)
-            if "error" in answer:
-                cell.end("failed", f"{stage}: {answer['error']}")
-                worker.kill()
-                cell.worker = None
-                return
-            cell.latency.append(answer)
-            self._peak(cell, answer)
-            for n in options.streams:
+            if figure == "latency":
+                answer = worker.ask(options.patience, do="latency", **about)
+                if "error" in answer:
+                    cell.end("failed", f"latency: {answer['error']}")
+                    return
+                cell.latency.append(answer)
+            else:
+                n = int(figure)
                 if n > cell.work.max_streams:
                     cell.without[n] = f"at most {cell.work.max_streams} streams for this work"
                 if n in cell.without:
-                    continue
-                stage = f"{n} streams"
-                answer = worker.ask(options.patience, do="throughput", streams=n, seconds=options.seconds)
+                    return
+                answer = worker.ask(options.patience, do="throughput", streams=n, **about)
                 if "error" in answer:
                     cell.without[n] = answer["error"]
-                    continue
+                    return
                 cell.throughput.setdefault(n, []).append(answer)
-                self._peak(cell, answer)
+            cell.memory_mb = max(cell.memory_mb, answer["memory_mb"])
         except (Crashed, Hung) as e:
-            cell.take(stage, e)
-
-    def _peak(self, cell: Cell, answer: dict[str, Any]) -> None:
-        cell.memory_mb = max(cell.memory_mb, answer.get("memory_mb", 0.0))
+            group.lost(cell, "latency" if figure == "latency" else f"{figure} streams", e)
 
     # -- results --------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
-"""The process of one system on one work: obeys commands, one JSON object a message, until told to stop.
+"""The process of one system: obeys commands, one JSON object a message, until told to stop.
 
-Started by a fork server that has imported PyTorch but touched no device, so that a hundred of them cost no hundred
-imports. Whatever the system does to its process (abort, fault, hang, leak) ends with it.
+Started by a fork server that has imported PyTorch but touched no device, so that many of them cost few imports.
+Whatever the system does to its process (abort, fault, hang, leak) ends with it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -17,14 +18,15 @@ from typing import Any
 
 
 def serve(connection: Connection, log: str, job: dict[str, Any]) -> None:
-    """Send ``{"up": true}``, build, answer; then one answer for each command. An error is an answer too."""
+    """One answer for each command. An error is an answer too."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     faulthandler.enable(file=sys.stderr)
     os.environ.update(job["environment"])
-    meter = None
+    signal.signal(signal.SIGALRM, _ring)
+    meters: dict[str, Any] = {}
     while True:
         try:
             command = json.loads(connection.recv_bytes())
@@ -34,21 +36,24 @@ def serve(connection: Connection, log: str, job: dict[str, Any]) -> None:
             break
         try:
             if command["do"] == "build":
-                meter = _meter(job)
+                signal.setitimer(signal.ITIMER_REAL, command["seconds"])
+                meters[command["work"]] = meter = _meter(job, command)
                 answer = meter.build()
             elif command["do"] == "latency":
-                assert meter is not None
-                answer = meter.latency(command["seconds"])
+                answer = meters[command["work"]].latency(command["seconds"])
             else:
-                assert meter is not None
-                answer = meter.throughput(command["streams"], command["seconds"])
+                answer = meters[command["work"]].throughput(command["streams"], command["seconds"])
+            signal.setitimer(signal.ITIMER_REAL, 0)
         except BaseException as e:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             from anabranch.bench._system import NotReady
 
-            # A system that cannot serve is no fault and needs no traceback.
-            if not isinstance(e, NotReady):
+            # What cannot serve or takes too long is no fault and needs no traceback.
+            if not isinstance(e, NotReady | _TooSlow):
                 traceback.print_exc()
-            answer = {"error": _one_line(e), "not_ready": isinstance(e, NotReady)}
+            answer = {"error": _one_line(e), "slow": isinstance(e, _TooSlow), "seconds": command.get("seconds")}
+            if command["do"] == "build":
+                meters.pop(command["work"], None)
         try:
             connection.send_bytes(json.dumps(answer).encode())
         except OSError:
@@ -58,7 +63,15 @@ def serve(connection: Connection, log: str, job: dict[str, Any]) -> None:
     os._exit(0)
 
 
-def _meter(job: dict[str, Any]) -> Any:
+class _TooSlow(BaseException):
+    """A build that ran out of time. No ``Exception``, which compilers catch and work around."""
+
+
+def _ring(*_: Any) -> None:
+    raise _TooSlow("out of time")
+
+
+def _meter(job: dict[str, Any], command: dict[str, Any]) -> Any:
     import torch
     import torch._inductor.config as inductor
 
@@ -70,10 +83,10 @@ def _meter(job: dict[str, Any]) -> Any:
     inductor.compile_threads = job["cores"]
     if job["torch_threads"]:
         torch.set_num_threads(job["torch_threads"])
-    work, system = find_work(job["work"]), find_system(job["system"])
+    work, system = find_work(command["work"]), find_system(job["system"])
     dtype = getattr(torch, job["dtype"])
-    deadline = time.monotonic() + job["build_seconds"]
-    return Meter(work, system, job["device"], dtype, job["streams"], deadline)
+    deadline = time.monotonic() + command["seconds"]
+    return Meter(work, system, job["device"], dtype, command["streams"], deadline)
 
 
 def _one_line(e: BaseException) -> str:
