@@ -8,7 +8,7 @@ import click
 
 #: subcommand -> (module, attribute, one line of help). Kept as text so that `anabranch --help` imports no PyTorch.
 _COMMANDS = {
-    "bench": ("anabranch.bench._command", "command", "Measure every system on the same work; strike out what is wrong."),
+    "bench": ("anabranch.bench._command", "command", "Measure every system on the same work; strike out wrong ones."),
     "check": ("anabranch.check._command", "command", "Call an engine on many streams at once; compare every output."),
     "race": ("anabranch.race._command", "command", "Judge a trace of stream events: race, stale or clean."),
 }
