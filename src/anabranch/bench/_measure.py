@@ -104,7 +104,6 @@ class Meter:
             "error": error,
             "allowed_error": self.allowed,
             "close": self.close,
-            "memory_mb": memory_mb(self.cuda),
         }
 
     def _error(self) -> float:
@@ -165,7 +164,6 @@ class Meter:
             "p99_us": percentile(total, 0.99),
             "host_us": percentile(host, 0.5),
             "calls": len(total),
-            "memory_mb": memory_mb(self.cuda),
         }
 
     # -- throughput -----------------------------------------------------------------------------------------------
@@ -219,7 +217,6 @@ class Meter:
             "wrong": wrong,
             "inexact": inexact,
             "all_zero": zero,
-            "memory_mb": memory_mb(self.cuda),
         }
 
     def _loop(self, i: int, call: Call, n: int, tally: torch.Tensor | None = None) -> None:

@@ -85,7 +85,7 @@ class Cell:
         if self.crash:
             result["crash"] = self.crash
         if self.built:
-            result |= {k: v for k, v in self.built.items() if k not in ("memory_mb", "error") and v != ""}
+            result |= {k: v for k, v in self.built.items() if k not in ("grew_mb", "error") and v != ""}
             result["serial_error"] = self.built["error"]
             result["serially_wrong"] = not self.built["error"] <= self.built["allowed_error"]
             result["memory_mb"] = self.memory_mb
@@ -302,7 +302,7 @@ class _Run:
             cell.end("ok", "")
             if first:
                 cell.built = answer
-                cell.memory_mb = answer["memory_mb"]
+                cell.memory_mb = answer["grew_mb"]
         elif "out of memory" in answer["error"] and cell.tries < 4:
             # Not the system's fault: other builds' peaks pass, and a virtual machine's memory grows as it is used.
             cell.tries += 1
@@ -360,7 +360,7 @@ class _Run:
                     cell.without[n] = answer["error"]
                     return
                 cell.throughput.setdefault(n, []).append(answer)
-            cell.memory_mb = max(cell.memory_mb, answer["memory_mb"])
+            cell.memory_mb += answer["grew_mb"]
         except (Crashed, Hung) as e:
             group.lost(cell, "latency" if figure == "latency" else f"{figure} streams", e)
 

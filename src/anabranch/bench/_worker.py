@@ -35,6 +35,7 @@ def serve(connection: Connection, log: str, job: dict[str, Any]) -> None:
         if command["do"] == "stop":
             break
         try:
+            before = _memory(job) if meters else 0.0
             if command["do"] == "build":
                 signal.setitimer(signal.ITIMER_REAL, command["seconds"])
                 meters[command["work"]] = meter = _meter(job, command)
@@ -44,6 +45,8 @@ def serve(connection: Connection, log: str, job: dict[str, Any]) -> None:
             else:
                 answer = meters[command["work"]].throughput(command["streams"], command["seconds"])
             signal.setitimer(signal.ITIMER_REAL, 0)
+            # A process holds all of a system's works; what it grew by is this one's.
+            answer["grew_mb"] = max(0.0, _memory(job) - before)
         except BaseException as e:
             signal.setitimer(signal.ITIMER_REAL, 0)
             from anabranch.bench._system import NotReady
@@ -79,7 +82,7 @@ def _meter(job: dict[str, Any], command: dict[str, Any]) -> Any:
     from anabranch.bench._system import find_system
     from anabranch.bench._work import find_work
 
-    # The fork server has imported it already, so its environment variable comes too late.
+    # Set here, as importing PyTorch may have read the environment already.
     inductor.compile_threads = job["cores"]
     if job["torch_threads"]:
         torch.set_num_threads(job["torch_threads"])
@@ -87,6 +90,12 @@ def _meter(job: dict[str, Any], command: dict[str, Any]) -> Any:
     dtype = getattr(torch, job["dtype"])
     deadline = time.monotonic() + command["seconds"]
     return Meter(work, system, job["device"], dtype, command["streams"], deadline)
+
+
+def _memory(job: dict[str, Any]) -> float:
+    from anabranch.bench._measure import memory_mb
+
+    return memory_mb(job["device"] == "cuda")
 
 
 def _one_line(e: BaseException) -> str:
