@@ -52,19 +52,16 @@ def lane(number: int, of: int, target: Path, limit: float, more: list[str]) -> N
 
 def merge(parts: list[dict[str, Any]], command: str) -> dict[str, Any]:
     """The lanes as one run."""
+    lanes = [
+        {"works": list(p["works"]), **{k: p["environment"][k] for k in ("seconds", "load_before", "load_after")}}
+        for p in parts
+    ]
     whole = parts[0]
     for part in parts[1:]:
         whole["works"] |= part["works"]
         whole["cells"] += part["cells"]
         whole["partial"] |= part["partial"]
-    whole["environment"]["lanes"] = (
-        [
-            {"works": list(p["works"]), **{k: p["environment"][k] for k in ("seconds", "load_before", "load_after")}}
-            for p in parts
-        ]
-        if len(parts) > 1
-        else []
-    )
+    whole["environment"]["lanes"] = lanes
     whole["environment"]["command"] = command
     return with_ratios(whole)
 
