@@ -79,7 +79,7 @@ def main(which: str, out: Path, limit: float, lanes: int, more: tuple[str, ...])
         command = [sys.executable, "-m", "anabranch", "bench", "--device", "cpu", "--streams", "1,2,4"]
         # One core a call: two cores are shared by up to four callers.
         command += ["--batch", "8", "--torch-threads", "1", "--limit", str(limit), "--rounds", "3"]
-        command += ["--json", str(target), "--plot", str(target.with_suffix(".png")), *more]
+        command += ["--build-share", "0.7", "--json", str(target), "--plot", str(target.with_suffix(".png")), *more]
         sys.exit(subprocess.run(command, check=False).returncode)
     settings = ["--streams", "1,4,16", "--rounds", "3", "--seconds", "0.1", "--build-seconds", "120"]
     settings += ["--patience", "30", *more]

@@ -70,6 +70,7 @@ def _streams(ctx: Any, param: Any, value: str) -> tuple[int, ...]:
 @click.option("--seconds", default=0.2, show_default=True, help="For each figure of each round, about.")
 @click.option("--build-seconds", default=300.0, show_default=True, help="Longest build of one system for one work.")
 @click.option("--limit", default=0.0, help="Seconds for the whole run; what is not done by then is said.")
+@click.option("--build-share", default=0.6, show_default=True, help="Part of --limit after which building ends.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Works that are built together.")
 @click.option("--cores", default=0, help="Cores that builds use at a time. Default: all.")
 @click.option("--torch-threads", default=0, help="Cores that one call may use on the CPU. Default: PyTorch's choice.")

@@ -17,8 +17,6 @@ from anabranch.bench._system import System, find_system
 from anabranch.bench._work import Work, find_work
 from anabranch.check import environment, write_json
 
-#: The part of a limited run's time after which building ends and measuring starts.
-_BUILDING = 0.6
 #: Seconds that a process gets to stop a build by itself before it is killed.
 _GRACE = 15.0
 #: ``progress(done, of, what)``.
@@ -39,6 +37,8 @@ class Options:
     build_seconds: float = 300.0
     #: The whole run; what is not measured by then is reported as such. 0: no limit.
     limit: float = 0.0
+    #: The part of a limited run's time after which building ends and measuring starts.
+    build_share: float = 0.6
     #: Works that are built together. More use the cores better; all of their engines are held at once.
     batch: int = 1
     #: Cores that builds may use at a time. 0: all.
@@ -192,7 +192,7 @@ class _Run:
                     cell.end("unavailable", missing)
                     self._step(cell.system.label, 1 + self.options.rounds * len(self.figures))
             group.queue = [c for c in group.cells if c.status == "waiting"]
-        close = start + (until - start) * _BUILDING
+        close = start + (until - start) * self.options.build_share
         while any(g.queue for g in groups):
             self._build([g for g in groups if g.queue], min(close, until))
             self._measure(groups, until)
