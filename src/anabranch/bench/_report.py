@@ -202,10 +202,16 @@ def _wrong_lines(content: Content) -> list[str]:
 def _origin(content: Content) -> list[str]:
     where, settings = content["environment"], content["settings"]
     crashed = [c for c in content["cells"] if c["status"] == "crashed"]
+    # A run with a limit may not have come to all of its rounds.
+    rounds = sorted(
+        {r["per_s"]["rounds"] for c in content["cells"] for r in c["throughput"].values()}
+        | {c["latency"]["p50_us"]["rounds"] for c in content["cells"] if "latency" in c}
+    ) or [0]
+    count = str(rounds[0]) if rounds[0] == rounds[-1] else f"{rounds[0]} to {rounds[-1]}"
     systems = len({c["system"] for c in content["cells"] if c["status"] not in ("unavailable",)})
     return [
         f"Ratio: above 1 is better than the best peer whose outputs were all right. {systems} systems,"
-        f" {settings['dtype']}, batch 1; medians of {settings['rounds']} rounds;"
+        f" {settings['dtype']}, batch 1; medians of {count} round{'s' * (count != '1')};"
         f" {sum(r['checked'] for c in content['cells'] for r in c['throughput'].values()):,} outputs checked;"
         f" {len(crashed)} crash{'es' * (len(crashed) != 1)}. {where['device']}, PyTorch {where['torch']},"
         f" {where['date'][:10]}."
