@@ -1,4 +1,4 @@
-"""Writes the README's tables from ``benchmarks/results``. ``--check`` only compares."""
+"""Writes the tables of the README and the docs from ``benchmarks/results``. ``--check`` only compares."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from anabranch.bench import strike, summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -46,19 +48,69 @@ def stale() -> str:
     return "\n".join(lines)
 
 
+def bench() -> str:
+    """The benchmark: the best peer that was right against ours, and who was wrong."""
+    content = json.loads((RESULTS / "bench_cpu.json").read_text())
+    where = content["environment"]
+    lines = [
+        "[benchmarks/results/bench_cpu.json](benchmarks/results/bench_cpu.json), `python benchmarks/bench.py cpu`:"
+        f" {where['cores']} cores, load {where['load_before'][0]:.1f} before and {where['load_after'][0]:.1f} after.",
+        "",
+        summary(content),
+    ]
+    return "\n".join(lines)
+
+
+def partial() -> str:
+    """Every figure of the unfinished run on a GPU, and what of it is missing."""
+    content = json.loads((RESULTS / "bench_h200_partial.json").read_text())
+    streams = [str(n) for n in content["settings"]["streams"]]
+    lines = [
+        f"| work | system | latency us | host us | {' | '.join(f'calls/s, {n}' for n in streams)} |",
+        f"|---|---|---|---|{'---|' * len(streams)}",
+    ]
+    missing: dict[str, int] = {}
+    for cell in content["cells"]:
+        system = content["systems"][cell["system"]]
+        if "latency" not in cell:
+            missing[cell["status"]] = missing.get(cell["status"], 0) + 1
+            continue
+        names = ("p50_us", "host_us", *streams)
+        figures = []
+        for name in names:
+            text = strike(cell, name, system["family"])
+            figures.append("" if name in cell.get("without", {}) else text)
+        lines.append(f"| {cell['work']} | {system['label']} | {' | '.join(figures)} |")
+    where = content["environment"]
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(missing.items()))
+    lines += ["", f"{where['device']}, PyTorch {where['torch']}, {where['date'][:10]}. Not there: {counts}."]
+    return "\n".join(lines)
+
+
+SECTIONS = {
+    "README.md": {"matrix": matrix, "stale": stale, "bench": bench},
+    "docs/bench.md": {"bench-h200": partial},
+}
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    before = text = readme.read_text(encoding="utf-8")
-    for name, make in (("matrix", matrix), ("stale", stale)):
-        text = re.sub(
-            rf"<!-- {name} -->.*?<!-- /{name} -->",
-            lambda _, name=name, make=make: f"<!-- {name} -->\n{make()}\n<!-- /{name} -->",
-            text,
-            flags=re.S,
-        )
+    stale_pages = []
+    for page, sections in SECTIONS.items():
+        file = ROOT / page
+        before = text = file.read_text(encoding="utf-8")
+        for name, make in sections.items():
+            text = re.sub(
+                rf"<!-- {name} -->.*?<!-- /{name} -->",
+                lambda _, name=name, make=make: f"<!-- {name} -->\n{make()}\n<!-- /{name} -->",
+                text,
+                flags=re.S,
+            )
+        if text != before:
+            stale_pages.append(page)
+            if "--check" not in sys.argv:
+                file.write_text(text, encoding="utf-8")
     if "--check" in sys.argv:
-        sys.exit("README.md: run benchmarks/readme.py" if text != before else 0)
-    readme.write_text(text, encoding="utf-8")
+        sys.exit(f"{', '.join(stale_pages)}: run benchmarks/readme.py" if stale_pages else 0)
 
 
 if __name__ == "__main__":

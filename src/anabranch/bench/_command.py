@@ -1,0 +1,161 @@
+"""``anabranch bench``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from anabranch.bench._report import notes, table
+from anabranch.bench._run import Options, run_bench
+from anabranch.bench._system import SYSTEMS, default_systems
+from anabranch.bench._work import WORKS, default_works
+from anabranch.check import write_json
+from anabranch.errors import AnabranchError
+
+#: Options that take all the values up to the next option, as in ``--streams 1 4 16``.
+_MANY = ("--streams", "--systems")
+
+
+class _Command(click.Command):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        joined: list[str] = []
+        i = 0
+        while i < len(args):
+            joined.append(args[i])
+            if args[i] in _MANY:
+                values: list[str] = []
+                while i + 1 < len(args) and not args[i + 1].startswith("-"):
+                    # Counts end where something else begins, so works may follow them.
+                    if args[i - len(values)] == "--streams" and not args[i + 1].replace(",", "").isdigit():
+                        break
+                    i += 1
+                    values.append(args[i])
+                if values:
+                    joined.append(",".join(values))
+            i += 1
+        return super().parse_args(ctx, joined)
+
+
+def _names(value: str | None) -> list[str]:
+    return [v for v in (value or "").split(",") if v]
+
+
+def _streams(ctx: Any, param: Any, value: str) -> tuple[int, ...]:
+    try:
+        streams = tuple(sorted({int(v) for v in _names(value)}))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected numbers such as 1 4 16") from None
+    if not streams or streams[0] < 1:
+        raise click.BadParameter(f"{value!r}: expected numbers of 1 or more")
+    return streams
+
+
+@click.command("bench", cls=_Command)
+@click.argument("works", nargs=-1, metavar="[WORK]...")
+@click.option("--systems", help="Names, after all WORKs; or module:callable. Default: all that run on the device.")
+@click.option("--streams", default="1,4,16", show_default=True, callback=_streams, help="With a thread each.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Default: cuda where there is a GPU.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: float16; float32 on CPU."
+)
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--seconds", default=0.2, show_default=True, help="For each figure of each round, about.")
+@click.option("--build-seconds", default=300.0, show_default=True, help="Longest build of one system for one work.")
+@click.option("--limit", default=0.0, help="Seconds for the whole run; what is not done by then is said.")
+@click.option("--build-share", default=0.6, show_default=True, help="Part of --limit after which building ends.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Works that are built together.")
+@click.option("--cores", default=0, help="Cores that builds use at a time. Default: all.")
+@click.option("--torch-threads", default=0, help="Cores that one call may use on the CPU. Default: PyTorch's choice.")
+@click.option("--patience", default=120.0, show_default=True, help="Seconds after which a measurement counts as hung.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures here.")
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path, dir_okay=False), help="Draw them here (PNG).")
+@click.option("--logs", type=click.Path(path_type=Path, file_okay=False), help="Keep the workers' output here.")
+@click.option("--from", "source", type=click.Path(path_type=Path, exists=True), help="Show this JSON; run nothing.")
+@click.option("--list", "listing", is_flag=True, help="List works and systems.")
+def command(
+    works: tuple[str, ...],
+    systems: str | None,
+    device: str | None,
+    dtype: str | None,
+    json_path: Path | None,
+    plot_path: Path | None,
+    source: Path | None,
+    listing: bool,
+    **settings: Any,
+) -> None:
+    """Measure every system on every WORK, each in its own process, one at a time; check every output.
+
+    A system with wrong outputs has its figure struck out with the count beside it; one that crashes or hangs is
+    reported with its last words, and the run goes on. WORK is a name (see --list) or module:callable@SHAPE.
+    """
+    # Piped or in a log there is no window to fit, and figures must not be cut off.
+    console = Console() if sys.stdout.isatty() else Console(width=190)
+    if listing:
+        for work in WORKS.values():
+            console.print(f"{work.name:20} {work.summary}", highlight=False)
+        for system in SYSTEMS.values():
+            console.print(f"{system.name:26} {system.label} ({', '.join(system.devices)})", highlight=False)
+        return
+    if source is not None:
+        content = json.loads(source.read_text(encoding="utf-8"))
+    else:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda" and not torch.cuda.is_available():
+            _refuse("--device cuda given, but PyTorch sees no GPU here; use --device cpu")
+        options = Options(device, dtype or ("float16" if device == "cuda" else "float32"), json=json_path, **settings)
+        try:
+            content = _run(list(works) or default_works(), _names(systems) or default_systems(device), options)
+        except AnabranchError as e:
+            _refuse(str(e))
+    for name in content["works"]:
+        console.print(table(content, name))
+    for line in notes(content):
+        console.print(line, style="dim", highlight=False, markup=False)
+    if json_path and source is None:
+        write_json(json_path, content)
+    if plot_path:
+        from anabranch.bench._plot import plot
+
+        try:
+            plot(content, plot_path)
+        except AnabranchError as e:
+            _refuse(str(e))
+
+
+def _run(works: list[str], systems: list[str], options: Options) -> dict[str, Any]:
+    if not sys.stderr.isatty():
+        # A log cannot be redrawn: a line a step.
+        start = time.monotonic()
+
+        def line(done: int, of: int, what: str) -> None:
+            click.echo(f"{time.monotonic() - start:6.1f} s  {done} of {of}  {what}", err=True)
+
+        return run_bench(works, systems, options, line)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("bench", total=None)
+        return run_bench(
+            works,
+            systems,
+            options,
+            lambda done, of, what: bar.update(task, completed=done, total=of, description=what[:60]),
+        )
+
+
+def _refuse(message: str) -> None:
+    click.echo(f"anabranch bench: {message}", err=True)
+    sys.exit(2)

@@ -1,0 +1,234 @@
+"""What a run is shown as: ratios, struck-out figures, the table in the terminal, and the README's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from anabranch.bench._statistics import ratio
+
+Content = dict[str, Any]
+CellData = dict[str, Any]
+
+
+def median(cell: CellData, figure: str) -> float | None:
+    """A figure's median: ``"p50_us"``, ``"p99_us"``, ``"host_us"``, or a number of streams for calls a second."""
+    if figure.endswith("_us"):
+        found = cell.get("latency", {}).get(figure)
+    else:
+        found = cell["throughput"].get(figure, {}).get("per_s")
+    return found["median"] if found else None
+
+
+def wrong(cell: CellData, figure: str, family: str) -> tuple[int, int]:
+    """(wrong outputs, outputs checked) behind a figure. Ours promises the same bits, so there inexact is wrong."""
+    row = cell["throughput"].get(figure)
+    if row is None:
+        return 0, 0
+    return row["wrong"] + (row["inexact"] if family == "ours" else 0), row["checked"]
+
+
+def right(cell: CellData, figure: str, family: str) -> bool:
+    """Whether every output behind the figure was right."""
+    return not cell.get("serially_wrong") and not wrong(cell, figure, family)[0]
+
+
+def with_ratios(content: Content) -> Content:
+    """Add, for each figure, which right peer is best, and each cell's ratio to it (above 1 is faster)."""
+    figures = ["p50_us", "host_us", *map(str, content["settings"]["streams"])]
+    for name, work in content["works"].items():
+        cells = [c for c in content["cells"] if c["work"] == name]
+        work["best_peer"] = {}
+        for figure in figures:
+            more = not figure.endswith("_us")
+            peers = [
+                (value, c["system"])
+                for c in cells
+                if content["systems"][c["system"]]["family"] == "peer"
+                and right(c, figure, "peer")
+                and (value := median(c, figure)) is not None
+            ]
+            best = (max if more else min)(peers, default=None)
+            if best is not None:
+                work["best_peer"][figure] = best[1]
+            for cell in cells:
+                value = median(cell, figure)
+                found = ratio(value, best[0] if best else None, more) if value is not None else None
+                if found is not None:
+                    cell.setdefault("vs_best_peer", {})[figure] = float(f"{found:.4g}")
+    return content
+
+
+def number(value: float) -> str:
+    """Three digits that matter, or all before the point."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def strike(cell: CellData, figure: str, family: str, rich: bool = False) -> str:
+    """A figure as text: plain when right; struck out with the count beside it when not; what happened when missing."""
+    value = median(cell, figure)
+    if value is None:
+        if figure in cell.get("without", {}):
+            reason = str(cell["without"][figure])
+            return reason if len(reason) < 32 else reason[:30] + "…"
+        return "" if cell["status"] == "ok" else cell["status"]
+    text = number(value)
+    if right(cell, figure, family):
+        return text
+    bad, checked = wrong(cell, figure, family)
+    if cell.get("serially_wrong"):
+        note = (
+            f"wrong by {cell['serial_error']}"
+            if cell["serial_error"] == "inf"
+            else f"off by {cell['serial_error']:.0%}"
+        )
+    else:
+        note = f"{bad} of {checked} wrong"
+    return f"[strike red]{text}[/] [bold red]{note}[/]" if rich else f"~~{text}~~ {note}"
+
+
+def table(content: Content, work: str) -> Table:
+    """One work: a line a system."""
+    about = content["works"][work]
+    shape = "x".join(map(str, about["shape"]))
+    dtype = content["settings"]["dtype"]
+    result = Table(title=f"{work}: {about['summary']} ({shape}, {dtype})", title_justify="left")
+    result.add_column("system", no_wrap=True)
+    for name in ("latency us", "p99", "host us"):
+        result.add_column(name, justify="right", no_wrap=True)
+    streams = [str(n) for n in content["settings"]["streams"]]
+    for n in streams:
+        result.add_column(f"calls/s, {n} stream{'s' * (n != '1')}", justify="right")
+        result.add_column("x best", justify="right", style="dim")
+    for name in ("build s", "first ms", "MB"):
+        result.add_column(name, justify="right", no_wrap=True)
+    for cell in (c for c in content["cells"] if c["work"] == work):
+        system = content["systems"][cell["system"]]
+        family = system["family"]
+        style = {"ours": "bold green", "bound": "dim"}.get(family, "")
+        if "latency" not in cell:
+            text = (
+                cell["status"] if cell["status"] in ("slow", "skipped", "unavailable") else f"[red]{cell['status']}[/]"
+            )
+            result.add_row(system["label"], text, style=style)
+            continue
+        row = [system["label"], *(strike(cell, f, family, rich=True) for f in ("p50_us", "p99_us", "host_us"))]
+        for n in streams:
+            against = cell.get("vs_best_peer", {}).get(n)
+            text = strike(cell, n, family, rich=True)
+            if cell["status"] != "ok" and median(cell, n) is None:
+                text = f"[bold red]{cell['status']}[/]"
+            row += [text, f"{against:.2f}" if against is not None and right(cell, n, family) else ""]
+        row += [number(cell["build_s"]), number(cell["first_call_ms"]), f"{cell['memory_mb']:,.0f}"]
+        result.add_row(*row, style=style)
+    return result
+
+
+def notes(content: Content) -> list[str]:
+    """What did not go well, a line each: crashes with their last words, failures, builds that took too long."""
+    lines = []
+    for cell in content["cells"]:
+        where = f"{cell['work']}, {content['systems'][cell['system']]['label']}"
+        if cell["status"] not in ("ok", "unavailable"):
+            lines.append(f"{where}: {cell['status']}: {cell.get('reason', '')}")
+            last = cell.get("crash", {}).get("stderr", [])
+            lines += [f"    {line}" for line in last[-2:]]
+        for n, why in cell.get("without", {}).items():
+            lines.append(f"{where}, {n} streams: {why}")
+    return lines
+
+
+def _best(content: Content, work: str, figure: str, family: str) -> tuple[float, CellData] | None:
+    """The best right figure of a family on a work."""
+    found = [
+        (value, i, c)
+        for i, c in enumerate(content["cells"])
+        if c["work"] == work
+        and content["systems"][c["system"]]["family"] == family
+        and right(c, figure, family)
+        and (value := median(c, figure)) is not None
+    ]
+    if not found:
+        return None
+    value, _, cell = min(found) if figure.endswith("_us") else max(found)
+    return value, cell
+
+
+def summary(content: Content) -> str:
+    """The README's tables, in Markdown: the best right peer against ours; then who was wrong."""
+    streams = [str(n) for n in content["settings"]["streams"]]
+    lines = [
+        "| work | latency, us: best right peer | ours | ratio | streams | calls/s: best right peer | ours"
+        " | ratio | bound |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in content["works"]:
+        used = [n for n in streams if _best(content, name, n, "peer") or _best(content, name, n, "ours")]
+        parts = [name]
+        most = used[-1] if used else streams[-1]
+        for figure in ("p50_us", most):
+            if figure == most:
+                parts.append(most)
+            peer, ours = _best(content, name, figure, "peer"), _best(content, name, figure, "ours")
+            parts.append(f"{number(peer[0])} ({content['systems'][peer[1]['system']]['label']})" if peer else "none")
+            parts.append(number(ours[0]) if ours else "none")
+            against = ratio(ours[0], peer[0], figure == most) if ours and peer else None
+            parts.append(f"**{against:.2f}**" if against is not None else "")
+        bound = _best(content, name, most, "bound")
+        parts.append(number(bound[0]) if bound else "")
+        lines.append("| " + " | ".join(parts) + " |")
+    lines += ["", *_wrong_lines(content), *_origin(content)]
+    return "\n".join(lines)
+
+
+def _wrong_lines(content: Content) -> list[str]:
+    """A table of every struck-out figure, when there is one."""
+    rows = []
+    for cell in content["cells"]:
+        system = content["systems"][cell["system"]]
+        for n in cell["throughput"]:
+            if not right(cell, n, system["family"]):
+                text = strike(cell, n, system["family"])
+                rows.append(f"| {cell['work']} | {system['label']} | {n} | {text} |")
+    if not rows:
+        return ["No system had a wrong output.", ""]
+    return ["| struck out: work | system | streams | calls/s |", "|---|---|---|---|", *rows, ""]
+
+
+def _origin(content: Content) -> list[str]:
+    where, settings = content["environment"], content["settings"]
+    crashed = [c for c in content["cells"] if c["status"] == "crashed"]
+    # A run with a limit may not have come to all of its rounds.
+    rounds = sorted(
+        {r["per_s"]["rounds"] for c in content["cells"] for r in c["throughput"].values()}
+        | {c["latency"]["p50_us"]["rounds"] for c in content["cells"] if "latency" in c}
+    ) or [0]
+    count = str(rounds[0]) if rounds[0] == rounds[-1] else f"{rounds[0]} to {rounds[-1]}"
+    systems = len({c["system"] for c in content["cells"] if c["status"] not in ("unavailable",)})
+    return [
+        f"Ratio: above 1 is better than the best peer whose outputs were all right. {systems} systems,"
+        f" {settings['dtype']}, batch 1; medians of {count} round{'s' * (count != '1')};"
+        f" {sum(r['checked'] for c in content['cells'] for r in c['throughput'].values()):,} outputs checked;"
+        f" {len(crashed)} crash{'es' * (len(crashed) != 1)}. {where['device']}, PyTorch {where['torch']},"
+        f" {where['date'][:10]}."
+    ]
+
+
+def families(content: Content, names: Sequence[str]) -> dict[str, str]:
+    """System -> the group that the plot draws it in."""
+    groups = {}
+    for name in names:
+        family = content["systems"][name]["family"]
+        if family != "peer":
+            groups[name] = family
+        elif name.startswith("trt-"):
+            groups[name] = "Torch-TensorRT"
+        elif name == "eager":
+            groups[name] = "eager"
+        else:
+            groups[name] = {"onnxruntime": "ONNX Runtime"}.get(name, "torch.compile, AOTInductor")
+    return groups

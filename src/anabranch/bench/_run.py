@@ -1,0 +1,426 @@
+"""The run: builds side by side, then measures one at a time, all systems of a work in turn, round after round."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from anabranch.bench._process import Crashed, Hung, Worker
+from anabranch.bench._statistics import spread
+from anabranch.bench._system import System, find_system
+from anabranch.bench._work import Work, find_work
+from anabranch.check import environment, write_json
+
+#: Seconds that a process gets to stop a build by itself before it is killed.
+_GRACE = 15.0
+#: ``progress(done, of, what)``.
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run; see ``anabranch bench --help``. Times are in seconds."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    streams: tuple[int, ...] = (1, 4, 16)
+    rounds: int = 3
+    #: What each figure of each round takes, about.
+    seconds: float = 0.2
+    #: How long one system may take to be built for one work; more than that is reported as such.
+    build_seconds: float = 300.0
+    #: The whole run; what is not measured by then is reported as such. 0: no limit.
+    limit: float = 0.0
+    #: The part of a limited run's time after which building ends and measuring starts.
+    build_share: float = 0.6
+    #: Works that are built together. More use the cores better; all of their engines are held at once.
+    batch: int = 1
+    #: Cores that builds may use at a time. 0: all.
+    cores: int = 0
+    #: Longest time that one measurement may take before it counts as hung.
+    patience: float = 120.0
+    #: Threads that one call may use on the CPU. 0: PyTorch's own choice.
+    torch_threads: int = 0
+    json: Path | None = None
+    #: Keep what the workers wrote to stdout and stderr here.
+    logs: Path | None = None
+
+
+@dataclass(eq=False)
+class Cell:
+    """One system on one work, and all that was seen of it."""
+
+    work: Work
+    system: System
+    #: ``ok``, ``unavailable``, ``failed`` (raised), ``crashed``, ``hung``, ``slow`` (not built in time), ``skipped``.
+    status: str = "waiting"
+    reason: str = ""
+    crash: dict[str, Any] | None = None
+    built: dict[str, Any] = field(default_factory=dict)
+    latency: list[dict[str, Any]] = field(default_factory=list)
+    throughput: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    #: Streams -> why there is no (further) figure.
+    without: dict[int, str] = field(default_factory=dict)
+    memory_mb: float = 0.0
+    tries: int = 0
+
+    def end(self, status: str, reason: str) -> None:
+        self.status, self.reason = status, reason
+
+    def count(self, figure: str) -> int:
+        """Rounds in which this figure (``"latency"``, or a number of streams) was measured."""
+        return len(self.latency) if figure == "latency" else len(self.throughput.get(int(figure), []))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON. Figures are medians over the rounds, with the lowest and highest round."""
+        result: dict[str, Any] = {"work": self.work.name, "system": self.system.name, "status": self.status}
+        if self.reason:
+            result["reason"] = self.reason
+        if self.crash:
+            result["crash"] = self.crash
+        if self.built:
+            result |= {k: v for k, v in self.built.items() if k not in ("grew_mb", "error") and v != ""}
+            result["serial_error"] = self.built["error"]
+            result["serially_wrong"] = not self.built["error"] <= self.built["allowed_error"]
+            result["memory_mb"] = self.memory_mb
+        if self.latency:
+            result["latency"] = {
+                key: spread([r[key] for r in self.latency]) for key in ("p50_us", "p99_us", "host_us")
+            } | {"calls": sum(r["calls"] for r in self.latency)}
+        result["throughput"] = {
+            str(n): {"per_s": spread([r["per_s"] for r in rounds])}
+            | {k: sum(r[k] for r in rounds) for k in ("calls", "checked", "wrong", "inexact", "all_zero")}
+            for n, rounds in self.throughput.items()
+        }
+        if self.without:
+            result["without"] = {str(n): why for n, why in self.without.items()}
+        return result
+
+
+@dataclass(eq=False)
+class Group:
+    """One system's cells of a batch, and the one process that builds and measures them all.
+
+    A crash ends the process; the cells that it held and that still miss figures are built again in a new one.
+    """
+
+    system: System
+    cells: list[Cell]
+    queue: list[Cell] = field(default_factory=list)
+    worker: Worker | None = None
+    building: Cell | None = None
+
+    def lost(self, cell: Cell, stage: str, error: Exception) -> None:
+        """Note how the process ended, at this cell."""
+        worker, self.worker, self.building = self.worker, None, None
+        if isinstance(error, Crashed):
+            cell.end("crashed", f"{stage}: {error.how}")
+            cell.crash = {"stage": stage, "how": error.how, "stderr": error.lines}
+        else:
+            lines = worker.last_lines() if worker else []
+            cell.end("hung", f"{stage}: no answer")
+            cell.crash = {"stage": stage, "how": "no answer in time; killed", "stderr": lines}
+
+
+def run_bench(
+    works: Sequence[str],
+    systems: Sequence[str],
+    options: Options,
+    progress: Progress = lambda done, of, what: None,
+) -> dict[str, Any]:
+    """Run every system on every work and return plain data. ``options.json`` is rewritten as figures come in."""
+    return _Run([find_work(w) for w in works], [find_system(s) for s in systems], options, progress).run()
+
+
+class _Run:
+    def __init__(self, works: list[Work], systems: list[System], options: Options, progress: Progress) -> None:
+        self.works, self.systems, self.options = works, systems, options
+        self.cells = [Cell(w, s) for w in works for s in systems]
+        self.start = time.monotonic()
+        self.report = progress
+        self.done = 0
+        self.started = 0
+        self.folder = Path()
+        self.cores = options.cores or os.cpu_count() or 1
+        self.where = environment(options.device)
+        self.where |= {"cores": os.cpu_count(), "load_before": os.getloadavg(), "versions": _versions()}
+
+    @property
+    def figures(self) -> list[str]:
+        return ["latency", *map(str, self.options.streams)]
+
+    def _step(self, what: str, n: int = 1) -> None:
+        self.done += n
+        total = len(self.cells) * (1 + self.options.rounds * len(self.figures))
+        self.report(min(self.done, total), total, what)
+
+    def _left(self) -> float:
+        return self.options.limit - (time.monotonic() - self.start) if self.options.limit else float("inf")
+
+    def run(self) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="anabranch-bench-", ignore_cleanup_errors=True) as folder:
+            self.folder = Path(folder)
+            for i in range(0, len(self.works), self.options.batch):
+                batch = self.works[i : i + self.options.batch]
+                batches_left = -(-(len(self.works) - i) // self.options.batch)
+                groups = [Group(s, [c for c in self.cells if c.work in batch and c.system is s]) for s in self.systems]
+                try:
+                    self._batch(groups, time.monotonic() + self._left() / batches_left)
+                finally:
+                    # All at once: a process with an accelerator takes a second to go.
+                    workers = [g.worker for g in groups if g.worker]
+                    for worker in workers:
+                        worker.process.kill()
+                    for worker in workers:
+                        worker.kill()
+                self._save()
+        return self._content(partial=False)
+
+    def _batch(self, groups: list[Group], until: float) -> None:
+        """Build and measure; then build again what a crash elsewhere took along. Each crash ends one cell for good."""
+        start = time.monotonic()
+        for group in groups:
+            missing = group.system.missing(self.options.device)
+            for cell in group.cells:
+                if missing:
+                    cell.end("unavailable", missing)
+                    self._step(cell.system.label, 1 + self.options.rounds * len(self.figures))
+            group.queue = [c for c in group.cells if c.status == "waiting"]
+        close = start + (until - start) * self.options.build_share
+        while any(g.queue for g in groups):
+            self._build([g for g in groups if g.queue], min(close, until))
+            self._measure(groups, until)
+            for group in groups:
+                if group.worker is None and time.monotonic() < until:
+                    group.queue = [c for c in group.cells if c.status == "ok" and self._incomplete(c)]
+            # Later passes may use what is left, but for a few seconds in which to measure.
+            close = until - 10.0
+
+    def _incomplete(self, cell: Cell) -> bool:
+        return any(
+            cell.count(f) < self.options.rounds
+            for f in self.figures
+            if f == "latency" or (int(f) not in cell.without and int(f) <= cell.work.max_streams)
+        )
+
+    # -- building -------------------------------------------------------------------------------------------------
+
+    def _build(self, groups: list[Group], close: float) -> None:
+        """Build what is queued: systems side by side, as many as there are cores, the works of each in turn."""
+        waiting = sorted(groups, key=lambda g: -g.system.slow)
+        running: list[Group] = []
+        while waiting or running:
+            free = self.cores - sum(g.system.cores for g in running)
+            while waiting and (free > 0 or not running):
+                group = waiting.pop(0)
+                if self._next(group, close):
+                    running.append(group)
+                    free -= group.system.cores
+            if not running:
+                continue
+            handles: dict[Any, Group] = {}
+            for group in running:
+                assert group.worker is not None
+                handles[group.worker.connection] = handles[group.worker.process.sentinel] = group
+            hit = wait(list(handles), max(0.0, min(self._end(g, close) for g in running) - time.monotonic()) + 0.01)
+            answered = {id(handles[h]) for h in hit}
+            for group in list(running):
+                if id(group) not in answered and time.monotonic() <= self._end(group, close):
+                    continue
+                self._built(group)
+                if not self._next(group, close):
+                    running.remove(group)
+
+    def _end(self, group: Group, close: float) -> float:
+        """When to give up on a build. Its own process stops it in time, unless it hangs where Python cannot reach."""
+        assert group.worker is not None
+        return min(group.worker.since + self.options.build_seconds, close) + _GRACE
+
+    def _next(self, group: Group, close: float) -> bool:
+        """Have the group build the next of its cells. False: there is none, or no time for it."""
+        while group.queue:
+            seconds = min(self.options.build_seconds, close - time.monotonic())
+            cell = group.queue.pop(0)
+            if seconds < 1.0:
+                if cell.status == "waiting":
+                    cell.end("skipped", "out of time before its build")
+                continue
+            if group.worker is None:
+                group.worker = self._start(group.system)
+            group.building = cell
+            try:
+                streams = min(max(self.options.streams), cell.work.max_streams)
+                group.worker.send(do="build", work=cell.work.name, streams=streams, seconds=seconds)
+            except Crashed as e:
+                group.lost(cell, "build", e)
+                continue
+            return True
+        return False
+
+    def _start(self, system: System) -> Worker:
+        self.started += 1
+        name = f"{system.name}-{self.started}".replace("/", "_").replace(":", "_")
+        variables = {
+            # A cache of its own: no system's build is quicker for another's having been there.
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / system.name.replace(":", "_")),
+            "TRITON_CACHE_DIR": str(self.folder / system.name.replace(":", "_") / "triton"),
+            # More hardware queues than the default 8, or streams would wait for each other without need.
+            "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+        }
+        job = {
+            "system": system.name,
+            "device": self.options.device,
+            "dtype": self.options.dtype,
+            "torch_threads": self.options.torch_threads,
+            "cores": system.cores,
+            "environment": {**variables, **system.environment},
+        }
+        logs = self.options.logs or self.folder
+        logs.mkdir(parents=True, exist_ok=True)
+        return Worker(job, logs / f"{name}.log")
+
+    def _built(self, group: Group) -> None:
+        """Take the answer to a build, or its end."""
+        cell, group.building = group.building, None
+        assert cell is not None
+        assert group.worker is not None
+        try:
+            answer = group.worker.receive(0.0)
+        except (Crashed, Hung) as e:
+            again = [c for c in group.cells if c.status == "ok" and self._incomplete(c)]
+            group.lost(cell, "build", e)
+            group.queue = again + group.queue
+            return
+        if "error" not in answer or "build_s" in answer:
+            first = cell.status == "waiting"
+            cell.end("ok", "")
+            if first:
+                cell.built = answer
+                cell.memory_mb = answer["grew_mb"]
+        elif "out of memory" in answer["error"] and cell.tries < 4:
+            # Not the system's fault: other builds' peaks pass, and a virtual machine's memory grows as it is used.
+            cell.tries += 1
+            group.queue.append(cell)
+            return
+        elif answer.get("slow"):
+            cell.end("slow", f"not built within {answer['seconds']:.0f} s")
+        else:
+            cell.end("failed", f"build: {answer['error']}")
+        self._step(f"built {cell.work.name}: {cell.system.label}")
+
+    # -- measuring ------------------------------------------------------------------------------------------------
+
+    def _measure(self, groups: list[Group], until: float) -> None:
+        """Round after round, figure after figure, each work with all systems in turn."""
+        for r in range(self.options.rounds):
+            # Another order each round: no system always runs just after the same other one.
+            shift = r * (len(groups) // self.options.rounds)
+            order = groups[shift:] + groups[:shift]
+            for figure in self.figures:
+                # The most streams come last: what crashes there has shown its other figures.
+                for work in [w for w in self.works if any(c.work is w for g in groups for c in g.cells)]:
+                    for group in order:
+                        cell = next(c for c in group.cells if c.work is work)
+                        if group.worker is None or cell.status != "ok" or cell.count(figure) > r:
+                            continue
+                        if time.monotonic() > until:
+                            if not cell.latency:
+                                cell.end("skipped", "out of time before its measurement")
+                            continue
+                        self._one(group, cell, figure)
+                        self._step(f"round {r + 1}, {figure}, {work.name}: {cell.system.label}")
+            self._save()
+
+    def _one(self, group: Group, cell: Cell, figure: str) -> None:
+        """One figure of one cell, once."""
+        options, worker = self.options, group.worker
+        assert worker is not None
+        about = {"work": cell.work.name, "seconds": options.seconds}
+        try:
+            if figure == "latency":
+                answer = worker.ask(options.patience, do="latency", **about)
+                if "error" in answer:
+                    cell.end("failed", f"latency: {answer['error']}")
+                    return
+                cell.latency.append(answer)
+            else:
+                n = int(figure)
+                if n > cell.work.max_streams:
+                    cell.without[n] = f"at most {cell.work.max_streams} streams for this work"
+                if n in cell.without:
+                    return
+                answer = worker.ask(options.patience, do="throughput", streams=n, **about)
+                if "error" in answer:
+                    cell.without[n] = answer["error"]
+                    return
+                cell.throughput.setdefault(n, []).append(answer)
+            cell.memory_mb += answer["grew_mb"]
+        except (Crashed, Hung) as e:
+            group.lost(cell, "latency" if figure == "latency" else f"{figure} streams", e)
+
+    # -- results --------------------------------------------------------------------------------------------------
+
+    def _content(self, partial: bool) -> dict[str, Any]:
+        from anabranch.bench._report import with_ratios
+
+        options = self.options
+        content = {
+            "environment": {
+                **self.where,
+                "load_after": os.getloadavg(),
+                "seconds": round(time.monotonic() - self.start, 1),
+            },
+            "settings": {
+                "device": options.device,
+                "dtype": options.dtype,
+                "streams": list(options.streams),
+                "rounds": options.rounds,
+                "seconds_a_figure": options.seconds,
+                "build_seconds": options.build_seconds,
+                "limit_seconds": options.limit or None,
+                "works_built_together": options.batch,
+                "cores_for_builds": self.cores,
+                "torch_threads": options.torch_threads or None,
+            },
+            "partial": partial,
+            "works": {w.name: {"summary": w.summary, "shape": list(w.shape_on(options.device))} for w in self.works},
+            "systems": {s.name: {"label": s.label, "family": s.family} for s in self.systems},
+            "cells": [c.as_dict() for c in self.cells],
+        }
+        return with_ratios(_finite(content))
+
+    def _save(self) -> None:
+        if self.options.json:
+            # In one step, so that a run that is cut off leaves a whole file.
+            partial = self.options.json.with_suffix(".partial")
+            write_json(partial, self._content(partial=True))
+            os.replace(partial, self.options.json)
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    found = {}
+    for name in ("torchvision", "triton", "torch-tensorrt-rtx", "torch_tensorrt", "tensorrt-rtx-cu13", "onnxruntime"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """Rounded to six significant digits; JSON knows no infinity."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else str(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

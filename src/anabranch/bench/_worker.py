@@ -1,0 +1,103 @@
+"""The process of one system: obeys commands, one JSON object a message, until told to stop.
+
+Started by a fork server that has imported PyTorch but touched no device, so that many of them cost few imports.
+Whatever the system does to its process (abort, fault, hang, leak) ends with it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+def serve(connection: Connection, log: str, job: dict[str, Any]) -> None:
+    """One answer for each command. An error is an answer too."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    faulthandler.enable(file=sys.stderr)
+    os.environ.update(job["environment"])
+    signal.signal(signal.SIGALRM, _ring)
+    meters: dict[str, Any] = {}
+    while True:
+        try:
+            command = json.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            break
+        if command["do"] == "stop":
+            break
+        try:
+            before = _memory(job) if meters else 0.0
+            if command["do"] == "build":
+                signal.setitimer(signal.ITIMER_REAL, command["seconds"])
+                meters[command["work"]] = meter = _meter(job, command)
+                answer = meter.build()
+            elif command["do"] == "latency":
+                answer = meters[command["work"]].latency(command["seconds"])
+            else:
+                answer = meters[command["work"]].throughput(command["streams"], command["seconds"])
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            # A process holds all of a system's works; what it grew by is this one's.
+            answer["grew_mb"] = max(0.0, _memory(job) - before)
+        except BaseException as e:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            from anabranch.bench._system import NotReady
+
+            # What cannot serve or takes too long is no fault and needs no traceback.
+            if not isinstance(e, NotReady | _TooSlow):
+                traceback.print_exc()
+            answer = {"error": _one_line(e), "slow": isinstance(e, _TooSlow), "seconds": command.get("seconds")}
+            if command["do"] == "build":
+                meters.pop(command["work"], None)
+        try:
+            connection.send_bytes(json.dumps(answer).encode())
+        except OSError:
+            break
+    sys.stderr.flush()
+    # Not a normal exit: destructors of half-dead engines can hang, and all is said.
+    os._exit(0)
+
+
+class _TooSlow(BaseException):
+    """A build that ran out of time. No ``Exception``, which compilers catch and work around."""
+
+
+def _ring(*_: Any) -> None:
+    raise _TooSlow("out of time")
+
+
+def _meter(job: dict[str, Any], command: dict[str, Any]) -> Any:
+    import torch
+    import torch._inductor.config as inductor
+
+    from anabranch.bench._measure import Meter
+    from anabranch.bench._system import find_system
+    from anabranch.bench._work import find_work
+
+    # Set here, as importing PyTorch may have read the environment already.
+    inductor.compile_threads = job["cores"]
+    if job["torch_threads"]:
+        torch.set_num_threads(job["torch_threads"])
+    work, system = find_work(command["work"]), find_system(job["system"])
+    dtype = getattr(torch, job["dtype"])
+    deadline = time.monotonic() + command["seconds"]
+    return Meter(work, system, job["device"], dtype, command["streams"], deadline)
+
+
+def _memory(job: dict[str, Any]) -> float:
+    from anabranch.bench._measure import memory_mb
+
+    return memory_mb(job["device"] == "cuda")
+
+
+def _one_line(e: BaseException) -> str:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return f"{type(e).__name__}: {' '.join(lines)}"[:300]

@@ -1,0 +1,133 @@
+"""Systems with known faults, for the benchmark's own tests."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from anabranch.bench import Subject
+
+Call = Callable[[torch.Tensor], torch.Tensor]
+
+
+def right(subject: Subject) -> Call:
+    return subject.model
+
+
+def small() -> torch.nn.Module:
+    """A work beside the built-in ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return torch.nn.Linear(4, 4)
+
+
+def _first_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def zeros_on_one_thread(subject: Subject) -> Call:
+    """Right on the first thread; on each other one nobody writes the output."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y = subject.model(x)
+        return y if _first_thread() else torch.zeros_like(y)
+
+    return call
+
+
+def stale(subject: Subject) -> Call:
+    """Writes its one output buffer at the first calls only, as a run whose output copy was lost would."""
+    buffers: list[torch.Tensor] = []
+    count = [0]
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y = subject.model(x)
+        if not buffers:
+            buffers.append(y.clone())
+        count[0] += 1
+        if count[0] < 40:
+            buffers[0].copy_(y)
+        return buffers[0]
+
+    return call
+
+
+def another_threads(subject: Subject) -> Call:
+    """Returns the output of the call before, whoever made it."""
+    last: list[torch.Tensor] = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y = subject.model(x)
+        last.append(y.clone())
+        return y if _first_thread() or len(last) < 2 else last[-2].clone()
+
+    return call
+
+
+def nearly(subject: Subject) -> Call:
+    """Other bits on other threads, within rounding."""
+    return lambda x: subject.model(x) if _first_thread() else subject.model(x) * (1 + 1e-6)
+
+
+def off(subject: Subject) -> Call:
+    """Wrong in every call, the same way."""
+    return lambda x: subject.model(x) * 1.5
+
+
+def aborts(subject: Subject) -> Call:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        print("terminate called without an active exception", file=sys.stderr)
+        os.abort()
+
+    return call
+
+
+def faults(subject: Subject) -> Call:
+    return lambda x: torch.tensor(ctypes.string_at(0)[0])
+
+
+def aborts_on_threads(subject: Subject) -> Call:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        if not _first_thread():
+            os.abort()
+        return subject.model(x)
+
+    return call
+
+
+def aborts_on_relu_threads(subject: Subject) -> Call:
+    """Fine, but for one work."""
+    return aborts_on_threads(subject) if subject.work.name == "relu" else right(subject)
+
+
+def hangs_on_threads(subject: Subject) -> Call:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        if not _first_thread():
+            time.sleep(1000)
+        return subject.model(x)
+
+    return call
+
+
+def never_built(subject: Subject) -> Call:
+    time.sleep(1000)
+    return right(subject)
+
+
+def refuses(subject: Subject) -> Call:
+    raise RuntimeError("this model has\nan operator that nobody knows")
+
+
+def refuses_threads(subject: Subject) -> Call:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        if not _first_thread():
+            raise ValueError("one thread only")
+        return subject.model(x)
+
+    return call

@@ -1,0 +1,190 @@
+"""The benchmark's run: wrong outputs are counted, and what a system does to its process stays there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anabranch.bench import Options, run_bench, strike, summary
+from anabranch.errors import InputError
+
+FAST = {"streams": (1, 2), "rounds": 1, "seconds": 0.01, "patience": 60.0, "torch_threads": 1}
+
+
+def run(*systems: str, works: tuple[str, ...] = ("relu",), **options: Any) -> dict[str, Any]:
+    names = [s if "-" in s or s == "eager" else f"bench_systems:{s}" for s in systems]
+    return run_bench(works, names, Options(**{**FAST, **options}))
+
+
+def cell(content: dict[str, Any], system: str, work: str = "relu") -> dict[str, Any]:
+    (found,) = [c for c in content["cells"] if c["system"].endswith(system) and c["work"] == work]
+    return found
+
+
+@pytest.fixture(scope="module")
+def faulty() -> dict[str, Any]:
+    """One run with all the systems that end by themselves."""
+    return run(
+        "right",
+        "zeros_on_one_thread",
+        "stale",
+        "another_threads",
+        "nearly",
+        "off",
+        "aborts",
+        "faults",
+        "aborts_on_threads",
+        "refuses",
+        "refuses_threads",
+    )
+
+
+def test_a_right_system_has_every_figure_and_no_wrong_output(faulty: dict[str, Any]) -> None:
+    found = cell(faulty, ":right")
+    assert found["status"] == "ok"
+    assert found["serial_error"] == 0
+    assert not found["serially_wrong"]
+    for key in ("p50_us", "p99_us", "host_us"):
+        assert 0 < found["latency"][key]["low"] <= found["latency"][key]["median"]
+    assert found["latency"]["host_us"]["median"] <= found["latency"]["p99_us"]["median"]
+    for n in ("1", "2"):
+        row = found["throughput"][n]
+        assert row["per_s"]["median"] > 0
+        assert row["checked"] >= int(n) * 3
+        assert (row["wrong"], row["inexact"], row["all_zero"]) == (0, 0, 0)
+    assert found["build_s"] > 0
+    assert found["memory_mb"] > 0
+    assert found["first_call_ms"] > 0
+
+
+def test_zeros_on_one_thread_are_struck_out_with_their_count(faulty: dict[str, Any]) -> None:
+    found = cell(faulty, "zeros_on_one_thread")
+    assert found["throughput"]["1"]["wrong"] == 0
+    row = found["throughput"]["2"]
+    # Every call of the second thread, and no other.
+    assert row["wrong"] == row["all_zero"] == row["checked"] // 2
+    text = strike(found, "2", "peer")
+    assert text.startswith("~~")
+    assert text.endswith(f"~~ {row['wrong']} of {row['checked']} wrong")
+    assert not strike(found, "1", "peer").startswith("~~")
+    assert faulty["works"]["relu"]["best_peer"]["2"] != found["system"]
+    assert f"~~ {row['wrong']} of {row['checked']} wrong" in summary(faulty)
+
+
+def test_an_output_that_nobody_wrote_is_wrong(faulty: dict[str, Any]) -> None:
+    assert cell(faulty, "stale")["throughput"]["2"]["wrong"] > 0
+
+
+def test_an_output_of_another_call_is_wrong(faulty: dict[str, Any]) -> None:
+    assert cell(faulty, "another_threads")["throughput"]["2"]["wrong"] > 0
+
+
+def test_other_bits_within_rounding_are_counted_apart_and_only_ours_promises_them(faulty: dict[str, Any]) -> None:
+    found = cell(faulty, "nearly")
+    row = found["throughput"]["2"]
+    assert row["wrong"] == 0
+    assert row["inexact"] > 0
+    assert not strike(found, "2", "peer").startswith("~~")
+    assert strike(found, "2", "ours").startswith("~~")
+
+
+def test_a_system_that_is_off_from_the_start_is_struck_out_everywhere(faulty: dict[str, Any]) -> None:
+    found = cell(faulty, ":off")
+    assert found["serially_wrong"]
+    for figure in ("p50_us", "1", "2"):
+        assert strike(found, figure, "peer").endswith("off by 50%")
+
+
+@pytest.mark.parametrize(("system", "signal"), [("aborts", "SIGABRT"), ("faults", "SIGSEGV")])
+def test_a_crash_is_a_result_with_the_signal_and_the_last_words(
+    faulty: dict[str, Any], system: str, signal: str
+) -> None:
+    found = cell(faulty, f":{system}")
+    assert found["status"] == "crashed"
+    assert found["reason"] == f"build: {signal}"
+    assert found["crash"]["how"] == signal
+    assert found["crash"]["stderr"]
+    assert "latency" not in found
+
+
+def test_a_crash_among_threads_keeps_what_was_measured_before(faulty: dict[str, Any]) -> None:
+    found = cell(faulty, "aborts_on_threads")
+    assert found["status"] == "crashed"
+    assert found["reason"] == "2 streams: SIGABRT"
+    assert found["latency"]["calls"] > 0
+    assert list(found["throughput"]) == ["1"]
+
+
+def test_what_a_system_raises_is_a_result(faulty: dict[str, Any]) -> None:
+    found = cell(faulty, ":refuses")
+    assert found["status"] == "failed"
+    assert found["reason"] == "build: RuntimeError: this model has an operator that nobody knows"
+    threads = cell(faulty, "refuses_threads")
+    assert threads["status"] == "ok"
+    assert threads["without"] == {"2": "ValueError: one thread only"}
+
+
+def test_one_that_hangs_is_killed_and_the_run_goes_on() -> None:
+    content = run("hangs_on_threads", "right", patience=3.0)
+    found = cell(content, "hangs_on_threads")
+    assert found["status"] == "hung"
+    assert found["reason"] == "2 streams: no answer"
+    assert cell(content, ":right")["throughput"]["2"]["wrong"] == 0
+
+
+def test_a_build_that_takes_too_long_is_given_up() -> None:
+    content = run("never_built", "right", build_seconds=4.0)
+    assert cell(content, "never_built")["status"] == "slow"
+    assert cell(content, "never_built")["reason"] == "not built within 4 s"
+    assert cell(content, ":right")["status"] == "ok"
+
+
+def test_what_a_crash_took_along_is_built_again() -> None:
+    other = "bench_systems:small@2,4"
+    content = run("aborts_on_relu_threads", works=("relu", other), rounds=2, batch=2)
+    assert cell(content, "aborts_on_relu_threads")["status"] == "crashed"
+    found = cell(content, "aborts_on_relu_threads", other)
+    assert found["status"] == "ok"
+    assert found["latency"]["p50_us"]["rounds"] == 2
+    assert found["throughput"]["2"]["per_s"]["rounds"] == 2
+
+
+def test_out_of_time_is_said(tmp_path: Path) -> None:
+    target = tmp_path / "bench.json"
+    content = run("right", limit=0.5, json=target)
+    found = cell(content, ":right")
+    assert found["status"] == "skipped"
+    assert "out of time" in found["reason"]
+    assert json.loads(target.read_text())["cells"] == content["cells"]
+
+
+def test_the_file_holds_where_and_how(tmp_path: Path) -> None:
+    target = tmp_path / "folder" / "bench.json"
+    steps: list[tuple[int, int]] = []
+    options = Options(**{**FAST, "streams": (1,)}, json=target, logs=tmp_path / "logs")
+    content = run_bench(["relu"], ["eager"], options, lambda done, of, what: steps.append((done, of)))
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    assert not content["partial"]
+    saved = json.loads(target.read_text())
+    assert saved["partial"]
+    assert saved["cells"] == content["cells"]
+    for key in ("date", "device", "torch", "command", "cores", "load_before", "load_after", "seconds"):
+        assert key in content["environment"]
+    assert content["settings"]["streams"] == [1]
+    assert content["works"]["relu"]["shape"] == [1, 3, 5]
+    assert content["systems"]["eager"] == {"label": "PyTorch eager", "family": "peer"}
+    assert list((tmp_path / "logs").iterdir())
+
+
+def test_names_that_are_not_there_are_refused() -> None:
+    with pytest.raises(InputError, match="one of relu"):
+        run("right", works=("nonsense",))
+    with pytest.raises(InputError, match="one of eager"):
+        run_bench(["relu"], ["nonsense"], Options())
+    with pytest.raises(InputError, match="no_such"):
+        run_bench(["relu"], ["bench_systems:no_such"], Options())
+    with pytest.raises(InputError, match="shape"):
+        run("right", works=("bench_systems:small@2,x",))
