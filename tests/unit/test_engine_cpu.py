@@ -484,6 +484,43 @@ def test_engines_of_one_model_may_be_compiled_by_many_threads_at_once() -> None:
         torch.testing.assert_close(out, expected)
 
 
+def test_compile_does_not_look_at_a_model_that_another_thread_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch.export puts stand-ins in the place of a module's parameters for as long as it traces.
+    from anabranch.runtime import _engine
+
+    model = nn.Linear(3, 3).eval()
+    x = torch.randn(2, 3)
+    expected = eager(model, x)
+    results: list[Any] = []
+
+    def compile_too() -> None:
+        try:
+            results.append(build(model, x)(x))
+        except BaseException as e:
+            results.append(e)
+
+    other = threading.Thread(target=compile_too)
+    export = _engine.export_program
+
+    def slow_export(*args: Any, **kwargs: Any) -> Any:
+        if other.ident is None:
+            weight = model.weight
+            model.weight = nn.Parameter(torch.empty(3, 3, device="meta"), requires_grad=False)
+            try:
+                other.start()
+                other.join(0.5)  # it waits for this export; if it looks at the model, it has failed by then
+            finally:
+                model.weight = weight
+        return export(*args, **kwargs)
+
+    monkeypatch.setattr(_engine, "export_program", slow_export)
+    torch.testing.assert_close(build(model, x)(x), expected)
+    other.join()
+    (result,) = results
+    assert isinstance(result, torch.Tensor), result
+    torch.testing.assert_close(result, expected)
+
+
 # -- the end ----------------------------------------------------------------------------------------------------------
 
 

@@ -84,19 +84,21 @@ def compile(
             f"model is a {type(model).__name__}; expected an nn.Module, an exported program or the path of a .pt2 file"
         )
     args, keywords = _inputs(model, inputs, kwargs)
-    device = _device(model, (args, keywords))
-    placed = _on_device(model, device)
-    args, keywords = _tensors_for((args, keywords), device)
-    seam = get_device(device.type)
-    index = seam.index(device)
-    if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
-        raise NotCapturable("compile was called inside a CUDA graph capture; compile first, then capture")
-    settings = Settings(name, seam, index, _backend(backend, seam), cuda_graphs, Flags(device.type))
-    engine = Engine(settings, placed, precision, Limits(max_contexts, memory_limit))
-    if seam.has_streams:
-        # Parameters that were written just before are there for the lane that warms up, and for every later caller.
-        seam.current_stream(index).synchronize()
-    engine._primary = engine._specialization(args, keywords)
+    # While another thread exports the same model, torch.export has put other tensors in the place of its parameters.
+    with process.build_lock:
+        device = _device(model, (args, keywords))
+        placed = _on_device(model, device)
+        args, keywords = _tensors_for((args, keywords), device)
+        seam = get_device(device.type)
+        index = seam.index(device)
+        if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
+            raise NotCapturable("compile was called inside a CUDA graph capture; compile first, then capture")
+        settings = Settings(name, seam, index, _backend(backend, seam), cuda_graphs, Flags(device.type))
+        engine = Engine(settings, placed, precision, Limits(max_contexts, memory_limit))
+        if seam.has_streams:
+            # Parameters that were written just before are there for the lane that warms up, and for every later caller.
+            seam.current_stream(index).synchronize()
+        engine._primary = engine._specialization(args, keywords)
     return engine
 
 
