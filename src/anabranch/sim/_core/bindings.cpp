@@ -217,6 +217,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       machine.faults[kind] = nth;
   });
   m.def("lost", [&machine]() -> std::optional<std::string> {
+    Lock lock;
     if (machine.error.empty()) return std::nullopt;
     return machine.error;
   });

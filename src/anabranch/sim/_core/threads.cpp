@@ -198,6 +198,7 @@ int exchange_device(int device) {
 
 QueuePtr current_queue(int device) {
   if (device < 0) device = t_device;
+  Lock lock;  // another thread may be making a stream
   return Machine::get().queue(device, t_streams[device]);
 }
 
