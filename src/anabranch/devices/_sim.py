@@ -229,8 +229,8 @@ class SimDevice:
         return lane
 
     def hand_over(self, tensors: Sequence[torch.Tensor], stream: Any) -> None:
-        # What is freed is poisoned at once, in the order of the stream that owns it: the lane, which waits for the
-        # caller's stream only when it is used next.
+        # Their blocks go back to the lane that made them, where the machine does not know that the caller's stream may
+        # still read them.
         for t in tensors:
             t.record_stream(stream)
 

@@ -44,6 +44,11 @@ def launch(
     core.launch(name, kernel, list(reads), list(writes))
 
 
+def reset() -> None:
+    """Forget a device error, and with it all work that is queued and all captures under way."""
+    core.reset()
+
+
 __all__ = [
     "Event",
     "Graph",
@@ -59,4 +64,5 @@ __all__ = [
     "pct",
     "random",
     "replay",
+    "reset",
 ]
