@@ -134,7 +134,7 @@ struct Event {
 
 struct Block {
   char* data = nullptr;
-  size_t bytes = 0, asked = 0;
+  size_t bytes = 0;
   std::string id;    // of the memory
   std::string name;  // of the allocation that has it now, or had it last
   int device = 0;
@@ -277,8 +277,7 @@ int64_t exchange_stream(int device, int64_t stream);
 int64_t current_pool();
 void push_pool(int64_t pool);
 void pop_pool();
-// Whether this thread may do what a capture of another thread in global mode forbids.
-bool relaxed();
+// Whether this thread may do what a capture of another thread in global mode forbids; gives what was before.
 bool exchange_relaxed(bool value);
 // Throws where a call (a sync, a query) is not allowed because of a capture, and spoils that capture, as CUDA does.
 void refuse_in_capture(const char* what, const QueuePtr& queue = nullptr);

@@ -70,7 +70,6 @@ Block* Machine::allocate(size_t bytes, const QueuePtr& queue, int64_t pool, cons
     block->stream = queue->id;
     blocks_[reinterpret_cast<uintptr_t>(data)] = std::move(made);
   }
-  block->asked = bytes;
   block->live = true;
   block->capture = pool ? queue->capture : nullptr;
   if (block->capture) {

@@ -214,9 +214,6 @@ void push_pool(int64_t pool) {
 void pop_pool() {
   t_pools.pop_back();
 }
-bool relaxed() {
-  return t_relaxed;
-}
 bool exchange_relaxed(bool value) {
   return std::exchange(t_relaxed, value);
 }
