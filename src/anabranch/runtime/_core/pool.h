@@ -1,0 +1,139 @@
+// The context pool: gives a call a context that nothing else is using. Nothing here knows PyTorch, Python or a device.
+//
+// A slot holds one context. Who changes a slot's state from idle to taken owns the slot and its context until it gives
+// them back. There are two ways to do so:
+//
+//   by hint   A thread remembers which slot it had last on a stream. It comes back, changes that slot from idle to
+//             taken, and is done: no lock, and no cache line that another thread writes.
+//   by lock   Everything else: the pool's lock is taken to look for the best idle slot, or to stand in line.
+//
+// Why nobody is lost: who gives a slot back first makes it idle and then looks whether somebody waits; who is about to
+// wait first stands in line and then looks once more whether a slot is idle. Both in one total order, so one of the two
+// sees the other. Why nobody starves: while somebody stands in line no hint is followed, and who gives back serves the
+// head of the line.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "sync.h"
+
+namespace anabranch::runtime {
+
+// How many contexts and bytes one engine may hold, over all its signatures. Threads: any. No lock: `forget` is called
+// by finalizers, which run in the middle of anything.
+class Limits {
+ public:
+  // A `memory_limit` below 0 is none.
+  Limits(int64_t max_contexts, int64_t memory_limit);
+
+  // Make room for one more context of about `bytes`; false if a limit forbids it.
+  bool reserve(int64_t bytes);
+  // Whether `reserve` would succeed now.
+  bool has_room(int64_t bytes) const;
+  // Correct a reservation to what the context really takes; false if that is over the limit.
+  bool confirm(int64_t reserved, int64_t actual);
+  // A context of `bytes` is gone, or was not built.
+  void forget(int64_t bytes);
+  std::pair<int64_t, int64_t> held() const { return {contexts_.load("read"), bytes_.load("read")}; }
+
+  const int64_t max_contexts, memory_limit;
+
+ private:
+  bool fits(int64_t bytes) const { return memory_limit < 0 || bytes <= memory_limit; }
+  Atomic<int64_t> contexts_{"contexts", 0};
+  Atomic<int64_t> bytes_{"bytes", 0};
+};
+
+// What a slot holds: the state of one call in flight.
+class Payload {
+ public:
+  virtual ~Payload() = default;
+};
+
+struct Slot {
+  enum State { kEmpty, kIdle, kTaken };
+  static constexpr int64_t kNever = INT64_MIN;
+
+  Atomic<int> state{"slot", kEmpty};
+  // The owner's alone.
+  std::unique_ptr<Payload> payload;
+  // Written by the owner; others look at them only to choose.
+  std::atomic<int64_t> used_on{kNever};  // the stream of the last use
+  std::atomic<int64_t> used_at{0};
+};
+
+class Pool {
+ public:
+  struct Grant {
+    enum Kind {
+      kContext,  // `slot` is the caller's
+      kRoom,     // build a context: `reserved` bytes are set aside in the limits for it
+      kNothing,  // there is no context, and none may be built
+    } kind = kNothing;
+    Slot* slot = nullptr;
+    int64_t reserved = 0;
+    bool waits = false;  // last used on another stream, for which the device has to wait
+  };
+
+  // `limits` must outlive the pool. Null: a pool whose contexts are never lent to another stream, without a limit.
+  explicit Pool(Limits* limits);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  // An idle context, by preference: last used on `stream`; never used; a new one, if `may_build`; the least recently
+  // used. When all are in the hands of other threads, waits for the first that comes back.
+  Grant acquire(int64_t stream, bool may_build);
+
+  // A context that was just built, in its builder's hands; `bytes` is what the next will take.
+  Slot* add(std::unique_ptr<Payload> payload, int64_t bytes);
+  // Give a slot back, last used on `stream` (kNever: on none that a caller could have).
+  void release(Slot* slot, int64_t stream);
+  // Give up a slot's context after an error. The caller destroys what it gets.
+  [[nodiscard]] std::unique_ptr<Payload> discard(Slot* slot);
+  // Take all idle contexts out for good.
+  [[nodiscard]] std::vector<std::unique_ptr<Payload>> drain();
+
+  // Bytes of the last context built: what the next will take.
+  int64_t estimate();
+  // How many contexts there are, in whoever's hands.
+  int64_t alive();
+  // Every payload there is, for whoever knows that no thread owns a slot, or looks only at what never changes.
+  void for_each(const std::function<void(Payload&)>& visit);
+
+  // In a forked child, on its only thread. Contexts in the hands of threads that the child does not have are lost.
+  void after_fork();
+
+ private:
+  struct Waiter {
+    Signal ready{"a context"};
+    Slot* slot = nullptr;
+  };
+
+  Slot* by_hint(int64_t stream);
+  Slot* choose(int64_t stream);
+  Slot* oldest();
+  void serve();
+  void send_away();
+  void remember(Slot* slot, int64_t stream);
+
+  Limits* const limits_;
+  const uint64_t serial_;  // of no other pool in this process, ever
+  Mutex lock_{"pool"};
+  // Guarded by `lock_`. Slots stay where they are for as long as the pool lives, so that hints may point to them.
+  std::deque<Slot> slots_;
+  std::deque<Waiter*> line_;
+  int64_t alive_ = 0;
+  int64_t estimate_ = 0;
+
+  // How many stand in line: written with `lock_` held, read by anybody.
+  Atomic<int> waiting_{"waiting", 0};
+};
+
+}  // namespace anabranch::runtime
