@@ -34,20 +34,21 @@ def build(
     *,
     flags: Sequence[str] = (),
     libraries: Sequence[str] = (),
+    headers: Sequence[Path] = (),
     shared: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Compile ``sources`` and return the path of the library (or, with ``shared=False``, of the program).
 
     ``libraries`` are the linker's arguments. Returns at once when an equal build is in the cache. Headers beside the
-    sources (``*.h``) count as sources for that comparison. ``progress`` gets one line before a compilation and one
+    sources (``*.h``) and those of ``headers`` count as sources for that comparison. ``progress`` gets one line before a compilation and one
     after it; by default they go to stderr. Safe in many threads and processes at once.
 
     Raises :class:`~anabranch.errors.BuildError` when there is no compiler, when it fails (its output is in the
     message), or when the cache cannot be written.
     """
     say = progress or _to_stderr
-    files = sorted({*sources, *(h for s in sources for h in s.parent.glob("*.h"))})
+    files = sorted({*sources, *headers, *(h for s in sources for h in s.parent.glob("*.h"))})
     compiler = _compiler()
     options = [*BASE_FLAGS, *(["-shared"] if shared else []), *flags]
     digest = hashlib.sha256()

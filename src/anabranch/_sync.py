@@ -73,6 +73,10 @@ class Factories:
     def tally(self, name: str, keys: Iterable[str]) -> Any:
         return Tally(keys)
 
+    def observer(self) -> Any:
+        """Makes the locks, events and atomics of the native runtime (see its ``sync.h``); None: plain ones."""
+        return None
+
     def atomics(self, owner: type, names: tuple[str, ...]) -> None:
         """Threads load and store these attributes of ``owner``'s instances without a lock."""
 
@@ -81,6 +85,7 @@ _PLAIN = Factories()
 _factories = _PLAIN
 #: Every class that was declared with :func:`atomics`, and which attributes.
 _atomics: list[tuple[type, tuple[str, ...]]] = []
+_listeners: list[Callable[[Factories], None]] = []
 
 
 def install(factories: Factories | None) -> None:
@@ -92,6 +97,14 @@ def install(factories: Factories | None) -> None:
     _factories = factories or _PLAIN
     for owner, names in _atomics:
         _factories.atomics(owner, names)
+    for listener in _listeners:
+        listener(_factories)
+
+
+def on_install(listener: Callable[[Factories], None]) -> None:
+    """Call ``listener`` with the factories now and whenever others are installed."""
+    _listeners.append(listener)
+    listener(_factories)
 
 
 def lock(name: str) -> threading.Lock:

@@ -20,6 +20,7 @@ class CpuDevice:
     survives_fork = True
     has_time = True
     backends: tuple[str, ...] = ("inductor", "eager")
+    is_profiled = False
 
     def index(self, device: torch.device) -> int:
         return 0
@@ -62,6 +63,12 @@ class CpuDevice:
 
     def check_error(self, error: BaseException) -> None:
         pass
+
+    def native_api(self, core: Any) -> int:
+        return 0
+
+    def call_error(self, call: str, code: int) -> Exception:
+        return RuntimeError(f"{call} failed with code {code}")
 
     def range(self, name: str) -> AbstractContextManager[Any]:
         return nullcontext()

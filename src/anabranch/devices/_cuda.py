@@ -68,10 +68,12 @@ def _ok(call: str, result: tuple[Any, ...]) -> Any:
 class _CudaGraph:
     """See :class:`anabranch.devices.Graph`."""
 
-    __slots__ = ("_exec",)
+    __slots__ = ("_exec", "native")
 
     def __init__(self, executable: Any) -> None:
         self._exec = executable
+        #: The handle, for the native runtime.
+        self.native = int(executable)
 
     def launch(self, stream: Any) -> None:
         error = rt.cudaGraphLaunch(self._exec, stream.cuda_stream)[0]
@@ -203,7 +205,7 @@ class CudaDevice:
         return _CudaLatch()
 
     def event(self) -> Any:
-        return torch.cuda.Event()
+        return torch.Event(device=self.kind)  # PyTorch's device-generic one, which the native runtime can use
 
     def is_capturing(self, stream: Any) -> bool:
         # torch.cuda.is_current_stream_capturing asks about the current *device*, which need not be the stream's.
@@ -328,6 +330,16 @@ class CudaDevice:
                 f"the GPU reported an error that lasts until this process ends: {self._lost}. Every engine on it now"
                 " raises DeviceLost. Start a new process; CUDA_LAUNCH_BLOCKING=1 there finds the kernel at fault."
             ) from error
+
+    def native_api(self, core: Any) -> int:
+        return int(core.cuda_api())
+
+    def call_error(self, call: str, code: int) -> Exception:
+        return CudaCallError(call, rt.cudaError_t(code))
+
+    @property
+    def is_profiled(self) -> bool:
+        return self._nvtx
 
     def range(self, name: str) -> AbstractContextManager[Any]:
         return torch.cuda.nvtx.range(name) if self._nvtx else nullcontext()

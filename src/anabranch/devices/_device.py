@@ -70,6 +70,8 @@ class Device(Protocol):
     has_time: bool
     #: The backends that can compile for it, the best one first.
     backends: tuple[str, ...]
+    #: Whether calls name their range for a profiler: see :meth:`range`.
+    is_profiled: bool
 
     def index(self, device: torch.device) -> int:
         """The device's index; the current device's where ``device`` names none."""
@@ -151,6 +153,12 @@ class Device(Protocol):
 
     def check_error(self, error: BaseException) -> None:
         """Raise :class:`~anabranch.errors.DeviceLost` if ``error`` says that the device is lost."""
+
+    def native_api(self, core: Any) -> int:
+        """The address of what the native runtime (whose module is ``core``) calls: a ``DeviceApi``."""
+
+    def call_error(self, call: str, code: int) -> Exception:
+        """What to raise for an error code that the native runtime got."""
 
     def range(self, name: str) -> AbstractContextManager[Any]:
         """A named range for the device's profiler (NVTX)."""

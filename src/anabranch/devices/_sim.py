@@ -41,10 +41,12 @@ class _OnStream:
 class _SimGraph:
     """See :class:`anabranch.devices.Graph`."""
 
-    __slots__ = ("_graph",)
+    __slots__ = ("_graph", "native")
 
     def __init__(self, graph: int) -> None:
         self._graph = graph
+        #: The handle, for the native runtime.
+        self.native = graph
 
     def launch(self, stream: Any) -> None:
         _core.graph_launch(self._graph, stream.stream_id, stream.device_index)
@@ -113,6 +115,7 @@ class SimDevice:
     survives_fork = True
     has_time = False
     backends: tuple[str, ...] = ("eager",)
+    is_profiled = False
 
     def __init__(self) -> None:
         self._free_lanes: dict[int, list[Lane]] = _sync.dict_("free lanes")
@@ -278,6 +281,12 @@ class SimDevice:
                 f"queued work failed on the simulated device: {lost}. Every engine on it now raises DeviceLost, until"
                 " anabranch.sim.reset()."
             ) from error
+
+    def native_api(self, core: Any) -> int:
+        return int(_core.native_api())
+
+    def call_error(self, call: str, code: int) -> Exception:
+        return RuntimeError(f"{call} failed with code {code}")
 
     def range(self, name: str) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anabranch.explore._run import Failure
+from anabranch.runtime import _library
 
 if TYPE_CHECKING:
     from anabranch.explore._conductor import Conductor
@@ -33,6 +34,7 @@ class HostWaits:
                 where = where or f"{Path(code.co_filename).name}:{frame.f_lineno}"
                 called = called or code.co_name == "__call__"
             frame = frame.f_back  # type: ignore[assignment]
+        called = called or (_library.load.cache_info().currsize > 0 and _library.load().in_call())
         if called:
             word = "queries" if kind == "query" else "waits for"
             self._conductor.failures.append(

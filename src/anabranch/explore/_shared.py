@@ -241,6 +241,21 @@ class _Atomic:
             instance.__dict__[self._name] = value
 
 
+class Observer:
+    """What the native runtime's locks, events and atomics are while they are observed; see its ``sync.h``."""
+
+    def make(self, kind: int, name: str) -> Any:
+        with observable():
+            if kind == 0:
+                return _locks.Lock(name)
+            return _locks.Event(name) if kind == 1 else _NativePlace("atomic", name)
+
+
+class _NativePlace(Place):
+    def touch(self, what: str, mode: int, slot: int | None = None) -> None:
+        super().touch(what, (READ, WRITE, ADD)[mode], slot)
+
+
 class Factories(_sync.Factories):
     """Makes the observable objects for the product's declarations."""
 
@@ -271,6 +286,9 @@ class Factories(_sync.Factories):
 
     def tally(self, name: str, keys: Iterable[str]) -> Any:
         return Tally(name, keys)
+
+    def observer(self) -> Observer:
+        return Observer()
 
     def atomics(self, owner: type, names: tuple[str, ...]) -> None:
         for name in names:

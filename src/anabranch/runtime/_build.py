@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -39,6 +39,7 @@ class _Process:
         # In the order of their registration, so that a child makes their locks in the same order in every run.
         self._forked: weakref.WeakValueDictionary[int, _Forked] = weakref.WeakValueDictionary()
         self._serial = itertools.count()
+        self._watched: list[tuple[Callable[[], None], Callable[[], int]]] = []
         self.renew_locks()
 
     def renew_locks(self) -> None:
@@ -73,11 +74,21 @@ class _Process:
         """The call that this thread entered has ended."""
         self._inside.discard(threading.get_ident())
 
+    def watch(self, close: Callable[[], None], under_way: Callable[[], int]) -> None:
+        """Calls that do not come by :meth:`enter`: ``close`` sends new ones there, ``under_way`` counts the others."""
+        self._watched.append((close, under_way))
+
     def at_exit(self) -> None:
         self._exiting = True
+        for close, _ in self._watched:
+            close()
         end = time.monotonic() + 10.0  # a call that hangs must not keep the process alive
-        while set(self._inside) - {threading.get_ident()} and time.monotonic() < end:
+        while self._others() and time.monotonic() < end:
             time.sleep(0.001)
+
+    def _others(self) -> bool:
+        inside = set(self._inside) - {threading.get_ident()}
+        return bool(inside) or any(under_way() for _, under_way in self._watched)
 
 
 process = _Process()

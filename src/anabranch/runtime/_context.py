@@ -23,7 +23,7 @@ class Context:
     When the last reference goes, wherever that happens, the graph and its memory are kept until ``done`` is reached.
     """
 
-    __slots__ = ("__weakref__", "done", "graph", "inputs", "lane", "nbytes", "outputs", "used_on")
+    __slots__ = ("__weakref__", "done", "graph", "inputs", "lane", "nbytes", "outputs", "slot", "used_on")
 
     def __init__(
         self,
@@ -41,6 +41,8 @@ class Context:
         self.inputs = inputs
         self.outputs = outputs
         self.nbytes = nbytes
+        #: Where the native runtime's pool has it.
+        self.slot = 0
         self.done = device.event()
         #: Identity of the stream of the last use, None before the first.
         self.used_on: int | None = None
@@ -106,6 +108,7 @@ class StaticOutputs:
     """
 
     def __init__(self, results: Sequence[torch.Tensor]) -> None:
+        self.results = list(results)
         self._plain: list[tuple[int, torch.Tensor]] = []
         self._shared: list[list[tuple[int, torch.Tensor]]] = []
         self._count = len(results)

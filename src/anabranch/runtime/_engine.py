@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from anabranch.runtime._pool import Limits
 from anabranch.runtime._specialization import Settings, Specialization
 from anabranch.runtime._stats import Counters, Stats
 
-RUNTIMES = ("python",)
+RUNTIMES = ("native", "python")
 DEFAULT_MAX_CONTEXTS = 16
 
 
@@ -34,7 +34,7 @@ def compile(
     *,
     kwargs: Mapping[str, Any] | None = None,
     backend: str | None = None,
-    runtime: str = "python",
+    runtime: str = "auto",
     precision: torch.dtype | None = None,
     max_contexts: int = DEFAULT_MAX_CONTEXTS,
     memory_limit: int | None = None,
@@ -51,7 +51,9 @@ def compile(
     :param kwargs: keyword inputs, likewise.
     :param backend: ``"inductor"``, ``"eager"``, or None for the device's best: ``"inductor"``, and on ``sim``, which
         Inductor cannot compile for, ``"eager"``.
-    :param runtime: ``"python"``.
+    :param runtime: ``"native"`` (C++, compiled at the first use), ``"python"``, or ``"auto"``: native, or, where there
+        is no compiler, Python with a warning that says so. Both keep one contract; native calls cost less, and many
+        threads' calls do not wait for each other.
     :param precision: ``torch.float16`` or ``torch.bfloat16``: compute in that type (parameters are copied to it);
         inputs and outputs keep the types that the model has. None computes as the model says.
     :param max_contexts: how many execution contexts (calls in flight on different streams, each with its own memory)
@@ -68,8 +70,8 @@ def compile(
     """
     if backend is not None and backend not in BACKENDS:
         raise InputError(f"backend={backend!r} given; expected None or one of {', '.join(map(repr, BACKENDS))}")
-    if runtime not in RUNTIMES:
-        raise InputError(f"runtime={runtime!r} given; expected one of {', '.join(map(repr, RUNTIMES))}")
+    if runtime not in ("auto", *RUNTIMES):
+        raise InputError(f"runtime={runtime!r} given; expected 'auto', {' or '.join(map(repr, RUNTIMES))}")
     if precision not in (None, torch.float16, torch.bfloat16):
         raise InputError(f"precision={precision} given; expected None, torch.float16 or torch.bfloat16")
     if max_contexts < 1:
@@ -84,6 +86,7 @@ def compile(
             f"model is a {type(model).__name__}; expected an nn.Module, an exported program or the path of a .pt2 file"
         )
     args, keywords = _inputs(model, inputs, kwargs)
+    kind = _engine_class(runtime)
     # While another thread exports the same model, torch.export has put other tensors in the place of its parameters.
     with process.build_lock:
         device = _device(model, (args, keywords))
@@ -94,12 +97,22 @@ def compile(
         if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
             raise NotCapturable("compile was called inside a CUDA graph capture; compile first, then capture")
         settings = Settings(name, seam, index, _backend(backend, seam), cuda_graphs, Flags(device.type))
-        engine = Engine(settings, placed, precision, Limits(max_contexts, memory_limit))
+        engine = kind(settings, placed, precision, max_contexts, memory_limit)
         if seam.has_streams:
             # Parameters that were written just before are there for the lane that warms up, and for every later caller.
             seam.current_stream(index).synchronize()
         engine._primary = engine._specialization(args, keywords)
     return engine
+
+
+def _engine_class(runtime: str) -> type[Engine]:
+    from anabranch.runtime import _library
+
+    if runtime == "python" or (runtime == "auto" and not _library.is_available()):
+        return Engine
+    from anabranch.runtime._native import NativeEngine
+
+    return NativeEngine
 
 
 def _backend(given: str | None, device: Device) -> str:
@@ -199,12 +212,19 @@ class Engine:
     ``docs/contract.md`` for what else a call promises.
     """
 
+    #: Which runtime its calls run on.
+    runtime = "python"
+    _make_limits: Callable[..., Any] = staticmethod(Limits)
+    _make_counters: Callable[..., Any] = staticmethod(Counters)
+    _make_specialization: Callable[..., Any] = staticmethod(Specialization)
+
     def __init__(
         self,
         settings: Settings,
         model: torch.nn.Module | ExportedProgram,
         precision: torch.dtype | None,
-        limits: Limits,
+        max_contexts: int,
+        memory_limit: int | None,
     ) -> None:
         self._settings = settings
         self._device: Device = settings.device
@@ -218,8 +238,8 @@ class Engine:
             module = model.module() if isinstance(model, ExportedProgram) else model
             with neutral(settings.device, settings.index):
                 self._cast = copy.deepcopy(module).to(precision)
-        self._limits = limits
-        self._counters = Counters()
+        self._limits: Limits = self._make_limits(max_contexts, memory_limit)
+        self._counters: Counters = self._make_counters()
         #: By signature. Written with the build lock held; read without, which a dict allows.
         self._specializations: dict[Any, Specialization] = _sync.dict_("specializations")
         self._primary: Specialization | None = None
@@ -292,7 +312,7 @@ class Engine:
                     # taken for one input by this call and by all later ones.
                     args, kwargs = pytree.tree_unflatten(signature.empty(self._torch_device), structure)
                     program = export_program(self._model, args, kwargs, self._precision, self._cast)
-                    made = Specialization(self._settings, program, signature, self._limits, self._counters)
+                    made = self._make_specialization(self._settings, program, signature, self._limits, self._counters)
             except InputError as e:
                 if self._specializations:
                     raise InputError(f"{e} Compiled so far: {self._known()}") from e.__cause__
@@ -302,8 +322,12 @@ class Engine:
             except Exception as e:
                 device.check_error(e)
                 raise
-            self._specializations[key] = made
+            self._add(key, made)
             return made
+
+    def _add(self, key: Any, made: Specialization) -> None:
+        """A specialization is ready for calls. With the build lock held."""
+        self._specializations[key] = made
 
     def _known(self) -> str:
         return "; ".join(str(s.signature) for s in list(self._specializations.values())) or "nothing"
@@ -422,4 +446,4 @@ class Engine:
         return stats
 
     def __repr__(self) -> str:
-        return f"<anabranch engine {self._settings.name} on {self._torch_device}, {self._settings.backend}, python>"
+        return f"<anabranch engine {self._settings.name} on {self._torch_device}, {self._settings.backend}, {self.runtime}>"

@@ -85,12 +85,12 @@ class Specialization:
         self._finish = _finisher(program)
         self._sensitive = sensitive(program.module.graph)
         self._workspaces = device.has_streams and uses_workspace(program)
-        self._pool = ContextPool(limits)
         # The weights' last uses, for the day when they are freed. By stream: the last direct call's event; grows with
         # the number of stream handles that ever called, which the driver re-uses. Two threads on one stream may record
         # in either order: both records come after both threads' work, or after the other record. And by context (as
         # a string): its `done`.
         self._last_uses: dict[int | str, Any] = _sync.dict_("last uses")
+        self._pool = self._make_pool()
         #: Whether calls may build contexts; not after a build failed.
         self._may_grow = True
         #: Figures of the build for explain(): microseconds a call.
@@ -101,6 +101,7 @@ class Specialization:
         if device.has_streams:
             device.prepare_retire(self._index)
         self.uses_graphs, self.reason = self._build()
+        self._built()
         self._check_flags()  # another thread may have set one while kernels were chosen and captured
         #: That no two steps of the plan can race. Raises PlanError before anything could run.
         self.proof = check_plan(self.plan()).raise_if_unordered()
@@ -108,6 +109,17 @@ class Specialization:
         # covered by an event recorded before it lets go.
         weakref.finalize(self, _retire, device, list(program.weights), self._last_uses).atexit = False
         counters.add("specializations")
+
+    # -- what another runtime does otherwise --------------------------------------------------------------------
+
+    def _make_pool(self) -> ContextPool:
+        return ContextPool(self._limits)
+
+    def _lowered(self) -> None:
+        """The kernels are there."""
+
+    def _built(self) -> None:
+        """It is known whether calls use graphs."""
 
     # -- building -----------------------------------------------------------------------------------------------
 
@@ -119,6 +131,7 @@ class Specialization:
                 self._kernels = get_backend(self.backend).lower(self.program, examples)
                 if not self.program.direct_only and not self.program.is_empty:
                     self._warm_up(examples, times=1)
+                self._lowered()
                 return False, "the CPU has no streams to order and no graphs to capture"
             with device.building():
                 return self._build_on_lane()
@@ -135,6 +148,7 @@ class Specialization:
                     if self._workspaces:
                         lane.load_workspaces()
                     self._warm_up(examples, times=2)
+                self._lowered()
             lane.stream.synchronize()
             drained = True
             reason = self._why_not_captured()
@@ -279,24 +293,23 @@ class Specialization:
         self._pool.drain()
 
     def _measure(self, context: Context, examples: Sequence[torch.Tensor], stream: Any) -> tuple[float, float]:
-        """Median latency of one call in microseconds, as a graph and direct."""
-
-        def median(run: Callable[[], Any]) -> float:
-            samples = []
-            for _ in range(12):
-                start = time.perf_counter()
-                result = run()
-                stream.synchronize()
-                samples.append(time.perf_counter() - start)
-                del result
-            return statistics.median(samples[3:]) * 1e6
-
+        """Median latency of one call in microseconds, as a graph and direct. The context is idle afterwards."""
         with self._device.on_stream(stream):
-            graph = median(lambda: self._launch(context, examples, stream))
-            direct = median(lambda: self._kernels(examples))
+            graph = self._median(lambda: self._launch(context, examples, stream), stream)
+            direct = self._median(lambda: self._kernels(examples), stream)
         # It has run on a stream that no caller will ever have: the first caller need not count as waiting for it.
         context.used_on = None
         return graph, direct
+
+    def _median(self, run: Callable[[], Any], stream: Any) -> float:
+        samples = []
+        for _ in range(12):
+            start = time.perf_counter()
+            result = run()
+            stream.synchronize()
+            samples.append(time.perf_counter() - start)
+            del result
+        return statistics.median(samples[3:]) * 1e6
 
     # -- calling ------------------------------------------------------------------------------------------------
 

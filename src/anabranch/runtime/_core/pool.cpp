@@ -231,6 +231,14 @@ void Pool::for_each(const std::function<void(Payload&)>& visit) {
   }
 }
 
+void Pool::forget_uses() {
+  std::lock_guard<Mutex> guard(lock_);
+  for (auto& slot : slots_) {
+    slot.used_on.store(Slot::kNever, std::memory_order_relaxed);
+    slot.used_at.store(0, std::memory_order_relaxed);
+  }
+}
+
 void Pool::after_fork() {
   lock_.renew();
   line_.clear();

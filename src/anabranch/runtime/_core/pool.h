@@ -107,6 +107,11 @@ class Pool {
   // Every payload there is, for whoever knows that no thread owns a slot, or looks only at what never changes.
   void for_each(const std::function<void(Payload&)>& visit);
 
+  // Take this very slot, if it is idle.
+  bool take(Slot* slot) { return slot->state.change("take", Slot::kIdle, Slot::kTaken); }
+  // As if no context had been used yet. While there are no callers: who built them has tried them.
+  void forget_uses();
+
   // In a forked child, on its only thread. Contexts in the hands of threads that the child does not have are lost.
   void after_fork();
 

@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "native.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -306,31 +307,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("relax", &exchange_relaxed);
   m.def(
-      "graph_launch",
-      [&machine](int64_t graph, int64_t stream, int device) {
-        auto queue = find(stream, device);
-        std::shared_ptr<Graph> found;
-        {
-          Lock lock;
-          found = machine.graphs.at(graph);
-        }
-        auto label = "launch " + found->id + " on " + queue->actor;
-        point(
-            "queue", [&] { return label; },
-            [&] {
-              auto all = queue_touches(queue, "");
-              all.push_back({found->id, 0, 1, kWrite});
-              return all;
-            });
-        std::string launched;
-        {
-          Lock lock;
-          machine.launch_graph(found, queue);
-          for (auto& dep : found->last_launch) launched = dep.op.substr(0, dep.op.rfind('n'));
-        }
-        amend({{"u" + launched, 0, 1, kGive}});
-      },
+      "graph_launch", [](int64_t graph, int64_t stream, int device) { launch_graph(graph, find(stream, device)); },
       release_gil());
+  m.def("native_api", &native_api);
   m.def("graph_nodes", [&machine](int64_t graph) {
     Lock lock;
     return machine.graphs.at(graph)->nodes.size();

@@ -1,0 +1,256 @@
+#include "call.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Functions.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
+
+#include <cstring>
+
+namespace anabranch::runtime {
+
+namespace {
+
+// Bytes. PyTorch's allocators hand out more; kernels that load 16 bytes at a time are chosen on this.
+constexpr uintptr_t kAlignment = 16;
+
+void check(const char* call, int code) {
+  if (code) throw DeviceError(call, code);
+}
+
+std::atomic<size_t> next_thread{0};
+
+// Whether its bytes are the values that they seem to be, and it is no other tensor's stand-in (of vmap, say).
+bool is_plain(const at::Tensor& x) {
+  using Key = c10::DispatchKey;
+  constexpr c10::DispatchKeySet odd({Key::Python, Key::FuncTorchBatched, Key::FuncTorchGradWrapper, Key::Batched,
+                                     Key::Functionalize, Key::Conjugate, Key::Negative, Key::ZeroTensor});
+  return x.layout() == c10::kStrided && x.has_storage() && !x.unsafeGetTensorImpl()->key_set().has_any(odd);
+}
+
+}  // namespace
+
+// -- Counters --------------------------------------------------------------------------------------------------------
+
+Counters::Shard& Counters::mine() {
+  thread_local size_t number = next_thread.fetch_add(1, std::memory_order_relaxed);
+  return shards_[number % kShards];
+}
+
+int64_t Counters::read(Name name) const {
+  int64_t sum = 0;
+  for (auto& shard : shards_) sum += shard.counts[name].load(names[name]);
+  return sum;
+}
+
+// -- InputSpec -------------------------------------------------------------------------------------------------------
+
+bool InputSpec::accepts(const at::Tensor& x) const {
+  auto* impl = x.unsafeGetTensorImpl();
+  if (impl->dtype() != caffe2::TypeMeta::fromScalarType(dtype) || !is_plain(x)) return false;
+  if (x.sizes() != c10::IntArrayRef(sizes)) return false;
+  if (contiguous) return x.is_contiguous();
+  return !x.is_contiguous() && x.strides() == c10::IntArrayRef(strides);
+}
+
+bool InputSpec::matches(const at::Tensor& x) const {
+  if (!x.numel()) return true;
+  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlignment) return false;
+  return contiguous ? x.is_contiguous() : x.strides() == c10::IntArrayRef(strides);
+}
+
+// -- Kernel ----------------------------------------------------------------------------------------------------------
+
+void Kernel::bind(char* to, void** pointers, const void* const* buffers) const {
+  for (auto& patch : patches) {
+    auto address = static_cast<const char*>(buffers[patch.buffer]) + patch.delta;
+    std::memcpy(to + patch.at, &address, sizeof address);
+  }
+  for (size_t i = 0; i < offsets.size(); ++i) pointers[i] = to + offsets[i];
+}
+
+KernelLaunch Kernel::launch(void** pointers) const {
+  return {function, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, pointers};
+}
+
+// -- Specialization --------------------------------------------------------------------------------------------------
+
+Specialization::Specialization(c10::Device device, const DeviceApi* api, std::vector<InputSpec> specs, Limits* limits,
+                               Counters* counters)
+    : device(device), pool(limits), specs(std::move(specs)), api_(api), guard_(device.type()), counters_(counters) {}
+
+bool Specialization::accepts(const at::Tensor* const* inputs, size_t count) const {
+  if (count != specs.size()) return false;
+  for (size_t i = 0; i < count; ++i) {
+    if (inputs[i]->device() != device || !specs[i].accepts(*inputs[i])) return false;
+  }
+  return true;
+}
+
+Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Builder& build, Tensors& results) {
+  for (size_t i = 0; i < specs.size(); ++i) {
+    if (!is_plain(inputs[i])) return Outcome::kElsewhere;
+  }
+  std::optional<c10::InferenceMode> normal;
+  if (c10::InferenceMode::is_enabled()) normal.emplace(false);
+  bool runs_direct = program || !kernels.empty();
+  if (!api_) {
+    if (!runs_direct) return Outcome::kElsewhere;
+    direct(inputs, {}, results);
+    counters_->add(Counters::kCalls);
+    counters_->add(Counters::kDirectCalls);
+    return Outcome::kDone;
+  }
+  std::optional<c10::DeviceGuard> on_device;
+  if (guard_.getDevice() != device) on_device.emplace(device);
+  auto stream = guard_.getStream(device);
+  StreamRef ref{guard_.getStreamNativeHandle(stream), stream.id(), device.index()};
+  bool is_capturing = false;
+  check("asking whether the stream is under capture", api_->is_capturing(ref, &is_capturing));
+  if (is_capturing) return Outcome::kElsewhere;
+
+  if (uses_graphs) {
+    auto grant = pool.acquire(ref.id, may_grow.load("read"));
+    if (grant.kind == Pool::Grant::kRoom) {
+      auto built = build(grant.reserved);
+      grant = built.slot    ? Pool::Grant{Pool::Grant::kContext, built.slot}
+              : built.retry ? pool.acquire(ref.id, false)
+                            : Pool::Grant{};
+    }
+    if (grant.kind == Pool::Grant::kContext) {
+      if (grant.waits) counters_->add(Counters::kWaits);
+      auto& context = static_cast<Context&>(*grant.slot->payload);
+      try {
+        auto regions = layout->allocate();
+        launch(context, inputs, stream, ref, regions);
+        results = layout->tensors(regions);
+      } catch (...) {
+        // Part of it may be queued: whatever that is, the context is freed after it, and used by no other call.
+        auto remains = pool.discard(grant.slot);
+        try {
+          context.done->record(stream);
+        } catch (...) {
+          // Nothing says when the device is done with it, so it is never freed.
+          (void)remains.release();
+        }
+        throw;
+      }
+      pool.release(grant.slot, ref.id);
+      counters_->add(Counters::kCalls);
+      counters_->add(Counters::kGraphCalls);
+      return Outcome::kDone;
+    }
+  }
+
+  if (!runs_direct || (flags_unchanged && !flags_unchanged())) return Outcome::kElsewhere;
+  if (!has_weights) {
+    direct(inputs, ref, results);
+  } else {
+    auto grant = events.acquire(ref.id, true);
+    auto* slot = grant.kind == Pool::Grant::kContext ? grant.slot : events.add(new_event(ref.id), 0);
+    auto& last_use = static_cast<Context&>(*slot->payload);
+    try {
+      // The stream may be a new one under the handle of one that died: what that one still runs stays covered.
+      last_use.done->block(stream);
+      direct(inputs, ref, results);
+      last_use.done->record(stream);
+    } catch (...) {
+      try {
+        last_use.done->record(stream);
+      } catch (...) {
+        // As after any error that lasts: the weights' own finalizer does not free them.
+      }
+      events.release(slot, ref.id);
+      throw;
+    }
+    events.release(slot, ref.id);
+  }
+  if (flags_unchanged && !flags_unchanged()) {
+    results.clear();
+    return Outcome::kElsewhere;
+  }
+  counters_->add(Counters::kCalls);
+  counters_->add(Counters::kDirectCalls);
+  return Outcome::kDone;
+}
+
+// Why no two calls can disturb each other here: the context is this thread's alone from acquire to release. Whatever an
+// earlier call queued that touches the context's memory was queued before that call recorded `done`; everything that
+// this call queues comes after the wait for it, on one stream; and the next call's wait binds to the record that this
+// call makes last, because it can take the context only after that.
+//
+//     call A on stream 1                       call B on stream 2 (after A's release, on the host)
+//     wait done; copy in; launch; copy out
+//     record done  ------------------------->  wait done; copy in; launch; copy out; record done
+//
+// Where the graph reads and writes the caller's own memory there is nothing to copy; that memory is the caller's
+// stream's, as with any operator. The wait is made on the same stream too: a stream's handle may have died and been
+// given to a new stream.
+void Specialization::launch(Context& context, const at::Tensor* inputs, const c10::Stream& stream, const StreamRef& ref,
+                            const Regions& regions) {
+  context.done->block(stream);
+  c10::SmallVector<const void*, 8> buffers;
+  Tensors copies;  // of inputs that the graph cannot read as they are
+  for (size_t i = 0; i < specs.size(); ++i) {
+    auto& x = inputs[i];
+    auto& at = context.inputs[i];
+    if (at.defined()) {
+      if (!specs[i].matches(x)) {
+        at.copy_(x);
+      } else if (specs[i].bytes) {
+        check("copying an input", api_->copy(at.data_ptr(), x.const_data_ptr(), specs[i].bytes, ref));
+      }
+      buffers.push_back(nullptr);
+    } else if (specs[i].matches(x)) {
+      buffers.push_back(x.const_data_ptr());
+    } else {
+      copies.push_back(at::empty_strided(specs[i].sizes, specs[i].strides, x.options()).copy_(x));
+      buffers.push_back(copies.back().const_data_ptr());
+    }
+  }
+  for (auto& region : regions) buffers.push_back(region.data);
+  for (auto& kernel : context.kernels) {
+    c10::SmallVector<void*, 32> pointers(kernel.offsets.size());
+    kernel.bind(kernel.params.data(), pointers.data(), buffers.data());
+    check("setting the parameters of a graph's kernel",
+          api_->patch(context.graph, kernel.node, kernel.launch(pointers.data())));
+  }
+  check("launching a graph", api_->launch(context.graph, ref));
+  for (size_t r = 0; r < regions.size(); ++r) {
+    if (context.results[r] && layout->bytes(r)) {
+      check("copying a result", api_->copy(regions[r].data, context.results[r], layout->bytes(r), ref));
+    }
+  }
+#ifndef ANABRANCH_MUTANT_NO_RECORD
+  context.done->record(stream);
+#endif
+}
+
+// The kernels without a graph, on the current stream.
+void Specialization::direct(const at::Tensor* inputs, const StreamRef& ref, Tensors& results) {
+  Tensors canonical;
+  for (size_t i = 0; i < specs.size(); ++i) {
+    canonical.push_back(
+        specs[i].matches(inputs[i])
+            ? inputs[i]
+            : at::empty_strided(specs[i].sizes, specs[i].strides, inputs[i].options()).copy_(inputs[i]));
+  }
+  if (program) {
+    for (auto& y : program->run(weights, canonical.data(), canonical.size())) results.push_back(std::move(y));
+    return;
+  }
+  auto regions = layout->allocate();
+  c10::SmallVector<const void*, 8> buffers;
+  for (auto& x : canonical) buffers.push_back(x.const_data_ptr());
+  for (auto& region : regions) buffers.push_back(region.data);
+  for (auto& kernel : kernels) {
+    c10::SmallVector<char, 512> params(kernel.params.begin(), kernel.params.end());
+    c10::SmallVector<void*, 32> pointers(kernel.offsets.size());
+    kernel.bind(params.data(), pointers.data(), buffers.data());
+    check("launching a kernel", api_->launch_kernel(kernel.launch(pointers.data()), ref));
+  }
+  results = layout->tensors(regions);
+}
+
+}  // namespace anabranch::runtime

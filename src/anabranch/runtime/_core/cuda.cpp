@@ -1,0 +1,91 @@
+// CUDA's entry points, looked up in the libraries that PyTorch has loaded: the same build runs with any of its wheels.
+#include <dlfcn.h>
+
+#include "device.h"
+
+namespace anabranch::runtime {
+
+namespace {
+
+// CUDA_KERNEL_NODE_PARAMS of driver API version 2.
+struct NodeParams {
+  void* function;
+  unsigned grid[3], block[3];
+  unsigned shared_bytes;
+  void** params;
+  void** extra;
+  void* kernel;
+  void* context;
+};
+
+struct Entries {
+  int (*graph_launch)(void* graph, void* stream);
+  int (*memcpy_async)(void* to, const void* from, size_t bytes, int kind, void* stream);
+  int (*stream_is_capturing)(void* stream, int* status);
+  int (*set_params)(void* graph, void* node, const NodeParams* params);
+  int (*launch_kernel)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                       unsigned shared_bytes, void* stream, void** params, void** extra);
+};
+Entries cuda;
+
+constexpr int kDeviceToDevice = 3;  // cudaMemcpyDeviceToDevice
+
+void* open_library(std::initializer_list<const char*> names) {
+  for (auto* name : names) {
+    if (void* found = dlopen(name, RTLD_LAZY | RTLD_NOLOAD)) return found;
+  }
+  return RTLD_DEFAULT;
+}
+
+template <class F>
+void find(void* library, const char* name, F*& entry) {
+  void* found = dlsym(library, name);
+  if (!found) found = dlsym(RTLD_DEFAULT, name);
+  if (!found) throw std::runtime_error(std::string("the CUDA libraries of this process have no ") + name);
+  entry = reinterpret_cast<F*>(found);
+}
+
+}  // namespace
+
+const DeviceApi& cuda_api() {
+  static const DeviceApi api = [] {
+    void* runtime = open_library({"libcudart.so.13", "libcudart.so.12"});
+    void* driver = open_library({"libcuda.so.1", "libcuda.so"});
+    find(runtime, "cudaGraphLaunch", cuda.graph_launch);
+    find(runtime, "cudaMemcpyAsync", cuda.memcpy_async);
+    find(runtime, "cudaStreamIsCapturing", cuda.stream_is_capturing);
+    find(driver, "cuGraphExecKernelNodeSetParams_v2", cuda.set_params);
+    find(driver, "cuLaunchKernel", cuda.launch_kernel);
+    return DeviceApi{
+        [](void* graph, const StreamRef& stream) { return cuda.graph_launch(graph, stream.handle); },
+        [](void* to, const void* from, size_t bytes, const StreamRef& stream) {
+          return cuda.memcpy_async(to, from, bytes, kDeviceToDevice, stream.handle);
+        },
+        [](const StreamRef& stream, bool* answer) {
+          int status = 0;
+          int code = cuda.stream_is_capturing(stream.handle, &status);
+          *answer = status != 0;  // under capture, or a capture that was invalidated
+          return code;
+        },
+        [](void* graph, void* node, const KernelLaunch& k) {
+          NodeParams params{k.function,
+                            {k.grid[0], k.grid[1], k.grid[2]},
+                            {k.block[0], k.block[1], k.block[2]},
+                            k.shared_bytes,
+                            k.params,
+                            nullptr,
+                            nullptr,
+                            nullptr};
+          return cuda.set_params(graph, node, &params);
+        },
+        [](const KernelLaunch& k, const StreamRef& stream) {
+          return cuda.launch_kernel(k.function, k.grid[0], k.grid[1], k.grid[2], k.block[0], k.block[1], k.block[2],
+                                    k.shared_bytes, stream.handle, k.params, nullptr);
+        },
+        nullptr,
+    };
+  }();
+  return api;
+}
+
+}  // namespace anabranch::runtime

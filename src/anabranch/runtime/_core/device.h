@@ -1,0 +1,54 @@
+// What the runtime asks of a device beyond PyTorch's own device interface (c10's guards, streams, events, allocators):
+// captured graphs and raw copies. Plain function pointers, filled in at run time: nothing is linked.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace anabranch::runtime {
+
+struct StreamRef {
+  void* handle;  // the device's own: a cudaStream_t
+  int64_t id;    // PyTorch's
+  int device;
+};
+
+// A kernel launch, as a graph's node or by itself.
+struct KernelLaunch {
+  void* function;  // a CUfunction or a CUkernel
+  unsigned grid[3], block[3];
+  unsigned shared_bytes;
+  void** params;
+};
+
+// Each returns 0, or the device's error code; or throws.
+struct DeviceApi {
+  // Queue a captured graph on the stream.
+  int (*launch)(void* graph, const StreamRef& stream);
+  // Queue a copy within the device's memory.
+  int (*copy)(void* to, const void* from, size_t bytes, const StreamRef& stream);
+  // Whether the caller is capturing the stream.
+  int (*is_capturing)(const StreamRef& stream, bool* answer);
+  // Later launches of `graph` run `node` with these parameters; launches already queued keep theirs. Null: cannot.
+  int (*patch)(void* graph, void* node, const KernelLaunch& kernel);
+  // Queue one kernel. Null: cannot.
+  int (*launch_kernel)(const KernelLaunch& kernel, const StreamRef& stream);
+  // Whether an error that lasts is known of. Null: one shows at the next call.
+  bool (*is_lost)();
+};
+
+// A device call failed.
+class DeviceError : public std::runtime_error {
+ public:
+  DeviceError(const char* call, int code)
+      : std::runtime_error(std::string(call) + " failed with code " + std::to_string(code)), call(call), code(code) {}
+  const char* call;
+  int code;
+};
+
+// Of CUDA, from the libraries that this process has loaded. Throws std::runtime_error where they lack an entry point.
+const DeviceApi& cuda_api();
+
+}  // namespace anabranch::runtime

@@ -1,0 +1,315 @@
+"""The native runtime's Python half: it builds what the C++ in ``_core`` runs, and takes the calls out of the ordinary.
+
+Importing this module builds and loads the C++.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from anabranch.export import ComputedOutput, Program
+from anabranch.runtime import _library
+from anabranch.runtime._build import process
+from anabranch.runtime._context import Context
+from anabranch.runtime._engine import Engine
+from anabranch.runtime._specialization import Specialization
+from anabranch.runtime._stats import Stats
+
+core: Any = _library.load()
+process.watch(core.exit, core.calls_under_way)
+
+Limits: Any = core.Limits
+"""As :class:`anabranch.runtime._pool.Limits`."""
+
+
+class Counters:
+    """As :class:`anabranch.runtime._stats.Counters`: the C++ counts calls, Python the rest."""
+
+    def __init__(self) -> None:
+        self.core = core.Counters()
+
+    def add(self, *names: str) -> None:
+        for name in names:
+            self.core.add(name)
+
+    def snapshot(self) -> Stats:
+        return Stats(**self.core.read())
+
+
+class Pool:
+    """The C++ pool of one signature, as :class:`anabranch.runtime._pool.ContextPool` for whoever builds contexts."""
+
+    def __init__(self, signature: Any) -> None:
+        self._signature = signature
+        self._alive: weakref.WeakSet[Context] = weakref.WeakSet()
+        process.register(self)
+
+    @property
+    def estimate(self) -> int:
+        """Bytes of the last context built: what the next will take."""
+        return int(self._signature.estimate())
+
+    def add(self, context: Context) -> None:
+        """Count a context that was just built; it is in its builder's hands."""
+        self._alive.add(context)
+        results = context.outputs.results
+        storages = len({y.untyped_storage()._cdata for y in results})
+        context.slot = self._signature.add(
+            context,
+            context.done,
+            context.graph.native,
+            context.inputs,
+            results,
+            [False] * storages,
+            [],
+            context.nbytes,
+        )
+
+    def release(self, context: Context) -> None:
+        """Give a context back that no caller has used."""
+        self._signature.release(context.slot, None)
+
+    def discard(self, context: Context) -> None:
+        """Give up a context; it is freed once its queued work is done."""
+        self._signature.discard(context.slot)
+
+    def drain(self) -> None:
+        """Take all idle contexts out for good."""
+        self._signature.drain()
+
+    def events(self) -> set[int]:
+        """Identities of the events of the contexts that are alive."""
+        return {id(context.done) for context in list(self._alive)}
+
+    def after_fork(self) -> None:
+        self._signature.after_fork()
+
+    def __len__(self) -> int:
+        return int(self._signature.alive())
+
+
+class NativeSpecialization(Specialization):
+    """As its base; calls run in C++, and come here for what is not known there: captures of callers, kernels that only
+    Python can launch, and building."""
+
+    _pool: Pool  # type: ignore[assignment]
+
+    def _make_pool(self) -> Any:
+        settings, device = self.settings, self._device
+        if device.has_streams:
+            core.on_device_error(device.call_error)
+        self._core = core.Signature(
+            settings.torch_device,
+            device.native_api(core),
+            [spec.empty(torch.device("meta")) for spec in self._specs],
+            self._limits,
+            self._counters.core,  # type: ignore[attr-defined]
+            weakref.ref(self),
+        )
+        #: Why a direct call goes through Python, or None where it does not.
+        self.through_python: str | None = "nothing is computed"
+        return Pool(self._core)
+
+    @property
+    def _may_grow(self) -> bool:
+        return bool(self._core.may_grow())
+
+    @_may_grow.setter
+    def _may_grow(self, value: bool) -> None:
+        self._core.set_may_grow(value)
+
+    def _lowered(self) -> None:
+        if self.program.is_empty:
+            return
+        program = translate(self.program) if self.backend == "eager" else f"{self.backend} launches its kernels itself"
+        if isinstance(program, str):
+            self.through_python = program
+            return
+        self.through_python = None
+        unchanged = self.settings.flags.unchanged if self._sensitive else None
+        self._core.set_program(program, list(self.program.weights), unchanged)
+        if self.program.weights and self._device.has_streams:
+            device, last_uses = self._device, self._last_uses
+            # The dict keeps the event as long as the weights may need it, this signature's C++ half as long as calls.
+            self._core.set_last_uses(lambda stream: last_uses.setdefault(_key(stream), device.event()))
+
+    def _built(self) -> None:
+        self._core.set_graphs(self.uses_graphs)
+
+    def _measure(self, context: Context, examples: Sequence[torch.Tensor], stream: Any) -> tuple[float, float]:
+        def graph() -> Any:
+            return self._core.run(examples)
+
+        def direct() -> Any:
+            return self._kernels(examples) if self.through_python else self._core.run(examples)
+
+        with self._device.on_stream(stream):
+            self._pool.release(context)
+            self._core.set_graphs(True)
+            graph_us = self._median(graph, stream)
+            self._core.set_graphs(False)
+            direct_us = self._median(direct, stream)
+        self._core.forget_uses()
+        self._core.take(context.slot)
+        return graph_us, direct_us
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the C++ can run calls at all."""
+        return self.uses_graphs or self.through_python is None
+
+    @property
+    def finish(self) -> str:
+        """How the C++ makes the result of a call; see ``EngineBase`` in ``_core/python.cpp``."""
+        outputs, structure = self.program.outputs, self.program.structure
+        if [o.index if isinstance(o, ComputedOutput) else -1 for o in outputs] == list(range(len(outputs))):
+            if structure.is_leaf():
+                return "1"
+            if structure.type in (tuple, list) and all(s.is_leaf() for s in structure.children()):
+                return structure.type.__name__[0]
+        return "p"
+
+    def _build_native(self, reserved: int) -> int | None:
+        """Asked by the C++ for one more context: its slot; 0 to take one there is; None to run direct."""
+        if self._sensitive and not self.settings.flags.unchanged():
+            self._limits.cancel(reserved)  # a context captured now would have today's flags baked in
+            return 0
+        context = self._build_context(reserved)
+        return None if context is None else context.slot
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        if not self.runs_here:
+            return super().__call__(leaves)
+        inputs = [x for x in leaves if isinstance(x, torch.Tensor)]
+        try:
+            results = self._core.run(inputs)
+        except Exception as e:
+            self._device.check_error(e)
+            raise
+        if results is None:
+            return super().__call__(leaves)
+        return self._finish(inputs, results)
+
+    def _acquire(self, stream: Any) -> None:
+        return None  # the C++ had a look: this call runs direct
+
+    def explain(self) -> list[str]:
+        lines = super().explain()
+        if self.through_python and not self.program.is_empty:
+            lines.append(f"  through Python, when direct: {self.through_python}")
+        if self._sensitive and not self.through_python:
+            lines.append("  through Python, when direct: a look at the numerics flags before and after")
+        return lines
+
+
+_keys = iter(range(1 << 62))
+
+
+def _key(stream: int) -> str:
+    """Names one more event of a stream among the last uses: threads that share a stream have one each."""
+    return f"stream {stream}, {next(_keys)}"
+
+
+def translate(program: Program) -> Any:
+    """``program`` for the C++ to run operator by operator, or the reason why it cannot."""
+    slots: dict[fx.Node, int] = {}
+    graph = program.module.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    made = core.Program(len(placeholders))
+    slots.update({n: i for i, n in enumerate(placeholders)})
+    #: Nodes whose value is several tensors: the slot of the first, and whether they are one list.
+    several: dict[fx.Node, tuple[int, bool]] = {}
+
+    def argument(value: Any) -> tuple[str, Any]:
+        if isinstance(value, fx.Node):
+            return "slot", slots[value]
+        if isinstance(value, list | tuple) and any(isinstance(v, fx.Node) for v in value):
+            if not all(v is None or (isinstance(v, fx.Node) and v in slots) for v in value):
+                raise _Untranslatable("a list of numbers that depend on data")
+            return "list", [-1 if v is None else slots[v] for v in value]
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            raise _Untranslatable("a number that depends on data")
+        return "constant", value
+
+    try:
+        for node in graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            if node.target is operator.getitem and node.args[0] in several:
+                first, is_list = several[node.args[0]]
+                slots[node] = made.pick(first, node.args[1]) if is_list else first + node.args[1]
+                continue
+            if not isinstance(node.target, torch._ops.OpOverload):
+                return f"{node.name} is no operator ({node.target})"
+            schema = node.target._schema
+            given = []
+            for i, declared in enumerate(schema.arguments):
+                if i < len(node.args) and not declared.kwarg_only:
+                    given.append(argument(node.args[i]))
+                elif declared.name in node.kwargs:
+                    given.append(argument(node.kwargs[declared.name]))
+                else:
+                    given.append(("constant", declared.default_value))
+            first = made.call(schema.name, schema.overload_name, given)
+            kinds = [str(r.type) for r in schema.returns]
+            if kinds == ["Tensor"]:
+                slots[node] = first
+            elif kinds == ["List[Tensor]"]:
+                several[node] = (first, True)
+            elif all(k == "Tensor" for k in kinds):
+                several[node] = (first, False)
+            else:
+                return f"{node.target} returns {', '.join(kinds)}"
+        (output,) = [n for n in graph.nodes if n.op == "output"]
+        made.finish([slots[n] for n in output.args[0]])
+    except KeyError as e:
+        return f"{e} has no tensor value"
+    except _Untranslatable as e:
+        return f"{node.name} takes {e}"
+    except (RuntimeError, TypeError) as e:
+        return f"{node.name}: {(str(e).splitlines() or [''])[0]}"
+    return made
+
+
+class _Untranslatable(Exception):
+    pass
+
+
+class NativeEngine(core.EngineBase, Engine):  # type: ignore[misc]
+    """An engine whose calls are C++: see ``EngineBase`` in ``_core/python.cpp`` for which of them."""
+
+    runtime = "native"
+    _make_limits: Callable[..., Any] = staticmethod(Limits)
+    _make_counters: Callable[..., Any] = staticmethod(Counters)
+    _make_specialization: Callable[..., Any] = staticmethod(NativeSpecialization)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return Engine.__call__(self, *args, **kwargs)
+
+    def _failed(self, error: BaseException) -> None:
+        """An exception leaves a call; raises the one to put in its place, if any."""
+        if isinstance(error, Exception):
+            self._device.check_error(error)
+
+    def _add(self, key: Any, made: Specialization) -> None:
+        super()._add(key, made)
+        assert isinstance(made, NativeSpecialization)
+        # Calls with keywords, containers or numbers have the structure in their key: they come by Python.
+        is_flat = all(isinstance(part, tuple) for part in key)
+        if is_flat and made.runs_here and not self._device.is_profiled:
+            core.register(self, made, made._core, made.finish)
+
+    def close(self) -> None:
+        core.set_usable(self, False)
+        super().close()
+        core.clear(self)
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        core.set_usable(self, not self._closed and self._generation == process.generation)
