@@ -69,8 +69,9 @@ Pool::Pool(Limits* limits) : limits_(limits), serial_(next_serial.fetch_add(1)) 
 
 Pool::~Pool() = default;
 
-void Pool::remember(Slot* slot, int64_t stream) {
-  hint(serial_, stream) = {serial_, stream, slot};
+// From `from`, which the caller has seen, to another state with the same stream.
+bool Pool::change(Slot& slot, int64_t from, Slot::State state) {
+  return slot.word_.change("change", from, Slot::word(state, Slot::stream(from)));
 }
 
 Slot* Pool::by_hint(int64_t stream) {
@@ -78,74 +79,70 @@ Slot* Pool::by_hint(int64_t stream) {
   if (h.pool != serial_ || h.stream != stream) return nullptr;
 #ifdef ANABRANCH_MUTANT_UNCHECKED_HINT
   // Planted for the tests of the tests: the slot is taken without a look at whose it is.
-  h.slot->state.poke(Slot::kTaken);
+  h.slot->word_.poke(Slot::word(Slot::kTaken, stream));
   return h.slot;
 #endif
-  if (waiting_.load("look for waiters")) return nullptr;
-  if (!h.slot->state.change("take by hint", Slot::kIdle, Slot::kTaken)) return nullptr;
-  if (h.slot->used_on.load(std::memory_order_relaxed) == stream) return h.slot;
-  // Another stream had it since. There may be a better one, so it goes back as it came.
-  h.slot->state.store("put back", Slot::kIdle);
-  if (waiting_.load("look for waiters")) serve();
-  return nullptr;
+  return change(*h.slot, Slot::word(Slot::kIdle, stream), Slot::kTaken) ? h.slot : nullptr;
 }
 
-// An idle slot for a call on `stream`, taken: one last used there, else one never used. With the lock held, but others
-// may take slots by their hints meanwhile, and give them back.
-Slot* Pool::choose(int64_t stream) {
-  for (auto wanted : {stream, Slot::kNever}) {
-    for (auto& slot : slots_) {
-      // What its owner wrote can be relied on only where it has none.
-      if (slot.state.load("look") != Slot::kIdle || slot.used_on.load(std::memory_order_relaxed) != wanted) continue;
-      if (slot.state.change("take", Slot::kIdle, Slot::kTaken)) return &slot;
-    }
-  }
-  return nullptr;
-}
-
-// The least recently used idle slot, taken. With the lock held.
-Slot* Pool::oldest() {
-  for (;;) {
-    Slot* found = nullptr;
-    for (auto& slot : slots_) {
-      if (slot.state.load("look") != Slot::kIdle) continue;
-      auto used_at = slot.used_at.load(std::memory_order_relaxed);
-      if (!found || used_at < found->used_at.load(std::memory_order_relaxed)) found = &slot;
-    }
-    if (!found || found->state.change("take", Slot::kIdle, Slot::kTaken)) return found;
-  }
+Pool::Grant Pool::granted(Slot* slot, int64_t stream) {
+  auto used_on = Slot::stream(slot->word_.peek());
+  return {Grant::kContext, slot, 0, used_on != Slot::kNever && used_on != stream};
 }
 
 Pool::Grant Pool::acquire(int64_t stream, bool may_build) {
-  auto granted = [&](Slot* slot) {
-    auto used_on = slot->used_on.load(std::memory_order_relaxed);
-    return Grant{Grant::kContext, slot, 0, used_on != Slot::kNever && used_on != stream};
-  };
-  if (auto* slot = by_hint(stream)) return granted(slot);
+  if (auto* slot = by_hint(stream)) return {Grant::kContext, slot};
 
   std::unique_ptr<Waiter> waiter;
   {
     std::lock_guard<Mutex> guard(lock_);
-    if (line_.empty()) {
-      if (auto* slot = choose(stream)) return granted(slot);
+    bool can_build = may_build;
+    // Others may take idle slots by their hints, and give slots back, while this looks: then it looks again.
+    while (line_.empty()) {
+      Slot *best = nullptr, *oldest = nullptr;
+      int64_t best_word = 0, oldest_word = 0;
+      for (auto& slot : slots_) {
+        auto word = slot.word_.load("look");
+        if (Slot::state(word) != Slot::kIdle) continue;
+        bool is_here = Slot::stream(word) == stream;
+        if (is_here || (!best && Slot::stream(word) == Slot::kNever)) best = &slot, best_word = word;
+        if (is_here) break;
+        if (!oldest ||
+            slot.used_at_.load(std::memory_order_relaxed) < oldest->used_at_.load(std::memory_order_relaxed)) {
+          oldest = &slot, oldest_word = word;
+        }
+      }
+      if (best) {
+        if (change(*best, best_word, Slot::kTaken)) return granted(best, stream);
+        continue;
+      }
+      if (!limits_) return {Grant::kRoom};
+      if (can_build) {
+        if (limits_->reserve(estimate_)) return {Grant::kRoom, nullptr, estimate_, false};
+        can_build = false;
+      }
+      if (!oldest) break;
+      if (change(*oldest, oldest_word, Slot::kTaken)) return granted(oldest, stream);
     }
-    if (!limits_) return {Grant::kRoom};
-    if (may_build && limits_->reserve(estimate_)) return {Grant::kRoom, nullptr, estimate_, false};
+    if (can_build && limits_ && limits_->reserve(estimate_)) return {Grant::kRoom, nullptr, estimate_, false};
     if (!alive_) return {};
-    // In line first, and then one more look: see the top of pool.h.
-    waiter = std::make_unique<Waiter>();
-    line_.push_back(waiter.get());
-    waiting_.store("stand in line", static_cast<int>(line_.size()));
-    if (line_.size() == 1) {
-      if (auto* slot = oldest()) {
-        line_.pop_back();
-        waiting_.store("leave the line", 0);
-        return granted(slot);
+    if (line_.empty()) {
+      for (auto& slot : slots_) {
+        for (;;) {
+          auto word = slot.word_.load("look");
+          if (Slot::state(word) == Slot::kIdle) {
+            if (change(slot, word, Slot::kTaken)) return granted(&slot, stream);
+          } else if (Slot::state(word) != Slot::kTaken || change(slot, word, Slot::kWanted)) {
+            break;
+          }
+        }
       }
     }
+    waiter = std::make_unique<Waiter>();
+    line_.push_back(waiter.get());
   }
   waiter->ready.wait();
-  return waiter->slot ? granted(waiter->slot) : Grant{};
+  return waiter->slot ? granted(waiter->slot, stream) : Grant{};
 }
 
 Slot* Pool::add(std::unique_ptr<Payload> payload, int64_t bytes) {
@@ -154,42 +151,40 @@ Slot* Pool::add(std::unique_ptr<Payload> payload, int64_t bytes) {
   ++alive_;
   Slot* slot = nullptr;
   for (auto& candidate : slots_) {
-    if (candidate.state.peek() == Slot::kEmpty) slot = &candidate;
+    if (Slot::state(candidate.word_.peek()) == Slot::kEmpty) slot = &candidate;
   }
   if (!slot) slot = &slots_.emplace_back();
   slot->payload = std::move(payload);
-  slot->used_on.store(Slot::kNever, std::memory_order_relaxed);
-  slot->used_at.store(0, std::memory_order_relaxed);
-  slot->state.poke(Slot::kTaken);
+  slot->used_at_.store(0, std::memory_order_relaxed);
+  slot->word_.poke(Slot::word(line_.empty() ? Slot::kTaken : Slot::kWanted, Slot::kNever));
   return slot;
 }
 
 void Pool::release(Slot* slot, int64_t stream) {
-  slot->used_on.store(stream, std::memory_order_relaxed);
-  slot->used_at.store(stream == Slot::kNever ? 0 : now(), std::memory_order_relaxed);
-  if (stream != Slot::kNever) remember(slot, stream);
-  slot->state.store("give back", Slot::kIdle);
-  if (waiting_.load("look for waiters")) serve();
+  auto before = slot->word_.peek();  // but for being wanted, the owner alone changes it
+  slot->used_at_.store(stream == Slot::kNever ? 0 : now(), std::memory_order_relaxed);
+  if (stream != Slot::kNever) hint(serial_, stream) = {serial_, stream, slot};
+  auto taken = Slot::word(Slot::kTaken, Slot::stream(before));
+  if (slot->word_.change("give back", taken, Slot::word(Slot::kIdle, stream))) return;
+
+  std::lock_guard<Mutex> guard(lock_);
+  if (line_.empty()) return slot->word_.store("give back", Slot::word(Slot::kIdle, stream));
+  auto* waiter = line_.front();
+  line_.pop_front();
+  slot->word_.store("hand over", Slot::word(line_.empty() ? Slot::kTaken : Slot::kWanted, stream));
+  waiter->slot = slot;
+  waiter->ready.set();
 }
 
-// Idle slots go to those who wait, in the order in which they came.
-void Pool::serve() {
-  std::lock_guard<Mutex> guard(lock_);
-  for (auto& slot : slots_) {
-    if (line_.empty()) break;
-    if (!slot.state.change("take for a waiter", Slot::kIdle, Slot::kTaken)) continue;
-    auto* waiter = line_.front();
-    line_.pop_front();
-    waiting_.store("serve", static_cast<int>(line_.size()));
-    waiter->slot = &slot;
-    waiter->ready.set();
-  }
+bool Pool::take(Slot* slot) {
+  auto word = slot->word_.load("look");
+  return Slot::state(word) == Slot::kIdle && change(*slot, word, Slot::kTaken);
 }
 
 std::unique_ptr<Payload> Pool::discard(Slot* slot) {
   auto payload = std::move(slot->payload);
   std::lock_guard<Mutex> guard(lock_);
-  slot->state.store("discard", Slot::kEmpty);
+  slot->word_.store("discard", Slot::word(Slot::kEmpty, Slot::kNever));
   if (!--alive_) send_away();
   return payload;
 }
@@ -198,9 +193,10 @@ std::vector<std::unique_ptr<Payload>> Pool::drain() {
   std::vector<std::unique_ptr<Payload>> all;
   std::lock_guard<Mutex> guard(lock_);
   for (auto& slot : slots_) {
-    if (!slot.state.change("drain", Slot::kIdle, Slot::kTaken)) continue;
+    auto word = slot.word_.load("look");
+    if (Slot::state(word) != Slot::kIdle || !change(slot, word, Slot::kTaken)) continue;
     all.push_back(std::move(slot.payload));
-    slot.state.store("drain", Slot::kEmpty);
+    slot.word_.store("drain", Slot::word(Slot::kEmpty, Slot::kNever));
     --alive_;
   }
   if (!alive_) send_away();
@@ -211,7 +207,6 @@ std::vector<std::unique_ptr<Payload>> Pool::drain() {
 void Pool::send_away() {
   for (auto* waiter : line_) waiter->ready.set();
   line_.clear();
-  waiting_.store("send away", 0);
 }
 
 int64_t Pool::estimate() {
@@ -234,22 +229,22 @@ void Pool::for_each(const std::function<void(Payload&)>& visit) {
 void Pool::forget_uses() {
   std::lock_guard<Mutex> guard(lock_);
   for (auto& slot : slots_) {
-    slot.used_on.store(Slot::kNever, std::memory_order_relaxed);
-    slot.used_at.store(0, std::memory_order_relaxed);
+    slot.used_at_.store(0, std::memory_order_relaxed);
+    slot.word_.poke(Slot::word(Slot::state(slot.word_.peek()), Slot::kNever));
   }
 }
 
 void Pool::after_fork() {
   lock_.renew();
   line_.clear();
-  waiting_.poke(0);
   alive_ = 0;
   for (auto& slot : slots_) {
-    if (slot.state.peek() == Slot::kIdle) {
+    auto word = slot.word_.peek();
+    if (Slot::state(word) == Slot::kIdle) {
       ++alive_;
     } else {
       (void)slot.payload.release();  // its owner was in the middle of using it
-      slot.state.poke(Slot::kEmpty);
+      slot.word_.poke(Slot::word(Slot::kEmpty, Slot::kNever));
     }
   }
 }

@@ -1,16 +1,17 @@
 // The context pool: gives a call a context that nothing else is using. Nothing here knows PyTorch, Python or a device.
 //
-// A slot holds one context. Who changes a slot's state from idle to taken owns the slot and its context until it gives
-// them back. There are two ways to do so:
+// A slot holds one context. One word says whose it is and on which stream it was used last; who changes it from idle to
+// taken owns the slot and its context until it gives them back. There are two ways to do so:
 //
-//   by hint   A thread remembers which slot it had last on a stream. It comes back, changes that slot from idle to
-//             taken, and is done: no lock, and no cache line that another thread writes.
+//   by hint   A thread remembers which slot it had last on a stream. It comes back, changes that slot from "idle, last
+//             used on this stream" to taken, and is done: one atomic operation, no lock, and no cache line that other
+//             threads write.
 //   by lock   Everything else: the pool's lock is taken to look for the best idle slot, or to stand in line.
 //
-// Why nobody is lost: who gives a slot back first makes it idle and then looks whether somebody waits; who is about to
-// wait first stands in line and then looks once more whether a slot is idle. Both in one total order, so one of the two
-// sees the other. Why nobody starves: while somebody stands in line no hint is followed, and who gives back serves the
-// head of the line.
+// Who stands in line has marked every slot as wanted, with the lock held. A slot that is wanted never becomes idle: who
+// gives it back takes the lock and hands it to the head of the line. So while anybody waits there is no idle slot that
+// a thread just coming could take first, those who wait are served in the order in which they came, and none starves.
+// Nobody is lost either: giving back and marking change the same word, so one of the two sees the other.
 #pragma once
 
 #include <cstdint>
@@ -56,16 +57,26 @@ class Payload {
   virtual ~Payload() = default;
 };
 
-struct Slot {
-  enum State { kEmpty, kIdle, kTaken };
-  static constexpr int64_t kNever = INT64_MIN;
+class Slot {
+ public:
+  static constexpr int64_t kNever = -1;  // a stream that there is not
 
-  Atomic<int> state{"slot", kEmpty};
+  enum State { kEmpty, kIdle, kTaken, kWanted };
+  // The state, and the stream of the last use.
+  static constexpr int64_t word(State state, int64_t stream) {
+    return static_cast<int64_t>(static_cast<uint64_t>(stream) << 2 | static_cast<uint64_t>(state));
+  }
+  static constexpr State state(int64_t word) { return static_cast<State>(word & 3); }
+  static constexpr int64_t stream(int64_t word) { return word >> 2; }
+
   // The owner's alone.
   std::unique_ptr<Payload> payload;
-  // Written by the owner; others look at them only to choose.
-  std::atomic<int64_t> used_on{kNever};  // the stream of the last use
-  std::atomic<int64_t> used_at{0};
+
+ private:
+  friend class Pool;
+  Atomic<int64_t> word_{"slot", word(kEmpty, kNever)};
+  // When it was given back; only to choose by.
+  std::atomic<int64_t> used_at_{0};
 };
 
 class Pool {
@@ -108,7 +119,7 @@ class Pool {
   void for_each(const std::function<void(Payload&)>& visit);
 
   // Take this very slot, if it is idle.
-  bool take(Slot* slot) { return slot->state.change("take", Slot::kIdle, Slot::kTaken); }
+  bool take(Slot* slot);
   // As if no context had been used yet. While there are no callers: who built them has tried them.
   void forget_uses();
 
@@ -122,11 +133,9 @@ class Pool {
   };
 
   Slot* by_hint(int64_t stream);
-  Slot* choose(int64_t stream);
-  Slot* oldest();
-  void serve();
+  static Grant granted(Slot* slot, int64_t stream);
+  bool change(Slot& slot, int64_t from, Slot::State state);
   void send_away();
-  void remember(Slot* slot, int64_t stream);
 
   Limits* const limits_;
   const uint64_t serial_;  // of no other pool in this process, ever
@@ -136,9 +145,6 @@ class Pool {
   std::deque<Waiter*> line_;
   int64_t alive_ = 0;
   int64_t estimate_ = 0;
-
-  // How many stand in line: written with `lock_` held, read by anybody.
-  Atomic<int> waiting_{"waiting", 0};
 };
 
 }  // namespace anabranch::runtime
