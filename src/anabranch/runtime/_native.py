@@ -281,7 +281,7 @@ class _Untranslatable(Exception):
     pass
 
 
-class NativeEngine(core.EngineBase, Engine):  # type: ignore[misc]
+class NativeEngine(core.EngineBase, Engine):
     """An engine whose calls are C++: see ``EngineBase`` in ``_core/python.cpp`` for which of them."""
 
     runtime = "native"
