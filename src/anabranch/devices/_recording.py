@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -125,20 +125,24 @@ class Recording:
         """The kernels that a launch has to patch."""
         return tuple(p for p in self.patches if p.words)
 
-    def launch(self, inputs: Sequence[torch.Tensor], outputs: Sequence[int], stream: Any) -> None:
+    def launch(
+        self, inputs: Sequence[torch.Tensor], outputs: Sequence[int], stream: Any, patches: Sequence[Patch] = ()
+    ) -> None:
         """Queue the graph. ``outputs``: an address for each output storage (of those that are not bound: any)."""
         addresses = [*(x.data_ptr() for x in inputs), *outputs]
-        for patch in self.patched:
+        for patch in patches or self.patched:
             arguments = _Arguments(patch, addresses)
             params = _KernelNodeParams.of(patch.kernel, arguments)
             _call("cuGraphExecKernelNodeSetParams_v2", self.graph.executable, patch.handle, ctypes.byref(params))
         self.graph.launch(stream)
 
-    def launch_kernels(self, inputs: Sequence[torch.Tensor], outputs: Sequence[int], stream: Any) -> None:
+    def launch_kernels(
+        self, inputs: Sequence[torch.Tensor], outputs: Sequence[int], stream: Any, patches: Sequence[Patch] = ()
+    ) -> None:
         """Queue the kernels one by one, without the graph. Only where ``table.why_not_direct`` is empty."""
         assert not self.table.why_not_direct
         addresses = [*(x.data_ptr() for x in inputs), *outputs]
-        for patch in self.patches:
+        for patch in patches or self.patches:
             kernel, arguments = patch.kernel, _Arguments(patch, addresses)
             shape = (*kernel.grid, *kernel.block, kernel.shared)
             # cuLaunchKernel takes a CUkernel in the place of a CUfunction.
@@ -149,8 +153,19 @@ class Recording:
                 *map(ctypes.c_uint, shape),
                 ctypes.c_void_p(stream.cuda_stream),
                 arguments.pointers,
-                None,
+                arguments.extra,
             )
+
+    def with_other_noise(self) -> tuple[Patch, ...]:
+        """All patches, with the noise that the second capture had."""
+        patches = list(self.patches)
+        places = {p.handle: k for k, p in enumerate(patches)}
+        for noise in self.table.noise:
+            k = places[self.handles[noise.node]]
+            params = bytearray(patches[k].kernel.params)
+            params[noise.position : noise.stop] = noise.other
+            patches[k] = replace(patches[k], kernel=replace(patches[k].kernel, params=bytes(params)))
+        return tuple(patches)
 
     def destroy(self) -> None:
         """Free the graph. Only after everything that was launched has finished."""
@@ -182,18 +197,19 @@ def record(
             # At an address that is aligned no better than a call's need be: whatever was chosen for more would show.
             second = _capture(device, lanes[1], memories[1], scratch, kernels, specs, workspaces, log, alignment)
             try:
-                table = compare(first.capture, second.capture)
+                table = compare(first.capture, second.capture, _is_device)
+                if isinstance(table, str):
+                    reason = reason or table
+                    continue
+                recording = first.bind(table, alignment)
+                _wait(*lanes)  # what warmed up wrote where it was captured
+                reason = prove(recording, device, lanes[0], scratch, kernels, specs, [first, second], rounds=2)
+                keep = not reason
+                return reason or recording
             finally:
-                _wait(lanes[1])
+                _wait(*lanes)
                 second.graph.destroy()
                 del second
-            if isinstance(table, str):
-                reason = reason or table
-                continue
-            recording = first.bind(table, first.capture, alignment)
-            reason = prove(recording, device, lanes[0], scratch, kernels, specs, rounds=2)
-            keep = not reason
-            return reason or recording
         return reason
     except _Unreadable as e:
         return str(e)
@@ -219,11 +235,11 @@ def record_again(
     keep = False
     try:
         captured = _capture(device, lane, memory, scratch, kernels, specs, workspaces, log, 0)
-        reason = verify(known.table, captured.capture)
+        reason = verify(known.table, captured.capture, _is_device)
         if reason:
             return reason
-        recording = captured.bind(known.table, captured.capture, known.alignment)
-        reason = prove(recording, device, lane, scratch, kernels, specs, rounds=1)
+        recording = captured.bind(known.table, known.alignment)
+        reason = prove(recording, device, lane, scratch, kernels, specs, [captured], rounds=1)
         keep = not reason
         return reason or recording
     except _Unreadable as e:
@@ -244,27 +260,39 @@ def prove(
     scratch: _CudaMemory,
     kernels: _Kernels,
     specs: Sequence[TensorSpec],
+    captured: Sequence[_Captured],
     rounds: int,
 ) -> str:
-    """Run it bound to fresh tensors and compare bits with ``kernels``; why it is wrong, or nothing. The host waits."""
+    """Run it bound to fresh tensors and compare bits with ``kernels``; why it is wrong, or nothing. The host waits.
+
+    Meanwhile the tensors of all that was ``captured`` are poison: who has an address of theirs left reads NaN or is
+    seen writing. Noise is tried as every capture had it. (Not with bits of our own: if they were an address after all,
+    a kernel would fault, which no process survives. The captures' are addresses of memory that is there.)
+    """
+    table = recording.table
+    launches = [("graph", recording.launch)]
+    if not table.why_not_direct:
+        launches.append(("kernels", recording.launch_kernels))
+    # Every kernel is patched here: what the graph ends up with is the noise that the recording says.
+    noises = [recording.with_other_noise(), recording.patches] if table.noise else [recording.patches]
+    ways = [(way, launch, patches) for patches in noises for way, launch in launches]
     alive: list[Any] = []  # so that every round has other addresses
-    ways = [("graph", recording.launch)]
-    if not recording.table.why_not_direct:
-        ways.append(("kernels", recording.launch_kernels))
     with device.on_stream(lane.stream), scratch.using():
+        for c in captured:
+            c.poison(table)
         for seed in range(1, rounds + 1):
             values = [_place(spec, lane.index, 0, seed) for spec in specs]
             wanted = kernels(values)
             again = kernels(values)
             if not _equal(wanted, again):
                 return "two direct runs on the same inputs differ, so that nothing can be compared with them"
-            for way, launch in ways:
+            for way, launch, patches in ways:
                 inputs = [_place(spec, lane.index, recording.alignment, seed) for spec in specs]
                 outputs = [_guarded(nbytes, lane.index) for nbytes in recording.storages]
                 alive += [values, wanted, inputs, outputs]
-                launch(inputs, [raw.data_ptr() + _GUARD for raw in outputs], lane.stream)
+                launch(inputs, [raw.data_ptr() + _GUARD for raw in outputs], lane.stream, patches)
                 got = [
-                    view.on(outputs[view.storage], _GUARD) if recording.table.bound[view.storage] else static
+                    view.on(outputs[view.storage], _GUARD) if table.bound[view.storage] else static
                     for view, static in zip(recording.views, recording.results, strict=True)
                 ]
                 if not _equal(wanted, got):
@@ -275,6 +303,8 @@ def prove(
                         return f"bound to other tensors, its {way} wrote outside output {j}"
                 if not _equal(inputs, values):
                     return f"bound to other tensors, its {way} wrote to an input"
+                if not all(c.is_poisoned(table) for c in captured):
+                    return f"bound to other tensors, its {way} wrote to the old ones"
     return ""
 
 
@@ -324,8 +354,39 @@ class _Captured:
     results: list[torch.Tensor]
     views: list[View]
 
-    def bind(self, table: Table, capture: Capture, alignment: int) -> Recording:
+    def bind(self, table: Table, alignment: int) -> Recording:
+        # With the noise that was tried out, not that of this capture.
+        nodes = list(self.capture.nodes)
+        for noise in table.noise:
+            kernel, tried = nodes[noise.node], table.template.nodes[noise.node]
+            assert isinstance(kernel, Kernel)
+            assert isinstance(tried, Kernel)
+            params = bytearray(kernel.params)
+            params[noise.position : noise.stop] = tried.params[noise.position : noise.stop]
+            nodes[noise.node] = replace(kernel, params=bytes(params))
+        capture = replace(self.capture, nodes=tuple(nodes))
         return Recording(self.graph, table, capture, self.handles, self.results, self.views, alignment)
+
+    def poison(self, table: Table) -> None:
+        """Spoil the inputs, and the outputs that are to be bound: nothing may read or write them from here on."""
+        for x in self.inputs:
+            # What may be indices stays valid ones.
+            if x.dtype.is_floating_point or x.dtype.is_complex:
+                _bytes_of(x).fill_(_POISON)
+        for y, view in zip(self.results, self.views, strict=True):
+            if table.bound[view.storage]:
+                _bytes_of(y).fill_(_POISON)
+
+    def is_poisoned(self, table: Table) -> bool:
+        tensors = [x for x in self.inputs if x.dtype.is_floating_point or x.dtype.is_complex]
+        tensors += [y for y, view in zip(self.results, self.views, strict=True) if table.bound[view.storage]]
+        return all(bool((_bytes_of(x) == _POISON).all()) for x in tensors)
+
+
+def _bytes_of(x: torch.Tensor) -> torch.Tensor:
+    """The whole storage of ``x``."""
+    storage = x.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 def _capture(
@@ -414,7 +475,7 @@ class _KernelNodeParams(ctypes.Structure):
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
         ("shared", ctypes.c_uint),
-        ("params", ctypes.POINTER(ctypes.c_void_p)),
+        ("params", ctypes.c_void_p),
         ("extra", ctypes.c_void_p),
         ("kern", ctypes.c_void_p),
         ("context", ctypes.c_void_p),
@@ -423,14 +484,13 @@ class _KernelNodeParams(ctypes.Structure):
     @classmethod
     def of(cls, kernel: Kernel, arguments: _Arguments) -> _KernelNodeParams:
         uint3 = ctypes.c_uint * 3
-        pointers = ctypes.cast(arguments.pointers, ctypes.POINTER(ctypes.c_void_p))
         return cls(
             kernel.function,
             uint3(*kernel.grid),
             uint3(*kernel.block),
             kernel.shared,
-            pointers,
-            None,
+            ctypes.cast(arguments.pointers, ctypes.c_void_p),
+            ctypes.cast(arguments.extra, ctypes.c_void_p),
             kernel.kernel,
             kernel.context,
         )
@@ -478,7 +538,7 @@ class _Memcpy3D(ctypes.Structure):
 
 
 class _Arguments:
-    """Parameters with addresses written in, as the driver wants them: a pointer to each."""
+    """Parameters with addresses written in, as the driver wants them: a pointer to each, or all of them in a buffer."""
 
     def __init__(self, patch: Patch, addresses: Sequence[int]) -> None:
         kernel = patch.kernel
@@ -486,7 +546,19 @@ class _Arguments:
         for position, buffer, delta in patch.words:
             struct.pack_into("<Q", self.blob, position, addresses[buffer] + delta)
         start = ctypes.addressof(self.blob)
-        self.pointers = (ctypes.c_void_p * max(1, len(kernel.layout)))(*(start + offset for offset, _ in kernel.layout))
+        self.pointers: Any = None
+        self.extra: Any = None
+        if kernel.packed:
+            self.size = ctypes.c_size_t(len(kernel.params))
+            self.extra = (ctypes.c_void_p * 5)(
+                _BUFFER_POINTER, start, _BUFFER_SIZE, ctypes.addressof(self.size), _BUFFER_END
+            )
+        elif kernel.layout:
+            self.pointers = (ctypes.c_void_p * len(kernel.layout))(*(start + offset for offset, _ in kernel.layout))
+
+
+#: CU_LAUNCH_PARAM_...: how parameters in a buffer are given.
+_BUFFER_END, _BUFFER_POINTER, _BUFFER_SIZE = 0, 1, 2
 
 
 class _DriverError(AnabranchError):
@@ -578,11 +650,19 @@ def _kernel(index: int, handle: int) -> Kernel:
     function, kernel = int(node.func or 0), int(node.kern or 0)
     name = _name(function, kernel)
     layout = _layout(function, kernel)
-    if node.extra or (layout and not node.params):
-        raise _Unreadable(f"step {index}, kernel {name}, has its parameters packed in a way that cannot be read")
-    params = bytearray(max((offset + size for offset, size in layout), default=0))
-    for p, (offset, size) in enumerate(layout):
-        params[offset : offset + size] = ctypes.string_at(node.params[p], size)
+    packed = bool(node.extra)
+    if packed:
+        params = _packed(index, name, int(node.extra))
+        # Where the driver knows no parameters in the buffer, it is one.
+        if not layout or layout[-1][0] + layout[-1][1] > len(params):
+            layout = ((0, len(params)),)
+    else:
+        if layout and not node.params:
+            raise _Unreadable(f"step {index}, kernel {name}, has parameters that cannot be read")
+        pointers = (ctypes.c_void_p * len(layout)).from_address(node.params) if layout else ()
+        params = bytearray(max((offset + size for offset, size in layout), default=0))
+        for pointer, (offset, size) in zip(pointers, layout, strict=True):
+            params[offset : offset + size] = ctypes.string_at(pointer, size)
     return Kernel(
         name=name,
         function=function,
@@ -594,7 +674,22 @@ def _kernel(index: int, handle: int) -> Kernel:
         layout=layout,
         params=bytes(params),
         graph_only=_attributes(index, handle, name),
+        packed=packed,
     )
+
+
+def _packed(index: int, name: str, extra: int) -> bytearray:
+    """The buffer that a launch's ``extra`` points to."""
+    pairs: dict[int, int] = {}
+    for k in range(0, 8, 2):
+        key, value = (ctypes.c_uint64 * 2).from_address(extra + 8 * k)
+        if key == _BUFFER_END:
+            break
+        pairs[key] = value
+    if set(pairs) != {_BUFFER_POINTER, _BUFFER_SIZE}:
+        raise _Unreadable(f"step {index}, kernel {name}, has parameters in a form that is not known")
+    size = ctypes.c_size_t.from_address(pairs[_BUFFER_SIZE]).value
+    return bytearray(ctypes.string_at(pairs[_BUFFER_POINTER], size))
 
 
 def _layout(function: int, kernel: int) -> tuple[tuple[int, int], ...]:
@@ -648,6 +743,10 @@ def _attribute(handle: int, number: int) -> bytes:
     if _status("cuGraphKernelNodeGetAttribute", handle, ctypes.c_int(number), value):
         return bytes(64)
     return bytes(value)
+
+
+def _is_device(address: int) -> bool:
+    return memory_of(address) is not None
 
 
 def memory_of(address: int) -> tuple[int, int] | None:

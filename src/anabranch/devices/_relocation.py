@@ -1,9 +1,14 @@
 """Which words of a captured graph are addresses of its inputs and outputs: the comparison, over plain data.
 
 The same program is captured twice, with everything it touches at other addresses but its weights. A word that is equal
-in both captures is a constant; one that differs must be an address, and must have *one* explanation that holds in both:
-so many bytes into input i, into output j, into the k-th allocation of the capture, or inside the workspace of its lane.
-Anything without an explanation makes the program one that cannot be bound to its caller's tensors, with the reason.
+in both captures is a constant; one that differs and is an address must have *one* explanation that holds in both: so
+many bytes into input i, into output j, into the k-th allocation of the capture, or inside the workspace of its lane.
+
+Not all that differs is an address. PyTorch's own kernels take structs by value whose padding, and whose unused array
+elements, hold whatever was on the host's stack. Such bytes are *noise* if they look like no address in any way that
+we know of; and whoever asks must then show, by running the kernels with the noise of the one capture and of the other,
+that it does not matter. Anything else makes the program one that cannot be bound to its caller's tensors, with the
+reason.
 
 The one trap here is memory that is used twice. A temporary may be freed during the capture and its block handed out
 again for (part of) an output: the kernel that wrote the temporary then has an address that looks like the output's,
@@ -17,7 +22,7 @@ taken for the next block's.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 WORD = 8
@@ -45,7 +50,8 @@ class Range:
 class Kernel:
     """A kernel of a graph. ``params`` is the parameter buffer; parameter p lies at ``layout[p]``: (offset, bytes).
 
-    ``graph_only``: why it can run only as part of the graph, or nothing.
+    ``packed``: the buffer was given as a whole, not parameter by parameter. ``graph_only``: why it can run only as part
+    of the graph, or nothing.
     """
 
     name: str
@@ -58,6 +64,7 @@ class Kernel:
     layout: tuple[tuple[int, int], ...]
     params: bytes
     graph_only: str = ""
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,19 @@ class Fixed:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """Bytes of a kernel's parameters that differ and are no address. ``other``: what the second capture had there."""
+
+    node: int
+    position: int
+    other: bytes
+
+    @property
+    def stop(self) -> int:
+        return self.position + len(self.other)
+
+
+@dataclass(frozen=True)
 class Table:
     """How a program's graph is bound to other tensors.
 
@@ -142,6 +162,7 @@ class Table:
 
     relocations: tuple[Relocation, ...]
     fixed: tuple[Fixed, ...]
+    noise: tuple[Noise, ...]
     bound: tuple[bool, ...]
     #: The capture allocated something that is no bound output, so a call needs memory of a context.
     temporaries: bool
@@ -179,21 +200,25 @@ class _Unbindable(Exception):
     """Carries the reason."""
 
 
-def compare(a: Capture, b: Capture) -> Table | str:
+#: Whether an address is one of device memory, anybody's.
+IsDevice = Callable[[int], bool]
+
+
+def compare(a: Capture, b: Capture, is_device: IsDevice) -> Table | str:
     """The table for ``a``, checked against ``b``; or why there is none. Both captures' memory must be alive still."""
     try:
         _same_graph(a, b)
         _distinct(a, b)
-        return _table(a, b)
+        return _table(a, b, is_device)
     except _Unbindable as e:
         return str(e)
 
 
-def verify(table: Table, c: Capture) -> str:
+def verify(table: Table, c: Capture, is_device: IsDevice) -> str:
     """Why ``table`` does not hold for ``c``, a later capture of the same program; nothing if it does."""
     try:
         _same_graph(table.template, c)
-        _check(table, c)
+        _check(table, c, is_device)
     except _Unbindable as e:
         return str(e)
     return ""
@@ -228,7 +253,7 @@ def _difference(x: Node, y: Node) -> str:
     if isinstance(x, Kernel) and isinstance(y, Kernel):
         if x.name != y.name:
             return f"the other one is {y.name}"
-        names = ("function", "kernel", "context", "grid", "block", "shared", "layout", "graph_only")
+        names = ("function", "kernel", "context", "grid", "block", "shared", "layout", "graph_only", "packed")
         return "other " + ", ".join(n for n in names if getattr(x, n) != getattr(y, n))
     if isinstance(x, Transfer) and isinstance(y, Transfer) and x.name == y.name:
         return "other sizes"
@@ -249,24 +274,18 @@ def _linear(c: Capture) -> bool:
 # -- the words ----------------------------------------------------------------------------------------------------
 
 
-def _words(i: int, x: Node, y: Node) -> Iterator[tuple[int, int, int]]:
-    """(position, word of x, word of y) of each whole word. Bytes that differ and belong to none are an error."""
-    if isinstance(x, Transfer) and isinstance(y, Transfer):
-        yield from ((p, u, v) for p, (u, v) in enumerate(zip(x.addresses, y.addresses, strict=True)))
-    if not isinstance(x, Kernel) or not isinstance(y, Kernel):
-        return
+def _pieces(i: int, x: Kernel) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each aligned word of the parameters, and of what is left of a parameter on either side."""
     covered = 0
     for p, (offset, size) in enumerate(x.layout):
-        if offset < covered or offset + size > len(x.params):
+        stop = offset + size
+        if offset < covered or stop > len(x.params):
             raise _Unbindable(f"{_title(i, x)}: parameter {p} lies where no parameter should")
-        covered = offset + size
-        first = -(-offset // WORD) * WORD
-        last = max(first, (offset + size) // WORD * WORD)
-        for start, stop in ((offset, min(first, offset + size)), (last, offset + size)):
-            if x.params[start:stop] != y.params[start:stop]:
-                raise _Unbindable(f"{_title(i, x)}: parameter {p} differs in bytes that are no address")
-        for position in range(first, last, WORD):
-            yield position, _word(x.params, position), _word(y.params, position)
+        covered = stop
+        while offset < stop:
+            end = min(stop, offset - offset % WORD + WORD)
+            yield offset, end
+            offset = end
 
 
 def _word(params: bytes, position: int) -> int:
@@ -278,7 +297,7 @@ def _where(i: int, node: Node, position: int) -> str:
     if isinstance(node, Kernel):
         for p, (offset, size) in enumerate(node.layout):
             if offset <= position < offset + size:
-                into = f", {position - offset} bytes into it" if size > WORD else ""
+                into = f", {position - offset} bytes into it," if size > WORD else ""
                 return f"{_title(i, node)}: parameter {p}{into}"
     return f"{_title(i, node)}: address {position}"
 
@@ -375,12 +394,14 @@ def _bound(captures: Sequence[Capture]) -> list[dict[int, int | None]]:
     return [{j: found[j] for j in sorted(everywhere)} for found in clean]
 
 
-def _explain(node: int, position: int, words: tuple[int, int], memory: tuple[_Memory, _Memory]) -> Relocation | Fixed:
-    """What a word that differs is. Raises where that is nothing, or may be more than one thing."""
+def _explain(
+    node: int, position: int, words: tuple[int, int], memory: tuple[_Memory, _Memory]
+) -> Relocation | Fixed | None:
+    """What the address that differs is an address of; None if of nothing."""
     (u, v), (a, b) = words, memory
     buffers = a.buffers_at(u) & b.buffers_at(v)
     if len(buffers) > 1:
-        raise _Unbindable("may be the address of more than one tensor")
+        raise _Unbindable(f"step {node} has an address ({u:#x}, {v:#x}) that may be one of several tensors")
     for buffer, delta in buffers:
         return Relocation(node, position, buffer, delta)
     # Memory that was handed out more than once has several names, each of them right.
@@ -388,33 +409,24 @@ def _explain(node: int, position: int, words: tuple[int, int], memory: tuple[_Me
         return Fixed(node, position, allocation, delta)
     if a.is_hidden(u) and b.is_hidden(v):
         return Fixed(node, position, None)
-    raise _Unbindable(f"is not the address of anything known ({u:#x}, {v:#x})")
+    return None
 
 
-def _table(a: Capture, b: Capture) -> Table:
+def _table(a: Capture, b: Capture, is_device: IsDevice) -> Table:
     in_a, in_b = _bound((a, b))
     memory = (_Memory(a, in_a), _Memory(b, in_b))
-    relocations: list[Relocation] = []
-    fixed: list[Fixed] = []
+    moves = _moves(a, b)
+    found: list[Relocation | Fixed | Noise] = []
     for i, (x, y) in enumerate(zip(a.nodes, b.nodes, strict=True)):
-        for position, u, v in _words(i, x, y):
-            try:
-                if u == v:
-                    if memory[0].owns(u) or memory[1].owns(v):
-                        raise _Unbindable("is the same in two captures, but an address in one of them")
-                    continue
-                place = _explain(i, position, (u, v), memory)
-                if isinstance(place, Fixed):
-                    fixed.append(place)
-                elif isinstance(x, Kernel):
-                    relocations.append(place)
-                else:
-                    raise _Unbindable("is the address of an input or output")
-            except _Unbindable as e:
-                raise _Unbindable(f"{_where(i, x, position)} {e}") from None
+        if isinstance(x, Transfer) and isinstance(y, Transfer):
+            found += _in_transfer(i, x, y, memory)
+        elif isinstance(x, Kernel) and isinstance(y, Kernel):
+            found += _in_kernel(i, x, y, memory, moves, is_device)
+    fixed = tuple(place for place in found if isinstance(place, Fixed))
     return Table(
-        relocations=tuple(relocations),
-        fixed=tuple(fixed),
+        relocations=tuple(place for place in found if isinstance(place, Relocation)),
+        fixed=fixed,
+        noise=tuple(place for place in found if isinstance(place, Noise)),
         bound=tuple(j in in_a for j in range(len(a.outputs))),
         temporaries=len(a.allocations) > sum(k is not None for k in in_a.values()),
         workspaces=any(place.allocation is None for place in fixed),
@@ -423,7 +435,83 @@ def _table(a: Capture, b: Capture) -> Table:
     )
 
 
-def _check(table: Table, c: Capture) -> None:
+def _in_transfer(i: int, x: Transfer, y: Transfer, memory: tuple[_Memory, _Memory]) -> Iterator[Fixed]:
+    for position, words in enumerate(zip(x.addresses, y.addresses, strict=True)):
+        if words[0] == words[1]:
+            _constant(words[0], memory, _where(i, x, position))
+            continue
+        place = _explain(i, position, words, memory)
+        if place is None:
+            raise _Unbindable(f"{_where(i, x, position)} {_UNKNOWN}")
+        if isinstance(place, Relocation):
+            raise _Unbindable(f"{_where(i, x, position)} is the address of an input or output")
+        yield place
+
+
+def _in_kernel(
+    i: int, x: Kernel, y: Kernel, memory: tuple[_Memory, _Memory], moves: _Moves, is_device: IsDevice
+) -> Iterator[Relocation | Fixed | Noise]:
+    for start, stop in _pieces(i, x):
+        u, v = x.params[start:stop], y.params[start:stop]
+        where = _where(i, x, start)
+        if u == v:
+            if len(u) == WORD:
+                _constant(_word(u, 0), memory, where)
+            continue
+        if len(u) == WORD:
+            words = _word(u, 0), _word(v, 0)
+            place = _explain(i, start, words, memory)
+            if place is not None:
+                yield place
+                continue
+            if any(m.owns(w) or is_device(w) for m, w in zip(memory, words, strict=True)):
+                raise _Unbindable(f"{where} {_UNKNOWN} ({words[0]:#x}, {words[1]:#x})")
+        if _may_be_encoded(x, y, start, stop, moves):
+            raise _Unbindable(f"{where} may have an address in a way that is not known")
+        yield Noise(i, start, v)
+
+
+def _may_be_encoded(x: Kernel, y: Kernel, start: int, stop: int, moves: _Moves) -> bool:
+    """Whether bytes that differ may be (part of) an address that is not aligned, or shifted, or far outside its memory,
+    or half of one: whether they differ as far as some memory moved, times a power of two."""
+    (offset, size) = next((o, n) for o, n in x.layout if o <= start < o + n)
+    # Whole words at any byte, and halves.
+    windows = [(begin, width) for width in (4, WORD) for begin in range(start - width + 1, stop)]
+    for begin, width in windows:
+        if begin < offset or begin + width > offset + size:
+            continue
+        u, v = (int.from_bytes(p[begin : begin + width], "little") for p in (x.params, y.params))
+        if u != v and (v - u) % (1 << 8 * width) in moves[width]:
+            return True
+    return False
+
+
+_Moves = dict[int, set[int]]
+
+
+def _moves(a: Capture, b: Capture) -> _Moves:
+    """How far memory moved from ``a`` to ``b``, times powers of two, as numbers of 8 and of 4 bytes."""
+    pairs = [*zip(a.inputs, b.inputs, strict=True), *zip(a.allocations, b.allocations, strict=False)]
+    pairs += [(p, q) for p in a.hidden for q in b.hidden]
+    moves = set()
+    for p, q in pairs:
+        move = q.start - p.start
+        for shift in range(17):
+            moves |= {move << shift, move >> shift, (move >> shift) + 1}
+    # Little differences mean nothing: two counts may differ by as much.
+    moves = {m for m in moves if abs(m) >= 4096}
+    return {width: {m % (1 << 8 * width) for m in moves} for width in (4, WORD)}
+
+
+_UNKNOWN = "is not the address of anything known"
+
+
+def _constant(word: int, memory: Sequence[_Memory], where: str) -> None:
+    if any(m.owns(word) for m in memory):
+        raise _Unbindable(f"{where} is the same in two captures, but an address in one of them")
+
+
+def _check(table: Table, c: Capture, is_device: IsDevice) -> None:
     for i, r in enumerate(c.inputs):
         if any(r.overlaps(other) for other in (*c.inputs[i + 1 :], *c.allocations, *c.hidden)):
             raise _Unbindable(f"input {i} of a capture shares memory")
@@ -432,21 +520,30 @@ def _check(table: Table, c: Capture) -> None:
     if missing:
         raise _Unbindable(f"output {missing[0]} had memory of its own in another capture, and has not in this one")
     memory = _Memory(c, {j: bound[j] for j, was in enumerate(table.bound) if was})
-    places: list[Relocation | Fixed] = [*table.relocations, *table.fixed]
+    places: list[Relocation | Fixed | Noise] = [*table.relocations, *table.fixed, *table.noise]
     expected = {(place.node, place.position): place for place in places}
     starts = [r.start for r in (*c.inputs, *c.outputs)]
+
+    def check(i: int, position: int, was: bytes, now: bytes) -> bool:
+        place = expected.get((i, position))
+        if isinstance(place, Noise):
+            return len(now) < WORD or not (memory.owns(_word(now, 0)) or is_device(_word(now, 0)))
+        if isinstance(place, Relocation):
+            return _word(now, 0) == starts[place.buffer] + place.delta
+        if isinstance(place, Fixed):
+            return _is_fixed(place, _word(now, 0), memory)
+        return was == now and (len(now) < WORD or not memory.owns(_word(now, 0)))
+
     for i, (x, y) in enumerate(zip(table.template.nodes, c.nodes, strict=True)):
-        masked = _mask(x, y, {position for node, position in expected if node == i})
-        for position, u, v in _words(i, masked, y):
-            known = expected.get((i, position))
-            if isinstance(known, Relocation):
-                right = v == starts[known.buffer] + known.delta
-            elif isinstance(known, Fixed):
-                right = _is_fixed(known, v, memory)
-            else:
-                right = u == v and not memory.owns(v)
-            if not right:
-                raise _Unbindable(f"{_where(i, x, position)} is not what it is in another capture ({v:#x})")
+        parts: list[tuple[int, bytes, bytes]] = []
+        if isinstance(x, Kernel) and isinstance(y, Kernel):
+            parts = [(start, x.params[start:stop], y.params[start:stop]) for start, stop in _pieces(i, x)]
+        elif isinstance(x, Transfer) and isinstance(y, Transfer):
+            words = zip(x.addresses, y.addresses, strict=True)
+            parts = [(p, struct.pack("<Q", u), struct.pack("<Q", v)) for p, (u, v) in enumerate(words)]
+        for position, was, now in parts:
+            if not check(i, position, was, now):
+                raise _Unbindable(f"{_where(i, x, position)} is not what it is in another capture ({now.hex()})")
 
 
 def _is_fixed(known: Fixed, word: int, memory: _Memory) -> bool:
@@ -455,13 +552,3 @@ def _is_fixed(known: Fixed, word: int, memory: _Memory) -> bool:
     if known.allocation is None:
         return memory.is_hidden(word)
     return (known.allocation, known.delta) in memory.temporaries_at(word)
-
-
-def _mask(x: Node, y: Node, positions: set[int]) -> Node:
-    """``x`` with the words of ``y`` at ``positions``: what is left to differ is meant to be constant."""
-    if not isinstance(x, Kernel) or not isinstance(y, Kernel):
-        return x
-    params = bytearray(x.params)
-    for p in positions:
-        params[p : p + WORD] = y.params[p : p + WORD]
-    return replace(x, params=bytes(params))
