@@ -67,7 +67,7 @@ class Recorder:
         kernels(inputs)
         device = self.device
         lanes = (device.acquire_lane(0), device.acquire_lane(0))
-        memories = [device.memory(0, True) for _ in range(3)]
+        memories = [device.memory(0) for _ in range(3)]
         with neutral(device, 0), device.building():
             made = self.module.record(
                 device, lanes, memories[:2], memories[2], kernels, specs, workspaces, self.native.AllocationLog()
@@ -78,7 +78,7 @@ class Recorder:
     def again(self, known: Any, kernels: Kernels, inputs: Sequence[Tensor], workspaces: bool = False) -> Any:
         specs = [TensorSpec.of(x) for x in inputs]
         device = self.device
-        lane, memory, scratch = device.acquire_lane(0), device.memory(0, True), device.memory(0, True)
+        lane, memory, scratch = device.acquire_lane(0), device.memory(0), device.memory(0)
         with neutral(device, 0), device.building():
             made = self.module.record_again(
                 known, device, lane, memory, scratch, kernels, specs, workspaces, self.native.AllocationLog()
@@ -88,11 +88,15 @@ class Recorder:
 
     def close(self) -> None:
         torch.cuda.synchronize()
-        for made, lanes, _ in self.made:
+        for made, lanes, memories in self.made:
             if not isinstance(made, str):
                 made.destroy()
+                made.results.clear()
+            # Given back, not dropped: a pool that dies while the thread allocates from another one aborts the process.
             for lane in lanes:
                 self.device.release_lane(lane)
+            for memory in memories:
+                self.device.release_memory(memory)
 
 
 @pytest.fixture
@@ -184,6 +188,15 @@ def test_inputs_need_no_better_alignment_than_a_calls_have(record: Recorder) -> 
     assert torch.equal(run(r, [x])[0], x + 1)
 
 
+def test_garbage_in_the_padding_of_parameters(record: Recorder) -> None:
+    """PyTorch's clamp and cat hand structs over whose padding holds what was on the stack."""
+    shapes = [(16, 3), (7, 3), (5, 3)]
+    r = record(lambda i: [torch.relu(torch.cat(list(i))).clamp(0.25, 0.5)], [of(*s) for s in shapes])
+    assert not isinstance(r, str), r
+    xs = [of(*s) for s in shapes]
+    assert torch.equal(run(r, xs)[0], torch.cat(xs).clamp(0.25, 0.5))
+
+
 def test_an_input_that_nothing_reads(record: Recorder) -> None:
     r = record(lambda i: [i[1] + 1], [of(4), of(8)])
     assert not isinstance(r, str), r
@@ -203,21 +216,22 @@ def test_tensors_without_elements(record: Recorder) -> None:
 # -- what is not --------------------------------------------------------------------------------------------------
 
 
+def into_the_trap(i: Sequence[Tensor]) -> list[Tensor]:
+    big = i[0].repeat(4)
+    part = big.view(4, -1).sum(0)
+    del big
+    return [part * n for n in range(1, 5)]
+
+
 def test_the_trap(record: Recorder) -> None:
     """Outputs that take the place of a larger temporary stay where they are, and are copied out."""
 
-    def kernels(i: Sequence[Tensor]) -> list[Tensor]:
-        big = i[0].repeat(16)
-        part = big.view(16, -1).sum(0)
-        del big
-        return [part + 1, part * 2]
-
-    r = record(kernels, [of(1 << 16)])
+    r = record(into_the_trap, [of(1 << 12)])
     assert not isinstance(r, str), r
     assert not all(r.table.bound)
-    x = of(1 << 16)
+    x = of(1 << 12)
     got = run(r, [x])
-    assert all(map(torch.equal, got, kernels([x])))
+    assert all(map(torch.equal, got, into_the_trap([x])))
 
 
 def test_bound_all_the_same_the_trap_would_be_seen(record: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,14 +242,8 @@ def test_bound_all_the_same_the_trap_would_be_seen(record: Recorder, monkeypatch
         found = [k for k, r in enumerate(capture.allocations) if r.start == output.start]
         return found[-1] if found else None
 
-    def kernels(i: Sequence[Tensor]) -> list[Tensor]:
-        big = i[0].repeat(64)
-        part = big.view(64, -1).sum(0)
-        del big
-        return [part * 2 for _ in range(8)]
-
     monkeypatch.setattr(_relocation, "_is_clean", naive)
-    made = record(kernels, [of(1 << 14)])
+    made = record(into_the_trap, [of(1 << 12)])
     assert isinstance(made, str)
     assert "bound to other tensors" in made
 
@@ -253,9 +261,8 @@ def test_an_output_that_is_a_weight_is_copied_out(record: Recorder) -> None:
     assert all(map(torch.equal, run(r, [x]), [x + w, w]))
 
 
-def test_copies_and_fills_that_touch_inputs_or_outputs(record: Recorder) -> None:
+def test_copies_that_touch_inputs_or_outputs(record: Recorder) -> None:
     assert "a copy: address 0 is the address of an input or output" in record(lambda i: [i[0].clone()], [of(1 << 12)])
-    assert "a fill: address 0 is" in record(lambda i: [torch.zeros(1 << 12, device="cuda")], [])
 
 
 def test_results_that_differ_from_run_to_run(record: Recorder) -> None:
