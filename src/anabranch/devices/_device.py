@@ -15,8 +15,9 @@ from anabranch.errors import InputError
 class Graph(Protocol):
     """A captured graph, ready to launch. Not thread-safe: one thread at a time may use it."""
 
-    #: The device's own handle, for the native runtime.
-    native: int
+    @property
+    def native(self) -> int:
+        """The device's own handle, for the native runtime."""
 
     def launch(self, stream: Any) -> None:
         """Queue the graph on ``stream``. The host does not wait."""
