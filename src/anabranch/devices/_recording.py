@@ -371,19 +371,22 @@ class _Captured:
         return Recording(self.graph, table, capture, self.handles, self.results, self.views, noises, alignment)
 
     def poison(self, table: Table) -> None:
-        """Spoil the inputs, and the outputs that are to be bound: nothing may read or write them from here on."""
-        for x in self.inputs:
-            # What may be indices stays valid ones.
-            if x.dtype.is_floating_point or x.dtype.is_complex:
-                _bytes_of(x).fill_(_POISON)
-        for y, view in zip(self.results, self.views, strict=True):
-            if table.bound[view.storage]:
-                _bytes_of(y).fill_(_POISON)
+        """Spoil all memory that a bound graph has no business with any more."""
+        for x in self._abandoned(table):
+            _bytes_of(x).fill_(_POISON)
 
     def is_poisoned(self, table: Table) -> bool:
+        return all(bool((_bytes_of(x) == _POISON).all()) for x in self._abandoned(table))
+
+    def _abandoned(self, table: Table) -> list[torch.Tensor]:
+        """The inputs, and the outputs that are bound and were never a temporary's memory before."""
+        # What may be indices has to stay valid ones.
         tensors = [x for x in self.inputs if x.dtype.is_floating_point or x.dtype.is_complex]
-        tensors += [y for y, view in zip(self.results, self.views, strict=True) if table.bound[view.storage]]
-        return all(bool((_bytes_of(x) == _POISON).all()) for x in tensors)
+        for y, view in zip(self.results, self.views, strict=True):
+            place = self.capture.outputs[view.storage]
+            if table.bound[view.storage] and sum(r.overlaps(place) for r in self.capture.allocations) == 1:
+                tensors.append(y)
+        return tensors
 
 
 def _bytes_of(x: torch.Tensor) -> torch.Tensor:
