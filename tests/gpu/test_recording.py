@@ -148,7 +148,7 @@ def test_results_are_those_of_the_inputs_that_are_given(record: Recorder) -> Non
     r = record(lambda i: [i[0] * i[1] + 1, i[1] - i[0]], [of(64, 64), of(64, 64)])
     assert not isinstance(r, str), r
     assert r.table.bound == (True, True)
-    results = []
+    results: list[Any] = []
     for _ in range(5):
         x, y = of(64, 64), of(64, 64)
         results.append((run(r, [x, y]), [x * y + 1, y - x]))
@@ -224,25 +224,34 @@ def into_the_trap(i: Sequence[Tensor]) -> list[Tensor]:
 
 
 def test_the_trap(record: Recorder) -> None:
-    """Outputs that take the place of a larger temporary stay where they are, and are copied out."""
+    """Outputs that take the place of a larger temporary: what wrote the temporary goes on writing there."""
 
     r = record(into_the_trap, [of(1 << 12)])
     assert not isinstance(r, str), r
-    assert not all(r.table.bound)
+    assert all(r.table.bound)
+    blocks = r.capture.allocations
+    assert any(a.overlaps(b) for a in r.capture.outputs for b in blocks if b.nbytes > a.nbytes)
     x = of(1 << 12)
     got = run(r, [x])
     assert all(map(torch.equal, got, into_the_trap([x])))
 
 
 def test_bound_all_the_same_the_trap_would_be_seen(record: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trial run finds what the analysis would have let through: here, outputs taken for clean that are not."""
+    """The trial run finds what the analysis would have let through: here, every step has the output's address."""
     from anabranch.devices import _relocation
 
-    def naive(output: Any, capture: Any) -> int | None:
-        found = [k for k, r in enumerate(capture.allocations) if r.start == output.start]
-        return found[-1] if found else None
+    honest = _relocation._allocation_of
 
-    monkeypatch.setattr(_relocation, "_is_clean", naive)
+    def naive(output: Any, capture: Any) -> Any:
+        found = honest(output, capture)
+        return None if found is None else (found[0], 0)
+
+    def place(memory: Any, address: int, node: int) -> Any:
+        return real(memory, address, 1 << 30)
+
+    real = _relocation._Memory.place
+    monkeypatch.setattr(_relocation, "_allocation_of", naive)
+    monkeypatch.setattr(_relocation._Memory, "place", place)
     made = record(into_the_trap, [of(1 << 12)])
     assert isinstance(made, str)
     assert "bound to other tensors" in made
@@ -312,7 +321,8 @@ def test_further_captures_hold_and_do_not_disturb_each_other(record: Recorder) -
 def test_a_further_capture_of_another_program_does_not_hold(record: Recorder) -> None:
     first = record(lambda i: [i[0] + 1], [of(8)])
     assert not isinstance(first, str), first
-    assert "parameter" in record.again(first, lambda i: [i[0] + 2], [of(8)])
+    assert "other bits" in record.again(first, lambda i: [i[0] + 2], [of(8)])
+    assert "differ in step 0" in record.again(first, lambda i: [i[0] * 2], [of(8)])
 
 
 # -- compiled programs --------------------------------------------------------------------------------------------
@@ -335,6 +345,7 @@ def test_a_compiled_model(gpu: Gpu, compiled: Make, record: Recorder, backend: s
 
 def test_the_log_has_this_threads_allocations_and_frees(native: Any) -> None:
     log = native.AllocationLog()
+    torch.empty(1 << 12, dtype=torch.uint8, device="cuda")
     x = torch.empty(1 << 10, dtype=torch.uint8, device="cuda")
     log.begin()
     other = threading.Thread(target=lambda: torch.empty(1 << 12, dtype=torch.uint8, device="cuda"))
@@ -348,8 +359,32 @@ def test_the_log_has_this_threads_allocations_and_frees(native: Any) -> None:
     torch.empty(1 << 14, dtype=torch.uint8, device="cuda")
     assert events[0][0] == at
     assert events[0][1] >= 512
-    assert events[1] == (at, -events[0][1])
-    assert [n < 0 for _, n in events] == [False, True, True]
+    assert events[1] == (at, -events[0][1], 0)
+    assert [n < 0 for _, n, _ in events] == [False, True, True]
+
+
+def test_the_log_counts_the_steps_of_a_capture(native: Any) -> None:
+    device: Any = get_device("cuda")
+    lane, memory = device.acquire_lane(0), device.memory(0)
+    log = native.AllocationLog()
+
+    def steps() -> list[Tensor]:
+        log.begin(device.graph_under_capture(lane.stream))
+        kept = []
+        for _ in range(3):
+            kept.append(torch.empty(8, device="cuda"))
+            kept[-1].fill_(1)
+            kept[-1].add_(1)
+        events.extend(log.end())
+        return kept
+
+    events: list[Any] = []
+    with neutral(device, 0), device.building():
+        graph, _ = device.capture(lane, memory, steps)
+    graph.destroy()
+    device.release_lane(lane)
+    device.release_memory(memory)
+    assert [step for _, _, step in events] == [0, 2, 4]
 
 
 def test_a_log_ends_on_its_own_thread(native: Any) -> None:

@@ -291,6 +291,12 @@ class CudaDevice:
                 raise
         return captured, result
 
+    def graph_under_capture(self, stream: Any) -> int:
+        """The handle of the graph that the capture on ``stream`` adds to."""
+        status, _, graph, *_ = _ok("cudaStreamGetCaptureInfo", rt.cudaStreamGetCaptureInfo(stream.cuda_stream))
+        assert status == _ACTIVE, "asked for a capture where none is under way"
+        return int(graph)
+
     def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:
         tie = self._captured_by_callers.of(stream)
         if keep not in tie.kept:

@@ -29,6 +29,7 @@ from anabranch.devices._relocation import (
     Empty,
     Kernel,
     Node,
+    Noise,
     Range,
     Relocation,
     Table,
@@ -53,9 +54,9 @@ _ALIGNMENTS = (16, 256)
 class Log(Protocol):
     """What ``AllocationLog`` of the native runtime does."""
 
-    def begin(self) -> None: ...
+    def begin(self, graph: int) -> None: ...
 
-    def end(self) -> list[tuple[int, int]]: ...
+    def end(self) -> list[tuple[int, int, int]]: ...
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Recording:
         handles: Sequence[int],
         results: Sequence[torch.Tensor],
         views: Sequence[View],
+        noise: Sequence[Noise],
         alignment: int,
     ) -> None:
         self.graph = graph
@@ -109,6 +111,7 @@ class Recording:
         self.handles = tuple(handles)
         self.results = list(results)
         self.views = tuple(views)
+        self.noise = tuple(noise)
         self.alignment = alignment
         self.storages = tuple(r.nbytes for r in capture.outputs)
         by_node: dict[int, list[Relocation]] = {}
@@ -157,10 +160,10 @@ class Recording:
             )
 
     def with_other_noise(self) -> tuple[Patch, ...]:
-        """All patches, with the noise that the second capture had."""
+        """All patches, with the noise of the other capture: not the one that this recording has."""
         patches = list(self.patches)
         places = {p.handle: k for k, p in enumerate(patches)}
-        for noise in self.table.noise:
+        for noise in self.noise:
             k = places[self.handles[noise.node]]
             params = bytearray(patches[k].kernel.params)
             params[noise.position : noise.stop] = noise.other
@@ -201,7 +204,7 @@ def record(
                 if isinstance(table, str):
                     reason = reason or table
                     continue
-                recording = first.bind(table, alignment)
+                recording = first.bind(table, table.noise, alignment)
                 _wait(*lanes)  # what warmed up wrote where it was captured
                 reason = prove(recording, device, lanes[0], scratch, kernels, specs, [first, second], rounds=2)
                 keep = not reason
@@ -235,10 +238,10 @@ def record_again(
     keep = False
     try:
         captured = _capture(device, lane, memory, scratch, kernels, specs, workspaces, log, 0)
-        reason = verify(known.table, captured.capture, _is_device)
-        if reason:
-            return reason
-        recording = captured.bind(known.table, known.alignment)
+        noise = verify(known.table, captured.capture, _is_device)
+        if isinstance(noise, str):
+            return noise
+        recording = captured.bind(known.table, noise, known.alignment)
         reason = prove(recording, device, lane, scratch, kernels, specs, [captured], rounds=1)
         keep = not reason
         return reason or recording
@@ -274,7 +277,7 @@ def prove(
     if not table.why_not_direct:
         launches.append(("kernels", recording.launch_kernels))
     # Every kernel is patched here: what the graph ends up with is the noise that the recording says.
-    noises = [recording.with_other_noise(), recording.patches] if table.noise else [recording.patches]
+    noises = [recording.with_other_noise(), recording.patches] if recording.noise else [recording.patches]
     ways = [(way, launch, patches) for patches in noises for way, launch in launches]
     alive: list[Any] = []  # so that every round has other addresses
     with device.on_stream(lane.stream), scratch.using():
@@ -354,10 +357,10 @@ class _Captured:
     results: list[torch.Tensor]
     views: list[View]
 
-    def bind(self, table: Table, alignment: int) -> Recording:
-        # With the noise that was tried out, not that of this capture.
+    def bind(self, table: Table, noises: Sequence[Noise], alignment: int) -> Recording:
+        # With the noise that the first capture had: every recording of a program has the same.
         nodes = list(self.capture.nodes)
-        for noise in table.noise:
+        for noise in noises:
             kernel, tried = nodes[noise.node], table.template.nodes[noise.node]
             assert isinstance(kernel, Kernel)
             assert isinstance(tried, Kernel)
@@ -365,22 +368,25 @@ class _Captured:
             params[noise.position : noise.stop] = tried.params[noise.position : noise.stop]
             nodes[noise.node] = replace(kernel, params=bytes(params))
         capture = replace(self.capture, nodes=tuple(nodes))
-        return Recording(self.graph, table, capture, self.handles, self.results, self.views, alignment)
+        return Recording(self.graph, table, capture, self.handles, self.results, self.views, noises, alignment)
 
     def poison(self, table: Table) -> None:
-        """Spoil the inputs, and the outputs that are to be bound: nothing may read or write them from here on."""
-        for x in self.inputs:
-            # What may be indices stays valid ones.
-            if x.dtype.is_floating_point or x.dtype.is_complex:
-                _bytes_of(x).fill_(_POISON)
-        for y, view in zip(self.results, self.views, strict=True):
-            if table.bound[view.storage]:
-                _bytes_of(y).fill_(_POISON)
+        """Spoil all memory that a bound graph has no business with any more."""
+        for x in self._abandoned(table):
+            _bytes_of(x).fill_(_POISON)
 
     def is_poisoned(self, table: Table) -> bool:
+        return all(bool((_bytes_of(x) == _POISON).all()) for x in self._abandoned(table))
+
+    def _abandoned(self, table: Table) -> list[torch.Tensor]:
+        """The inputs, and the outputs that are bound and were never a temporary's memory before."""
+        # What may be indices has to stay valid ones.
         tensors = [x for x in self.inputs if x.dtype.is_floating_point or x.dtype.is_complex]
-        tensors += [y for y, view in zip(self.results, self.views, strict=True) if table.bound[view.storage]]
-        return all(bool((_bytes_of(x) == _POISON).all()) for x in tensors)
+        for y, view in zip(self.results, self.views, strict=True):
+            place = self.capture.outputs[view.storage]
+            if table.bound[view.storage] and sum(r.overlaps(place) for r in self.capture.allocations) == 1:
+                tensors.append(y)
+        return tensors
 
 
 def _bytes_of(x: torch.Tensor) -> torch.Tensor:
@@ -402,10 +408,10 @@ def _capture(
 ) -> _Captured:
     if workspaces:
         lane.load_workspaces()
-    events: list[tuple[int, int]] = []
+    events: list[tuple[int, int, int]] = []
 
     def run() -> Sequence[torch.Tensor]:
-        log.begin()
+        log.begin(device.graph_under_capture(lane.stream))
         try:
             return kernels(inputs)
         finally:
@@ -424,6 +430,8 @@ def _capture(
             raise _Unreadable("a profiler watches the thread that builds it") from e
         raise
     try:
+        if any(step < 0 for _, _, step in events):
+            raise _Unreadable("CUDA does not list the steps of the graph in the order of their capture")
         nodes, handles, edges = _read(int(graph.source))
         views, outputs = _views(results)
         capture = Capture(

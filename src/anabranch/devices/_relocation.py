@@ -12,8 +12,8 @@ reason.
 
 The one trap here is memory that is used twice. A temporary may be freed during the capture and its block handed out
 again for (part of) an output: the kernel that wrote the temporary then has an address that looks like the output's,
-and may write far more than the output holds. So an output counts as one only if no other allocation of the capture
-ever overlapped its block. (:func:`_is_clean`.)
+and may write far more than the output holds. So the log of allocations says, for each, how many steps had been captured
+before it; and what an address means to a step is the last allocation before that step. (:meth:`_Memory.place`.)
 
 What cannot be told apart: an address one past the end of a temporary or an output where the next block begins. It is
 taken for the next block's.
@@ -97,20 +97,21 @@ class Edge:
 class Capture:
     """A captured graph as plain data, and the memory around it.
 
-    ``log``: (address, bytes) of each allocation during the capture, with negative bytes of each free, in order.
+    ``log``: (address, bytes, step) of each allocation during the capture, with negative bytes of each free, in order;
+    ``step``: how many nodes there were by then, which are the first so many of ``nodes``.
     ``outputs``: the storages of the results, one each. ``hidden``: what the lane's libraries have as workspaces.
     """
 
     nodes: tuple[Node, ...]
     edges: frozenset[Edge]
-    log: tuple[tuple[int, int], ...]
+    log: tuple[tuple[int, int, int], ...]
     inputs: tuple[Range, ...]
     outputs: tuple[Range, ...]
     hidden: tuple[Range, ...] = ()
 
     @property
     def allocations(self) -> tuple[Range, ...]:
-        return tuple(Range(address, nbytes) for address, nbytes in self.log if nbytes > 0)
+        return tuple(Range(address, nbytes) for address, nbytes, _ in self.log if nbytes > 0)
 
 
 @dataclass(frozen=True)
@@ -214,14 +215,16 @@ def compare(a: Capture, b: Capture, is_device: IsDevice) -> Table | str:
         return str(e)
 
 
-def verify(table: Table, c: Capture, is_device: IsDevice) -> str:
-    """Why ``table`` does not hold for ``c``, a later capture of the same program; nothing if it does."""
+def verify(table: Table, c: Capture, is_device: IsDevice) -> tuple[Noise, ...] | str:
+    """Why ``table`` does not hold for ``c``, a later capture of the same program; if it does, what is noise in ``c``.
+
+    That may be more than ``table`` has as noise: the same garbage may have been in the first two captures.
+    """
     try:
         _same_graph(table.template, c)
-        _check(table, c, is_device)
+        return tuple(_check(table, c, is_device))
     except _Unbindable as e:
         return str(e)
-    return ""
 
 
 # -- the shape of the graph ---------------------------------------------------------------------------------------
@@ -305,57 +308,60 @@ def _where(i: int, node: Node, position: int) -> str:
 # -- the memory ---------------------------------------------------------------------------------------------------
 
 
-def _is_clean(output: Range, c: Capture) -> int | None:
-    """The one allocation whose memory ``output`` is, if no other one ever overlapped it and it was not freed."""
-    around = [k for k, r in enumerate(c.allocations) if r.overlaps(output)]
-    if len(around) != 1:
-        return None
-    block = c.allocations[around[0]]
-    if block.start != output.start or block.nbytes < output.nbytes:
-        return None
-    # The padding behind the output is part of its block: what was there before may write into it.
-    if sum(r.overlaps(block) for r in c.allocations) != 1:
-        return None
-    if any(bytes_ < 0 and block.overlaps(Range(address, -bytes_)) for address, bytes_ in c.log):
-        return None
-    return around[0]
+#: An allocation by its number, and the step from which on its memory was its own.
+_Allocated = tuple[int, int]
+
+
+def _allocation_of(output: Range, c: Capture) -> _Allocated | None:
+    """The allocation whose memory ``output`` is, if it was neither freed nor is the memory anything else's."""
+    found: tuple[_Allocated, Range] | None = None
+    number = -1
+    for address, nbytes, step in c.log:
+        block = Range(address, abs(nbytes))
+        number += nbytes > 0
+        if found is not None and block.overlaps(found[1]):
+            found = None
+        if nbytes > 0 and block.start == output.start and block.stop >= output.stop:
+            found = (number, step), block
+    return found[0] if found else None
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """What addresses of a capture can mean."""
+    """What addresses of a capture mean. The places of bound outputs are buffers, those of others allocations."""
 
     capture: Capture
     #: Of each bound output: its allocation, None for one without any bytes. Unbound outputs are absent.
-    bound: dict[int, int | None]
+    bound: dict[int, _Allocated | None]
 
-    @property
-    def buffers(self) -> list[tuple[int, Range]]:
-        n = len(self.capture.inputs)
-        outputs = [(n + j, r) for j, r in enumerate(self.capture.outputs) if j in self.bound]
-        return [*enumerate(self.capture.inputs), *outputs]
+    def place(self, address: int, node: int) -> tuple[str, int, int] | None:
+        """("buffer" or "allocation", which, bytes into it) or ("hidden", 0, 0) to step ``node``; None if nothing."""
+        found = self._inside(address, node)
+        if found is None:
+            before = self._inside(address - 1, node)
+            if before is not None:  # where it ends, and nothing else begins
+                found = (before[0], before[1], before[2] + (before[0] != "hidden"))
+        return found if found is not None and found[1] >= 0 else None
 
-    def buffers_at(self, address: int) -> set[tuple[int, int]]:
-        """(buffer, delta) for the buffers that hold ``address``, else for those that end there."""
-        inside = {(i, address - r.start) for i, r in self.buffers if r.holds(address)}
-        return inside or {
-            (i, address - r.start) for i, r in self.buffers if address == r.stop and not self._holds(address)
-        }
-
-    def _holds(self, address: int) -> bool:
-        return bool(self.temporaries_at(address, ends=False)) or self.is_hidden(address, ends=False)
-
-    def temporaries_at(self, address: int, ends: bool = True) -> set[tuple[int, int]]:
-        """(allocation, delta) of allocations that are no bound outputs."""
-        outputs = set(self.bound.values())
-        return {
-            (k, address - r.start)
-            for k, r in enumerate(self.capture.allocations)
-            if k not in outputs and (r.holds(address) or (ends and address == r.stop))
-        }
-
-    def is_hidden(self, address: int, ends: bool = True) -> bool:
-        return any(r.holds(address) or (ends and address == r.stop) for r in self.capture.hidden)
+    def _inside(self, address: int, node: int) -> tuple[str, int, int] | None:
+        c = self.capture
+        for i, r in enumerate(c.inputs):
+            if r.holds(address):
+                return "buffer", i, address - r.start
+        owner = None
+        number = -1
+        for start, nbytes, step in c.log:
+            number += nbytes > 0
+            if nbytes > 0 and step <= node and start <= address < start + nbytes:
+                owner = number, address - start
+        if owner is not None:
+            k, delta = owner
+            for j, allocated in self.bound.items():
+                if allocated is not None and allocated[0] == k:
+                    # The padding behind an output is the call's, and nobody's.
+                    return "buffer", len(c.inputs) + j if delta <= c.outputs[j].nbytes else -1, delta
+            return "allocation", k, delta
+        return ("hidden", 0, 0) if any(r.holds(address) for r in c.hidden) else None
 
     def owns(self, address: int) -> bool:
         """Whether ``address`` is in memory that other captures have elsewhere. An output may be a weight's memory."""
@@ -376,45 +382,38 @@ def _distinct(a: Capture, b: Capture) -> None:
         raise _Unbindable("two captures of it share memory")
 
 
-def _bound(captures: Sequence[Capture]) -> list[dict[int, int | None]]:
-    """The outputs that are clean in every capture, with their allocations."""
-    for c in captures:
-        for j, output in enumerate(c.outputs):
-            if any(output.overlaps(r) for r in c.inputs):
+def _bound(captures: Sequence[Capture]) -> dict[int, _Allocated | None]:
+    """The outputs that have memory of their own, the same one in every capture."""
+    everywhere: dict[int, _Allocated | None] = {}
+    for j in range(len(captures[0].outputs)):
+        found: set[_Allocated | None] = set()
+        for c in captures:
+            if any(c.outputs[j].overlaps(r) for r in c.inputs):
                 raise _Unbindable(f"output {j} is in an input's memory")
-    clean: list[dict[int, int | None]] = []
-    for c in captures:
-        found: dict[int, int | None] = {}
-        for j, output in enumerate(c.outputs):
-            block = _is_clean(output, c)
-            if output.nbytes == 0 or block is not None:
-                found[j] = block
-        clean.append(found)
-    everywhere = set.intersection(*(set(found) for found in clean))
-    return [{j: found[j] for j in sorted(everywhere)} for found in clean]
+            found.add(_allocation_of(c.outputs[j], c) if c.outputs[j].nbytes else None)
+        one = found.pop()
+        if not found and (one is not None or captures[0].outputs[j].nbytes == 0):
+            everywhere[j] = one
+    return everywhere
 
 
 def _explain(
     node: int, position: int, words: tuple[int, int], memory: tuple[_Memory, _Memory]
 ) -> Relocation | Fixed | None:
     """What the address that differs is an address of; None if of nothing."""
-    (u, v), (a, b) = words, memory
-    buffers = a.buffers_at(u) & b.buffers_at(v)
-    if len(buffers) > 1:
-        raise _Unbindable(f"step {node} has an address ({u:#x}, {v:#x}) that may be one of several tensors")
-    for buffer, delta in buffers:
-        return Relocation(node, position, buffer, delta)
-    # Memory that was handed out more than once has several names, each of them right.
-    for allocation, delta in sorted(a.temporaries_at(u) & b.temporaries_at(v)):
-        return Fixed(node, position, allocation, delta)
-    if a.is_hidden(u) and b.is_hidden(v):
-        return Fixed(node, position, None)
-    return None
+    places = {m.place(word, node) for m, word in zip(memory, words, strict=True)}
+    place = places.pop()
+    if places or place is None:
+        return None
+    kind, which, delta = place
+    if kind == "buffer":
+        return Relocation(node, position, which, delta)
+    return Fixed(node, position, which if kind == "allocation" else None, delta)
 
 
 def _table(a: Capture, b: Capture, is_device: IsDevice) -> Table:
-    in_a, in_b = _bound((a, b))
-    memory = (_Memory(a, in_a), _Memory(b, in_b))
+    bound = _bound((a, b))
+    memory = (_Memory(a, bound), _Memory(b, bound))
     moves = _moves(a, b)
     found: list[Relocation | Fixed | Noise] = []
     for i, (x, y) in enumerate(zip(a.nodes, b.nodes, strict=True)):
@@ -427,8 +426,8 @@ def _table(a: Capture, b: Capture, is_device: IsDevice) -> Table:
         relocations=tuple(place for place in found if isinstance(place, Relocation)),
         fixed=fixed,
         noise=tuple(place for place in found if isinstance(place, Noise)),
-        bound=tuple(j in in_a for j in range(len(a.outputs))),
-        temporaries=len(a.allocations) > sum(k is not None for k in in_a.values()),
+        bound=tuple(j in bound for j in range(len(a.outputs))),
+        temporaries=len(a.allocations) > sum(k is not None for k in bound.values()),
         workspaces=any(place.allocation is None for place in fixed),
         linear=_linear(a),
         template=a,
@@ -490,14 +489,15 @@ _Moves = dict[int, set[int]]
 
 
 def _moves(a: Capture, b: Capture) -> _Moves:
-    """How far memory moved from ``a`` to ``b``, times powers of two, as numbers of 8 and of 4 bytes."""
-    pairs = [*zip(a.inputs, b.inputs, strict=True), *zip(a.allocations, b.allocations, strict=False)]
-    pairs += [(p, q) for p in a.hidden for q in b.hidden]
+    """How far inputs and outputs moved from ``a`` to ``b``, times powers of two, as numbers of 8 and of 4 bytes.
+
+    Of inputs and outputs only: what a temporary's address is made of stays right, as the temporary stays where it is.
+    """
     moves = set()
-    for p, q in pairs:
-        move = q.start - p.start
+    for p, q in [*zip(a.inputs, b.inputs, strict=True), *zip(a.outputs, b.outputs, strict=True)]:
         for shift in range(17):
-            moves |= {move << shift, move >> shift, (move >> shift) + 1}
+            moved = q.start - p.start
+            moves |= {moved << shift, moved >> shift, (moved >> shift) + 1}
     # Little differences mean nothing: two counts may differ by as much.
     moves = {m for m in moves if abs(m) >= 4096}
     return {width: {m % (1 << 8 * width) for m in moves} for width in (4, WORD)}
@@ -511,29 +511,18 @@ def _constant(word: int, memory: Sequence[_Memory], where: str) -> None:
         raise _Unbindable(f"{where} is the same in two captures, but an address in one of them")
 
 
-def _check(table: Table, c: Capture, is_device: IsDevice) -> None:
+def _check(table: Table, c: Capture, is_device: IsDevice) -> Iterator[Noise]:
     for i, r in enumerate(c.inputs):
         if any(r.overlaps(other) for other in (*c.inputs[i + 1 :], *c.allocations, *c.hidden)):
             raise _Unbindable(f"input {i} of a capture shares memory")
-    (bound,) = _bound((c,))
-    missing = [j for j, was in enumerate(table.bound) if was and j not in bound]
-    if missing:
-        raise _Unbindable(f"output {missing[0]} had memory of its own in another capture, and has not in this one")
-    memory = _Memory(c, {j: bound[j] for j, was in enumerate(table.bound) if was})
-    places: list[Relocation | Fixed | Noise] = [*table.relocations, *table.fixed, *table.noise]
+    bound, was_bound = _bound((c,)), _bound((table.template,))
+    wanted = [j for j, is_bound in enumerate(table.bound) if is_bound]
+    for j in wanted:
+        if j not in bound or bound[j] != was_bound[j]:
+            raise _Unbindable(f"output {j} has memory of its own in another capture, but not in this one")
+    memory = _Memory(c, {j: bound[j] for j in wanted})
+    places: list[Relocation | Fixed] = [*table.relocations, *table.fixed]
     expected = {(place.node, place.position): place for place in places}
-    starts = [r.start for r in (*c.inputs, *c.outputs)]
-
-    def check(i: int, position: int, was: bytes, now: bytes) -> bool:
-        place = expected.get((i, position))
-        if isinstance(place, Noise):
-            return len(now) < WORD or not (memory.owns(_word(now, 0)) or is_device(_word(now, 0)))
-        if isinstance(place, Relocation):
-            return _word(now, 0) == starts[place.buffer] + place.delta
-        if isinstance(place, Fixed):
-            return _is_fixed(place, _word(now, 0), memory)
-        return was == now and (len(now) < WORD or not memory.owns(_word(now, 0)))
-
     for i, (x, y) in enumerate(zip(table.template.nodes, c.nodes, strict=True)):
         parts: list[tuple[int, bytes, bytes]] = []
         if isinstance(x, Kernel) and isinstance(y, Kernel):
@@ -542,13 +531,16 @@ def _check(table: Table, c: Capture, is_device: IsDevice) -> None:
             words = zip(x.addresses, y.addresses, strict=True)
             parts = [(p, struct.pack("<Q", u), struct.pack("<Q", v)) for p, (u, v) in enumerate(words)]
         for position, was, now in parts:
-            if not check(i, position, was, now):
-                raise _Unbindable(f"{_where(i, x, position)} is not what it is in another capture ({now.hex()})")
-
-
-def _is_fixed(known: Fixed, word: int, memory: _Memory) -> bool:
-    if memory.buffers_at(word):
-        return False
-    if known.allocation is None:
-        return memory.is_hidden(word)
-    return (known.allocation, known.delta) in memory.temporaries_at(word)
+            known = expected.get((i, position))
+            if known is not None:
+                word = _word(now, 0)
+                if _explain(i, position, (word, word), (memory, memory)) == known:
+                    continue
+            elif was == now and not (len(now) == WORD and memory.owns(_word(now, 0))):
+                continue
+            elif isinstance(x, Kernel) and not any(
+                len(part) == WORD and (memory.owns(_word(part, 0)) or is_device(_word(part, 0))) for part in (was, now)
+            ):
+                yield Noise(i, position, now)
+                continue
+            raise _Unbindable(f"{_where(i, x, position)} is not what it is in another capture ({now.hex()})")

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <thread>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include <c10/util/ThreadLocalDebugInfo.h>
@@ -13,8 +13,9 @@
 
 namespace anabranch::runtime {
 
-/// Address and bytes; the bytes are negative where the memory was freed. In the order in which it happened.
-using AllocationEvent = std::pair<std::uint64_t, std::int64_t>;
+/// Address, bytes (negative where the memory was freed), and how many steps had been captured by then. In the order in
+/// which it happened.
+using AllocationEvent = std::tuple<std::uint64_t, std::int64_t, std::int64_t>;
 
 /// Notes what the calling thread allocates and frees on a device between begin() and end(), both called by that thread.
 ///
@@ -28,7 +29,10 @@ class AllocationLog {
   AllocationLog& operator=(const AllocationLog&) = delete;
 
   /// Throws where this thread is being profiled: there is one place for both, and the profiler needs it.
-  void begin();
+  ///
+  /// graph: the CUgraph under capture, whose nodes are the steps that are counted; 0 counts none. That the driver lists
+  /// nodes in the order of their capture is checked at each event: steps are -1 from where it did not.
+  void begin(std::uint64_t graph);
   std::vector<AllocationEvent> end();
 
  private:
