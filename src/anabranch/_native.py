@@ -41,8 +41,8 @@ def build(
     """Compile ``sources`` and return the path of the library (or, with ``shared=False``, of the program).
 
     ``libraries`` are the linker's arguments. Returns at once when an equal build is in the cache. Headers beside the
-    sources (``*.h``) and those of ``headers`` count as sources for that comparison. ``progress`` gets one line before a compilation and one
-    after it; by default they go to stderr. Safe in many threads and processes at once.
+    sources (``*.h``) and those of ``headers`` count as sources for that comparison. ``progress`` gets one line before a
+    compilation and one after it; by default they go to stderr. Safe in many threads and processes at once.
 
     Raises :class:`~anabranch.errors.BuildError` when there is no compiler, when it fails (its output is in the
     message), or when the cache cannot be written.

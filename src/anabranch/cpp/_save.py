@@ -100,7 +100,9 @@ def describe(program: Program, inputs: Sequence[TensorSpec], device: torch.devic
             for i, x in enumerate(inputs)
         ],
         "steps": [
-            _call(step, device) if isinstance(step, Call) else ("", "", [("slot", step.slot), ("constant", step.index)])
+            _call(step, device)
+            if isinstance(step, Call)
+            else ("", "", [("slot", step.slot), ("constant", step.position)])
             for step in flat.steps
         ],
         "results": [_result(output, i, program, flat) for i, output in enumerate(program.outputs)],

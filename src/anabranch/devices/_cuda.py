@@ -66,22 +66,27 @@ def _ok(call: str, result: tuple[Any, ...]) -> Any:
 
 
 class _CudaGraph:
-    """See :class:`anabranch.devices.Graph`."""
+    """See :class:`anabranch.devices.Graph`. ``source``: what it was instantiated from, where its nodes are needed."""
 
-    __slots__ = ("_exec", "native")
+    __slots__ = ("executable", "source")
 
-    def __init__(self, executable: Any) -> None:
-        self._exec = executable
-        #: The handle, for the native runtime.
-        self.native = int(executable)
+    def __init__(self, executable: Any, source: Any = None) -> None:
+        self.executable = executable
+        self.source = source
+
+    @property
+    def native(self) -> int:
+        return int(self.executable)
 
     def launch(self, stream: Any) -> None:
-        error = rt.cudaGraphLaunch(self._exec, stream.cuda_stream)[0]
+        error = rt.cudaGraphLaunch(self.executable, stream.cuda_stream)[0]
         if error != _SUCCESS:
             raise CudaCallError("cudaGraphLaunch", error)
 
     def destroy(self) -> None:
-        rt.cudaGraphExecDestroy(self._exec)
+        rt.cudaGraphExecDestroy(self.executable)
+        if self.source is not None:
+            rt.cudaGraphDestroy(self.source)
 
 
 class _CudaMemory:
@@ -96,7 +101,11 @@ class _CudaMemory:
         return torch.cuda.use_mem_pool(self._pool, self.index)
 
     def nbytes(self) -> int:
-        return sum(int(s["total_size"]) for s in self._pool.snapshot())
+        return sum(nbytes for _, nbytes in self.segments())
+
+    def segments(self) -> list[tuple[int, int]]:
+        """(address, bytes) of each piece of device memory that the pool holds."""
+        return [(int(s["address"]), int(s["total_size"])) for s in self._pool.snapshot()]
 
 
 def _new_stream(index: int) -> Any:
@@ -250,6 +259,13 @@ class CudaDevice:
             pools.clear()
 
     def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
+        graph, result = self.capture_source(lane, memory, fn)
+        rt.cudaGraphDestroy(graph.source)
+        graph.source = None
+        return graph, result
+
+    def capture_source(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[_CudaGraph, Any]:
+        """:meth:`capture`, with the nodes kept for as long as the graph: they name what is to be patched."""
         stream = lane.stream
         with torch.cuda.stream(stream), memory.using():
             _ok("cudaStreamBeginCapture", rt.cudaStreamBeginCapture(stream.cuda_stream, _THREAD_LOCAL))
@@ -264,14 +280,22 @@ class CudaDevice:
             graph = _ok("cudaStreamEndCapture", rt.cudaStreamEndCapture(stream.cuda_stream))
             try:
                 executable = _ok("cudaGraphInstantiate", rt.cudaGraphInstantiate(graph, 0))
-            finally:
+            except BaseException:
                 rt.cudaGraphDestroy(graph)
+                raise
+            captured = _CudaGraph(executable, graph)
             try:
                 _ok("cudaGraphUpload", rt.cudaGraphUpload(executable, stream.cuda_stream))
             except BaseException:
-                rt.cudaGraphExecDestroy(executable)
+                captured.destroy()
                 raise
-        return _CudaGraph(executable), result
+        return captured, result
+
+    def graph_under_capture(self, stream: Any) -> int:
+        """The handle of the graph that the capture on ``stream`` adds to."""
+        status, _, graph, *_ = _ok("cudaStreamGetCaptureInfo", rt.cudaStreamGetCaptureInfo(stream.cuda_stream))
+        assert status == _ACTIVE, "asked for a capture where none is under way"
+        return int(graph)
 
     def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:
         tie = self._captured_by_callers.of(stream)

@@ -15,6 +15,10 @@ from anabranch.errors import InputError
 class Graph(Protocol):
     """A captured graph, ready to launch. Not thread-safe: one thread at a time may use it."""
 
+    @property
+    def native(self) -> int:
+        """The device's own handle, for the native runtime."""
+
     def launch(self, stream: Any) -> None:
         """Queue the graph on ``stream``. The host does not wait."""
 
@@ -70,8 +74,6 @@ class Device(Protocol):
     has_time: bool
     #: The backends that can compile for it, the best one first.
     backends: tuple[str, ...]
-    #: Whether calls name their range for a profiler: see :meth:`range`.
-    is_profiled: bool
 
     def index(self, device: torch.device) -> int:
         """The device's index; the current device's where ``device`` names none."""
@@ -159,6 +161,10 @@ class Device(Protocol):
 
     def call_error(self, call: str, code: int) -> Exception:
         """What to raise for an error code that the native runtime got."""
+
+    @property
+    def is_profiled(self) -> bool:
+        """Whether calls name their range for a profiler: see :meth:`range`."""
 
     def range(self, name: str) -> AbstractContextManager[Any]:
         """A named range for the device's profiler (NVTX)."""

@@ -41,12 +41,14 @@ class _OnStream:
 class _SimGraph:
     """See :class:`anabranch.devices.Graph`."""
 
-    __slots__ = ("_graph", "native")
+    __slots__ = ("_graph",)
 
     def __init__(self, graph: int) -> None:
         self._graph = graph
-        #: The handle, for the native runtime.
-        self.native = graph
+
+    @property
+    def native(self) -> int:
+        return self._graph
 
     def launch(self, stream: Any) -> None:
         _core.graph_launch(self._graph, stream.stream_id, stream.device_index)

@@ -23,7 +23,7 @@ class Context:
     When the last reference goes, wherever that happens, the graph and its memory are kept until ``done`` is reached.
     """
 
-    __slots__ = ("__weakref__", "done", "graph", "inputs", "lane", "nbytes", "outputs", "slot", "used_on")
+    __slots__ = ("__weakref__", "done", "graph", "inputs", "lane", "nbytes", "outputs", "recording", "slot", "used_on")
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Context:
         graph: Graph,
         lane: Lane,
         memory: Memory,
-        inputs: list[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
         outputs: StaticOutputs,
         nbytes: int,
         forget: Callable[[int], None],
@@ -43,6 +43,8 @@ class Context:
         self.nbytes = nbytes
         #: Where the native runtime's pool has it.
         self.slot = 0
+        #: What the graph takes from its caller instead of from ``inputs`` and ``outputs``; of the native runtime.
+        self.recording: Any = None
         self.done = device.event()
         #: Identity of the stream of the last use, None before the first.
         self.used_on: int | None = None

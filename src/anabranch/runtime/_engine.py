@@ -446,4 +446,5 @@ class Engine:
         return stats
 
     def __repr__(self) -> str:
-        return f"<anabranch engine {self._settings.name} on {self._torch_device}, {self._settings.backend}, {self.runtime}>"
+        how = f"{self._settings.backend}, {self.runtime}"
+        return f"<anabranch engine {self._settings.name} on {self._torch_device}, {how}>"

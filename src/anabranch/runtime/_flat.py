@@ -26,10 +26,10 @@ class Call(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """The ``index``-th of the tensors that are listed in ``slot``, into the next slot."""
+    """The ``position``-th of the tensors that are listed in ``slot``, into the next slot."""
 
     slot: int
-    index: int
+    position: int
 
 
 @dataclass
@@ -102,7 +102,7 @@ def flatten(program: Program) -> FlatProgram | str:
             else:
                 return f"{node.target} returns {', '.join(kinds)}"
             end += len(kinds)
-        made.results = [slots[n] for n in graph.output_node().args[0]]  # type: ignore[union-attr, index, misc]
+        made.results = [slots[n] for n in graph.output_node().args[0]]  # type: ignore[union-attr, index]
     except KeyError as e:
         return f"{e} has no tensor value"
     except _Untranslatable as e:

@@ -5,6 +5,7 @@ Importing this module builds and loads the C++.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,13 +14,14 @@ import torch
 
 from anabranch.export import ComputedOutput, Program
 from anabranch.runtime import _library
-from anabranch.runtime._build import process
-from anabranch.runtime._context import Context
+from anabranch.runtime._build import neutral, process
+from anabranch.runtime._context import Context, StaticOutputs
 from anabranch.runtime._engine import Engine
 from anabranch.runtime._flat import Pick, flatten
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._stats import Stats
 
+_log = logging.getLogger("anabranch")
 core: Any = _library.load()
 process.watch(core.exit, core.calls_under_way)
 
@@ -57,17 +59,17 @@ class Pool:
     def add(self, context: Context) -> None:
         """Count a context that was just built; it is in its builder's hands."""
         self._alive.add(context)
-        results = context.outputs.results
-        storages = len({y.untyped_storage()._cdata for y in results})
+        results, recording = context.outputs.results, context.recording
+        if recording is None:
+            inputs: list[Any] = list(context.inputs)
+            bound = [False] * len({y.untyped_storage()._cdata for y in results})
+            kernels = []
+        else:
+            inputs = [None] * len(recording.capture.inputs)
+            bound = list(recording.table.bound)
+            kernels = [kernel_tuple(patch) for patch in recording.patched]
         context.slot = self._signature.add(
-            context,
-            context.done,
-            context.graph.native,
-            context.inputs,
-            results,
-            [False] * storages,
-            [],
-            context.nbytes,
+            context, context.done, context.graph.native, inputs, results, bound, kernels, context.nbytes
         )
 
     def release(self, context: Context) -> None:
@@ -93,6 +95,22 @@ class Pool:
         return int(self._signature.alive())
 
 
+def kernel_tuple(patch: Any) -> tuple[Any, ...]:
+    """A kernel of a recording, as the C++ takes it."""
+    kernel = patch.kernel
+    return (
+        patch.handle,
+        (kernel.function, kernel.kernel, kernel.context),
+        kernel.grid,
+        kernel.block,
+        kernel.shared,
+        kernel.params,
+        [offset for offset, _ in kernel.layout],
+        kernel.packed,
+        patch.words,
+    )
+
+
 class NativeSpecialization(Specialization):
     """As its base; calls run in C++, and come here for what is not known there: captures of callers, kernels that only
     Python can launch, and building."""
@@ -113,6 +131,10 @@ class NativeSpecialization(Specialization):
         )
         #: Why a direct call goes through Python, or None where it does not.
         self.through_python: str | None = "nothing is computed"
+        #: A recording that shows which kernels take which addresses from a call.
+        self._known: Any = None
+        #: Why graphs have memory of their own for inputs and results, or None where they use the caller's.
+        self.copies: str | None = None if device.kind == "cuda" else "not for this device"
         return Pool(self._core)
 
     @property
@@ -133,12 +155,78 @@ class NativeSpecialization(Specialization):
         self.through_python = None
         unchanged = self.settings.flags.unchanged if self._sensitive else None
         self._core.set_program(program, list(self.program.weights), unchanged)
+        self._keep_weights()
+
+    def _keep_weights(self) -> None:
+        """Direct calls note their last use of the weights."""
         if self.program.weights and self._device.has_streams:
             device, last_uses = self._device, self._last_uses
             # The dict keeps the event as long as the weights may need it, this signature's C++ half as long as calls.
             self._core.set_last_uses(lambda stream: last_uses.setdefault(_key(stream), device.event()))
 
+    def _capture(self, fresh: bool) -> Context:
+        if self.copies is None:
+            context = self._capture_bound(fresh, self._limits.forget)
+            if not isinstance(context, str):
+                return context
+            self.copies = context
+        return super()._capture(fresh)
+
+    def _capture_bound(self, fresh: bool, forget: Callable[[int], None]) -> Context | str:
+        """A context whose graph reads and writes its callers' own tensors; or why there can be none."""
+        from anabranch.devices import _recording
+
+        device: Any = self._device
+        index, specs, log = self._index, self._specs, core.AllocationLog()
+        lane, memory, scratch = device.acquire_lane(index), device.memory(index, fresh), device.memory(index)
+        spare: list[Any] = []
+        made: Any = "an error"
+        try:
+            if self._known is None:
+                spare = [device.acquire_lane(index), device.memory(index)]
+                lanes, memories = (lane, spare[0]), (memory, spare[1])
+                made = _recording.record(device, lanes, memories, scratch, self._kernels, specs, self._workspaces, log)
+            else:
+                made = _recording.record_again(
+                    self._known, device, lane, memory, scratch, self._kernels, specs, self._workspaces, log
+                )
+        finally:
+            device.release_memory(scratch)
+            if spare:
+                device.release_lane(spare[0])
+                device.release_memory(spare[1])
+            if isinstance(made, str):
+                device.release_lane(lane)
+                device.release_memory(memory)
+        if isinstance(made, str):
+            return made
+        if self._known is None:
+            self._learn(made)
+        nbytes = memory.nbytes() + lane.hidden_nbytes()
+        outputs = StaticOutputs(made.results)
+        context = Context(device, made.graph, lane, memory, [], outputs, nbytes, forget)
+        context.recording = made
+        return context
+
+    def _learn(self, recording: Any) -> None:
+        """The first recording of this signature's kernels."""
+        self._known = recording
+        self._core.set_alignment(recording.alignment)
+        if not recording.table.why_not_direct and self.through_python:
+            self._core.set_kernels(recording.results, [kernel_tuple(patch) for patch in recording.patches])
+            self.through_python = None
+            self._keep_weights()
+
     def _built(self) -> None:
+        runs = not (self.program.is_empty or self.program.direct_only)
+        if runs and not self.uses_graphs and self.through_python and self._known is None and self.copies is None:
+            # For what a capture shows of the kernels: few of them can be launched without it.
+            try:
+                with neutral(self._device, self._index), self._device.building():
+                    self._capture_bound(False, lambda nbytes: None)
+            except Exception as e:
+                self._device.check_error(e)
+                _log.info("%s: kernels stay with Python: %s: %s", self.settings.name, type(e).__name__, e)
         self._core.set_graphs(self.uses_graphs)
 
     def _measure(self, context: Context, examples: Sequence[torch.Tensor], stream: Any) -> tuple[float, float]:
@@ -202,7 +290,9 @@ class NativeSpecialization(Specialization):
         lines = super().explain()
         if self.through_python and not self.program.is_empty:
             lines.append(f"  through Python, when direct: {self.through_python}")
-        if self._sensitive and not self.through_python:
+        if self.uses_graphs:
+            lines.append(f"  inputs and results are copied: {self.copies}" if self.copies else "  nothing is copied")
+        if self._sensitive and not self.through_python and self._known is None:
             lines.append("  through Python, when direct: a look at the numerics flags before and after")
         return lines
 
@@ -223,7 +313,7 @@ def translate(program: Program) -> Any:
     made = core.Program(flat.inputs)
     for step in flat.steps:
         if isinstance(step, Pick):
-            made.pick(step.slot, step.index)
+            made.pick(step.slot, step.position)
             continue
         try:
             made.call(step.name, step.overload, step.arguments)
@@ -233,7 +323,7 @@ def translate(program: Program) -> Any:
     return made
 
 
-class NativeEngine(core.EngineBase, Engine):  # type: ignore[misc]
+class NativeEngine(core.EngineBase, Engine):
     """An engine whose calls are C++: see ``EngineBase`` in ``_core/python.cpp`` for which of them."""
 
     runtime = "native"

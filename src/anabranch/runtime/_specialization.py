@@ -118,6 +118,12 @@ class Specialization:
     def _lowered(self) -> None:
         """The kernels are there."""
 
+    def _capture(self, fresh: bool) -> Context:
+        """A new context; ``fresh``: in memory that nothing used before."""
+        return Context.build(
+            self._device, self._index, self._kernels, self.signature, self._workspaces, self._limits.forget, fresh
+        )
+
     def _built(self) -> None:
         """It is known whether calls use graphs."""
 
@@ -229,9 +235,7 @@ class Specialization:
         """Build the context that ``reserved`` bytes were set aside for; None if it takes more than the limit."""
         limited = self._limits.memory_limit is not None
         try:
-            context = Context.build(
-                self._device, self._index, self._kernels, self.signature, self._workspaces, self._limits.forget, limited
-            )
+            context = self._capture(limited)
         except BaseException:
             self._limits.cancel(reserved)
             raise

@@ -13,7 +13,7 @@ namespace anabranch::runtime {
 namespace {
 
 // Bytes. PyTorch's allocators hand out more; kernels that load 16 bytes at a time are chosen on this.
-constexpr uintptr_t kAlignment = 16;
+constexpr size_t kAlignment = 16;
 
 void check(const char* call, int code) {
   if (code) throw DeviceError(call, code);
@@ -54,25 +54,54 @@ bool InputSpec::accepts(const at::Tensor& x) const {
   return !x.is_contiguous() && x.strides() == c10::IntArrayRef(strides);
 }
 
-bool InputSpec::matches(const at::Tensor& x) const {
+bool InputSpec::matches(const at::Tensor& x, size_t alignment) const {
   if (!x.numel()) return true;
-  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlignment) return false;
+  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment) return false;
   return contiguous ? x.is_contiguous() : x.strides() == c10::IntArrayRef(strides);
 }
 
 // -- Kernel ----------------------------------------------------------------------------------------------------------
 
-void Kernel::bind(char* to, void** pointers, const void* const* buffers) const {
-  for (auto& patch : patches) {
-    auto address = static_cast<const char*>(buffers[patch.buffer]) + patch.delta;
-    std::memcpy(to + patch.at, &address, sizeof address);
-  }
-  for (size_t i = 0; i < offsets.size(); ++i) pointers[i] = to + offsets[i];
-}
+namespace {
 
-KernelLaunch Kernel::launch(void** pointers) const {
-  return {function, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, pointers};
-}
+// A kernel's parameters with addresses written in, as the driver wants them.
+class Arguments {
+ public:
+  // `params`: the kernel's own, or a copy of them, to write to.
+  Arguments(const Kernel& kernel, char* params, const void* const* buffers) : kernel_(kernel) {
+    for (auto& patch : kernel.patches) {
+      auto address = static_cast<const char*>(buffers[patch.buffer]) + patch.delta;
+      std::memcpy(params + patch.at, &address, sizeof address);
+    }
+    if (kernel.packed) {
+      size_ = kernel.params.size();
+      extra_ = {kBuffer, params, kBufferSize, &size_, nullptr};
+    } else {
+      for (auto offset : kernel.offsets) pointers_.push_back(params + offset);
+    }
+  }
+  KernelLaunch launch() {
+    return {kernel_.function,
+            kernel_.kernel,
+            kernel_.context,
+            kernel_.grid.data(),
+            kernel_.block.data(),
+            kernel_.shared_bytes,
+            kernel_.packed ? nullptr : pointers_.data(),
+            kernel_.packed ? extra_.data() : nullptr};
+  }
+
+ private:
+  // CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE
+  static inline void* const kBuffer = reinterpret_cast<void*>(1);
+  static inline void* const kBufferSize = reinterpret_cast<void*>(2);
+  const Kernel& kernel_;
+  c10::SmallVector<void*, 32> pointers_;
+  std::array<void*, 5> extra_{};
+  size_t size_ = 0;
+};
+
+}  // namespace
 
 // -- Specialization --------------------------------------------------------------------------------------------------
 
@@ -191,30 +220,27 @@ void Specialization::launch(Context& context, const at::Tensor* inputs, const c1
                             const Regions& regions) {
   context.done->block(stream);
   c10::SmallVector<const void*, 8> buffers;
-  Tensors copies;  // of inputs that the graph cannot read as they are
+  Tensors read;  // what is read where the caller has it, or a copy that kernels can read
   for (size_t i = 0; i < specs.size(); ++i) {
     auto& x = inputs[i];
     auto& at = context.inputs[i];
-    if (at.defined()) {
-      if (!specs[i].matches(x)) {
-        at.copy_(x);
-      } else if (specs[i].bytes) {
-        check("copying an input", api_->copy(at.data_ptr(), x.const_data_ptr(), specs[i].bytes, ref));
-      }
-      buffers.push_back(nullptr);
-    } else if (specs[i].matches(x)) {
-      buffers.push_back(x.const_data_ptr());
-    } else {
-      copies.push_back(at::empty_strided(specs[i].sizes, specs[i].strides, x.options()).copy_(x));
-      buffers.push_back(copies.back().const_data_ptr());
+    if (!at.defined()) {
+      read.push_back(canonical(x, i));
+      buffers.push_back(read.back().const_data_ptr());
+      continue;
     }
+    if (!specs[i].matches(x, kAlignment)) {
+      at.copy_(x);
+    } else if (specs[i].bytes) {
+      check("copying an input", api_->copy(at.data_ptr(), x.const_data_ptr(), specs[i].bytes, ref));
+    }
+    buffers.push_back(nullptr);
   }
   for (auto& region : regions) buffers.push_back(region.data);
   for (auto& kernel : context.kernels) {
-    c10::SmallVector<void*, 32> pointers(kernel.offsets.size());
-    kernel.bind(kernel.params.data(), pointers.data(), buffers.data());
-    check("setting the parameters of a graph's kernel",
-          api_->patch(context.graph, kernel.node, kernel.launch(pointers.data())));
+    // The context's own parameters: it is this call's.
+    Arguments arguments(kernel, kernel.params.data(), buffers.data());
+    check("setting the parameters of a graph's kernel", api_->patch(context.graph, kernel.node, arguments.launch()));
   }
   check("launching a graph", api_->launch(context.graph, ref));
   for (size_t r = 0; r < regions.size(); ++r) {
@@ -227,28 +253,28 @@ void Specialization::launch(Context& context, const at::Tensor* inputs, const c1
 #endif
 }
 
+// `x`, or a copy of it with the strides and the alignment that the kernels were compiled (and algorithms chosen) for.
+at::Tensor Specialization::canonical(const at::Tensor& x, size_t i) const {
+  if (specs[i].matches(x, alignment)) return x;
+  return at::empty_strided(specs[i].sizes, specs[i].strides, x.options()).copy_(x);
+}
+
 // The kernels without a graph, on the current stream.
 void Specialization::direct(const at::Tensor* inputs, const StreamRef& ref, Tensors& results) {
-  Tensors canonical;
-  for (size_t i = 0; i < specs.size(); ++i) {
-    canonical.push_back(
-        specs[i].matches(inputs[i])
-            ? inputs[i]
-            : at::empty_strided(specs[i].sizes, specs[i].strides, inputs[i].options()).copy_(inputs[i]));
-  }
+  Tensors read;
+  for (size_t i = 0; i < specs.size(); ++i) read.push_back(canonical(inputs[i], i));
   if (program) {
-    for (auto& y : program->run(weights, canonical.data(), canonical.size())) results.push_back(std::move(y));
+    for (auto& y : program->run(weights, read.data(), read.size())) results.push_back(std::move(y));
     return;
   }
   auto regions = layout->allocate();
   c10::SmallVector<const void*, 8> buffers;
-  for (auto& x : canonical) buffers.push_back(x.const_data_ptr());
+  for (auto& x : read) buffers.push_back(x.const_data_ptr());
   for (auto& region : regions) buffers.push_back(region.data);
   for (auto& kernel : kernels) {
     c10::SmallVector<char, 512> params(kernel.params.begin(), kernel.params.end());
-    c10::SmallVector<void*, 32> pointers(kernel.offsets.size());
-    kernel.bind(params.data(), pointers.data(), buffers.data());
-    check("launching a kernel", api_->launch_kernel(kernel.launch(pointers.data()), ref));
+    Arguments arguments(kernel, params.data(), buffers.data());
+    check("launching a kernel", api_->launch_kernel(arguments.launch(), ref));
   }
   results = layout->tensors(regions);
 }

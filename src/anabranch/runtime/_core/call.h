@@ -52,27 +52,24 @@ struct InputSpec {
   // Whether a call with `x` is one of this signature; says no where it takes a closer look to tell.
   bool accepts(const at::Tensor& x) const;
   // Whether the kernels can read `x` as it is: same strides where they matter, and aligned.
-  bool matches(const at::Tensor& x) const;
+  bool matches(const at::Tensor& x, size_t alignment) const;
 };
 
 // Kernels with the places in their parameters where the addresses of a call's inputs and results belong.
 struct Kernel {
-  void* node = nullptr;  // in the graph, if it is part of one
-  void* function = nullptr;
+  void* node = nullptr;                                             // in the graph, if it is part of one
+  void *function = nullptr, *kernel = nullptr, *context = nullptr;  // see KernelLaunch
   std::array<unsigned, 3> grid, block;
   unsigned shared_bytes = 0;
   std::vector<char> params;
   std::vector<size_t> offsets;  // of each parameter in `params`
+  bool packed = false;          // the driver takes them together
   struct Patch {
     size_t at;      // in `params`
     int buffer;     // inputs first, then regions of the results
     int64_t delta;  // bytes
   };
   std::vector<Patch> patches;
-
-  // Write the addresses into `params`, which has this kernel's size, and point `pointers` to them.
-  void bind(char* params, void** pointers, const void* const* buffers) const;
-  KernelLaunch launch(void** pointers) const;
 };
 
 // An execution context: the memory and the graph of one call in flight. `owner` keeps them, and when it is let go of
@@ -119,6 +116,7 @@ class Specialization {
   // Set while the specialization is built, before any call.
   bool uses_graphs = false;
   bool has_weights = false;
+  size_t alignment = 16;                   // bytes: of an input that kernels read where the caller has it
   std::optional<ResultLayout> layout;      // of results of a graph or of `kernels`
   std::vector<Kernel> kernels;             // launched one by one: the direct path of a program without temporaries
   std::shared_ptr<const Program> program;  // the direct path otherwise
@@ -129,6 +127,7 @@ class Specialization {
   Atomic<bool> may_grow{"may grow", true};
 
  private:
+  at::Tensor canonical(const at::Tensor& x, size_t i) const;
   void launch(Context& context, const at::Tensor* inputs, const c10::Stream& stream, const StreamRef& ref,
               const Regions& regions);
   void direct(const at::Tensor* inputs, const StreamRef& ref, Tensors& results);

@@ -76,14 +76,15 @@ const DeviceApi& cuda_api() {
                             {k.block[0], k.block[1], k.block[2]},
                             k.shared_bytes,
                             k.params,
-                            nullptr,
-                            nullptr,
-                            nullptr};
+                            k.extra,
+                            k.kernel,
+                            k.context};
           return cuda.set_params(graph, node, &params);
         },
         [](const KernelLaunch& k, const StreamRef& stream) {
-          return cuda.launch_kernel(k.function, k.grid[0], k.grid[1], k.grid[2], k.block[0], k.block[1], k.block[2],
-                                    k.shared_bytes, stream.handle, k.params, nullptr);
+          // A CUkernel may be given in the place of a CUfunction.
+          return cuda.launch_kernel(k.function ? k.function : k.kernel, k.grid[0], k.grid[1], k.grid[2], k.block[0],
+                                    k.block[1], k.block[2], k.shared_bytes, stream.handle, k.params, k.extra);
         },
         nullptr,
         [](StreamRef* made) {

@@ -17,10 +17,14 @@ struct StreamRef {
 
 // A kernel launch, as a graph's node or by itself.
 struct KernelLaunch {
-  void* function;  // a CUfunction or a CUkernel
-  unsigned grid[3], block[3];
+  void* function;  // a CUfunction; or null, and
+  void* kernel;    // a CUkernel,
+  void* context;   // of this CUcontext
+  const unsigned* grid;
+  const unsigned* block;
   unsigned shared_bytes;
-  void** params;
+  void** params;  // a pointer to each parameter; or null, and
+  void** extra;   // where all of them lie together
 };
 
 // Each returns 0, or the device's error code; or throws.

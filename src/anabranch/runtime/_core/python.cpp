@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "allocations.h"
 #include "call.h"
 
 namespace py = pybind11;
@@ -197,31 +198,30 @@ InputSpec spec_of(const at::Tensor& x) {
           static_cast<size_t>(x.numel()) * x.element_size()};
 }
 
-// (node, function, grid, block, shared bytes, params, offsets, [(at, buffer, delta)])
-using KernelTuple = std::tuple<uintptr_t, uintptr_t, std::array<unsigned, 3>, std::array<unsigned, 3>, unsigned,
-                               py::bytes, std::vector<size_t>, std::vector<std::tuple<size_t, int, int64_t>>>;
+// (node, (function, kernel, context), grid, block, shared bytes, params, offsets, packed, [(at, buffer, delta)])
+using KernelTuple =
+    std::tuple<uintptr_t, std::array<uintptr_t, 3>, std::array<unsigned, 3>, std::array<unsigned, 3>, unsigned,
+               py::bytes, std::vector<size_t>, bool, std::vector<std::tuple<size_t, int, int64_t>>>;
 
 std::vector<Kernel> kernels_of(const std::vector<KernelTuple>& given) {
   std::vector<Kernel> all;
-  for (auto& [node, function, grid, block, shared_bytes, params, offsets, patches] : given) {
+  for (auto& [node, handles, grid, block, shared_bytes, params, offsets, packed, patches] : given) {
     Kernel kernel;
     kernel.node = reinterpret_cast<void*>(node);
-    kernel.function = reinterpret_cast<void*>(function);
+    kernel.function = reinterpret_cast<void*>(handles[0]);
+    kernel.kernel = reinterpret_cast<void*>(handles[1]);
+    kernel.context = reinterpret_cast<void*>(handles[2]);
     kernel.grid = grid;
     kernel.block = block;
     kernel.shared_bytes = shared_bytes;
     std::string_view view = params;
     kernel.params.assign(view.begin(), view.end());
     kernel.offsets = offsets;
+    kernel.packed = packed;
     for (auto& [at, buffer, delta] : patches) kernel.patches.push_back({at, buffer, delta});
     all.push_back(std::move(kernel));
   }
   return all;
-}
-
-// Where a kernel of `bound` storages is to find its results: those are made whole.
-void set_layout(Specialization& spec, const std::vector<at::Tensor>& results, const std::vector<bool>& bound) {
-  if (!spec.layout) spec.layout.emplace(results, bound);
 }
 
 // A context that its builder has in hand; returns its slot.
@@ -233,7 +233,7 @@ uintptr_t add_context(Signature& self, py::handle owner, py::handle done, uintpt
   context->done = event_of(done);
   context->graph = reinterpret_cast<void*>(graph);
   for (auto& x : inputs) context->inputs.push_back(x.value_or(at::Tensor()));
-  set_layout(*self.spec, results, bound);
+  if (!self.spec->layout) self.spec->layout.emplace(results, bound);
   context->results = self.spec->layout->sources(results);
   for (size_t i = 0; i < bound.size(); ++i) {
     if (bound[i]) context->results[i] = nullptr;
@@ -555,8 +555,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("set_kernels",
            [](Signature& self, const std::vector<at::Tensor>& results, const std::vector<KernelTuple>& kernels) {
              self.spec->kernels = kernels_of(kernels);
-             set_layout(*self.spec, results, std::vector<bool>(results.size(), true));
+             if (!self.spec->layout) self.spec->layout.emplace(results, std::vector<bool>(results.size(), true));
            })
+      .def("set_alignment", [](Signature& self, size_t bytes) { self.spec->alignment = bytes; })
       .def("set_last_uses", [](Signature& self, py::object make) {
         self.spec->has_weights = true;
         self.spec->new_event = [made = keep(make)](c10::StreamId stream) -> std::unique_ptr<Payload> {
@@ -568,6 +569,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           return context;
         };
       });
+
+  bind_allocations(m);
 
   // -- the engine
   auto engine = py::reinterpret_steal<py::object>(make_engine_type());
