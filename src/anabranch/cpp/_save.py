@@ -79,8 +79,8 @@ def save_program(
     try:
         torch.save(content, partial)
         os.replace(partial, target)
-    except OSError as e:
-        raise InputError(f"{target} cannot be written ({e.strerror}); give a path that can") from e
+    except (OSError, RuntimeError) as e:
+        raise InputError(f"{target} cannot be written ({e}); give a path that can") from e
     finally:
         partial.unlink(missing_ok=True)
 

@@ -1,6 +1,7 @@
 // The public face for C++ over one specialization of the runtime, without graphs.
 #include "anabranch/engine.h"
 
+#include <ATen/ScalarOps.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
@@ -14,6 +15,7 @@
 #include <unordered_map>
 
 #include "../runtime/_core/call.h"
+#include "device.h"
 #include "file.h"
 
 namespace anabranch {
@@ -36,10 +38,15 @@ std::string str(c10::IntArrayRef numbers) {
 
 // -- devices ---------------------------------------------------------------------------------------------------------
 
+// Of devices that this file does not know. Written before the first engine.
+const runtime::DeviceApi* other_api = nullptr;
+
 c10::Device checked(c10::Device device) {
   auto given = "device " + device.str() + " given";
   if (device.is_cpu()) return c10::Device(c10::kCPU);
-  if (!device.is_cuda()) throw InputError(given + "; engines in C++ run on cpu and cuda");
+  if (!device.is_cuda() && !(device.is_privateuseone() && other_api)) {
+    throw InputError(given + "; engines in C++ run on cpu and cuda");
+  }
   auto* guard = c10::impl::hasDeviceGuardImpl(device.type()) ? c10::impl::getDeviceGuardImpl(device.type()) : nullptr;
   if (!guard) {
     throw InputError(given +
@@ -51,6 +58,17 @@ c10::Device checked(c10::Device device) {
     throw InputError(given + ", and there are " + std::to_string(count) + " such devices; give one of them, or cpu");
   }
   return device.has_index() ? device : guard->getDevice();
+}
+
+// Null: it has no streams.
+const runtime::DeviceApi* api_of(c10::Device device) {
+  if (device.is_cpu()) return nullptr;
+  if (!device.is_cuda()) return other_api;
+  try {
+    return &runtime::cuda_api();
+  } catch (std::runtime_error& e) {
+    throw Error(e.what());
+  }
 }
 
 // A stream that nobody queues anything on but engines that go. One for each device, made with its first engine (a
@@ -113,6 +131,14 @@ c10::IValue conform(const c10::IValue& value, const c10::TypePtr& type, std::opt
       return value.toBool();
     case c10::TypeKind::NumberType:
       if (value.isScalar()) return value;
+      break;
+    case c10::TypeKind::TensorType:
+      if (value.isScalar()) {
+        // As in Python, where x * 2.5 is mul.Tensor too: a number has no say in the result's dtype.
+        auto number = at::scalar_to_tensor(value.toScalar());
+        number.unsafeGetTensorImpl()->set_wrapped_number(true);
+        return number;
+      }
       break;
     case c10::TypeKind::StringType:
       return value.toStringRef();
@@ -266,6 +292,10 @@ void check(const at::Tensor& x, size_t i, const Input& expected, c10::Device dev
 
 }  // namespace
 
+void set_private_device(const runtime::DeviceApi* api) {
+  other_api = api;
+}
+
 std::string Input::str() const {
   return dtype_name(dtype) + anabranch::str(sizes) + (strides.empty() ? "" : " strides " + anabranch::str(strides));
 }
@@ -318,8 +348,9 @@ struct Engine::Impl {
     if (!reaper) return;
     try {
       c10::DeviceGuard on(spec.device);
-      spec.events.for_each(
-          [this](runtime::Payload& payload) { static_cast<runtime::Context&>(payload).done->block(*reaper); });
+      std::vector<c10::Event*> last_uses;
+      spec.events.for_each([&](runtime::Payload& p) { last_uses.push_back(static_cast<runtime::Context&>(p).done); });
+      for (auto* event : last_uses) event->block(*reaper);
       for (auto& w : spec.weights) guard.recordDataPtrOnStream(w.storage().data_ptr(), *reaper);
     } catch (...) {
       // The device is lost, or the process at its end: nothing says when a last use is over, so nothing is freed.
@@ -420,19 +451,6 @@ struct Engine::Impl {
   std::optional<c10::Stream> reaper;
 };
 
-namespace {
-
-const runtime::DeviceApi* api_of(c10::Device device) {
-  if (device.is_cpu()) return nullptr;
-  try {
-    return &runtime::cuda_api();
-  } catch (std::runtime_error& e) {
-    throw Error(e.what());
-  }
-}
-
-}  // namespace
-
 Engine::Engine(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 Engine::Engine(const Program& program, std::vector<at::Tensor> weights, std::vector<Input> inputs, c10::Device device)
@@ -469,6 +487,10 @@ Stats Engine::stats() const {
   auto& counters = impl_->counters;
   return {counters.read(C::kCalls), counters.read(C::kDirectCalls), counters.read(C::kGraphCalls),
           counters.read(C::kWaits)};
+}
+
+const std::vector<at::Tensor>& Tests::weights(const Engine& engine) {
+  return engine.impl_->spec.weights;
 }
 
 }  // namespace anabranch

@@ -46,6 +46,11 @@ class _Untranslatable(Exception):
     pass
 
 
+def _where(node: fx.Node) -> str:
+    source = source_of(node)
+    return f" ({source})" if source else ""
+
+
 def flatten(program: Program) -> FlatProgram | str:
     """``program`` as a list of operator calls, or the reason why it cannot be one."""
     graph = program.module.graph
@@ -81,7 +86,7 @@ def flatten(program: Program) -> FlatProgram | str:
                     slots[node] = first + node.args[1]
                 continue
             if not isinstance(node.target, torch._ops.OpOverload):
-                return f"{node.name} is no operator ({node.target})"
+                return f"{node.name}{_where(node)} is no operator ({node.target})"
             schema = node.target._schema
             given = []
             for i, declared in enumerate(schema.arguments):
@@ -100,11 +105,11 @@ def flatten(program: Program) -> FlatProgram | str:
             elif all(k == "Tensor" for k in kinds):
                 several[node] = (end, False)
             else:
-                return f"{node.target} returns {', '.join(kinds)}"
+                return f"{node.target}{_where(node)} returns {', '.join(kinds)}"
             end += len(kinds)
         made.results = [slots[n] for n in graph.output_node().args[0]]  # type: ignore[union-attr, index]
     except KeyError as e:
         return f"{e} has no tensor value"
     except _Untranslatable as e:
-        return f"{node.name} takes {e}"
+        return f"{node.target}{_where(node)} takes {e}"
     return made

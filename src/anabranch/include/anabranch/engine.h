@@ -149,6 +149,7 @@ class Engine {
 
  private:
   struct Impl;
+  friend struct Tests;
   explicit Engine(std::shared_ptr<Impl> impl);
   std::shared_ptr<Impl> impl_;
 };
