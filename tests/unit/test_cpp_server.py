@@ -366,7 +366,7 @@ class Custom(torch.nn.Module):
     [
         (Dependent(), r"the model cannot be saved for C\+\+: aten\.item\.default \(test_cpp_server\.py:\d+\) returns number"),
         (Branch(), r"the model cannot be saved for C\+\+: .* is no operator"),
-        (Custom(), r"calls anabranch_test::twice \(test_cpp_server\.py:\d+\), which is no operator of PyTorch itself"),
+        (Custom(), r"calls anabranch_test::twice \(test_cpp_server\.py:\d+\), which is no operator of PyTorch"),
         (Returns(lambda self, x: 3), r"output 1 is 3; in C\+\+ results are tensors"),
         (Returns(lambda self, x: x[1:]), r"output 1 is a view of an input; return a copy of it \(\.clone\(\)\)"),
         (Returns(lambda self, x: self.unused), r"output 1 is a parameter that nothing else uses"),
