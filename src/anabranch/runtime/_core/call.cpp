@@ -71,6 +71,7 @@ class Arguments {
   Arguments(const Kernel& kernel, char* params, const void* const* buffers) : kernel_(kernel) {
     for (auto& patch : kernel.patches) {
       auto address = static_cast<const char*>(buffers[patch.buffer]) + patch.delta;
+      changed_ = changed_ || std::memcmp(params + patch.at, &address, sizeof address) != 0;
       std::memcpy(params + patch.at, &address, sizeof address);
     }
     if (kernel.packed) {
@@ -80,6 +81,8 @@ class Arguments {
       for (auto offset : kernel.offsets) pointers_.push_back(params + offset);
     }
   }
+  // Whether other addresses were there before.
+  bool changed() const { return changed_; }
   KernelLaunch launch() {
     return {kernel_.function,
             kernel_.kernel,
@@ -99,6 +102,7 @@ class Arguments {
   c10::SmallVector<void*, 32> pointers_;
   std::array<void*, 5> extra_{};
   size_t size_ = 0;
+  bool changed_ = false;
 };
 
 }  // namespace
@@ -238,8 +242,10 @@ void Specialization::launch(Context& context, const at::Tensor* inputs, const c1
   }
   for (auto& region : regions) buffers.push_back(region.data);
   for (auto& kernel : context.kernels) {
-    // The context's own parameters: it is this call's.
+    // The context's own parameters, as its graph has them since its last call; the context is this call's. The
+    // allocator often hands out the memory again that the last call's results had.
     Arguments arguments(kernel, kernel.params.data(), buffers.data());
+    if (!arguments.changed()) continue;
     check("setting the parameters of a graph's kernel", api_->patch(context.graph, kernel.node, arguments.launch()));
   }
   check("launching a graph", api_->launch(context.graph, ref));
