@@ -245,8 +245,10 @@ void Specialization::launch(Context& context, const at::Tensor* inputs, const c1
     // The context's own parameters, as its graph has them since its last call; the context is this call's. The
     // allocator often hands out the memory again that the last call's results had.
     Arguments arguments(kernel, kernel.params.data(), buffers.data());
-    if (!arguments.changed()) continue;
+    if (kernel.is_set && !arguments.changed()) continue;
+    kernel.is_set = false;
     check("setting the parameters of a graph's kernel", api_->patch(context.graph, kernel.node, arguments.launch()));
+    kernel.is_set = true;
   }
   check("launching a graph", api_->launch(context.graph, ref));
   for (size_t r = 0; r < regions.size(); ++r) {
