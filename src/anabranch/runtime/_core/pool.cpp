@@ -182,8 +182,8 @@ bool Pool::take(Slot* slot) {
 }
 
 std::unique_ptr<Payload> Pool::discard(Slot* slot) {
-  auto payload = std::move(slot->payload);
   std::lock_guard<Mutex> guard(lock_);
+  auto payload = std::move(slot->payload);  // with the lock held: `for_each` may be looking at it
   slot->word_.store("discard", Slot::word(Slot::kEmpty, Slot::kNever));
   if (!--alive_) send_away();
   return payload;
