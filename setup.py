@@ -1,7 +1,7 @@
 """Compiles the native runtime into the wheel where PyTorch is at hand: ``pip wheel . --no-build-isolation``.
 
-In an isolated build there is no PyTorch to compile for. The wheel is then a pure one, and the runtime is compiled at its
-first use. The rest of the project's metadata is in pyproject.toml.
+In an isolated build there is no PyTorch to compile for. The wheel is then a pure one, and the runtime is compiled at
+its first use. The rest of the project's metadata is in pyproject.toml.
 """
 
 from __future__ import annotations
