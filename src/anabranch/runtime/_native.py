@@ -6,19 +6,18 @@ Importing this module builds and loads the C++.
 from __future__ import annotations
 
 import logging
-import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
 from anabranch.export import ComputedOutput, Program
 from anabranch.runtime import _library
 from anabranch.runtime._build import neutral, process
 from anabranch.runtime._context import Context, StaticOutputs
 from anabranch.runtime._engine import Engine
+from anabranch.runtime._flat import Pick, flatten
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._stats import Stats
 
@@ -308,67 +307,20 @@ def _key(stream: int) -> str:
 
 def translate(program: Program) -> Any:
     """``program`` for the C++ to run operator by operator, or the reason why it cannot."""
-    slots: dict[fx.Node, int] = {}
-    graph = program.module.graph
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    made = core.Program(len(placeholders))
-    slots.update({n: i for i, n in enumerate(placeholders)})
-    #: Nodes whose value is several tensors: the slot of the first, and whether they are one list.
-    several: dict[fx.Node, tuple[int, bool]] = {}
-
-    def argument(value: Any) -> tuple[str, Any]:
-        if isinstance(value, fx.Node):
-            return "slot", slots[value]
-        if isinstance(value, list | tuple) and any(isinstance(v, fx.Node) for v in value):
-            if not all(v is None or (isinstance(v, fx.Node) and v in slots) for v in value):
-                raise _Untranslatable("a list of numbers that depend on data")
-            return "list", [-1 if v is None else slots[v] for v in value]
-        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-            raise _Untranslatable("a number that depends on data")
-        return "constant", value
-
-    try:
-        for node in graph.nodes:
-            if node.op in ("placeholder", "output"):
-                continue
-            if node.target is operator.getitem and node.args[0] in several:
-                first, is_list = several[node.args[0]]
-                slots[node] = made.pick(first, node.args[1]) if is_list else first + node.args[1]
-                continue
-            if not isinstance(node.target, torch._ops.OpOverload):
-                return f"{node.name} is no operator ({node.target})"
-            schema = node.target._schema
-            given = []
-            for i, declared in enumerate(schema.arguments):
-                if i < len(node.args) and not declared.kwarg_only:
-                    given.append(argument(node.args[i]))
-                elif declared.name in node.kwargs:
-                    given.append(argument(node.kwargs[declared.name]))
-                else:
-                    given.append(("constant", declared.default_value))
-            first = made.call(schema.name, schema.overload_name, given)
-            kinds = [str(r.type) for r in schema.returns]
-            if kinds == ["Tensor"]:
-                slots[node] = first
-            elif kinds == ["List[Tensor]"]:
-                several[node] = (first, True)
-            elif all(k == "Tensor" for k in kinds):
-                several[node] = (first, False)
-            else:
-                return f"{node.target} returns {', '.join(kinds)}"
-        (output,) = [n for n in graph.nodes if n.op == "output"]
-        made.finish([slots[n] for n in output.args[0]])
-    except KeyError as e:
-        return f"{e} has no tensor value"
-    except _Untranslatable as e:
-        return f"{node.name} takes {e}"
-    except (RuntimeError, TypeError) as e:
-        return f"{node.name}: {(str(e).splitlines() or [''])[0]}"
+    flat = flatten(program)
+    if isinstance(flat, str):
+        return flat
+    made = core.Program(flat.inputs)
+    for step in flat.steps:
+        if isinstance(step, Pick):
+            made.pick(step.slot, step.position)
+            continue
+        try:
+            made.call(step.name, step.overload, step.arguments)
+        except (RuntimeError, TypeError) as e:
+            return f"{step.name}: {(str(e).splitlines() or [''])[0]}"
+    made.finish(flat.results)
     return made
-
-
-class _Untranslatable(Exception):
-    pass
 
 
 class NativeEngine(core.EngineBase, Engine):

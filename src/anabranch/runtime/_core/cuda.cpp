@@ -25,10 +25,12 @@ struct Entries {
   int (*set_params)(void* graph, void* node, const NodeParams* params);
   int (*launch_kernel)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                        unsigned shared_bytes, void* stream, void** params, void** extra);
+  int (*create_stream)(void** stream, unsigned flags);
 };
 Entries cuda;
 
-constexpr int kDeviceToDevice = 3;  // cudaMemcpyDeviceToDevice
+constexpr int kDeviceToDevice = 3;    // cudaMemcpyDeviceToDevice
+constexpr unsigned kNonBlocking = 1;  // cudaStreamNonBlocking
 
 void* open_library(std::initializer_list<const char*> names) {
   for (auto* name : names) {
@@ -54,6 +56,7 @@ const DeviceApi& cuda_api() {
     find(runtime, "cudaGraphLaunch", cuda.graph_launch);
     find(runtime, "cudaMemcpyAsync", cuda.memcpy_async);
     find(runtime, "cudaStreamIsCapturing", cuda.stream_is_capturing);
+    find(runtime, "cudaStreamCreateWithFlags", cuda.create_stream);
     find(driver, "cuGraphExecKernelNodeSetParams_v2", cuda.set_params);
     find(driver, "cuLaunchKernel", cuda.launch_kernel);
     return DeviceApi{
@@ -84,6 +87,12 @@ const DeviceApi& cuda_api() {
                                     k.block[1], k.block[2], k.shared_bytes, stream.handle, k.params, k.extra);
         },
         nullptr,
+        [](StreamRef* made) {
+          int code = cuda.create_stream(&made->handle, kNonBlocking);
+          // PyTorch's number of a stream that it did not make is its handle (c10/cuda/CUDAStream.cpp).
+          made->id = static_cast<int64_t>(reinterpret_cast<intptr_t>(made->handle));
+          return code;
+        },
     };
   }();
   return api;

@@ -41,6 +41,8 @@ struct DeviceApi {
   int (*launch_kernel)(const KernelLaunch& kernel, const StreamRef& stream);
   // Whether an error that lasts is known of. Null: one shows at the next call.
   bool (*is_lost)();
+  // A stream of the current device that nobody else has, and that is never destroyed. Null: PyTorch's pool has to do.
+  int (*new_stream)(StreamRef* made) = nullptr;
 };
 
 // A device call failed.
