@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,13 @@ def load(name: str) -> ModuleType:
 
 
 def part(work: str, seconds: float) -> dict[str, Any]:
-    where = {"seconds": seconds, "load_before": [0.0] * 3, "load_after": [1.0] * 3, "command": "anabranch bench"}
+    where = {
+        "seconds": seconds,
+        "date": "2026-11-24",
+        "load_before": [0.0] * 3,
+        "load_after": [1.0] * 3,
+        "command": "anabranch bench",
+    }
     return {
         "environment": where,
         "settings": {"streams": [1]},
@@ -43,12 +50,40 @@ def test_lanes_become_one_run() -> None:
     assert whole["environment"]["command"] == "python benchmarks/bench.py h200"
 
 
+def test_several_calls_become_one_run_that_says_so() -> None:
+    bench = load("bench")
+    calls = [bench.merge([part(f"{n}1", 1.0), part(f"{n}2", 2.0)], f"call {n}") for n in ("a", "b")]
+    whole = bench.merge([*calls, part("a2", 3.0)], "python benchmarks/bench.py merge a.json b.json again.json")
+    assert list(whole["works"]) == ["a1", "a2", "b1", "b2"]
+    assert [c["work"] for c in whole["cells"]] == ["a1", "a2", "b1", "b2"]
+    lanes = whole["environment"]["lanes"]
+    assert [lane["works"] for lane in lanes] == [["a1"], ["a2"], ["b1"], ["b2"], ["a2"]]
+    assert whole["environment"]["command"].startswith("python benchmarks/bench.py merge")
+
+
+def test_runs_of_different_systems_do_not_become_one() -> None:
+    other = part("b", 1.0)
+    other["systems"] = {"compile": {"label": "torch.compile", "family": "peer"}}
+    with pytest.raises(click.ClickException, match="different systems"):
+        load("bench").merge([part("a", 1.0), other], "command")
+
+
 def test_lanes_hold_each_work_of_a_gpu_host_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from anabranch.bench import _work, default_works
 
     monkeypatch.setattr(_work, "installed", lambda name: True)
-    dealt = [w for lane in load("bench").LANES for w in lane]
-    assert sorted(dealt) == sorted(default_works())
+    bench = load("bench")
+    for lanes in (1, 2):
+        dealt = bench.deal(default_works(), lanes)
+        assert len(dealt) == lanes
+        assert sorted(w for lane in dealt for w in lane) == sorted(default_works())
+
+
+def test_some_works_are_dealt_as_all_are() -> None:
+    bench = load("bench")
+    assert bench.deal(["googlenet", "relu", "relu-4k"], 2) == [["relu", "googlenet"], ["relu-4k"]]
+    assert bench.deal(["chain", "relu"], 2) == [["relu", "chain"]]
+    assert bench.deal(["my_package:model@1,3", "relu"], 2) == [["relu", "my_package:model@1,3"]]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/bench.md"])
