@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import click
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,6 +21,7 @@ def load(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -103,3 +106,16 @@ def test_a_committed_run_says_where_and_how_it_was_made() -> None:
         assert all(c["status"] != "waiting" for c in content["cells"])
         picture = file.with_suffix(".png")
         assert not picture.exists() or picture.stat().st_size < 200_000
+
+
+def test_many_calls_counts_what_is_wrong() -> None:
+    program = load("many_calls")
+    work = program.WORKS["mlp"]
+    module = work.make().eval().requires_grad_(False).half()
+    device = torch.device("cpu")
+    assert program.serve(module, module, work, device, 12, 1) == (12, 0)
+    assert program.serve(lambda x: torch.zeros_like(module(x)), module, work, device, 12, 1) == (12, 12)
+    calls = iter(range(12))
+    assert program.serve(
+        lambda x: module(x) if next(calls) % 4 else module(x).fill_(float("nan")), module, work, device, 12, 1
+    ) == (12, 3)

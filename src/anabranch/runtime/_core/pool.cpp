@@ -146,6 +146,7 @@ Slot* Pool::add(std::unique_ptr<Payload> payload, int64_t bytes) {
   }
   if (!slot) slot = &slots_.emplace_back();
   slot->payload = std::move(payload);
+  slot->bytes_ = bytes;
   slot->used_at_.store(0, std::memory_order_relaxed);
   slot->word_.poke(Slot::word(line_.empty() ? Slot::kTaken : Slot::kWanted, Slot::kNever));
   return slot;
@@ -190,7 +191,6 @@ std::vector<std::unique_ptr<Payload>> Pool::drain() {
     slot.word_.store("drain", Slot::word(Slot::kEmpty, Slot::kNever));
     --alive_;
   }
-  if (!alive_) send_away();
   return all;
 }
 
@@ -234,7 +234,8 @@ void Pool::after_fork() {
     if (Slot::state(word) == Slot::kIdle) {
       ++alive_;
     } else {
-      (void)slot.payload.release();  // its owner was in the middle of using it
+      // Its owner was in the middle of using it.
+      if (slot.payload.release() && limits_) limits_->forget(slot.bytes_);
       slot.word_.poke(Slot::word(Slot::kEmpty, Slot::kNever));
     }
   }

@@ -87,6 +87,7 @@ class Slot {
  private:
   friend class Pool;
   Atomic<int64_t> word_{"slot", word(kEmpty, kNever)};
+  int64_t bytes_ = 0;  // as counted in the limits
   // When it was given back; only to choose by.
   std::atomic<int64_t> used_at_{0};
 };
