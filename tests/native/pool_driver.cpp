@@ -862,7 +862,8 @@ void forks(const Options& options) {
       pool.after_fork();
       auto alive = pool.alive();
       std::vector<Pool::Grant> grants;
-      for (int64_t i = 0; i < alive; ++i) grants.push_back(pool.acquire(i, true));
+      if (limits.held().first != alive) fail(1, "child: the limits count contexts that are lost");
+      for (int64_t i = 0; i < alive; ++i) grants.push_back(pool.acquire(i, false));
       for (auto& grant : grants) {
         if (grant.kind != Pool::Grant::kContext || !grant.slot->payload) fail(1, "child: an idle context is lost");
         ++static_cast<Context&>(*grant.slot->payload).uses;
