@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py cpu    # 2 cores, under 10 minutes -> benchmarks/results/bench_cpu.json
     python benchmarks/bench.py h200   # 2 GPUs, 10 minutes -> benchmarks/results/bench_h200.json
-    python benchmarks/bench.py h200 --works relu,chain -- --systems eager,anabranch-inductor   # some of it
+    python benchmarks/bench.py h200 --works relu,chain -- --systems eager,anabranch-inductor-native   # some of it
     python benchmarks/bench.py merge light.json heavy.json --out FOLDER    # several calls -> FOLDER/bench_h200.json
 
 What follows ``--`` goes to ``anabranch bench``. On a GPU host the works are dealt to lanes, one a GPU, each with cores

@@ -283,7 +283,7 @@ def _our_systems() -> Iterator[System]:
 
     for backend in BACKENDS:
         for runtime in RUNTIMES:
-            name = f"anabranch-{backend}" + ("" if runtime == "python" else f"-{runtime}")
+            name = f"anabranch-{backend}-{runtime}"
             label = f"anabranch {backend}, {runtime} runtime"
             build = functools.partial(_anabranch, backend=backend, runtime=runtime)
             yield System(name, label, build, family="ours", slow=0 if backend == "eager" else 1)
