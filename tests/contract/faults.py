@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,27 +29,30 @@ RUNTIME = str(Path(anabranch.__file__).parent / "runtime") + "/"
 
 
 class Call:
-    """One call that is prepared: everything but the call itself is queued, on a stream that a latch holds still."""
+    """One call that is prepared: all that comes ahead of it."""
 
     def __init__(self, scene: Scene, source: torch.Tensor) -> None:
-        rig = scene.rig
-        self.engine = scene.engine
+        self._rig = rig = scene.rig
+        self._engine = scene.engine
+        self._source = source
         self.stream = next(scene.streams)
-        self.module = rig.module
         self.expected = scene.reference(source)
         self.input = rig.poisoned(source, self.stream)
-        self.latch = rig.latch(self.stream)
-        with rig.module.stream(self.stream):
-            self.input.copy_(source)
         self.output: Any = None
 
+    def hold(self) -> None:
+        """Close a latch on its stream, behind which its input is made. Nothing may wait for the device from here on."""
+        self._latch = self._rig.latch(self.stream)
+        with self._rig.module.stream(self.stream):
+            self.input.copy_(self._source)
+
     def make(self) -> None:
-        with self.module.stream(self.stream):
-            self.output = self.engine(self.input)
+        with self._rig.module.stream(self.stream):
+            self.output = self._engine(self.input)
 
     def check(self) -> None:
         """What it returned, if it returned anything."""
-        self.latch.open()
+        self._latch.open()
         self.stream.synchronize()
         if self.output is not None:
             torch.testing.assert_close(self.output, self.expected, rtol=1e-5, atol=1e-6)
@@ -58,33 +61,45 @@ class Call:
 class Scene:
     """An engine, and calls of it whose inputs differ from call to call."""
 
-    def __init__(self, rig: Rig, compiled: Make, *, graphs: bool = True, contexts: int = 1) -> None:
+    def __init__(
+        self, rig: Rig, compiled: Make, streams: Sequence[Any], *, graphs: bool = True, contexts: int = 1
+    ) -> None:
         self.rig = rig
         self.contexts = contexts
         self.model = Mlp(WIDTH).eval().requires_grad_(False).to(rig.device())
         self.engine = compiled(
             Mlp(WIDTH), rig.random(4, WIDTH), cuda_graphs=graphs, max_contexts=contexts, backend="eager"
         )
-        self.streams = itertools.cycle([rig.stream() for _ in range(3)])
-        rig.load_kernels(self.engine, rig.random(4, WIDTH))
+        self.streams = itertools.cycle(streams)
+        for stream in streams:
+            with rig.module.stream(stream):
+                rig.load_kernels(self.engine, rig.random(4, WIDTH))
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
         y = self.model(x)
         self.rig.module.synchronize()
         return y
 
-    def prepare(self, rows: int = 4) -> Call:
-        return Call(self, self.rig.random(rows, WIDTH))
-
-    def check_next(self, failed: Call | None = None) -> None:
-        """The next calls are right, also while the stream of the one that failed still holds what it had queued."""
-        calls = [self.prepare(), self.prepare()]
+    def prepare(self, rows: int = 4) -> list[Call]:
+        """Three calls on three held streams; the first, of ``rows``, is the one that may fail."""
+        calls = [Call(self, self.rig.random(n, WIDTH)) for n in (rows, 4, 4)]
         for call in calls:
+            call.hold()
+        return calls
+
+    def check(self, calls: list[Call]) -> None:
+        """The later calls are right, also while the stream of the first still holds what it had queued."""
+        for call in calls[1:]:
             call.make()
             assert call.output is not None
-        for call in ([failed] if failed else []) + calls:
+        for call in calls:
             call.check()
         assert self.engine.stats().contexts <= self.contexts
+
+    def check_next(self) -> None:
+        calls = self.prepare()
+        calls[0].make()
+        self.check(calls)
 
     def drop(self) -> None:
         """Let go of all contexts, as far as the engine still knows of them."""
@@ -121,8 +136,8 @@ def campaign(scene: Scene, plant: Plant, *, before: Callable[[], Any] = lambda: 
     ``before`` comes ahead of each call; ``new``: each call has a signature that was not compiled before.
     """
     for nth in itertools.count(1):
-        call = scene.prepare(rows=4 + nth if new else 4)
         before()
+        call, *later = scene.prepare(rows=4 + nth if new else 4)
         error: BaseException | None = None
         with plant(nth) as fault:
             try:
@@ -134,7 +149,7 @@ def campaign(scene: Scene, plant: Plant, *, before: Callable[[], Any] = lambda: 
             assert call.output is None
         else:
             assert call.output is not None
-        scene.check_next(call)
+        scene.check([call, *later])
         if not fault.fired:
             assert error is None, f"nothing was made to fail, and yet: {error!r}"
             return nth - 1
@@ -245,12 +260,12 @@ def signals(scene: Scene, seconds: float) -> None:
 def threads_that_end(scene: Scene, threads: int = 30) -> None:
     """Threads come, call, and end with what they remember of the pool; later ones get their contexts all the same."""
     for _ in range(threads):
-        call = scene.prepare()
+        call, *later = scene.prepare()
         thread = threading.Thread(target=call.make)
         thread.start()
         thread.join()
         assert call.output is not None
-        call.check()
+        scene.check([call, *later])
     assert 1 <= scene.engine.stats().contexts <= scene.contexts
 
 
