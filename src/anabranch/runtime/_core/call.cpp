@@ -170,6 +170,10 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Buil
         throw;
       }
       pool.release(grant.slot, ref.id);
+#ifdef ANABRANCH_MUTANT_LATE_RECORD
+      // Planted for the tests of the tests: the next user's wait may bind to the record before this one.
+      context.done->record(stream);
+#endif
       counters_->add(Counters::kCalls);
       counters_->add(Counters::kGraphCalls);
       return Outcome::kDone;
@@ -256,7 +260,7 @@ void Specialization::launch(Context& context, const at::Tensor* inputs, const c1
       check("copying a result", api_->copy(regions[r].data, context.results[r], layout->bytes(r), ref));
     }
   }
-#ifndef ANABRANCH_MUTANT_NO_RECORD
+#if !defined(ANABRANCH_MUTANT_NO_RECORD) && !defined(ANABRANCH_MUTANT_LATE_RECORD)
   context.done->record(stream);
 #endif
 }
