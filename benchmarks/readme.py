@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from anabranch.bench import strike, summary
+from anabranch.bench import summary
+from anabranch.bench._report import median, number
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -49,47 +51,122 @@ def stale() -> str:
 
 
 def bench() -> str:
-    """The benchmark: the best peer that was right against ours, and who was wrong."""
-    content = json.loads((RESULTS / "bench_cpu.json").read_text())
+    """The benchmark on a GPU: the best peer that was right against ours, and who was wrong."""
+    content = h200()
     where = content["environment"]
+    most = max(load["load_before"][0] for load in where["lanes"])
     lines = [
-        "[benchmarks/results/bench_cpu.json](benchmarks/results/bench_cpu.json), `python benchmarks/bench.py cpu`:"
-        f" {where['cores']} cores, load {where['load_before'][0]:.1f} before and {where['load_after'][0]:.1f} after.",
+        f"[benchmarks/results/bench_h200.json](benchmarks/results/bench_h200.json), `{where['command']}`:"
+        f" {where['cores']} cores, load at most {most:.1f} before. {sum('latency' in c for c in content['cells'])} of"
+        f" {len(content['cells'])} cells have figures; docs/bench.md says which have not, and why.",
         "",
         summary(content),
     ]
     return "\n".join(lines)
 
 
-def partial() -> str:
-    """Every figure of the unfinished run on a GPU, and what of it is missing."""
-    content = json.loads((RESULTS / "bench_h200_partial.json").read_text())
-    streams = [str(n) for n in content["settings"]["streams"]]
-    lines = [
-        f"| work | system | latency us | host us | {' | '.join(f'calls/s, {n}' for n in streams)} |",
-        f"|---|---|---|---|{'---|' * len(streams)}",
-    ]
-    missing: dict[str, int] = {}
-    for cell in content["cells"]:
-        system = content["systems"][cell["system"]]
-        if "latency" not in cell:
-            missing[cell["status"]] = missing.get(cell["status"], 0) + 1
-            continue
-        names = ("p50_us", "host_us", *streams)
-        figures = []
-        for name in names:
-            text = strike(cell, name, system["family"])
-            figures.append("" if name in cell.get("without", {}) else text)
-        lines.append(f"| {cell['work']} | {system['label']} | {' | '.join(figures)} |")
+def h200() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / "bench_h200.json").read_text())
+    return content
+
+
+#: What was measured before (facts.md, 2026-11-22), on one H200 of a host with 16 cores:
+#: what, work, system, figure, value. A number of streams is calls a second; with "us", microseconds a call.
+FACTS = (
+    ("eager, host us", "relu", "eager", "host_us", 10.3),
+    ("torch.compile, host us", "relu", "compile", "host_us", 60),
+    ("reduce-overhead, host us", "relu", "compile-overhead", "host_us", 95),
+    ("Torch-TensorRT Python, host us", "relu", "trt-python-shared", "host_us", 96),
+    ("Torch-TensorRT Python + CUDA graphs, host us", "relu", "trt-python-graphs-shared", "host_us", 128),
+    ("Torch-TensorRT C++, host us", "relu", "trt-cpp-shared", "host_us", 84),
+    ("Torch-TensorRT C++ + CUDA graphs, host us", "relu", "trt-cpp-graphs-shared", "host_us", 96),
+    ("eager, us a call", "relu-4k", "eager", "1 us", 28.0),
+    ("torch.compile, us a call", "relu-4k", "compile", "1 us", 58),
+    ("reduce-overhead, us a call", "relu-4k", "compile-overhead", "1 us", 109),
+    *(
+        (f"{what}, latency us", work, system, "p50_us", value)
+        for work, values in (
+            ("googlenet", (5444, 2024, 376, 405)),
+            ("inception_v3", (9605, 3178, 809, 808)),
+            ("resnet50", (3689, 1880, 443, 449)),
+        )
+        for (what, system), value in zip(
+            (
+                ("eager", "eager"),
+                ("torch.compile", "compile"),
+                ("reduce-overhead", "compile-overhead"),
+                ("torch.compile in one CUDA graph", "bound"),
+            ),
+            values,
+            strict=True,
+        )
+    ),
+    ("Torch-TensorRT, best with CUDA graphs, latency us", "googlenet", "trt-*-graphs-*", "p50_us", 314),
+    ("Torch-TensorRT, best with CUDA graphs, latency us", "inception_v3", "trt-*-graphs-*", "p50_us", 462),
+    ("Torch-TensorRT, best with CUDA graphs, latency us", "resnet50", "trt-*-graphs-*", "p50_us", 402),
+    *(("eager, a thread a stream, calls/s", "googlenet", "eager", n, v) for n, v in (("1", 139), ("4", 227))),
+    *(("torch.compile, calls/s", "googlenet", "compile", n, v) for n, v in (("1", 568), ("4", 450), ("16", 225))),
+    *(("C++, shared, calls/s", "googlenet", "trt-cpp-shared", n, v) for n, v in (("1", 194), ("4", 494))),
+    *(
+        ("C++, engine a thread, calls/s", "googlenet", "trt-cpp-each", n, v)
+        for n, v in (("1", 221), ("4", 554), ("16", 366))
+    ),
+    *(
+        ("graph + buffers per stream, calls/s", "googlenet", "bound", n, v)
+        for n, v in (("1", 2738), ("4", 7046), ("16", 12739))
+    ),
+    ("eager, latency us", "upscaler-1080p", "eager", "p50_us", 18100),
+    ("torch.compile, latency us", "upscaler-1080p", "compile", "p50_us", 8740),
+    ("max-autotune, latency us", "upscaler-1080p", "compile-autotune", "p50_us", 8620),
+    ("Torch-TensorRT, latency us", "upscaler-1080p", "trt-cpp-shared", "p50_us", 9130),
+)
+
+
+def facts() -> str:
+    """What was measured before beside what this run measured."""
+    content = h200()
+    lines = ["| work | what | streams | before | now | now / before |", "|---|---|---|---|---|---|"]
+    for what, work, system, figure, before in FACTS:
+        cells = [c for c in content["cells"] if c["work"] == work and fnmatch.fnmatch(c["system"], system)]
+        found = [v for c in cells if (v := median(c, figure.removesuffix(" us"))) is not None]
+        now = min(found, default=None)
+        if now is not None and figure.endswith(" us"):
+            now = 1e6 / now
+        streams = figure if figure.isdigit() else "1"
+        measured = f"{number(now)} | {now / before:.2f}" if now is not None else f"{cells[0]['status']} | "
+        lines.append(f"| {work} | {what} | {streams} | {number(before)} | {measured} |")
+    return "\n".join(lines)
+
+
+def missing() -> str:
+    """Cells without figures, a line a work, and the fewest and most rounds of a figure that should be there."""
+    content = h200()
+    wanted = content["settings"]["rounds"]
+    lines = ["| work | cells with figures | rounds a figure | no figures | ended later |", "|---|---|---|---|---|"]
+    for work in content["works"]:
+        cells = [c for c in content["cells"] if c["work"] == work]
+        kinds: dict[str, list[str]] = {}
+        for cell in (c for c in cells if "latency" not in c):
+            kinds.setdefault(cell["status"], []).append(cell["system"])
+        measured = [c for c in cells if "latency" in c]
+        rounds = {c["latency"]["p50_us"]["rounds"] for c in measured}
+        for cell in (c for c in measured if c["status"] == "ok"):
+            for n in (str(n) for n in content["settings"]["streams"] if str(n) not in cell.get("without", {})):
+                rounds.add(cell["throughput"][n]["per_s"]["rounds"] if n in cell["throughput"] else 0)
+        without = "; ".join(f"{status}: {', '.join(names)}" for status, names in kinds.items())
+        later = "; ".join(f"{c['system']}: {c['reason']}" for c in measured if c["status"] != "ok")
+        lines.append(
+            f"| {work} | {len(measured)} of {len(cells)} | {min(rounds, default=0)} to {max(rounds, default=0)} of"
+            f" {wanted} | {without} | {later} |"
+        )
     where = content["environment"]
-    counts = ", ".join(f"{n} {status}" for status, n in sorted(missing.items()))
-    lines += ["", f"{where['device']}, PyTorch {where['torch']}, {where['date'][:10]}. Not there: {counts}."]
+    lines += ["", f"{where['device']}, PyTorch {where['torch']}, {where['date'][:10]}."]
     return "\n".join(lines)
 
 
 SECTIONS = {
     "README.md": {"matrix": matrix, "stale": stale, "bench": bench},
-    "docs/bench.md": {"bench-h200": partial},
+    "docs/bench.md": {"bench-missing": missing, "bench-facts": facts},
 }
 
 

@@ -5,6 +5,8 @@ The result depends on PyTorch and Python, so both are part of the name under whi
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import sysconfig
 from collections.abc import Sequence
 from importlib.machinery import ExtensionFileLoader
@@ -50,6 +52,23 @@ def build(name: str, folder: Path, more: Sequence[str] = (), headers: Sequence[P
         libraries=[f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"],
         headers=headers,
     )
+
+
+def ahead(name: str, folder: Path) -> Path:
+    """Where a library that came along with the package would be: one for this PyTorch, Python and these sources."""
+    digest = hashlib.sha256()
+    for file in sorted((*folder.glob("*.cpp"), *folder.glob("*.h"))):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    version = f"torch{torch.__version__}-{sysconfig.get_config_var('SOABI')}"
+    return folder.parent / "_ahead" / f"{name}-{version}-{digest.hexdigest()[:20]}.so"
+
+
+def build_ahead(name: str, folder: Path, target: Path, more: Sequence[str] = ()) -> Path:
+    """Compile for a package that is being made, whose copy of ``folder``'s parent is ``target``."""
+    path = target / "_ahead" / ahead(name, folder).name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(build(name, folder, more), path)
+    return path
 
 
 def load(name: str, path: Path) -> ModuleType:

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+import anabranch
 from anabranch.devices import get_device
+
+#: Both keep one contract.
+RUNTIMES = ("native", "python")
 
 
 class Mlp(torch.nn.Module):
@@ -46,6 +50,8 @@ class Rig:
     #: Classes whose methods a test may replace: events that the engine makes, and its captured graphs.
     event_class: Any
     graph_class: Any
+    #: What the tests of this device compile with, unless they say otherwise.
+    defaults: dict[str, Any] = {}
 
     def __init__(self) -> None:
         self.seam = get_device(self.kind)
@@ -110,6 +116,10 @@ class Rig:
         yield
         assert stream.query()
 
+    def asks_nothing(self) -> AbstractContextManager[None]:
+        """Asserts that in the block no host thread waits for the device, nor asks it whether it is done."""
+        raise NotImplementedError
+
     def sparse(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` as a sparse tensor, which no engine takes."""
         return x.to_sparse()
@@ -148,6 +158,30 @@ def on_threads(n: int, work: Any) -> None:
 
 
 Make = Callable[..., Any]
+
+
+@pytest.fixture(params=RUNTIMES)
+def runtime(request: pytest.FixtureRequest) -> str:
+    """Which runtime runs the calls."""
+    return str(request.param)
+
+
+@pytest.fixture
+def compiled(rig: Rig, runtime: str) -> Iterator[Make]:
+    """Compile an engine of ``runtime``; closed at the end of the test."""
+    engines: list[Any] = []
+
+    def make(model: torch.nn.Module, *inputs: torch.Tensor, **options: Any) -> Any:
+        model = model.eval().requires_grad_(False).to(rig.kind, inputs[0].dtype)
+        engine = anabranch.compile(model, list(inputs), runtime=runtime, **{**rig.defaults, **options})
+        assert engine.runtime == runtime
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
 
 #: The two ways in which a call outside a capture can run.
 PATHS = pytest.mark.parametrize("graphs", [True, False], ids=["graph", "direct"])

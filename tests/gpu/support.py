@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 from contract.support import PATHS, Chain, Make, Mlp, Rig, on_threads
@@ -16,6 +18,7 @@ class Gpu(Rig):
     """Streams, latches and inputs of one test. Every latch is opened at its end, whatever happened."""
 
     kind = "cuda"
+    defaults = {"backend": "eager"}
 
     def __init__(self) -> None:
         from anabranch.devices import _cuda
@@ -28,6 +31,16 @@ class Gpu(Rig):
         device = self.device(index)
         generator = torch.Generator(device=device).manual_seed(seed)
         return torch.empty(shape, device=device).uniform_(-1, 1, generator=generator)
+
+    @contextmanager
+    def asks_nothing(self) -> Iterator[None]:
+        # Python's ways only. Calls of the native runtime do not come by them: the simulated device, whose machine
+        # counts what it is asked by whomever, is where this is tested of both runtimes.
+        with pytest.MonkeyPatch.context() as m:
+            for owner, name in ((torch.cuda.Event, "query"), (torch.cuda.Event, "synchronize")):
+                m.setattr(owner, name, lambda self: pytest.fail("waited for the device, or asked it, on the call path"))
+            m.setattr(torch.cuda.Stream, "synchronize", lambda self: pytest.fail("waited on the call path"))
+            yield
 
     def new_graph(self) -> Any:
         return torch.cuda.CUDAGraph()

@@ -189,12 +189,11 @@ def test_inputs_need_no_better_alignment_than_a_calls_have(record: Recorder) -> 
 
 
 def test_garbage_in_the_padding_of_parameters(record: Recorder) -> None:
-    """PyTorch's clamp and cat hand structs over whose padding holds what was on the stack."""
-    shapes = [(16, 3), (7, 3), (5, 3)]
-    r = record(lambda i: [torch.relu(torch.cat(list(i))).clamp(0.25, 0.5)], [of(*s) for s in shapes])
+    """PyTorch's clamp hands structs over whose padding holds what was on the stack."""
+    r = record(lambda i: [torch.relu(i[0]).clamp(0.25, 0.5)], [of(100, dtype=torch.half)])
     assert not isinstance(r, str), r
-    xs = [of(*s) for s in shapes]
-    assert torch.equal(run(r, xs)[0], torch.cat(xs).clamp(0.25, 0.5))
+    x = of(100, dtype=torch.half)
+    assert torch.equal(run(r, [x])[0], x.clamp(0.25, 0.5))
 
 
 def test_an_input_that_nothing_reads(record: Recorder) -> None:
@@ -217,8 +216,10 @@ def test_tensors_without_elements(record: Recorder) -> None:
 
 
 def into_the_trap(i: Sequence[Tensor]) -> list[Tensor]:
-    big = i[0].repeat(4)
-    part = big.view(4, -1).sum(0)
+    # Of kernels without padding in their parameters: garbage there may be an old address, which is refused.
+    big = i[0] * 2
+    quarter = len(big) // 4
+    part = big[:quarter] + big[quarter : 2 * quarter]
     del big
     return [part * n for n in range(1, 5)]
 
@@ -226,12 +227,12 @@ def into_the_trap(i: Sequence[Tensor]) -> list[Tensor]:
 def test_the_trap(record: Recorder) -> None:
     """Outputs that take the place of a larger temporary: what wrote the temporary goes on writing there."""
 
-    r = record(into_the_trap, [of(1 << 12)])
+    r = record(into_the_trap, [of(1 << 14)])
     assert not isinstance(r, str), r
     assert all(r.table.bound)
     blocks = r.capture.allocations
     assert any(a.overlaps(b) for a in r.capture.outputs for b in blocks if b.nbytes > a.nbytes)
-    x = of(1 << 12)
+    x = of(1 << 14)
     got = run(r, [x])
     assert all(map(torch.equal, got, into_the_trap([x])))
 
@@ -252,7 +253,7 @@ def test_bound_all_the_same_the_trap_would_be_seen(record: Recorder, monkeypatch
     real = _relocation._Memory.place
     monkeypatch.setattr(_relocation, "_allocation_of", naive)
     monkeypatch.setattr(_relocation._Memory, "place", place)
-    made = record(into_the_trap, [of(1 << 12)])
+    made = record(into_the_trap, [of(1 << 14)])
     assert isinstance(made, str)
     assert "bound to other tensors" in made
 
@@ -275,7 +276,7 @@ def test_copies_that_touch_inputs_or_outputs(record: Recorder) -> None:
 
 
 def test_results_that_differ_from_run_to_run(record: Recorder) -> None:
-    step = torch.zeros(1, device="cuda")
+    step = torch.zeros(8, device="cuda")
 
     def kernels(i: Sequence[Tensor]) -> list[Tensor]:
         step.add_(1)

@@ -112,12 +112,12 @@ def test_ten_thousand_calls_do_not_grow(gpu: Gpu, compiled: Make, graphs: bool) 
     assert torch.cuda.memory_reserved() == reserved
 
 
-def test_engines_come_and_go_without_growth(gpu: Gpu) -> None:
+def test_engines_come_and_go_without_growth(gpu: Gpu, runtime: str) -> None:
     x = gpu.random(64, 256)
     model = Mlp().eval().requires_grad_(False).cuda()
 
     def once() -> None:
-        engine = anabranch.compile(model, [x], backend="eager", cuda_graphs=True)
+        engine = anabranch.compile(model, [x], backend="eager", runtime=runtime, cuda_graphs=True)
         engine.warm(contexts=3)
         engine(x)
         torch.cuda.synchronize()
@@ -171,7 +171,8 @@ import os, sys, threading, torch, anabranch
 sys.path.insert(0, {root!r})
 from gpu.support import Mlp
 x = torch.randn(4, 256, device="cuda")
-engine = anabranch.compile(Mlp().eval().requires_grad_(False).cuda(), [x], backend="eager", cuda_graphs={graphs})
+model = Mlp().eval().requires_grad_(False).cuda()
+engine = anabranch.compile(model, [x], backend="eager", runtime={runtime!r}, cuda_graphs={graphs})
 streams = [torch.cuda.Stream() for _ in range(4)]
 big = torch.randn(4096, 4096, device="cuda")
 for s in streams:
@@ -189,7 +190,7 @@ def _run(code: str, **variables: Any) -> subprocess.CompletedProcess[str]:
 
 
 @PATHS
-def test_interpreter_exit_with_work_in_flight_is_clean(graphs: bool) -> None:
+def test_interpreter_exit_with_work_in_flight_is_clean(runtime: str, graphs: bool) -> None:
     code = """
 def forever():
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -198,7 +199,7 @@ def forever():
 threading.Thread(target=forever, daemon=True).start()
 print("end")
 """
-    done = _run(code, graphs=graphs)
+    done = _run(code, runtime=runtime, graphs=graphs)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "end\n"
     assert "Error" not in done.stderr
@@ -206,7 +207,7 @@ print("end")
 
 
 @PATHS
-def test_a_forked_child_is_refused_and_both_end_cleanly(graphs: bool) -> None:
+def test_a_forked_child_is_refused_and_both_end_cleanly(runtime: str, graphs: bool) -> None:
     code = """
 import gc
 pid = os.fork()
@@ -223,13 +224,13 @@ y = engine(x)
 torch.cuda.synchronize()
 print("parent:", os.waitstatus_to_exitcode(status), bool(torch.isfinite(y).all()))
 """
-    done = _run(code, graphs=graphs)
+    done = _run(code, runtime=runtime, graphs=graphs)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "child: EngineClosed\nparent: 0 True\n"
 
 
 @PATHS
-def test_a_lost_device_is_named_at_every_call(graphs: bool) -> None:
+def test_a_lost_device_is_named_at_every_call(runtime: str, graphs: bool) -> None:
     code = """
 bad = torch.arange(4, device="cuda")[torch.tensor([9], device="cuda")]
 for _ in range(3):
@@ -241,7 +242,7 @@ for _ in range(3):
     except RuntimeError as e:
         print("other", type(e).__name__)
 """
-    done = _run(code, graphs=graphs)
+    done = _run(code, runtime=runtime, graphs=graphs)
     lines = done.stdout.split()
     assert lines[-1] == "lost", done.stdout + done.stderr
     assert done.stdout.count("other") <= 1  # the synchronize of the first round is not ours

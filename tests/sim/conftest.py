@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-import anabranch
-
 pytest.register_assert_rewrite("contract")
-from contract.support import Make, Rig  # noqa: E402
+from contract.support import Rig, compiled, runtime  # noqa: E402, F401  # fixtures
 
 
 class Sim(Rig):
@@ -57,6 +55,15 @@ class Sim(Rig):
         assert any(e["do"] == "alloc" for e in events), "traced nothing"
         assert not [e for e in events if e["do"] in ("op", "replay") and e["stream"] == f"s{stream.stream_id}"]
 
+    @contextmanager
+    def asks_nothing(self) -> Iterator[None]:
+        before = self.core.asked()
+        yield
+        assert self.core.asked() == before, "a host thread waited for the device, or asked it"
+        self.event().query()
+        self.module.current_stream().query()
+        assert self.core.asked() > before, "counted nothing"
+
     def sparse(self, x: torch.Tensor) -> torch.Tensor:
         return x.cpu().to_sparse()  # not modelled
 
@@ -74,7 +81,7 @@ class Sim(Rig):
         torch.set_float32_matmul_precision("high" if allowed else "highest")
 
 
-_EXPLORER = ("test_explore_", "test_mutants", "test_runtime")
+_EXPLORER = ("test_explore_", "test_mutants", "test_runtime", "test_native_mutants")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -91,19 +98,3 @@ def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     rig.open_all()
     gc.collect()
     rig.core.policy("fifo", 0)
-
-
-@pytest.fixture
-def compiled() -> Iterator[Make]:
-    """Compile an engine; closed at the end of the test."""
-    engines: list[Any] = []
-
-    def make(model: torch.nn.Module, *inputs: torch.Tensor, **options: Any) -> Any:
-        model = model.eval().requires_grad_(False).to("sim", inputs[0].dtype)
-        engine = anabranch.compile(model, list(inputs), **options)
-        engines.append(engine)
-        return engine
-
-    yield make
-    for engine in engines:
-        engine.close()

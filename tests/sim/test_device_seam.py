@@ -24,12 +24,12 @@ def test_the_default_backend_is_eager_and_inductor_says_what_to_do(rig: Rig, com
         compiled(Mlp(), x, backend="inductor")
 
 
-def test_a_model_without_a_choice_of_device_may_live_on_either(rig: Rig) -> None:
+def test_a_model_without_a_choice_of_device_may_live_on_either(rig: Rig, runtime: str) -> None:
     for index in (0, 1):
         device = rig.device(index)
         x = rig.random(4, 256, index=index)
         model = Mlp().eval().requires_grad_(False).to(device)
-        with anabranch.compile(model, [x]) as engine:
+        with anabranch.compile(model, [x], runtime=runtime) as engine:
             assert engine.device == device
             y = engine(x)
         rig.module.synchronize(index)
@@ -85,7 +85,7 @@ def test_queued_work_that_fails_loses_the_device_until_it_is_reset(rig: Any, com
     assert torch.equal(engine(x).cpu(), rig.load_kernels(engine, x).cpu())
 
 
-@pytest.mark.parametrize("kind", ["alloc", "launch", "capture"])
+@pytest.mark.parametrize("kind", ["alloc", "launch", "copy", "graph", "record", "wait", "capture", "end of capture"])
 def test_any_one_failure_while_contexts_are_built_and_used_leaves_the_engine_usable(
     rig: Any, compiled: Make, kind: str
 ) -> None:

@@ -19,43 +19,48 @@ def engines() -> Any:
     return engines
 
 
-# How many schedules are not equivalent: the orders of the critical sections of the pool's lock. With one thread, and on
-# the direct path, calls have nothing in common whose order could matter.
+# How many schedules are not equivalent. Of the Python runtime: the orders of the critical sections of the pool's lock. Of
+# the native one: the orders in which the contexts' words change, and of the critical sections where a hint does not help.
+# With one thread, and on the direct path, calls have nothing in common whose order could matter.
+@pytest.mark.parametrize("runtime", ["python", "native"])
 @pytest.mark.parametrize(
     ("program", "schedules"),
     [
-        ("streams2_threads1_calls3_contexts1", 1),
-        ("streams2_threads1_calls3_contexts2", 1),
-        ("streams2_threads1_calls3_direct", 1),
-        ("streams2_threads2_calls2_contexts1", 28),
-        ("streams2_threads2_calls2_contexts2", 70),
-        ("streams2_threads2_calls2_direct", 1),
-        ("streams3_threads3_calls1_contexts2", 78),
+        ("streams2_threads1_calls3_contexts1", {"python": 1, "native": 1}),
+        ("streams2_threads1_calls3_contexts2", {"python": 1, "native": 1}),
+        ("streams2_threads1_calls3_direct", {"python": 1, "native": 1}),
+        ("streams2_threads2_calls2_contexts1", {"python": 28, "native": 582}),
+        ("streams2_threads2_calls2_contexts2", {"python": 70, "native": 8}),
+        ("streams2_threads2_calls2_direct", {"python": 1, "native": 1}),
+        ("streams3_threads3_calls1_contexts2", {"python": 78, "native": 66}),
     ],
 )
-def test_every_interleaving(engines: Any, program: str, schedules: int) -> None:
+def test_every_interleaving(engines: Any, runtime: str, program: str, schedules: dict[str, int]) -> None:
     from anabranch.sim import explore
 
-    verdict = explore(getattr(engines, program), schedules=5000)
+    verdict = explore(getattr(engines, program), args=(runtime,), schedules=5000)
     assert not verdict.failed, verdict.report()
     assert verdict.kind == "exhaustive"
-    assert verdict.schedules == schedules
+    assert verdict.schedules == schedules[runtime]
     assert len(verdict.outcomes) == 1
 
 
-def test_a_context_for_fewer_threads_than_call(engines: Any) -> None:
+@pytest.mark.parametrize("runtime", ["python", "native"])
+def test_a_context_for_fewer_threads_than_call(engines: Any, runtime: str) -> None:
     # The waiters' path, with a third thread: who waits is served in the order of coming, and nobody is lost.
     from anabranch.sim import explore
 
-    verdict = explore(engines.streams3_threads3_calls1_contexts1, schedules=5000)
+    verdict = explore(engines.streams3_threads3_calls1_contexts1, args=(runtime,), schedules=5000)
     assert not verdict.failed, verdict.report()
     assert verdict.kind == "exhaustive"
     assert verdict.schedules > 1
 
 
-def test_three_threads_on_three_streams(engines: Any) -> None:
+@pytest.mark.parametrize("runtime", ["python", "native"])
+def test_three_threads_on_three_streams(engines: Any, runtime: str) -> None:
     from anabranch.sim import explore, random
 
-    verdict = explore(engines.streams3_threads3_calls2_contexts2, scheduler=random(0), schedules=5000)
+    program = engines.streams3_threads3_calls2_contexts2
+    verdict = explore(program, args=(runtime,), scheduler=random(0), schedules=5000)
     assert not verdict.failed, verdict.report()
     assert str(verdict) == "bounded(5000 schedules, 5000)"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from anabranch.bench import Subject
+from anabranch.bench import Subject, _worker
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 
@@ -131,3 +135,38 @@ def refuses_threads(subject: Subject) -> Call:
         return subject.model(x)
 
     return call
+
+
+def late(subject: Subject) -> Call:
+    """Takes too long, but only at the first try."""
+    marker = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).with_name("tried")
+    if not marker.exists():
+        marker.touch()
+        time.sleep(1000)
+    return right(subject)
+
+
+def swallows(subject: Subject) -> Call:
+    """Never built, and as a library that calls back it swallows what is raised in it, once."""
+    try:
+        time.sleep(1000)
+    except BaseException:
+        time.sleep(1000)
+    return right(subject)
+
+
+def serve_without_memory(connection: Connection, log: str, job: dict[str, Any]) -> None:
+    """A worker; the first of a run finds no memory for its device's context."""
+    marker = Path(job["lock"]).with_name("no-memory")
+    if not marker.exists():
+        marker.touch()
+        connection.recv_bytes()
+        connection.send_bytes(json.dumps({"error": "AcceleratorError: out of memory", "again": True}).encode())
+        os._exit(0)
+    _worker.serve(connection, log, job)
+
+
+def serve_a_lost_device(connection: Connection, log: str, job: dict[str, Any]) -> None:
+    """A worker whose device is gone once something was raised."""
+    _worker._lost = lambda job: True
+    _worker.serve(connection, log, job)

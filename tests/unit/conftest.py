@@ -27,6 +27,16 @@ def seeded(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["native", "python"])
+def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The runtime of every engine that the test compiles without naming one."""
+    from anabranch.runtime import _engine
+
+    name = str(request.param)
+    monkeypatch.setitem(_engine.compile.__kwdefaults__, "runtime", name)
+    return name
+
+
 @pytest.fixture
 def run_python() -> RunPython:
     """Run a script in a fresh interpreter; a hang fails the test after ``timeout`` seconds."""

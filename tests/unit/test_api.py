@@ -42,7 +42,7 @@ def test_compile_has_the_promised_signature() -> None:
     assert keyword_only == {
         "kwargs": None,
         "backend": None,
-        "runtime": "python",
+        "runtime": "auto",
         "precision": None,
         "max_contexts": 16,
         "memory_limit": None,

@@ -53,7 +53,9 @@ def test_without_names_all_that_make_sense_here_are_run(asked: list[Any]) -> Non
     works, systems, _ = asked[0]
     assert works == default_works()
     assert systems == default_systems("cpu")
-    assert {"eager", "compile", "aoti", "onnxruntime", "anabranch-inductor", "anabranch-eager"} <= set(systems)
+    assert {"eager", "compile", "aoti", "onnxruntime", "anabranch-inductor-native", "anabranch-eager-python"} <= set(
+        systems
+    )
     assert not {"bound", "compile-overhead"} & set(systems)
 
 
@@ -85,7 +87,7 @@ def test_list_names_everything() -> None:
 
 def test_a_run_is_written_and_shown_again(tmp_path: Path) -> None:
     target, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    args = ("relu", "--device", "cpu", "--systems", "eager", "anabranch-eager", "--streams", "1", "2")
+    args = ("relu", "--device", "cpu", "--systems", "eager", "anabranch-eager-native", "--streams", "1", "2")
     result = invoke(*args, "--rounds", "1", "--seconds", "0.01", "--json", str(target))
     assert result.exit_code == 0, result.output
     content = json.loads(target.read_text())

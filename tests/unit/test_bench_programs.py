@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,12 +21,19 @@ def load(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
 def part(work: str, seconds: float) -> dict[str, Any]:
-    where = {"seconds": seconds, "load_before": [0.0] * 3, "load_after": [1.0] * 3, "command": "anabranch bench"}
+    where = {
+        "seconds": seconds,
+        "date": "2026-11-24",
+        "load_before": [0.0] * 3,
+        "load_after": [1.0] * 3,
+        "command": "anabranch bench",
+    }
     return {
         "environment": where,
         "settings": {"streams": [1]},
@@ -43,12 +53,40 @@ def test_lanes_become_one_run() -> None:
     assert whole["environment"]["command"] == "python benchmarks/bench.py h200"
 
 
+def test_several_calls_become_one_run_that_says_so() -> None:
+    bench = load("bench")
+    calls = [bench.merge([part(f"{n}1", 1.0), part(f"{n}2", 2.0)], f"call {n}") for n in ("a", "b")]
+    whole = bench.merge([*calls, part("a2", 3.0)], "python benchmarks/bench.py merge a.json b.json again.json")
+    assert list(whole["works"]) == ["a1", "a2", "b1", "b2"]
+    assert [c["work"] for c in whole["cells"]] == ["a1", "a2", "b1", "b2"]
+    lanes = whole["environment"]["lanes"]
+    assert [lane["works"] for lane in lanes] == [["a1"], ["a2"], ["b1"], ["b2"], ["a2"]]
+    assert whole["environment"]["command"].startswith("python benchmarks/bench.py merge")
+
+
+def test_runs_of_different_systems_do_not_become_one() -> None:
+    other = part("b", 1.0)
+    other["systems"] = {"compile": {"label": "torch.compile", "family": "peer"}}
+    with pytest.raises(click.ClickException, match="different systems"):
+        load("bench").merge([part("a", 1.0), other], "command")
+
+
 def test_lanes_hold_each_work_of_a_gpu_host_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from anabranch.bench import _work, default_works
 
     monkeypatch.setattr(_work, "installed", lambda name: True)
-    dealt = [w for lane in load("bench").LANES for w in lane]
-    assert sorted(dealt) == sorted(default_works())
+    bench = load("bench")
+    for lanes in (1, 2):
+        dealt = bench.deal(default_works(), lanes)
+        assert len(dealt) == lanes
+        assert sorted(w for lane in dealt for w in lane) == sorted(default_works())
+
+
+def test_some_works_are_dealt_as_all_are() -> None:
+    bench = load("bench")
+    assert bench.deal(["googlenet", "relu", "relu-4k"], 2) == [["relu", "googlenet"], ["relu-4k"]]
+    assert bench.deal(["chain", "relu"], 2) == [["relu", "chain"]]
+    assert bench.deal(["my_package:model@1,3", "relu"], 2) == [["relu", "my_package:model@1,3"]]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/bench.md"])
@@ -68,3 +106,16 @@ def test_a_committed_run_says_where_and_how_it_was_made() -> None:
         assert all(c["status"] != "waiting" for c in content["cells"])
         picture = file.with_suffix(".png")
         assert not picture.exists() or picture.stat().st_size < 200_000
+
+
+def test_many_calls_counts_what_is_wrong() -> None:
+    program = load("many_calls")
+    work = program.WORKS["mlp"]
+    module = work.make().eval().requires_grad_(False).half()
+    device = torch.device("cpu")
+    assert program.serve(module, module, work, device, 12, 1) == (12, 0)
+    assert program.serve(lambda x: torch.zeros_like(module(x)), module, work, device, 12, 1) == (12, 12)
+    calls = iter(range(12))
+    assert program.serve(
+        lambda x: module(x) if next(calls) % 4 else module(x).fill_(float("nan")), module, work, device, 12, 1
+    ) == (12, 3)

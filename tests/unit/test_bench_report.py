@@ -136,10 +136,26 @@ def test_notes_tell_how_it_crashed(content: dict[str, Any]) -> None:
 
 def test_the_readme_table_quotes_right_figures_and_lists_wrong_ones(content: dict[str, Any]) -> None:
     text = summary(content)
-    assert "| relu | 50.0 (System B) | 40.0 | **1.25** | 4 | 1,000 (System A) | 3,000 | **3.00** | 9,000 |" in text
+    assert "| relu | 50.0 (System B) | 40.0 | **1.25** | 1,000 (System A); 4 | 3,000; 4 | **3.00** | 9,000; 4 |" in text
     assert "| relu | System B | 4 | ~~4,000~~ 167 of 480 wrong |" in text
     assert "1 crash." in text
     assert "Device X, PyTorch 2.0, 2026-01-02" in text
+
+
+def test_the_readme_table_takes_the_number_of_streams_that_suits_each(content: dict[str, Any]) -> None:
+    content["settings"]["streams"] = [1, 4]
+    peer = next(c for c in content["cells"] if c["system"] == "a")
+    peer["throughput"]["1"] = {**peer["throughput"]["4"], "per_s": spread([6000.0])}
+    assert "| 6,000 (System A); 1 | 3,000; 4 | **0.50** |" in summary(content)
+
+
+def test_many_wrong_figures_are_a_line_a_system(content: dict[str, Any]) -> None:
+    bad = next(c for c in content["cells"] if c["system"] == "b")
+    for n in range(20):
+        bad["throughput"][str(n)] = dict(bad["throughput"]["4"])
+    text = summary(content)
+    assert "| System B | 20 | 1 | 3,340 of 9,600 |" in text
+    assert "~~" not in text
 
 
 def test_the_plot_is_a_small_png(content: dict[str, Any], tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bench_systems
 import pytest
 
-from anabranch.bench import Options, run_bench, strike, summary
+from anabranch.bench import Options, _process, run_bench, strike, summary
 from anabranch.errors import InputError
 
 FAST = {"streams": (1, 2), "rounds": 1, "seconds": 0.01, "patience": 60.0, "torch_threads": 1}
@@ -136,10 +137,17 @@ def test_one_that_hangs_is_killed_and_the_run_goes_on() -> None:
 
 
 def test_a_build_that_takes_too_long_is_given_up() -> None:
-    content = run("never_built", "right", build_seconds=4.0)
-    assert cell(content, "never_built")["status"] == "slow"
-    assert cell(content, "never_built")["reason"] == "not built within 4 s"
+    content = run("never_built", "swallows", "right", build_seconds=8.0)
+    for system in ("never_built", "swallows"):
+        assert cell(content, system)["status"] == "slow"
+        assert cell(content, system)["reason"] == "not built within 8 s"
     assert cell(content, ":right")["status"] == "ok"
+
+
+def test_a_build_that_was_cut_off_is_made_again_with_what_is_left_of_the_time() -> None:
+    content = run("late", "right", limit=60.0, build_share=0.15)
+    assert cell(content, "late")["status"] == "ok"
+    assert cell(content, "late")["throughput"]["2"]["wrong"] == 0
 
 
 def test_what_a_crash_took_along_is_built_again() -> None:
@@ -150,6 +158,22 @@ def test_what_a_crash_took_along_is_built_again() -> None:
     assert found["status"] == "ok"
     assert found["latency"]["p50_us"]["rounds"] == 2
     assert found["throughput"]["2"]["per_s"]["rounds"] == 2
+
+
+def test_a_process_that_finds_no_memory_for_its_context_gets_a_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_process, "serve", bench_systems.serve_without_memory)
+    found = cell(run("right"), ":right")
+    assert found["status"] == "ok"
+    assert found["throughput"]["2"]["wrong"] == 0
+
+
+def test_a_lost_device_ends_its_cell_as_a_crash_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_process, "serve", bench_systems.serve_a_lost_device)
+    found = cell(run("refuses_threads"), "refuses_threads")
+    assert found["status"] == "crashed"
+    assert found["reason"] == "2 streams: ValueError: one thread only"
+    assert found["latency"]["calls"] > 0
+    assert list(found["throughput"]) == ["1"]
 
 
 def test_out_of_time_is_said(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 import anabranch
 from anabranch.runtime._build import process
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = pytest.mark.usefixtures("seeded", "runtime")
 
 both_backends = pytest.mark.parametrize("backend", ["eager", "inductor"])
 THREADS = 16
@@ -221,14 +221,14 @@ def test_stats_count() -> None:
     assert snapshot.calls == 5, "a snapshot does not move"
 
 
-def test_explain_and_repr_name_what_runs() -> None:
+def test_explain_and_repr_name_what_runs(runtime: str) -> None:
     engine = build(nn.Linear(3, 4), torch.randn(2, 3))
     engine(torch.randn(5, 3))
     text = engine.explain()
     assert "float32[2, 3]: direct" in text
     assert "float32[5, 3]: direct" in text
     assert "16 contexts" in text
-    assert repr(engine) == "<anabranch engine Linear on cpu, eager, python>"
+    assert repr(engine) == f"<anabranch engine Linear on cpu, eager, {runtime}>"
     assert engine.device == torch.device("cpu")
 
 
@@ -648,14 +648,22 @@ def test_an_engine_works_in_a_forked_child() -> None:
     assert torch.equal(engine(x), expected), "and goes on in the parent"
 
 
-@pytest.mark.parametrize("which", ["build", "counters", "limits"])
-def test_a_lock_held_at_the_fork_does_not_hang_the_child(which: str) -> None:
-    engine = build(nn.ReLU(), torch.randn(4))
+# The native runtime's counters and limits have no locks. That of its pool is held while calls are under way at a fork:
+# tests/sim/test_faults.py.
+@pytest.mark.parametrize(
+    ("runtime", "which"), [("python", "build"), ("python", "counters"), ("python", "limits"), ("native", "build")]
+)
+def test_a_lock_held_at_the_fork_does_not_hang_the_child(runtime: str, which: str) -> None:
+    engine = build(nn.ReLU(), torch.randn(4), runtime=runtime)
     x, wide = torch.randn(4), torch.randn(9)
     if torch.cuda.is_initialized():
         wide = x  # torch.export starts CUDA where there is one, which a forked child cannot do again
-    locks = {"build": process.build_lock, "counters": engine._counters._tally._lock, "limits": engine._limits._lock}
-    with held_by_another_thread(locks[which]):
+    locks = {
+        "build": lambda: process.build_lock,
+        "counters": lambda: engine._counters._tally._lock,
+        "limits": lambda: engine._limits._lock,
+    }
+    with held_by_another_thread(locks[which]()):
         status = in_child(
             lambda: (
                 torch.equal(engine(x), x.relu())
@@ -666,13 +674,13 @@ def test_a_lock_held_at_the_fork_does_not_hang_the_child(which: str) -> None:
     assert status == 0
 
 
-def test_the_interpreter_exits_with_threads_still_calling(run_python: Any) -> None:
+def test_the_interpreter_exits_with_threads_still_calling(run_python: Any, runtime: str) -> None:
     done = run_python(
         """
         import atexit
         atexit.register(lambda: print("last call", torch.equal(engine(x), expected)))  # runs after the engine's own
         import threading, torch, anabranch
-        engine = anabranch.compile(torch.nn.Linear(16, 16).eval(), [torch.randn(4, 16)], backend="eager")
+        engine = anabranch.compile(torch.nn.Linear(16, 16).eval(), [torch.randn(4, 16)], backend="eager", runtime=RUNTIME)
         x = torch.randn(4, 16)
         expected = engine(x)
         started = threading.Barrier(5)
@@ -684,18 +692,18 @@ def test_the_interpreter_exits_with_threads_still_calling(run_python: Any) -> No
         for _ in range(4):
             threading.Thread(target=spin, daemon=True).start()
         started.wait()
-        """
+        """.replace("RUNTIME", repr(runtime))
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "last call True\n"
     assert "Traceback" not in done.stderr
 
 
-def test_the_interpreter_exits_while_a_thread_compiles(run_python: Any) -> None:
+def test_the_interpreter_exits_while_a_thread_compiles(run_python: Any, runtime: str) -> None:
     done = run_python(
         """
         import threading, torch, anabranch
-        engine = anabranch.compile(torch.nn.Linear(16, 16).eval(), [torch.randn(4, 16)], backend="eager")
+        engine = anabranch.compile(torch.nn.Linear(16, 16).eval(), [torch.randn(4, 16)], backend="eager", runtime=RUNTIME)
         xs = [torch.randn(n, 16) for n in range(100)]
         started = threading.Event()
         def work():
@@ -704,22 +712,22 @@ def test_the_interpreter_exits_while_a_thread_compiles(run_python: Any) -> None:
                 engine(x)
         threading.Thread(target=work, daemon=True).start()
         started.wait()
-        """
+        """.replace("RUNTIME", repr(runtime))
     )
     assert done.returncode == 0, done.stderr
 
 
-def test_a_spawned_script_exits_cleanly_after_a_fork_with_an_engine(run_python: Any) -> None:
+def test_a_spawned_script_exits_cleanly_after_a_fork_with_an_engine(run_python: Any, runtime: str) -> None:
     done = run_python(
         """
         import os, torch, anabranch
-        engine = anabranch.compile(torch.nn.ReLU(), [torch.randn(4)], backend="eager")
+        engine = anabranch.compile(torch.nn.ReLU(), [torch.randn(4)], backend="eager", runtime=RUNTIME)
         x = torch.randn(4)
         pid = os.fork()
         ok = torch.equal(engine(x), x.relu())
         if pid == 0:
             raise SystemExit(0 if ok else 1)  # with atexit handlers and all
         raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-        """
+        """.replace("RUNTIME", repr(runtime))
     )
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from torch import nn
 import anabranch
 from anabranch import errors
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = pytest.mark.usefixtures("seeded", "runtime")
 
 
 class Affine(nn.Module):

@@ -216,6 +216,27 @@ def test_what_differs_and_is_no_address_is_noise() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("u", "v"),
+    [
+        (0x46FD5CC0, 0x46FDCF40),
+        (0x7FFE00000052, 0x7FFE00000062),
+        (0x1FA45E8000000000, 0x1F9FD77000000000),
+        (0x17B6927000007FFE, 0xF8EBBB000007FFE),
+        (0x3FFDF3CF3BFF, 0x3FFDF3CF3C00),
+        (0x7FFFD3ED8E80, 0x7FFFD3ED8EB0),
+        (0xF83F060, 0x7FFED5C078E0),
+        (0, 0xB8),
+    ],
+)
+def test_garbage_that_was_seen_is_noise(u: int, v: int) -> None:
+    """Captured from PyTorch's kernels on a GPU, where inputs had moved by as much."""
+    other = World(A.base + 0x12400010)
+    table = both(lambda w: w.capture(kernel(w.x, u if w is A else v, w.out)), (A, other))
+    assert isinstance(table, Table), table
+    assert len(table.noise) == 1
+
+
 def test_small_parameters_that_differ_are_noise() -> None:
     table = bound(lambda w: w.capture(kernel(w.x, tail=b"\1\2\3\4" if w is A else b"\1\2\3\5")))
     assert table.noise == (Noise(0, 8, b"\1\2\3\5"),)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from anabranch.bench._statistics import percentile
-from anabranch.bench._system import Call, Ready, Subject, System
+from anabranch.bench._system import Call, NotReady, Ready, Subject, System
 from anabranch.bench._work import Work
 from anabranch.check import float32_exactly
 
@@ -73,7 +73,9 @@ class Meter:
         self.scales: list[float] = []
         self.close = CLOSE[dtype]
         self.allowed = ALLOWED[dtype]
+        #: Threads that have made their first calls, and how long the slowest of them took to.
         self.warmed = 0
+        self.warm_seconds = 0.0
 
     def _input(self, i: int) -> torch.Tensor:
         x = torch.randn(self.work.shape_on(self.device.type), generator=self.generator)
@@ -142,6 +144,34 @@ class Meter:
             torch.cuda.empty_cache()
         return worst
 
+    def warm(self, counts: Sequence[int], seconds: float) -> dict[str, Any]:
+        """Each thread's first calls, for as many of ``counts`` as the system serves, while others are still built.
+
+        They can take seconds a thread: cuDNN searches again in each. What does not fit into ``seconds`` is left.
+        """
+        end = time.monotonic() + seconds
+        for n in sorted(counts, reverse=True):
+            with contextlib.suppress(NotReady):
+                self._warm(n, end)
+                break
+        return {"warmed": self.warmed}
+
+    def _warm(self, streams: int, end: float = float("inf")) -> list[Call]:
+        assert self.ready is not None
+        with torch.no_grad():
+            calls = self.ready.slots(streams)
+        while len(self.streams) < streams:
+            self.streams.append(torch.cuda.Stream() if self.cuda else None)
+        while len(self.threads) < streams - 1:
+            self.threads.append(_Thread(len(self.threads) + 1))
+        while self.warmed < streams and time.monotonic() < end:
+            # One after the other: whatever is set up at a thread's or an engine's first call must not meet a capture.
+            i = self.warmed
+            start = time.monotonic()
+            self._each([i], lambda i: self._loop(i, calls[i], 2))
+            self.warmed, self.warm_seconds = i + 1, max(self.warm_seconds, time.monotonic() - start)
+        return calls
+
     # -- latency --------------------------------------------------------------------------------------------------
 
     def latency(self, seconds: float) -> dict[str, Any]:
@@ -174,19 +204,12 @@ class Meter:
 
     # -- throughput -----------------------------------------------------------------------------------------------
 
-    def throughput(self, streams: int, seconds: float) -> dict[str, Any]:
+    def throughput(self, streams: int, seconds: float, patience: float = float("inf")) -> dict[str, Any]:
         """Calls a second over ``streams`` streams with a thread each, and what every output was worth."""
         assert self.ready is not None
-        with torch.no_grad():
-            calls = self.ready.slots(streams)
-        while len(self.streams) < streams:
-            self.streams.append(torch.cuda.Stream() if self.cuda else None)
-        while len(self.threads) < streams - 1:
-            self.threads.append(_Thread(len(self.threads) + 1))
-        for i in range(self.warmed, streams):
-            # One after the other: whatever is set up at a thread's or an engine's first call must not meet a capture.
-            self._each([i], lambda i: self._loop(i, calls[i], 2))
-        self.warmed = max(self.warmed, streams)
+        if self.warmed > 1 and (streams - self.warmed) * self.warm_seconds > patience / 2:
+            raise NotReady(f"{self.warmed} threads made their first calls in time")
+        calls = self._warm(streams)
         everyone = list(range(streams))
         if self.ready.one_thread:
             launches = self.ready.launches(streams)
@@ -207,6 +230,8 @@ class Meter:
                 trial = timed(now)
             wanted = now if share == 1.0 or now > 2 else wanted
         took = timed(wanted)
+        # Before the judging, whose temporaries are not the system's.
+        peak = memory_mb(self.cuda)
         tallies = [torch.zeros(3, dtype=torch.int64, device=self.device) for _ in everyone]
         checked = min(wanted, _CHECKED_CALLS)
         if self.ready.one_thread:
@@ -223,6 +248,7 @@ class Meter:
             "wrong": wrong,
             "inexact": inexact,
             "all_zero": zero,
+            "peak_mb": peak,
         }
 
     def _loop(self, i: int, call: Call, n: int, tally: torch.Tensor | None = None) -> None:
@@ -348,7 +374,8 @@ def memory_mb(cuda: bool) -> float:
             import pynvml
 
             pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+            # By its name: the driver's numbers know nothing of CUDA_VISIBLE_DEVICES.
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
             for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
                 if process.pid == os.getpid() and process.usedGpuMemory:
                     return float(process.usedGpuMemory) / 1e6

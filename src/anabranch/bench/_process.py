@@ -84,6 +84,11 @@ class Worker:
                 how = f"signal {-code}"
         return Crashed(how, self.last_lines())
 
+    def gone(self, error: str) -> Crashed:
+        """A process that answers, but whose device no longer does: it is ended."""
+        self.kill()
+        return Crashed(error, self.last_lines())
+
     def last_lines(self) -> list[str]:
         try:
             text = self.log.read_text(encoding="utf-8", errors="replace")

@@ -9,6 +9,9 @@ from rich.table import Table
 
 from anabranch.bench._statistics import ratio
 
+#: Struck-out figures that a summary lists one by one.
+_MOST_ROWS = 12
+
 Content = dict[str, Any]
 CellData = dict[str, Any]
 
@@ -158,45 +161,71 @@ def _best(content: Content, work: str, figure: str, family: str) -> tuple[float,
     return value, cell
 
 
+def _most(content: Content, work: str, family: str) -> tuple[float, str, str] | None:
+    """The most right calls a second of a family on a work, with any number of streams; whose, and how many streams.
+
+    Not with the most streams alone: who holds an engine for each thread may have fewer of them.
+    """
+    found = [
+        (best[0], content["systems"][best[1]["system"]]["label"], str(n))
+        for n in content["settings"]["streams"]
+        if (best := _best(content, work, str(n), family)) is not None
+    ]
+    return max(found, key=lambda f: f[0], default=None)
+
+
 def summary(content: Content) -> str:
     """The README's tables, in Markdown: the best right peer against ours; then who was wrong."""
-    streams = [str(n) for n in content["settings"]["streams"]]
     lines = [
-        "| work | latency, us: best right peer | ours | ratio | streams | calls/s: best right peer | ours"
-        " | ratio | bound |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| work | latency, us: best right peer | ours | ratio | calls/s: best right peer; streams | ours; streams"
+        " | ratio | bound; streams |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in content["works"]:
-        used = [n for n in streams if _best(content, name, n, "peer") or _best(content, name, n, "ours")]
-        parts = [name]
-        most = used[-1] if used else streams[-1]
-        for figure in ("p50_us", most):
-            if figure == most:
-                parts.append(most)
-            peer, ours = _best(content, name, figure, "peer"), _best(content, name, figure, "ours")
-            parts.append(f"{number(peer[0])} ({content['systems'][peer[1]['system']]['label']})" if peer else "none")
-            parts.append(number(ours[0]) if ours else "none")
-            against = ratio(ours[0], peer[0], figure == most) if ours and peer else None
-            parts.append(f"**{against:.2f}**" if against is not None else "")
-        bound = _best(content, name, most, "bound")
-        parts.append(number(bound[0]) if bound else "")
+        peer, ours = _best(content, name, "p50_us", "peer"), _best(content, name, "p50_us", "ours")
+        parts = [
+            name,
+            f"{number(peer[0])} ({content['systems'][peer[1]['system']]['label']})" if peer else "none",
+            number(ours[0]) if ours else "none",
+            _against(ours, peer, more_is_better=False),
+        ]
+        rate, our_rate, bound = (_most(content, name, family) for family in ("peer", "ours", "bound"))
+        parts += [
+            f"{number(rate[0])} ({rate[1]}); {rate[2]}" if rate else "none",
+            f"{number(our_rate[0])}; {our_rate[2]}" if our_rate else "none",
+            _against(our_rate, rate, more_is_better=True),
+            f"{number(bound[0])}; {bound[2]}" if bound else "",
+        ]
         lines.append("| " + " | ".join(parts) + " |")
     lines += ["", *_wrong_lines(content), *_origin(content)]
     return "\n".join(lines)
 
 
+def _against(ours: tuple[Any, ...] | None, peer: tuple[Any, ...] | None, more_is_better: bool) -> str:
+    found = ratio(ours[0], peer[0], more_is_better) if ours and peer else None
+    return f"**{found:.2f}**" if found is not None else ""
+
+
 def _wrong_lines(content: Content) -> list[str]:
-    """A table of every struck-out figure, when there is one."""
+    """A table of every struck-out figure, when there is one; when there are many, a line a system."""
     rows = []
+    systems: dict[str, list[tuple[str, int, int]]] = {}
     for cell in content["cells"]:
         system = content["systems"][cell["system"]]
         for n in cell["throughput"]:
             if not right(cell, n, system["family"]):
                 text = strike(cell, n, system["family"])
                 rows.append(f"| {cell['work']} | {system['label']} | {n} | {text} |")
+                systems.setdefault(system["label"], []).append((cell["work"], *wrong(cell, n, system["family"])))
     if not rows:
         return ["No system had a wrong output.", ""]
-    return ["| struck out: work | system | streams | calls/s |", "|---|---|---|---|", *rows, ""]
+    if len(rows) <= _MOST_ROWS:
+        return ["| struck out: work | system | streams | calls/s |", "|---|---|---|---|", *rows, ""]
+    lines = ["| struck out | figures | works | outputs of these that were wrong |", "|---|---|---|---|"]
+    for label, found in systems.items():
+        works, bad, checked = {w for w, _, _ in found}, sum(b for _, b, _ in found), sum(c for _, _, c in found)
+        lines.append(f"| {label} | {len(found)} | {len(works)} | {bad:,} of {checked:,} |")
+    return [*lines, ""]
 
 
 def _origin(content: Content) -> list[str]:

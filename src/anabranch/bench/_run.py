@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
@@ -17,8 +18,14 @@ from anabranch.bench._system import System, find_system
 from anabranch.bench._work import Work, find_work
 from anabranch.check import environment, write_json
 
-#: Seconds that a process gets to stop a build by itself before it is killed.
-_GRACE = 15.0
+#: Seconds that a process gets to stop a build by itself before it is killed; longer if other works would go with it.
+_GRACE, _LONG_GRACE = 15.0, 30.0
+#: First calls of all threads may take so many times the patience for one measurement.
+_WARM = 2.0
+#: How often a build that found no memory is tried again.
+_TRIES = 4
+#: Seconds at a run's end that no later pass builds in, so that it can measure.
+_LAST = 10.0
 #: ``progress(done, of, what)``.
 Progress = Callable[[int, int, str], None]
 
@@ -67,8 +74,14 @@ class Cell:
     throughput: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     #: Streams -> why there is no (further) figure.
     without: dict[int, str] = field(default_factory=dict)
-    memory_mb: float = 0.0
+    #: What it holds when idle, and the most that it held beside that while it was measured.
+    held_mb: float = 0.0
+    passing_mb: float = 0.0
     tries: int = 0
+    #: Threads make their first calls while building; not those of a system which that broke.
+    warm: bool = True
+    #: Its build was cut off, or not begun, so that measuring could start.
+    late: bool = False
 
     def end(self, status: str, reason: str) -> None:
         self.status, self.reason = status, reason
@@ -85,10 +98,11 @@ class Cell:
         if self.crash:
             result["crash"] = self.crash
         if self.built:
-            result |= {k: v for k, v in self.built.items() if k not in ("grew_mb", "error") and v != ""}
+            hidden = ("grew_mb", "passing_mb", "error")
+            result |= {k: v for k, v in self.built.items() if k not in hidden and v != ""}
             result["serial_error"] = self.built["error"]
             result["serially_wrong"] = not self.built["error"] <= self.built["allowed_error"]
-            result["memory_mb"] = self.memory_mb
+            result["memory_mb"] = self.held_mb + self.passing_mb
         if self.latency:
             result["latency"] = {
                 key: spread([r[key] for r in self.latency]) for key in ("p50_us", "p99_us", "host_us")
@@ -105,7 +119,7 @@ class Cell:
 
 @dataclass(eq=False)
 class Group:
-    """One system's cells of a batch, and the one process that builds and measures them all.
+    """One system's cells of a batch, or one of them (``System.apart``), and the process that builds and measures them.
 
     A crash ends the process; the cells that it held and that still miss figures are built again in a new one.
     """
@@ -113,12 +127,16 @@ class Group:
     system: System
     cells: list[Cell]
     queue: list[Cell] = field(default_factory=list)
+    #: Built, and to be warmed once nothing is left to build.
+    cold: list[Cell] = field(default_factory=list)
     worker: Worker | None = None
     building: Cell | None = None
+    #: What it does with ``building``: ``build`` or ``warm``.
+    stage: str = "build"
 
     def lost(self, cell: Cell, stage: str, error: Exception) -> None:
         """Note how the process ended, at this cell."""
-        worker, self.worker, self.building = self.worker, None, None
+        worker, self.worker, self.building, self.cold = self.worker, None, None, []
         if isinstance(error, Crashed):
             cell.end("crashed", f"{stage}: {error.how}")
             cell.crash = {"stage": stage, "how": error.how, "stderr": error.lines}
@@ -169,7 +187,7 @@ class _Run:
             for i in range(0, len(self.works), self.options.batch):
                 batch = self.works[i : i + self.options.batch]
                 batches_left = -(-(len(self.works) - i) // self.options.batch)
-                groups = [Group(s, [c for c in self.cells if c.work in batch and c.system is s]) for s in self.systems]
+                groups = self._groups(batch)
                 try:
                     self._batch(groups, time.monotonic() + self._left() / batches_left)
                 finally:
@@ -182,8 +200,15 @@ class _Run:
                 self._save()
         return self._content(partial=False)
 
+    def _groups(self, batch: list[Work]) -> list[Group]:
+        groups = []
+        for system in self.systems:
+            cells = [c for c in self.cells if c.work in batch and c.system is system]
+            groups += [Group(system, [c]) for c in cells] if system.apart else [Group(system, cells)]
+        return groups
+
     def _batch(self, groups: list[Group], until: float) -> None:
-        """Build and measure; then build again what a crash elsewhere took along. Each crash ends one cell for good."""
+        """Build and measure; then do the same with what was late, while there is time."""
         start = time.monotonic()
         for group in groups:
             missing = group.system.missing(self.options.device)
@@ -192,19 +217,33 @@ class _Run:
                     cell.end("unavailable", missing)
                     self._step(cell.system.label, 1 + self.options.rounds * len(self.figures))
             group.queue = [c for c in group.cells if c.status == "waiting"]
-        close = start + (until - start) * self.options.build_share
-        while any(g.queue for g in groups):
-            self._build([g for g in groups if g.queue], min(close, until))
-            self._measure(groups, until)
+        self._rounds(groups, start + (until - start) * self.options.build_share, until)
+        if time.monotonic() < until - 2 * _LAST:
             for group in groups:
-                if group.worker is None and time.monotonic() < until:
-                    group.queue = [c for c in group.cells if c.status == "ok" and self._incomplete(c)]
-            # Later passes may use what is left, but for a few seconds in which to measure.
-            close = until - 10.0
+                group.queue = [c for c in group.cells if c.late]
+                for cell in group.queue:
+                    cell.late = False
+                    cell.end("waiting", "")
+            self._rounds([g for g in groups if g.queue], until - _LAST, until)
 
-    def _incomplete(self, cell: Cell) -> bool:
+    def _rounds(self, groups: list[Group], close: float, until: float) -> None:
+        """Build until ``close``, then measure until ``until``, round after round. What a crash elsewhere took along is
+        built again before the next round. Each crash ends one cell for good."""
+        for r in range(self.options.rounds):
+            # More than once where something was lost.
+            while True:
+                self._build([g for g in groups if g.queue], min(close, until))
+                self._measure(groups, r, until)
+                close = until - _LAST
+                for group in groups:
+                    if group.worker is None and time.monotonic() < close:
+                        group.queue = [c for c in group.cells if c.status == "ok" and self._incomplete(c, r + 1)]
+                if not any(g.queue for g in groups):
+                    break
+
+    def _incomplete(self, cell: Cell, rounds: int) -> bool:
         return any(
-            cell.count(f) < self.options.rounds
+            cell.count(f) < rounds
             for f in self.figures
             if f == "latency" or (int(f) not in cell.without and int(f) <= cell.work.max_streams)
         )
@@ -236,32 +275,58 @@ class _Run:
                 self._built(group)
                 if not self._next(group, close):
                     running.remove(group)
+        for group in groups:
+            if group.worker and not any(c.status == "ok" for c in group.cells):
+                # Compilers' helpers would go on with a build that was cut off, while others are measured.
+                group.worker.kill()
+                group.worker = None
 
     def _end(self, group: Group, close: float) -> float:
         """When to give up on a build. Its own process stops it in time, unless it hangs where Python cannot reach."""
         assert group.worker is not None
-        return min(group.worker.since + self.options.build_seconds, close) + _GRACE
+        if group.stage == "warm":
+            return min(group.worker.since + _WARM * self.options.patience, close) + self.options.patience
+        others = any(c.status == "ok" and c is not group.building for c in group.cells)
+        return min(group.worker.since + self.options.build_seconds, close) + (_LONG_GRACE if others else _GRACE)
 
     def _next(self, group: Group, close: float) -> bool:
-        """Have the group build the next of its cells. False: there is none, or no time for it."""
+        """Have the group build the next of its cells, or warm it. False: there is none, or no time for it."""
         while group.queue:
             seconds = min(self.options.build_seconds, close - time.monotonic())
             cell = group.queue.pop(0)
             if seconds < 1.0:
                 if cell.status == "waiting":
+                    cell.late = True
                     cell.end("skipped", "out of time before its build")
                 continue
             if group.worker is None:
                 group.worker = self._start(group.system)
-            group.building = cell
+            group.building, group.stage = cell, "build"
             try:
-                streams = min(max(self.options.streams), cell.work.max_streams)
-                group.worker.send(do="build", work=cell.work.name, streams=streams, seconds=seconds)
+                group.worker.send(do="build", work=cell.work.name, streams=max(self._counts(cell)), seconds=seconds)
             except Crashed as e:
                 group.lost(cell, "build", e)
                 continue
             return True
-        return False
+        return self._warm(group, close)
+
+    def _counts(self, cell: Cell) -> list[int]:
+        """Numbers of streams that this work is measured with; of them all the smallest, if it takes fewer."""
+        found = [n for n in self.options.streams if n <= cell.work.max_streams]
+        return found or [cell.work.max_streams]
+
+    def _warm(self, group: Group, close: float) -> bool:
+        """Have the threads of the group's next cell make their first calls; False as for :meth:`_next`."""
+        seconds = min(_WARM * self.options.patience, (close - time.monotonic()) / max(1, len(group.cold)))
+        if group.worker is None or not group.cold or seconds < 1.0:
+            group.cold = []
+            return False
+        cell = group.building = group.cold.pop(0)
+        group.stage = "warm"
+        # Should its process have ended meanwhile, the answer that does not come tells.
+        with contextlib.suppress(Crashed):
+            group.worker.send(do="warm", work=cell.work.name, streams=self._counts(cell), seconds=seconds)
+        return True
 
     def _start(self, system: System) -> Worker:
         self.started += 1
@@ -271,7 +336,7 @@ class _Run:
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / system.name.replace(":", "_")),
             "TRITON_CACHE_DIR": str(self.folder / system.name.replace(":", "_") / "triton"),
             # More hardware queues than the default 8, or streams would wait for each other without need.
-            "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "16",
         }
         job = {
             "system": system.name,
@@ -279,6 +344,7 @@ class _Run:
             "dtype": self.options.dtype,
             "torch_threads": self.options.torch_threads,
             "cores": system.cores,
+            "lock": str(self.folder / "lock"),
             "environment": {**variables, **system.environment},
         }
         logs = self.options.logs or self.folder
@@ -286,55 +352,81 @@ class _Run:
         return Worker(job, logs / f"{name}.log")
 
     def _built(self, group: Group) -> None:
-        """Take the answer to a build, or its end."""
+        """Take the answer to a build or a warming, or its end."""
         cell, group.building = group.building, None
         assert cell is not None
         assert group.worker is not None
+        again = [c for c in group.cells if c.status == "ok" and self._incomplete(c, self.options.rounds)]
         try:
             answer = group.worker.receive(0.0)
+            if answer.get("lost"):
+                raise group.worker.gone(answer["error"])
+            if answer.get("again"):
+                group.worker.kill()
+                group.worker = None
+                if cell.tries < _TRIES:
+                    cell.tries += 1
+                    group.queue.insert(0, cell)
+                    return
         except (Crashed, Hung) as e:
-            again = [c for c in group.cells if c.status == "ok" and self._incomplete(c)]
+            if group.stage == "warm":
+                self._unwarmed(group, cell, again)
+                return
             group.lost(cell, "build", e)
             group.queue = again + group.queue
+            return
+        if group.stage == "warm":
+            if "error" in answer:
+                self._unwarmed(group, cell, again)
+            else:
+                cell.held_mb += answer["grew_mb"]
             return
         if "error" not in answer or "build_s" in answer:
             first = cell.status == "waiting"
             cell.end("ok", "")
             if first:
                 cell.built = answer
-                cell.memory_mb = answer["grew_mb"]
-        elif "out of memory" in answer["error"] and cell.tries < 4:
+                cell.held_mb = answer["grew_mb"]
+            if cell.warm:
+                group.cold.append(cell)
+        elif "out of memory" in answer["error"] and cell.tries < _TRIES:
             # Not the system's fault: other builds' peaks pass, and a virtual machine's memory grows as it is used.
             cell.tries += 1
             group.queue.append(cell)
             return
         elif answer.get("slow"):
+            cell.late = answer["seconds"] < self.options.build_seconds - 1.0
             cell.end("slow", f"not built within {answer['seconds']:.0f} s")
         else:
             cell.end("failed", f"build: {answer['error']}")
-        self._step(f"built {cell.work.name}: {cell.system.label}")
+        self._step(f"{cell.status} {cell.work.name}: {cell.system.label}")
+
+    def _unwarmed(self, group: Group, cell: Cell, again: list[Cell]) -> None:
+        """First calls on many threads broke it: in a new process it is measured on few of them before that."""
+        assert group.worker is not None
+        group.worker.kill()
+        group.worker, group.cold, cell.warm = None, [], False
+        group.queue = again + group.queue
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
-    def _measure(self, groups: list[Group], until: float) -> None:
-        """Round after round, figure after figure, each work with all systems in turn."""
-        for r in range(self.options.rounds):
-            # Another order each round: no system always runs just after the same other one.
-            shift = r * (len(groups) // self.options.rounds)
-            order = groups[shift:] + groups[:shift]
-            for figure in self.figures:
-                # The most streams come last: what crashes there has shown its other figures.
-                for work in [w for w in self.works if any(c.work is w for g in groups for c in g.cells)]:
-                    for group in order:
-                        cell = next(c for c in group.cells if c.work is work)
-                        if group.worker is None or cell.status != "ok" or cell.count(figure) > r:
-                            continue
-                        if time.monotonic() > until:
-                            if not cell.latency:
-                                cell.end("skipped", "out of time before its measurement")
-                            continue
-                        self._one(group, cell, figure)
-                        self._step(f"round {r + 1}, {figure}, {work.name}: {cell.system.label}")
+    def _measure(self, groups: list[Group], r: int, until: float) -> None:
+        """One round: figure after figure, each work with all systems in turn."""
+        # Another order each round: no system always runs just after the same other one.
+        shift = r * (len(groups) // self.options.rounds)
+        order = groups[shift:] + groups[:shift]
+        for figure in self.figures:
+            # The most streams come last: what crashes there has shown its other figures.
+            for work in self.works:
+                for group, cell in ((g, c) for g in order for c in g.cells if c.work is work):
+                    if group.worker is None or cell.status != "ok" or cell.count(figure) > r:
+                        continue
+                    if time.monotonic() > until:
+                        if not cell.latency:
+                            cell.end("skipped", "out of time before its measurement")
+                        continue
+                    self._one(group, cell, figure)
+                    self._step(f"round {r + 1}, {figure}, {work.name}: {cell.system.label}")
             self._save()
 
     def _one(self, group: Group, cell: Cell, figure: str) -> None:
@@ -344,7 +436,7 @@ class _Run:
         about = {"work": cell.work.name, "seconds": options.seconds}
         try:
             if figure == "latency":
-                answer = worker.ask(options.patience, do="latency", **about)
+                answer = self._ask(worker, do="latency", **about)
                 if "error" in answer:
                     cell.end("failed", f"latency: {answer['error']}")
                     return
@@ -355,14 +447,21 @@ class _Run:
                     cell.without[n] = f"at most {cell.work.max_streams} streams for this work"
                 if n in cell.without:
                     return
-                answer = worker.ask(options.patience, do="throughput", streams=n, **about)
+                answer = self._ask(worker, do="throughput", streams=n, patience=options.patience, **about)
                 if "error" in answer:
                     cell.without[n] = answer["error"]
                     return
                 cell.throughput.setdefault(n, []).append(answer)
-            cell.memory_mb += answer["grew_mb"]
+            cell.held_mb += answer["grew_mb"]
+            cell.passing_mb = max(cell.passing_mb, answer["passing_mb"])
         except (Crashed, Hung) as e:
             group.lost(cell, "latency" if figure == "latency" else f"{figure} streams", e)
+
+    def _ask(self, worker: Worker, **command: Any) -> dict[str, Any]:
+        answer = worker.ask(self.options.patience, **command)
+        if answer.get("lost"):
+            raise worker.gone(answer["error"])
+        return answer
 
     # -- results --------------------------------------------------------------------------------------------------
 

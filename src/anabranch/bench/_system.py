@@ -69,7 +69,8 @@ class System:
     """A system under test. ``family``: ``peer``, ``bound`` (not a product) or ``ours``.
 
     ``contiguous``: it wants its input in this layout and gets it so, whatever suits the others.
-    ``cores``: how many cores its build may use. ``slow``: its build starts first.
+    ``cores``: how many cores its build may use. ``slow``: its build starts first. ``apart``: each of its works gets a
+    process of its own, since a fault was seen, which would take the others along, or since its builds are the longest.
     """
 
     name: str
@@ -81,6 +82,7 @@ class System:
     contiguous: bool = False
     cores: int = 1
     slow: int = 0
+    apart: bool = False
     environment: dict[str, str] = field(default_factory=dict)
 
     def missing(self, device: str) -> str | None:
@@ -225,6 +227,7 @@ def _tensorrt_systems() -> Iterator[System]:
             needs=("torch_tensorrt",),
             contiguous=True,  # it would copy any other layout to this one at each call
             slow=0 if shared else 2,
+            apart=shared and python and not graphs,
         )
 
 
@@ -280,9 +283,10 @@ def _our_systems() -> Iterator[System]:
 
     for backend in BACKENDS:
         for runtime in RUNTIMES:
-            name = f"anabranch-{backend}" + ("" if runtime == "python" else f"-{runtime}")
+            name = f"anabranch-{backend}-{runtime}"
             label = f"anabranch {backend}, {runtime} runtime"
-            yield System(name, label, functools.partial(_anabranch, backend=backend, runtime=runtime), family="ours")
+            build = functools.partial(_anabranch, backend=backend, runtime=runtime)
+            yield System(name, label, build, family="ours", slow=0 if backend == "eager" else 1)
 
 
 def _mode(mode: str) -> Callable[[Subject], Ready]:
@@ -294,9 +298,19 @@ SYSTEMS: dict[str, System] = {
     for s in (
         System("eager", "PyTorch eager", _eager),
         System("compile", "torch.compile", _compile, slow=1),
-        System("compile-overhead", "torch.compile reduce-overhead", _mode("reduce-overhead"), ("cuda",), slow=1),
-        System("compile-autotune", "torch.compile max-autotune", _mode("max-autotune"), ("cuda",), cores=4, slow=3),
-        System("aoti", "AOTInductor", _aoti, slow=1),
+        System(
+            "compile-overhead", "torch.compile reduce-overhead", _mode("reduce-overhead"), ("cuda",), slow=1, apart=True
+        ),
+        System(
+            "compile-autotune",
+            "torch.compile max-autotune",
+            _mode("max-autotune"),
+            ("cuda",),
+            cores=8,
+            slow=3,
+            apart=True,
+        ),
+        System("aoti", "AOTInductor", _aoti, slow=1, apart=True),
         *_tensorrt_systems(),
         System("onnxruntime", "ONNX Runtime", _onnx, ("cpu",), needs=("onnxruntime", "onnxscript"), contiguous=True),
         *_our_systems(),

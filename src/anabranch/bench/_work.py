@@ -120,7 +120,7 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
     return lambda: _seeded(build)
 
 
-def _image(name: str, size: int, copies: int = 4) -> Work:
+def _image(name: str, size: int, copies: int = 16) -> Work:
     return Work(
         name,
         f"torchvision's {name}, {size} x {size}",
@@ -137,13 +137,13 @@ WORKS: dict[str, Work] = {
     for w in (
         Work("relu", "the reported network: one ReLU", models.relu, (1, 3, 5), copies=16),
         Work("relu-4k", "one ReLU on a 4K frame", models.relu, (1, 3, 2160, 3840)),
-        _image("googlenet", 224, copies=16),
+        _image("googlenet", 224),
         _image("inception_v3", 299),
         _image("resnet50", 224),
         _image("mobilenet_v3_large", 224),
         Work("branches", "blocks of four branches", models.branches, (1, 3, 224, 224), channels_last=True),
         Work("residual", "eight residual blocks, no branches", residual, (1, 3, 224, 224), channels_last=True),
-        Work("encoder", "12 transformer layers, 768 wide, 128 tokens", encoder, (1, 128, 768)),
+        Work("encoder", "12 transformer layers, 768 wide, 128 tokens", encoder, (1, 128, 768), copies=16),
         Work(
             "upscaler-1080p",
             "video upscaler x2, one 1080p frame",

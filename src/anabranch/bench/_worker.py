@@ -7,6 +7,7 @@ Whatever the system does to its process (abort, fault, hang, leak) ends with it.
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import json
 import os
 import signal
@@ -35,18 +36,32 @@ def serve(connection: Connection, log: str, job: dict[str, Any]) -> None:
         if command["do"] == "stop":
             break
         try:
-            before = _memory(job) if meters else 0.0
+            begun = time.monotonic()
+            try:
+                before = _memory(job) if meters else _start(job)
+            except Exception as e:
+                # Nothing was asked of the system yet. A second try in this process would hang.
+                connection.send_bytes(json.dumps({"error": _one_line(e), "again": True}).encode())
+                break
             if command["do"] == "build":
-                signal.setitimer(signal.ITIMER_REAL, command["seconds"])
+                # Again and again: a library that calls back may swallow the first.
+                command["seconds"] = max(0.1, command["seconds"] - (time.monotonic() - begun))
+                signal.setitimer(signal.ITIMER_REAL, command["seconds"], 5.0)
                 meters[command["work"]] = meter = _meter(job, command)
                 answer = meter.build()
+            elif command["do"] == "warm":
+                answer = meters[command["work"]].warm(command["streams"], command["seconds"])
             elif command["do"] == "latency":
                 answer = meters[command["work"]].latency(command["seconds"])
             else:
-                answer = meters[command["work"]].throughput(command["streams"], command["seconds"])
+                answer = meters[command["work"]].throughput(command["streams"], command["seconds"], command["patience"])
             signal.setitimer(signal.ITIMER_REAL, 0)
-            # A process holds all of a system's works; what it grew by is this one's.
-            answer["grew_mb"] = max(0.0, _memory(job) - before)
+            # What is only cached goes back, or the processes of all systems would not fit onto the device together.
+            _release(job)
+            # A process may hold several works; what it grew by is this one's, and so is what it had for a while.
+            held = _memory(job)
+            answer["grew_mb"] = max(0.0, held - before)
+            answer["passing_mb"] = max(0.0, answer.pop("peak_mb", held) - held)
         except BaseException as e:
             signal.setitimer(signal.ITIMER_REAL, 0)
             from anabranch.bench._system import NotReady
@@ -55,6 +70,7 @@ def serve(connection: Connection, log: str, job: dict[str, Any]) -> None:
             if not isinstance(e, NotReady | _TooSlow):
                 traceback.print_exc()
             answer = {"error": _one_line(e), "slow": isinstance(e, _TooSlow), "seconds": command.get("seconds")}
+            answer["lost"] = _lost(job)
             if command["do"] == "build":
                 meters.pop(command["work"], None)
         try:
@@ -90,6 +106,39 @@ def _meter(job: dict[str, Any], command: dict[str, Any]) -> Any:
     dtype = getattr(torch, job["dtype"])
     deadline = time.monotonic() + command["seconds"]
     return Meter(work, system, job["device"], dtype, command["streams"], deadline)
+
+
+def _start(job: dict[str, Any]) -> float:
+    """Megabytes before the first build: on a device its context, which is nobody's; else none."""
+    import torch
+
+    if job["device"] != "cuda":
+        return 0.0
+    # One at a time: of twenty contexts that are created at once, most fail for want of memory that is there.
+    with open(job["lock"], "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        torch.zeros(1, device="cuda")
+    return _memory(job)
+
+
+def _lost(job: dict[str, Any]) -> bool:
+    """Whether nothing more can come from this process: after a device's fault every call on it fails."""
+    import torch
+
+    if job["device"] != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+def _release(job: dict[str, Any]) -> None:
+    import torch
+
+    if job["device"] == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _memory(job: dict[str, Any]) -> float:

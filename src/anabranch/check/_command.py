@@ -53,7 +53,7 @@ class _Shape(click.ParamType):  # type: ignore[type-arg]  # generic in click's s
 @click.option("--streams", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--threads", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--calls", type=click.IntRange(1), help="For each row of the table. Default: 100; on sim, 16.")
-@click.option("--runtime", default="python", show_default=True, type=click.Choice(RUNTIMES))
+@click.option("--runtime", default="auto", show_default=True, type=click.Choice(("auto", *RUNTIMES)))
 @click.option("--backend", type=click.Choice(BACKENDS), help="Default: inductor; on sim, eager.")
 @click.option("--graphs/--direct", "cuda_graphs", default=None, help="Force a path. Default: whichever is faster.")
 @click.option("--max-contexts", default=DEFAULT_MAX_CONTEXTS, show_default=True, type=click.IntRange(1))

@@ -40,7 +40,7 @@ class Options:
     threads: int = 8
     calls: int = 100
     backend: str | None = None
-    runtime: str = "python"
+    runtime: str = "auto"
     inject: str | None = None
     max_contexts: int = 16
     cuda_graphs: bool | None = None

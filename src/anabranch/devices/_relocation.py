@@ -414,7 +414,7 @@ def _explain(
 def _table(a: Capture, b: Capture, is_device: IsDevice) -> Table:
     bound = _bound((a, b))
     memory = (_Memory(a, bound), _Memory(b, bound))
-    moves = _moves(a, b)
+    moves = _Moves.between(a, b)
     found: list[Relocation | Fixed | Noise] = []
     for i, (x, y) in enumerate(zip(a.nodes, b.nodes, strict=True)):
         if isinstance(x, Transfer) and isinstance(y, Transfer):
@@ -471,36 +471,49 @@ def _in_kernel(
 
 
 def _may_be_encoded(x: Kernel, y: Kernel, start: int, stop: int, moves: _Moves) -> bool:
-    """Whether bytes that differ may be (part of) an address that is not aligned, or shifted, or far outside its memory,
-    or half of one: whether they differ as far as some memory moved, times a power of two."""
-    (offset, size) = next((o, n) for o, n in x.layout if o <= start < o + n)
-    # Whole words at any byte, and halves.
-    windows = [(begin, width) for width in (4, WORD) for begin in range(start - width + 1, stop)]
-    for begin, width in windows:
-        if begin < offset or begin + width > offset + size:
-            continue
-        u, v = (int.from_bytes(p[begin : begin + width], "little") for p in (x.params, y.params))
-        if u != v and (v - u) % (1 << 8 * width) in moves[width]:
-            return True
-    return False
-
-
-_Moves = dict[int, set[int]]
-
-
-def _moves(a: Capture, b: Capture) -> _Moves:
-    """How far inputs and outputs moved from ``a`` to ``b``, times powers of two, as numbers of 8 and of 4 bytes.
+    """Whether bytes that differ may be (part of) an address of an input or output that is not aligned, or shifted, or
+    far outside its memory, or half of one: whether they differ as far as that memory moved.
 
     Of inputs and outputs only: what a temporary's address is made of stays right, as the temporary stays where it is.
     """
-    moves = set()
-    for p, q in [*zip(a.inputs, b.inputs, strict=True), *zip(a.outputs, b.outputs, strict=True)]:
-        for shift in range(17):
-            moved = q.start - p.start
-            moves |= {moved << shift, moved >> shift, (moved >> shift) + 1}
-    # Little differences mean nothing: two counts may differ by as much.
-    moves = {m for m in moves if abs(m) >= 4096}
-    return {width: {m % (1 << 8 * width) for m in moves} for width in (4, WORD)}
+    (offset, size) = next((o, n) for o, n in x.layout if o <= start < o + n)
+
+    def moved(begin: int, width: int, among: frozenset[int]) -> bool:
+        if begin < offset or begin + width > offset + size:
+            return False
+        u, v = (int.from_bytes(p[begin : begin + width], "little") for p in (x.params, y.params))
+        return u != v and (v - u) % (1 << 8 * width) in among
+
+    # Shifts at the places only where such a value would lie: at any byte, something always differs like something.
+    return (
+        any(moved(begin, WORD, moves.plain) for begin in range(start - WORD + 1, stop))
+        or (stop - start == WORD and moved(start, WORD, moves.shifted))
+        or any(moved(begin, 4, moves.halves) for begin in range(-(-start // 4) * 4, stop, 4))
+    )
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """How far inputs and outputs moved between two captures: as differences of words, of words that hold an address
+    times or over a power of two, and of half words that hold (the low half of) an address over a power of two."""
+
+    plain: frozenset[int]
+    shifted: frozenset[int]
+    halves: frozenset[int]
+
+    @classmethod
+    def between(cls, a: Capture, b: Capture) -> _Moves:
+        pairs = [*zip(a.inputs, b.inputs, strict=True), *zip(a.outputs, b.outputs, strict=True)]
+        plain = {q.start - p.start for p, q in pairs}
+        lower = {(m >> shift) + carry for m in plain for shift in range(17) for carry in (0, 1)} | plain
+        # Little differences mean nothing: two counts may differ by as much.
+        lower = {m for m in lower if abs(m) >= 4096}
+        upper = {m << shift for m in plain for shift in range(17)}
+        return cls(
+            frozenset(m % (1 << 64) for m in plain),
+            frozenset(m % (1 << 64) for m in lower | upper),
+            frozenset(m % (1 << 32) for m in lower),
+        )
 
 
 _UNKNOWN = "is not the address of anything known"

@@ -25,7 +25,15 @@ def build() -> Path:
 
     Raises :class:`~anabranch.errors.BuildError` where there is no compiler.
     """
+    came_along = _extension.ahead(NAME, FOLDER)
+    if came_along.exists() and not os.environ.get("ANABRANCH_NATIVE_FLAGS"):
+        return came_along
     return _extension.build(NAME, FOLDER, flags())
+
+
+def build_ahead(target: Path) -> Path:
+    """Compile into a package that is being made: ``target`` is its copy of this module's folder."""
+    return _extension.build_ahead(NAME, FOLDER, target, flags())
 
 
 @cache

@@ -264,7 +264,8 @@ class Specialization:
             # The call can do without: it runs direct. So do later ones, until trim() or warm() ask for contexts again.
             self._device.check_error(e)
             self._may_grow = False
-            _log.warning("%s: no further context was built: %s: %s", self.settings.name, type(e).__name__, e)
+            # Its text: a handler may keep what it is given, and an exception keeps the frames that it came through.
+            _log.warning("%s: no further context was built: %s: %s", self.settings.name, type(e).__name__, str(e))
             return None
         finally:
             process.build_lock.release()
@@ -358,10 +359,12 @@ class Specialization:
             results = self._launch(context, inputs, stream)
         except BaseException:
             # Part of it may be queued: whatever that is, the context is freed after it, and used by no other call.
+            self._pool.discard(context)
             try:
                 context.done.record(stream)
-            finally:
-                self._pool.discard(context)
+            except BaseException:
+                # Nothing says when the device is done with it, so it is never freed.
+                _never_freed.append(context)
             raise
         self._pool.release(context)
         return results
@@ -506,6 +509,8 @@ class Specialization:
         return lines
 
 
+#: Contexts of which nothing says when the device is done with them.
+_never_freed: list[Context] = []
 #: Names contexts in ``_last_uses``.
 _serial = itertools.count()
 

@@ -7,6 +7,7 @@ uses CUDA, or not at all.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,11 @@ generate_methods_for_privateuse1_backend()
 # behaves as ever.
 _sync.install(Factories())
 process.renew_locks()
+os.register_at_fork(
+    before=core.before_fork,
+    after_in_parent=lambda: core.after_fork(False),
+    after_in_child=lambda: core.after_fork(True),
+)
 
 
 def launch(

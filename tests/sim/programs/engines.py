@@ -31,17 +31,18 @@ EXPECTED = [Scale()(x) for x in SOURCES]
 INPUTS = [x.to(SIM) for x in SOURCES]
 
 
-def make(contexts: int, graphs: bool = True) -> Any:
+def make(runtime: str, contexts: int, graphs: bool = True) -> Any:
     """An engine with ``contexts`` execution contexts, built; without graphs it runs direct."""
-    engine = anabranch.compile(
-        Scale().to(SIM), [torch.empty(4, device=SIM)], backend="eager", max_contexts=contexts, cuda_graphs=graphs
-    )
+    model, x = Scale().to(SIM), torch.empty(4, device=SIM)
+    engine = anabranch.compile(model, [x], backend="eager", runtime=runtime, max_contexts=contexts, cuda_graphs=graphs)
     engine.warm(contexts=contexts)
     return engine
 
 
-ENGINES = {1: make(1), 2: make(2), 3: make(3)}
-DIRECT = make(1, graphs=False)
+RUNTIMES = ("python", "native")
+#: By runtime and number of contexts.
+ENGINES = {runtime: {contexts: make(runtime, contexts) for contexts in (1, 2, 3)} for runtime in RUNTIMES}
+DIRECT = {runtime: make(runtime, 1, graphs=False) for runtime in RUNTIMES}
 torch.accelerator.synchronize()
 
 Call = Callable[[torch.Tensor], torch.Tensor]
@@ -87,40 +88,40 @@ def many_threads(call: Call, threads: int, calls: int) -> None:
     check(outputs, STREAMS[:threads])
 
 
-def streams2_threads1_calls3_contexts1() -> None:
-    one_thread(ENGINES[1], 3)
+def streams2_threads1_calls3_contexts1(runtime: str) -> None:
+    one_thread(ENGINES[runtime][1], 3)
 
 
-def streams2_threads1_calls3_contexts2() -> None:
-    one_thread(ENGINES[2], 3)
+def streams2_threads1_calls3_contexts2(runtime: str) -> None:
+    one_thread(ENGINES[runtime][2], 3)
 
 
-def streams2_threads2_calls2_contexts1() -> None:
-    many_threads(ENGINES[1], 2, 2)
+def streams2_threads2_calls2_contexts1(runtime: str) -> None:
+    many_threads(ENGINES[runtime][1], 2, 2)
 
 
-def streams2_threads2_calls2_contexts2() -> None:
-    many_threads(ENGINES[2], 2, 2)
+def streams2_threads2_calls2_contexts2(runtime: str) -> None:
+    many_threads(ENGINES[runtime][2], 2, 2)
 
 
-def streams2_threads1_calls3_direct() -> None:
-    one_thread(DIRECT, 3)
+def streams2_threads1_calls3_direct(runtime: str) -> None:
+    one_thread(DIRECT[runtime], 3)
 
 
-def streams2_threads2_calls2_direct() -> None:
-    many_threads(DIRECT, 2, 2)
+def streams2_threads2_calls2_direct(runtime: str) -> None:
+    many_threads(DIRECT[runtime], 2, 2)
 
 
-def streams3_threads3_calls1_contexts2() -> None:
-    many_threads(ENGINES[2], 3, 1)
+def streams3_threads3_calls1_contexts2(runtime: str) -> None:
+    many_threads(ENGINES[runtime][2], 3, 1)
 
 
-def streams3_threads3_calls1_contexts1() -> None:
-    many_threads(ENGINES[1], 3, 1)
+def streams3_threads3_calls1_contexts1(runtime: str) -> None:
+    many_threads(ENGINES[runtime][1], 3, 1)
 
 
-def streams3_threads3_calls2_contexts2() -> None:
-    many_threads(ENGINES[2], 3, 2)
+def streams3_threads3_calls2_contexts2(runtime: str) -> None:
+    many_threads(ENGINES[runtime][2], 3, 2)
 
 
 __all__ = ["DIRECT", "ENGINES", "STREAMS", "check", "make", "many_threads", "one_thread", "serve"]

@@ -11,12 +11,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from engines import ENGINES, INPUTS, SIM, STREAMS, check, many_threads, one_thread, serve
+from engines import ENGINES as ALL
+from engines import INPUTS, SIM, STREAMS, check, many_threads, one_thread, serve
 
 from anabranch.check._inject import StaleStream
 from anabranch.sim import core
 
 Program = Callable[[], None]
+
+#: The Python runtime's: each mutant replaces a method of it. Those of the native runtime are in `native_mutants.py`.
+ENGINES = ALL["python"]
 
 #: Of the mutants that run calls on a stream of the runtime's own.
 LANE = torch.Stream(SIM)

@@ -71,6 +71,7 @@ class Arguments {
   Arguments(const Kernel& kernel, char* params, const void* const* buffers) : kernel_(kernel) {
     for (auto& patch : kernel.patches) {
       auto address = static_cast<const char*>(buffers[patch.buffer]) + patch.delta;
+      changed_ = changed_ || std::memcmp(params + patch.at, &address, sizeof address) != 0;
       std::memcpy(params + patch.at, &address, sizeof address);
     }
     if (kernel.packed) {
@@ -80,6 +81,8 @@ class Arguments {
       for (auto offset : kernel.offsets) pointers_.push_back(params + offset);
     }
   }
+  // Whether other addresses were there before.
+  bool changed() const { return changed_; }
   KernelLaunch launch() {
     return {kernel_.function,
             kernel_.kernel,
@@ -99,6 +102,7 @@ class Arguments {
   c10::SmallVector<void*, 32> pointers_;
   std::array<void*, 5> extra_{};
   size_t size_ = 0;
+  bool changed_ = false;
 };
 
 }  // namespace
@@ -166,6 +170,10 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Buil
         throw;
       }
       pool.release(grant.slot, ref.id);
+#ifdef ANABRANCH_MUTANT_LATE_RECORD
+      // Planted for the tests of the tests: the next user's wait may bind to the record before this one.
+      context.done->record(stream);
+#endif
       counters_->add(Counters::kCalls);
       counters_->add(Counters::kGraphCalls);
       return Outcome::kDone;
@@ -238,9 +246,13 @@ void Specialization::launch(Context& context, const at::Tensor* inputs, const c1
   }
   for (auto& region : regions) buffers.push_back(region.data);
   for (auto& kernel : context.kernels) {
-    // The context's own parameters: it is this call's.
+    // The context's own parameters, as its graph has them since its last call; the context is this call's. The
+    // allocator often hands out the memory again that the last call's results had.
     Arguments arguments(kernel, kernel.params.data(), buffers.data());
+    if (kernel.is_set && !arguments.changed()) continue;
+    kernel.is_set = false;
     check("setting the parameters of a graph's kernel", api_->patch(context.graph, kernel.node, arguments.launch()));
+    kernel.is_set = true;
   }
   check("launching a graph", api_->launch(context.graph, ref));
   for (size_t r = 0; r < regions.size(); ++r) {
@@ -248,7 +260,7 @@ void Specialization::launch(Context& context, const at::Tensor* inputs, const c1
       check("copying a result", api_->copy(regions[r].data, context.results[r], layout->bytes(r), ref));
     }
   }
-#ifndef ANABRANCH_MUTANT_NO_RECORD
+#if !defined(ANABRANCH_MUTANT_NO_RECORD) && !defined(ANABRANCH_MUTANT_LATE_RECORD)
   context.done->record(stream);
 #endif
 }

@@ -70,6 +70,7 @@ struct Kernel {
     int64_t delta;  // bytes
   };
   std::vector<Patch> patches;
+  bool is_set = false;  // the graph has what `params` says
 };
 
 // An execution context: the memory and the graph of one call in flight. `owner` keeps them, and when it is let go of

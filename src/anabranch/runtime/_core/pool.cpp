@@ -11,31 +11,22 @@ Limits::Limits(int64_t max_contexts, int64_t memory_limit) : max_contexts(max_co
 
 bool Limits::reserve(int64_t bytes) {
   for (;;) {
-    auto contexts = contexts_.load("read");
-    if (contexts >= max_contexts) return false;
-    if (contexts_.change("reserve", contexts, contexts + 1)) break;
-  }
-  for (;;) {
-    auto held = bytes_.load("read");
-    if (!fits(held + bytes)) {
-      contexts_.add("give back", -1);
-      return false;
-    }
-    if (bytes_.change("reserve", held, held + bytes)) return true;
+    auto held = held_.load("read");
+    if (!has_room(held, bytes)) return false;
+    if (held_.change("reserve", held, held + kOne + bytes)) return true;
   }
 }
 
 bool Limits::has_room(int64_t bytes) const {
-  return contexts_.load("read") < max_contexts && fits(bytes_.load("read") + bytes);
+  return has_room(held_.load("read"), bytes);
 }
 
 bool Limits::confirm(int64_t reserved, int64_t actual) {
-  return fits(bytes_.add("confirm", actual - reserved) + actual - reserved);
+  return fits(bytes(held_.add("confirm", actual - reserved)) + actual - reserved);
 }
 
 void Limits::forget(int64_t bytes) {
-  bytes_.add("forget", -bytes);
-  contexts_.add("forget", -1);
+  held_.add("forget", -kOne - bytes);
 }
 
 // -- Pool ------------------------------------------------------------------------------------------------------------
@@ -155,6 +146,7 @@ Slot* Pool::add(std::unique_ptr<Payload> payload, int64_t bytes) {
   }
   if (!slot) slot = &slots_.emplace_back();
   slot->payload = std::move(payload);
+  slot->bytes_ = bytes;
   slot->used_at_.store(0, std::memory_order_relaxed);
   slot->word_.poke(Slot::word(line_.empty() ? Slot::kTaken : Slot::kWanted, Slot::kNever));
   return slot;
@@ -182,8 +174,8 @@ bool Pool::take(Slot* slot) {
 }
 
 std::unique_ptr<Payload> Pool::discard(Slot* slot) {
-  auto payload = std::move(slot->payload);
   std::lock_guard<Mutex> guard(lock_);
+  auto payload = std::move(slot->payload);  // with the lock held: `for_each` may be looking at it
   slot->word_.store("discard", Slot::word(Slot::kEmpty, Slot::kNever));
   if (!--alive_) send_away();
   return payload;
@@ -199,7 +191,6 @@ std::vector<std::unique_ptr<Payload>> Pool::drain() {
     slot.word_.store("drain", Slot::word(Slot::kEmpty, Slot::kNever));
     --alive_;
   }
-  if (!alive_) send_away();
   return all;
 }
 
@@ -243,7 +234,8 @@ void Pool::after_fork() {
     if (Slot::state(word) == Slot::kIdle) {
       ++alive_;
     } else {
-      (void)slot.payload.release();  // its owner was in the middle of using it
+      // Its owner was in the middle of using it.
+      if (slot.payload.release() && limits_) limits_->forget(slot.bytes_);
       slot.word_.poke(Slot::word(Slot::kEmpty, Slot::kNever));
     }
   }

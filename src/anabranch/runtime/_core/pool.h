@@ -41,14 +41,26 @@ class Limits {
   bool confirm(int64_t reserved, int64_t actual);
   // A context of `bytes` is gone, or was not built.
   void forget(int64_t bytes);
-  std::pair<int64_t, int64_t> held() const { return {contexts_.load("read"), bytes_.load("read")}; }
+  std::pair<int64_t, int64_t> held() const {
+    auto held = held_.load("read");
+    return {contexts(held), bytes(held)};
+  }
 
   const int64_t max_contexts, memory_limit;
 
  private:
-  bool fits(int64_t bytes) const { return memory_limit < 0 || bytes <= memory_limit; }
-  Atomic<int64_t> contexts_{"contexts", 0};
-  Atomic<int64_t> bytes_{"bytes", 0};
+  // Contexts above, bytes below, in one word: a reservation is made whole or not at all. Made in two steps, one that is
+  // refused at the second would meanwhile be in the way of one for which there is room.
+  static constexpr int kBits = 48;
+  static constexpr int64_t kOne = int64_t{1} << kBits;  // context
+  static constexpr int64_t kMost = (int64_t{1} << 15) - 1;
+  static int64_t contexts(int64_t held) { return held >> kBits; }
+  static int64_t bytes(int64_t held) { return held & (kOne - 1); }
+  bool fits(int64_t bytes) const { return bytes < kOne && (memory_limit < 0 || bytes <= memory_limit); }
+  bool has_room(int64_t held, int64_t more) const {
+    return contexts(held) < max_contexts && contexts(held) < kMost && fits(bytes(held) + more);
+  }
+  Atomic<int64_t> held_{"held", 0};
 };
 
 // What a slot holds: the state of one call in flight.
@@ -75,6 +87,7 @@ class Slot {
  private:
   friend class Pool;
   Atomic<int64_t> word_{"slot", word(kEmpty, kNever)};
+  int64_t bytes_ = 0;  // as counted in the limits
   // When it was given back; only to choose by.
   std::atomic<int64_t> used_at_{0};
 };

@@ -460,7 +460,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return std::make_unique<Limits>(contexts, memory.value_or(-1));
       }))
       .def("reserve", &Limits::reserve)
-      .def("has_room", &Limits::has_room)
+      .def("has_room", py::overload_cast<int64_t>(&Limits::has_room, py::const_))
       .def("confirm", &Limits::confirm)
       .def("cancel", &Limits::forget)
       .def("forget", &Limits::forget)

@@ -62,6 +62,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
       for (auto& dep : Machine::get().frontier(q)) all.push_back({"y" + dep.op, 0, 1, kRead});
       return all;
     };
+    ++Machine::get().asked;
     point("query", [&] { return "query " + q->actor; }, ask);
     Touches touched;
     bool done;
@@ -84,6 +85,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     if (!*event) {
       Lock lock;
       auto* made = new Event;
+      ++Machine::get().events;
       made->id = "e" + make_id(&Ids::event);
       *event = made;
     }
@@ -113,6 +115,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
       for (auto& dep : e.deps) all.push_back({"y" + dep.op, 0, 1, kRead});
       return all;
     };
+    ++Machine::get().asked;
     point("query", [&] { return "query " + e.id; }, ask);
     Touches touched;
     bool done;
@@ -147,7 +150,10 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
       machine.emit(R"({"do":"sync","on":")" + e.id + R"(","thread":")" + thread_name() + "\"}");
     }
   }
-  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
+  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override {
+    if (event) --Machine::get().events;
+    delete static_cast<Event*>(event);
+  }
   double elapsedTime(void*, void*, const c10::DeviceIndex) const override {
     TORCH_CHECK_NOT_IMPLEMENTED(false, "sim: time is not modelled, so events measure none");
   }

@@ -117,6 +117,8 @@ QueuePtr find(int64_t stream, int device) {
   return Machine::get().queue(device, stream);
 }
 
+Lock* fork_lock = nullptr;
+
 void trace(bool on) {
   auto& machine = Machine::get();
   Lock lock;
@@ -210,13 +212,41 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // -- kernels, errors
   m.def("launch", &launch);
   m.def("poisoned", &poisoned);
-  m.def("fail", [&machine](const std::string& kind, int64_t nth) {
+  // Kinds: alloc, launch (of anything), copy, graph, record, wait, capture, end of capture. The `nth` from now on fails
+  // (0: none), and the `times` - 1 after it. Says whether a fault planted before was still waiting for its turn.
+  m.def(
+      "fail",
+      [&machine](const std::string& kind, int64_t nth, int64_t times) {
+        Lock lock;
+        auto found = machine.faults.find(kind);
+        bool waiting = found != machine.faults.end() && found->second.after > 0;
+        if (nth <= 0)
+          machine.faults.erase(kind);
+        else
+          machine.faults[kind] = {nth, times};
+        return waiting;
+      },
+      py::arg("kind"), py::arg("nth"), py::arg("times") = 1);
+  // What there is: to see that nothing is left behind.
+  m.def("alive", [&machine] {
     Lock lock;
-    if (nth <= 0)
-      machine.faults.erase(kind);
-    else
-      machine.faults[kind] = nth;
+    py::dict all;
+    all["graphs"] = machine.graphs.size();
+    all["captures"] = machine.captures.size();
+    all["events"] = machine.events.load();
+    return all;
   });
+  // Around a fork: a child must not find the machine in the middle of another thread's change, nor its lock held.
+  m.def("before_fork", [] { fork_lock = new Lock; });
+  m.def("after_fork", [&machine](bool is_child) {
+    // The child's only thread is not the one that the lock knows as its holder.
+    if (is_child)
+      new (&machine.mutex) std::recursive_mutex;
+    else
+      delete fork_lock;
+    fork_lock = nullptr;
+  });
+  m.def("asked", [&machine] { return machine.asked.load(); });
   m.def("lost", [&machine]() -> std::optional<std::string> {
     Lock lock;
     if (machine.error.empty()) return std::nullopt;

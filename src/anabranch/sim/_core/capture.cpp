@@ -41,6 +41,7 @@ std::shared_ptr<Graph> Machine::end_capture(const QueuePtr& queue) {
   TORCH_CHECK(capture->origin == queue, "sim: the capture began on ", capture->origin->actor, ", not on ",
               queue->actor);
   abort_capture(queue);  // whatever comes next, it has ended
+  fault("end of capture");
   TORCH_CHECK(capture->invalid.empty(), "sim: the capture was invalidated: ", capture->invalid);
 
   // Everything must have been joined to the stream on which the capture began.
@@ -90,6 +91,7 @@ void Machine::trace_graph(const Graph& graph) {
 void Machine::launch_graph(const std::shared_ptr<Graph>& graph, const QueuePtr& queue) {
   fail_if_lost();
   fault("launch");
+  fault("graph");
   TORCH_CHECK(!queue->capture, "sim: launching a graph inside a capture (a child graph) is not modelled");
   log(queue, R"({"do":"replay","graph":")" + graph->id + R"(","stream":")" + queue->trace_name() + '"');
   auto launch = make_id(&Ids::op);

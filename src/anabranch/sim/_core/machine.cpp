@@ -144,6 +144,7 @@ void Machine::push_real(const QueuePtr& queue, Op op) {
 void Machine::launch(const QueuePtr& queue, Op op, bool uses_workspace) {
   fail_if_lost();
   fault("launch");
+  if (op.name == "copy" || op.name == "aten::copy_") fault("copy");
   if (uses_workspace) {
     // Two items, so that another stream's use of the same workspace can come between them.
     Block* block = workspace(queue);
@@ -176,6 +177,7 @@ void Machine::launch(const QueuePtr& queue, Op op, bool uses_workspace) {
 
 void Machine::record(Event& event, const QueuePtr& queue) {
   fail_if_lost();
+  fault("record");
   event.recorded = true;
   event.deps.clear();
   event.inside.clear();
@@ -191,6 +193,7 @@ void Machine::record(Event& event, const QueuePtr& queue) {
 
 void Machine::wait(const Event& event, const QueuePtr& queue) {
   fail_if_lost();
+  fault("wait");
   if (!event.recorded) return;
   if (event.capture) {
     auto& capture = event.capture;
@@ -321,8 +324,8 @@ void Machine::fail_if_lost() {
 
 void Machine::fault(const std::string& kind) {
   auto found = faults.find(kind);
-  if (found == faults.end() || --found->second > 0) return;
-  faults.erase(found);
+  if (found == faults.end() || --found->second.after > 0) return;
+  if (--found->second.times <= 0) faults.erase(found);
   TORCH_CHECK_WITH(OutOfMemoryError, kind != "alloc", "sim out of memory: an allocation was made to fail");
   TORCH_CHECK(false, "sim: a ", kind, " was made to fail");
 }

@@ -10,6 +10,7 @@
 
 #include <c10/core/Device.h>
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -209,8 +210,14 @@ class Machine {
   std::string policy = "fifo";
   std::mt19937_64 random{0};
   std::string error;  // the first error of queued work; lasts
-  std::map<std::string, int64_t> faults;
+  // Planted faults, by kind: the `after`-th call of that kind from here on fails, and `times` - 1 more.
+  struct Fault {
+    int64_t after, times;
+  };
+  std::map<std::string, Fault> faults;
   void fault(const std::string& kind);
+  // How often a host thread waited for the device or asked it, and how many events there are.
+  std::atomic<int64_t> asked{0}, events{0};
   int64_t limit[kDevices] = {0, 0};  // bytes; 0: none
   int64_t next_pool = 1;
 

@@ -272,6 +272,7 @@ Touches queue_touches(const QueuePtr& queue, const std::string& op) {
 
 void synchronize(const Deps& deps, const char* what) {
   auto& machine = Machine::get();
+  ++machine.asked;
   if (conducted()) {
     std::vector<std::string> needs;
     Touches touches;

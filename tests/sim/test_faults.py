@@ -1,0 +1,238 @@
+"""The fault campaign on the simulated device: whatever a call asks of it fails once, at every place in turn."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from contract import faults
+from contract.faults import Planted, Scene, campaign, interrupt_at
+from contract.support import Make
+
+# Nothing runs but what is waited for: work that a fault left behind stays in the way as long as it can.
+lazily = pytest.mark.parametrize("rig", ["lazy"], indirect=True)
+pytestmark = lazily
+
+
+def level(rig: Any) -> dict[str, int]:
+    """What there is in the machine."""
+    gc.collect()
+    rig.seam.trim()
+    rig.module.empty_cache()
+    allocated, reserved = rig.core.memory(0)
+    return {"allocated": allocated, "reserved": reserved, **rig.core.alive()}
+
+
+@pytest.fixture
+def scenes(rig: Any, compiled: Make) -> Iterator[Callable[..., Scene]]:
+    """Makes scenes, and looks in the end whether they left anything behind."""
+    made: list[Scene] = []
+    streams = [rig.stream() for _ in range(3)]
+
+    def make(**options: Any) -> Scene:
+        made.append(Scene(rig, compiled, streams, **options))
+        return made[-1]
+
+    # What is made once and for all: lanes, and the streams' hidden workspaces.
+    for graphs in (True, False):
+        rehearsal = make(graphs=graphs, contexts=3)
+        rehearsal.check_next()
+        rehearsal.engine.warm(contexts=3)
+        rehearsal.close()
+        made.clear()
+    before = level(rig)
+    yield make
+    for scene in made:
+        scene.close()
+    rig.open_all()
+    assert level(rig) == before
+
+
+def device(rig: Any, kind: str, times: int = 1) -> Callable[[int], Any]:
+    """Plants a fault of the device."""
+
+    @contextmanager
+    def plant(nth: int) -> Iterator[Planted]:
+        planted = Planted()
+        rig.core.fail(kind, nth, times)
+        try:
+            yield planted
+        finally:
+            planted.fired = not rig.core.fail(kind, 0)
+
+    return plant
+
+
+@pytest.mark.parametrize("kind", ["alloc", "launch", "copy", "graph", "record", "wait"])
+def test_a_warm_graph_call(rig: Any, scenes: Callable[..., Scene], kind: str) -> None:
+    scene = scenes(contexts=1)
+    places = {"alloc": 1, "launch": 3, "copy": 2, "graph": 1, "record": 1, "wait": 1}
+    assert campaign(scene, device(rig, kind), before=lambda: scene.engine.warm()) == places[kind]
+
+
+@pytest.mark.parametrize("kind", ["alloc", "launch", "record", "wait"])
+def test_a_direct_call(rig: Any, scenes: Callable[..., Scene], kind: str) -> None:
+    assert campaign(scenes(graphs=False), device(rig, kind)) >= 1
+
+
+@pytest.mark.parametrize("kind", ["alloc", "launch", "copy", "graph", "record", "capture", "end of capture"])
+def test_a_call_that_builds_a_context(rig: Any, scenes: Callable[..., Scene], kind: str) -> None:
+    scene = scenes(contexts=2)
+    assert campaign(scene, device(rig, kind), before=scene.drop) >= 1
+    scene.drop()
+    assert scene.engine.warm(contexts=2) == 2, "an earlier failure is held against later builds"
+
+
+@pytest.mark.parametrize("kind", ["alloc", "launch", "capture", "end of capture"])
+def test_a_first_call(rig: Any, scenes: Callable[..., Scene], kind: str) -> None:
+    assert campaign(scenes(contexts=3), device(rig, kind), before=lambda: None, new=True) >= 1
+
+
+def test_a_capture_that_another_operation_invalidates(
+    rig: Any, scenes: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = scenes(contexts=2)
+    begin = type(rig.seam).capture
+
+    def spoiled(self: Any, lane: Any, memory: Any, fn: Callable[[], Any]) -> Any:
+        def with_a_wait() -> Any:
+            result = fn()
+            with pytest.raises(RuntimeError, match="not permitted"):
+                lane.stream.synchronize()
+            return result
+
+        return begin(self, lane, memory, with_a_wait)
+
+    scene.drop()
+    calls = scene.prepare()
+    with monkeypatch.context() as m:
+        m.setattr(type(rig.seam), "capture", spoiled)
+        calls[0].make()  # runs direct: a context was not to be had
+        assert scene.engine.stats().contexts == 0
+    assert calls[0].output is not None
+    scene.check(calls)
+    scene.drop()
+    scene.check_next()
+    assert scene.engine.stats().contexts >= 1
+
+
+def test_a_context_whose_end_nothing_tells_is_never_used_again(rig: Any, runtime: str, compiled: Make) -> None:
+    # The record fails, and so does the one that the error path makes in its place.
+    scene = Scene(rig, compiled, [rig.stream() for _ in range(3)], contexts=2)
+    scene.engine.warm(contexts=2)
+    calls = scene.prepare()
+    graphs = rig.core.alive()["graphs"]
+    with device(rig, "record", times=2)(1) as planted, pytest.raises(RuntimeError, match="made to fail"):
+        calls[0].make()
+    assert planted.fired
+    gc.collect()
+    rig.seam.reap()
+    assert rig.core.alive()["graphs"] == graphs, "its graph was freed, with its launch still queued"
+    assert scene.engine.warm(contexts=2) == 1, "its memory is somebody else's, with its work still queued"
+    scene.check(calls)
+
+
+# -- interrupts: of what is Python ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_warm_call_interrupted_at_each_line(
+    rig: Any, runtime: str, scenes: Callable[..., Scene], error: type[BaseException]
+) -> None:
+    scene = scenes(contexts=1)
+    plant = lambda nth: interrupt_at(nth, error)  # noqa: E731
+    lines = campaign(scene, plant, before=lambda: scene.engine.warm())
+    # Of the native runtime's call nothing is Python: there is no place where it could be interrupted.
+    assert lines == 0 if runtime == "native" else lines > 30
+
+
+def test_a_direct_call_interrupted_at_each_line(rig: Any, runtime: str, scenes: Callable[..., Scene]) -> None:
+    # The flags are looked at before and after.
+    assert campaign(scenes(graphs=False), interrupt_at) > (0 if runtime == "native" else 30)
+
+
+def test_a_call_that_builds_a_context_interrupted_at_each_line(rig: Any, scenes: Callable[..., Scene]) -> None:
+    scene = scenes(contexts=2)
+    assert campaign(scene, interrupt_at, before=scene.drop) > 50
+    faults.nobody_holds_the_build_lock()
+    scene.drop()
+    assert scene.engine.warm(contexts=2) == 2
+
+
+def test_signals_while_calls_are_made_and_contexts_built(rig: Any, scenes: Callable[..., Scene]) -> None:
+    faults.signals(scenes(contexts=2), seconds=3)
+
+
+# -- threads and processes that end -----------------------------------------------------------------------------------
+
+
+def test_threads_that_end_leave_their_contexts_to_others(rig: Any, scenes: Callable[..., Scene]) -> None:
+    scene = scenes(contexts=2)
+    faults.threads_that_end(scene)
+    assert scene.engine.stats().captures <= 2, "contexts were lost with the threads that had used them"
+
+
+def test_a_fork_while_other_threads_are_in_calls(rig: Any, scenes: Callable[..., Scene]) -> None:
+    scene = scenes(contexts=2)
+    stop = threading.Event()
+    x = rig.random(4, faults.WIDTH)
+
+    def call() -> None:
+        with rig.module.stream(rig.stream()):
+            while not stop.is_set():
+                scene.engine(x)
+                rig.module.current_stream().synchronize()
+
+    threads = [threading.Thread(target=call) for _ in range(6)]
+    for t in threads:
+        t.start()
+    try:
+        for _ in range(10):
+            pid = os.fork()
+            if pid == 0:
+                status = 1
+                signal.alarm(60)
+                try:
+                    scene.check_next()
+                    status = 0
+                finally:
+                    os._exit(status)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        stop.set()
+        for t in threads:
+            t.join()
+    scene.check_next()
+
+
+# -- waiting in line --------------------------------------------------------------------------------------------------
+
+
+def test_of_sixty_four_threads_none_starves(rig: Any, scenes: Callable[..., Scene]) -> None:
+    # In line there are at most 63 ahead. More come by while a thread has its context but not yet the GIL.
+    assert faults.none_starves(scenes(contexts=1)) < 640
+
+
+@pytest.mark.parametrize("runtime", ["python"])
+def test_a_line_that_serves_the_last_first_would_be_seen(
+    rig: Any, scenes: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from collections import deque
+
+    from anabranch.runtime import _pool
+
+    class Stack(deque[Any]):
+        def popleft(self) -> Any:
+            return self.pop()
+
+    scene = scenes(contexts=1)
+    monkeypatch.setattr(scene.engine._primary._pool, "_waiters", Stack())
+    assert _pool.deque is not Stack
+    assert faults.none_starves(scene) > 640
