@@ -155,9 +155,13 @@ struct Signature {
       ~Outside() { t_inside = true; }
     } outside;
     Gil gil;
-    py::object built = py::none();
     auto self = py::reinterpret_borrow<py::object>(owner.get())();
-    if (!self.is_none()) built = self.attr("_build_native")(reserved);
+    if (self.is_none()) {
+      // The engine was closed meanwhile: nobody will build what is reserved.
+      py::handle(limits.get()).cast<Limits*>()->forget(reserved);
+      return {};
+    }
+    auto built = self.attr("_build_native")(reserved);
     if (built.is_none()) return {};
     auto slot = built.cast<uintptr_t>();
     return {reinterpret_cast<Slot*>(slot), slot == 0};
