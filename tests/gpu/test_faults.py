@@ -1,5 +1,6 @@
-"""Faults that CUDA can be made to have in the middle of a call: no memory, a spoiled capture, interrupts, ends of threads
-and processes. The simulated device has the rest: one fault at every place in turn (``tests/sim/test_faults.py``)."""
+"""Faults that CUDA can be made to have in a call: no memory, a spoiled capture, interrupts, ends of threads.
+
+The simulated device has the rest: one fault at every place in turn (``tests/sim/test_faults.py``)."""
 
 from __future__ import annotations
 
@@ -155,5 +156,3 @@ def test_threads_that_end_leave_their_contexts_to_others(gpu: Gpu, scenes: Calla
 
 def test_of_sixty_four_threads_none_starves(gpu: Gpu, scenes: Callable[..., Scene]) -> None:
     assert faults.none_starves(scenes(contexts=1)) < 640
-
-

@@ -1,4 +1,4 @@
-"""The backend and the native runtime under AddressSanitizer and UndefinedBehaviorSanitizer, in a process of their own."""
+"""Backend and native runtime under AddressSanitizer and UndefinedBehaviorSanitizer, in a process of their own."""
 
 from __future__ import annotations
 
