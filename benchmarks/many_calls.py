@@ -10,6 +10,7 @@ Nothing waits for the device but a thread's own look at its count of wrong outpu
 
 from __future__ import annotations
 
+import importlib
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import click
 import torch
 from torch import nn
 
+import anabranch
 from anabranch import models
 from anabranch.check import write_json
 
@@ -84,7 +86,7 @@ def serve(engine: Any, module: nn.Module, work: Work, device: torch.device, call
 @click.option("--json", "target", type=click.Path(path_type=Path))
 def main(device: str, runtime: str, backend: str | None, threads: int, calls: int, target: Path | None) -> None:
     if device == "sim":
-        import anabranch.sim  # registers the device
+        importlib.import_module("anabranch.sim")  # registers the device
     place = torch.device(device, 0)
     rows: list[dict[str, Any]] = []
     for name, work in WORKS.items():
