@@ -31,6 +31,20 @@ def level(rig: Any) -> dict[str, int]:
 
 
 @pytest.fixture
+def unobserved(rig: Any) -> Iterator[None]:
+    """The native runtime's locks as they are in production: the C++'s own, where no explorer could watch.
+
+    Observed ones are Python, in which a signal can strike, and a fork can find a thread.
+    """
+    from anabranch.explore._shared import Observer
+    from anabranch.runtime import _native
+
+    _native.core.observe(None)
+    yield
+    _native.core.observe(Observer())
+
+
+@pytest.fixture
 def scenes(rig: Any, compiled: Make) -> Iterator[Callable[..., Scene]]:
     """Makes scenes, and looks in the end whether they left anything behind."""
     made: list[Scene] = []
@@ -167,6 +181,7 @@ def test_a_call_that_builds_a_context_interrupted_at_each_place(rig: Any, scenes
     assert scene.engine.warm(contexts=2) == 2
 
 
+@pytest.mark.usefixtures("unobserved")
 def test_signals_while_calls_are_made_and_contexts_built(rig: Any, scenes: Callable[..., Scene]) -> None:
     faults.signals(scenes(contexts=2), seconds=3)
 
@@ -180,6 +195,7 @@ def test_threads_that_end_leave_their_contexts_to_others(rig: Any, scenes: Calla
     assert scene.engine.stats().captures <= 2, "contexts were lost with the threads that had used them"
 
 
+@pytest.mark.usefixtures("unobserved")
 def test_a_fork_while_other_threads_are_in_calls(rig: Any, scenes: Callable[..., Scene]) -> None:
     scene = scenes(contexts=2)
     stop = threading.Event()
