@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from contract import faults
 from contract.faults import Planted, Scene, campaign, interrupt_at
@@ -196,8 +197,8 @@ def test_threads_that_end_leave_their_contexts_to_others(rig: Any, scenes: Calla
 
 
 @pytest.mark.usefixtures("unobserved")
-def test_a_fork_while_other_threads_are_in_calls(rig: Any, scenes: Callable[..., Scene]) -> None:
-    scene = scenes(contexts=2)
+def test_a_fork_while_other_threads_are_in_calls(rig: Any, compiled: Make) -> None:
+    scene = Scene(rig, compiled, [rig.stream() for _ in range(3)], contexts=2)
     stop = threading.Event()
     x = rig.random(4, faults.WIDTH)
 
@@ -215,7 +216,8 @@ def test_a_fork_while_other_threads_are_in_calls(rig: Any, scenes: Callable[...,
             pid = os.fork()
             if pid == 0:
                 status = 1
-                signal.alarm(60)
+                faulthandler.dump_traceback_later(30, exit=True)
+                torch.set_num_threads(1)  # the parent's OpenMP threads are not there
                 try:
                     scene.check_next()
                     status = 0
