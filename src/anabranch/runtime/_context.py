@@ -35,7 +35,11 @@ class Context:
         outputs: StaticOutputs,
         nbytes: int,
         forget: Callable[[], None],
+        parts: list[Any] | None = None,
     ) -> None:
+        """``parts``: whoever takes the one item out is to free graph, lane and memory; None: the context is."""
+        if parts is None:
+            parts = [None]
         self.graph = graph
         self.lane = lane
         self.inputs = inputs
@@ -51,6 +55,9 @@ class Context:
         remains = [inputs, outputs, graph, self.done]
 
         def decompose() -> None:
+            if not parts:
+                return remains.clear()
+            parts.pop()
             graph.destroy()
             remains.clear()
             device.release_lane(lane)
@@ -82,6 +89,8 @@ class Context:
         torch_device = torch.device(device.kind, index)
         lane, memory = device.acquire_lane(index), device.memory(index, fresh)
         graph: Graph | None = None
+        # An interrupt may strike when the context is made and has a finalizer, and still leave this by an exception.
+        parts: list[Any] = [None]
         try:
             if workspaces:
                 lane.load_workspaces()
@@ -93,14 +102,17 @@ class Context:
             lane.stream.synchronize()
             outputs = StaticOutputs(results)
             nbytes = memory.nbytes() + lane.hidden_nbytes()
+            return cls(device, graph, lane, memory, inputs, outputs, nbytes, forget, parts)
         except BaseException:
             lane.stream.synchronize()  # if this fails too, the device is lost, and nothing is to be used again
+            if not parts:
+                raise
+            parts.pop()
             if graph is not None:
                 graph.destroy()
             device.release_lane(lane)
             device.release_memory(memory)
             raise
-        return cls(device, graph, lane, memory, inputs, outputs, nbytes, forget)
 
 
 class StaticOutputs:

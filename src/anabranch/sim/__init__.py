@@ -31,11 +31,7 @@ generate_methods_for_privateuse1_backend()
 # behaves as ever.
 _sync.install(Factories())
 process.renew_locks()
-os.register_at_fork(
-    before=core.before_fork,
-    after_in_parent=lambda: core.after_fork(False),
-    after_in_child=lambda: core.after_fork(True),
-)
+os.register_at_fork(before=core.before_fork, after_in_parent=core.after_fork)
 
 
 def launch(

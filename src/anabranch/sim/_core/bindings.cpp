@@ -1,6 +1,9 @@
 // The module that Python sees. What it offers is private to the package; anabranch.sim is the public face.
 #include <ATen/ATen.h>
+#include <pthread.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include <utility>
 
 #include "native.h"
 #include "threads.h"
@@ -236,15 +239,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     all["events"] = machine.events.load();
     return all;
   });
-  // Around a fork: a child must not find the machine in the middle of another thread's change, nor its lock held.
+  // Around a fork: a child must not find the machine in the middle of another thread's change, nor its lock held. The
+  // child's only thread is not the one that the lock knows as its holder, so it gets a new one, before anything else.
   m.def("before_fork", [] { fork_lock = new Lock; });
-  m.def("after_fork", [&machine](bool is_child) {
-    // The child's only thread is not the one that the lock knows as its holder.
-    if (is_child)
-      new (&machine.mutex) std::recursive_mutex;
-    else
-      delete fork_lock;
-    fork_lock = nullptr;
+  m.def("after_fork", [] { delete std::exchange(fork_lock, nullptr); });
+  pthread_atfork(nullptr, nullptr, [] {
+    if (std::exchange(fork_lock, nullptr)) new (&Machine::get().mutex) std::recursive_mutex;
   });
   m.def("asked", [&machine] { return machine.asked.load(); });
   m.def("lost", [&machine]() -> std::optional<std::string> {
