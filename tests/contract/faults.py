@@ -145,7 +145,7 @@ def campaign(scene: Scene, plant: Plant, *, before: Callable[[], Any] = lambda: 
             except (Exception, KeyboardInterrupt) as e:
                 error = e.with_traceback(None)
         if error is not None:
-            assert is_named(error) or isinstance(error, KeyboardInterrupt), error
+            assert is_named(error) or type(error) in (KeyboardInterrupt, MemoryError), error
             assert call.output is None
         else:
             assert call.output is not None
@@ -167,26 +167,25 @@ class Planted:
 
 @contextmanager
 def interrupt_at(nth: int, error: type[BaseException] = KeyboardInterrupt) -> Iterator[Planted]:
-    """``error`` is raised in this thread at the n-th line of the runtime's Python that it runs."""
-    planted, lines = Planted(), 0
+    """``error`` is raised in this thread at the n-th place of the runtime's Python where a signal could raise it.
 
-    def each(frame: Any, event: str, arg: Any) -> Any:
-        nonlocal lines
-        if event == "line":
-            lines += 1
-            if lines == nth:
+    The interpreter looks for signals where a function begins or a generator goes on, and after calls of C functions.
+    """
+    planted, places = Planted(), 0
+
+    def profile(frame: Any, event: str, arg: Any) -> None:
+        nonlocal places
+        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(RUNTIME):
+            places += 1
+            if places == nth:
                 planted.fired = True
                 raise error
-        return each
 
-    def start(frame: Any, event: str, arg: Any) -> Any:
-        return each if frame.f_code.co_filename.startswith(RUNTIME) else None
-
-    sys.settrace(start)
+    sys.setprofile(profile)
     try:
         yield planted
     finally:
-        sys.settrace(None)
+        sys.setprofile(None)
 
 
 def nobody_holds_the_build_lock() -> None:

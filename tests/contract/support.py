@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ class Rig:
     event_class: Any
     graph_class: Any
     #: What the tests of this device compile with, unless they say otherwise.
-    defaults: dict[str, Any] = {}
+    defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(self) -> None:
         self.seam = get_device(self.kind)

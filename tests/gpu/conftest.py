@@ -28,4 +28,3 @@ def gpu() -> Iterator[Gpu]:
 def rig(gpu: Gpu) -> Gpu:
     """What the contract's tests call it."""
     return gpu
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ class Gpu(Rig):
     """Streams, latches and inputs of one test. Every latch is opened at its end, whatever happened."""
 
     kind = "cuda"
-    defaults = {"backend": "eager"}
+    defaults: ClassVar[dict[str, Any]] = {"backend": "eager"}
 
     def __init__(self) -> None:
         from anabranch.devices import _cuda

@@ -98,4 +98,3 @@ def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     rig.open_all()
     gc.collect()
     rig.core.policy("fifo", 0)
-

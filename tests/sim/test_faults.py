@@ -45,13 +45,14 @@ def scenes(rig: Any, compiled: Make) -> Iterator[Callable[..., Scene]]:
         rehearsal = make(graphs=graphs, contexts=3)
         rehearsal.check_next()
         rehearsal.engine.warm(contexts=3)
+        rehearsal.engine(rig.random(5, faults.WIDTH))
         rehearsal.close()
         made.clear()
     before = level(rig)
     yield make
+    rig.open_all()
     for scene in made:
         scene.close()
-    rig.open_all()
     assert level(rig) == before
 
 
@@ -92,7 +93,7 @@ def test_a_call_that_builds_a_context(rig: Any, scenes: Callable[..., Scene], ki
 
 @pytest.mark.parametrize("kind", ["alloc", "launch", "capture", "end of capture"])
 def test_a_first_call(rig: Any, scenes: Callable[..., Scene], kind: str) -> None:
-    assert campaign(scenes(contexts=3), device(rig, kind), before=lambda: None, new=True) >= 1
+    assert campaign(scenes(contexts=3), device(rig, kind), new=True) >= 1
 
 
 def test_a_capture_that_another_operation_invalidates(
@@ -143,22 +144,22 @@ def test_a_context_whose_end_nothing_tells_is_never_used_again(rig: Any, runtime
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_a_warm_call_interrupted_at_each_line(
+def test_a_warm_call_interrupted_at_each_place(
     rig: Any, runtime: str, scenes: Callable[..., Scene], error: type[BaseException]
 ) -> None:
     scene = scenes(contexts=1)
     plant = lambda nth: interrupt_at(nth, error)  # noqa: E731
-    lines = campaign(scene, plant, before=lambda: scene.engine.warm())
+    places = campaign(scene, plant, before=lambda: scene.engine.warm())
     # Of the native runtime's call nothing is Python: there is no place where it could be interrupted.
-    assert lines == 0 if runtime == "native" else lines > 30
+    assert places == 0 if runtime == "native" else places > 20
 
 
-def test_a_direct_call_interrupted_at_each_line(rig: Any, runtime: str, scenes: Callable[..., Scene]) -> None:
+def test_a_direct_call_interrupted_at_each_place(rig: Any, runtime: str, scenes: Callable[..., Scene]) -> None:
     # The flags are looked at before and after.
-    assert campaign(scenes(graphs=False), interrupt_at) > (0 if runtime == "native" else 30)
+    assert campaign(scenes(graphs=False), interrupt_at) > (0 if runtime == "native" else 20)
 
 
-def test_a_call_that_builds_a_context_interrupted_at_each_line(rig: Any, scenes: Callable[..., Scene]) -> None:
+def test_a_call_that_builds_a_context_interrupted_at_each_place(rig: Any, scenes: Callable[..., Scene]) -> None:
     scene = scenes(contexts=2)
     assert campaign(scene, interrupt_at, before=scene.drop) > 50
     faults.nobody_holds_the_build_lock()

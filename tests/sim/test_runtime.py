@@ -19,8 +19,8 @@ def engines() -> Any:
     return engines
 
 
-# How many schedules are not equivalent. Of the Python runtime: the orders of the critical sections of the pool's lock. Of
-# the native one: the orders in which the contexts' words change, and of the critical sections where a hint does not help.
+# How many schedules are not equivalent. Of the Python runtime: the orders of the critical sections of the pool's lock.
+# Of the native one: the orders in which the contexts' words change, and of critical sections where no hint helps.
 # With one thread, and on the direct path, calls have nothing in common whose order could matter.
 @pytest.mark.parametrize("runtime", ["python", "native"])
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The backend under AddressSanitizer and UndefinedBehaviorSanitizer, in a process of its own."""
+"""Backend and native runtime under AddressSanitizer and UndefinedBehaviorSanitizer, in a process of their own."""
 
 from __future__ import annotations
 
@@ -29,18 +29,16 @@ def _library(compiler: str, name: str) -> str:
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    from anabranch.sim import _build
+    from anabranch.runtime import _library as runtime
+    from anabranch.sim import _build as sim
 
-    before = os.environ.get("ANABRANCH_SIM_FLAGS")
-    os.environ["ANABRANCH_SIM_FLAGS"] = FLAGS
-    try:
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("ANABRANCH_SIM_FLAGS", FLAGS)
+        m.setenv("ANABRANCH_NATIVE_FLAGS", FLAGS)
         # Not in the process below, where the compiler would run under the sanitizers too.
-        _build.build()
+        sim.build()
+        runtime.build()
         environment = dict(os.environ)
-    finally:
-        os.environ.pop("ANABRANCH_SIM_FLAGS")
-        if before is not None:
-            os.environ["ANABRANCH_SIM_FLAGS"] = before
     libraries = [_library("gcc", "libasan.so"), _library("gcc", "libubsan.so"), _library("g++", "libstdc++.so")]
     environment["LD_PRELOAD"] = " ".join(libraries)
     # Python and PyTorch never free what they made once; only what is wrong in what we do counts.
@@ -63,14 +61,26 @@ torch.accelerator.synchronize()
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
 
 
+def test_both_libraries_are_the_instrumented_ones(environment: dict[str, str]) -> None:
+    code = """
+import anabranch.sim, subprocess
+from anabranch.runtime import _library
+for path in (anabranch.sim.core.__file__, _library.load().__file__):
+    print("__asan_init" in subprocess.run(["nm", "-D", path], capture_output=True, text=True, env={}).stdout)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "True"], done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "tests",
     [
         ["tests/sim/test_ops.py"],
-        ["tests/sim/test_device_seam.py", "tests/sim/test_device_contract.py"],
+        ["tests/sim/test_device_seam.py", "tests/sim/test_device_contract.py", "-k", "not python"],
+        ["tests/sim/test_faults.py", "-k", "not python and not first_call"],
         ["tests/sim/test_mutants.py", "-k", "exhaustive"],
     ],
-    ids=["ops", "device", "explorer"],
+    ids=["ops", "device", "faults", "explorer"],
 )
 def test_the_suite_is_clean(environment: dict[str, str], tests: list[str]) -> None:
     done = subprocess.run(

@@ -132,7 +132,7 @@ def test_a_reservation_keeps_its_bytes_when_the_estimate_changes() -> None:
     pool._limits.reserve(0)
     pool._limits.confirm(0, 300)
     pool.add(bigger)  # another thread's build
-    pool._limits.cancel(choice.nbytes)
+    choice.cancel()
     assert pool._limits.held() == (2, 400)
 
 
@@ -152,7 +152,7 @@ def test_drain_takes_the_idle_and_leaves_those_in_use() -> None:
 def test_the_count_of_contexts_is_limited() -> None:
     limits = Limits(2, None)
     assert [limits.reserve(10) for _ in range(3)] == [True, True, False]
-    limits.cancel(10)
+    limits.forget(10)
     assert limits.held() == (1, 10)
     assert limits.reserve(5)
     assert not limits.reserve(0)

@@ -680,7 +680,8 @@ def test_the_interpreter_exits_with_threads_still_calling(run_python: Any, runti
         import atexit
         atexit.register(lambda: print("last call", torch.equal(engine(x), expected)))  # runs after the engine's own
         import threading, torch, anabranch
-        engine = anabranch.compile(torch.nn.Linear(16, 16).eval(), [torch.randn(4, 16)], backend="eager", runtime=RUNTIME)
+        model = torch.nn.Linear(16, 16).eval()
+        engine = anabranch.compile(model, [torch.randn(4, 16)], backend="eager", runtime=RUNTIME)
         x = torch.randn(4, 16)
         expected = engine(x)
         started = threading.Barrier(5)
@@ -703,7 +704,8 @@ def test_the_interpreter_exits_while_a_thread_compiles(run_python: Any, runtime:
     done = run_python(
         """
         import threading, torch, anabranch
-        engine = anabranch.compile(torch.nn.Linear(16, 16).eval(), [torch.randn(4, 16)], backend="eager", runtime=RUNTIME)
+        model = torch.nn.Linear(16, 16).eval()
+        engine = anabranch.compile(model, [torch.randn(4, 16)], backend="eager", runtime=RUNTIME)
         xs = [torch.randn(n, 16) for n in range(100)]
         started = threading.Event()
         def work():
@@ -721,7 +723,7 @@ def test_a_spawned_script_exits_cleanly_after_a_fork_with_an_engine(run_python: 
     done = run_python(
         """
         import os, torch, anabranch
-        engine = anabranch.compile(torch.nn.ReLU(), [torch.randn(4)], backend="eager", runtime=RUNTIME)
+        engine = anabranch.compile(torch.nn.ReLU(), [torch.randn(4)], runtime=RUNTIME, backend="eager")
         x = torch.randn(4)
         pid = os.fork()
         ok = torch.equal(engine(x), x.relu())

@@ -34,7 +34,7 @@ class Context:
         inputs: Sequence[torch.Tensor],
         outputs: StaticOutputs,
         nbytes: int,
-        forget: Callable[[int], None],
+        forget: Callable[[], None],
     ) -> None:
         self.graph = graph
         self.lane = lane
@@ -57,7 +57,7 @@ class Context:
             device.release_memory(memory)
 
         def bury(done: Any) -> None:
-            forget(nbytes)
+            forget()
             device.bury([done], remains, decompose)
 
         weakref.finalize(self, bury, self.done).atexit = False
@@ -70,7 +70,7 @@ class Context:
         kernels: Kernels,
         signature: Signature,
         workspaces: bool,
-        forget: Callable[[int], None],
+        forget: Callable[[], None],
         fresh: bool,
     ) -> Context:
         """Capture ``kernels`` into a graph. The host waits for this context's own lane only.

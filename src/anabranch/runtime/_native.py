@@ -80,6 +80,10 @@ class Pool:
         """Give up a context; it is freed once its queued work is done."""
         self._signature.discard(context.slot)
 
+    def discard_added(self) -> None:
+        """Give up the context that this thread has added and nobody got: an interrupt came in between."""
+        self._signature.discard_added()
+
     def drain(self) -> None:
         """Take all idle contexts out for good."""
         self._signature.drain()
@@ -164,15 +168,15 @@ class NativeSpecialization(Specialization):
             # The dict keeps the event as long as the weights may need it, this signature's C++ half as long as calls.
             self._core.set_last_uses(lambda stream: last_uses.setdefault(_key(stream), device.event()))
 
-    def _capture(self, fresh: bool) -> Context:
+    def _capture(self, fresh: bool, forget: Callable[[], None]) -> Context:
         if self.copies is None:
-            context = self._capture_bound(fresh, self._limits.forget)
+            context = self._capture_bound(fresh, forget)
             if not isinstance(context, str):
                 return context
             self.copies = context
-        return super()._capture(fresh)
+        return super()._capture(fresh, forget)
 
-    def _capture_bound(self, fresh: bool, forget: Callable[[int], None]) -> Context | str:
+    def _capture_bound(self, fresh: bool, forget: Callable[[], None]) -> Context | str:
         """A context whose graph reads and writes its callers' own tensors; or why there can be none."""
         from anabranch.devices import _recording
 
@@ -223,10 +227,10 @@ class NativeSpecialization(Specialization):
             # For what a capture shows of the kernels: few of them can be launched without it.
             try:
                 with neutral(self._device, self._index), self._device.building():
-                    self._capture_bound(False, lambda nbytes: None)
+                    self._capture_bound(False, lambda: None)
             except Exception as e:
                 self._device.check_error(e)
-                _log.info("%s: kernels stay with Python: %s: %s", self.settings.name, type(e).__name__, e)
+                _log.info("%s: kernels stay with Python: %s: %s", self.settings.name, type(e).__name__, str(e))
         self._core.set_graphs(self.uses_graphs)
 
     def _measure(self, context: Context, examples: Sequence[torch.Tensor], stream: Any) -> tuple[float, float]:
@@ -262,12 +266,11 @@ class NativeSpecialization(Specialization):
                 return structure.type.__name__[0]
         return "p"
 
-    def _build_native(self, reserved: int) -> int | None:
+    def _build_native(self, reservation: Any) -> int | None:
         """Asked by the C++ for one more context: its slot; 0 to take one there is; None to run direct."""
         if self._sensitive and not self.settings.flags.unchanged():
-            self._limits.cancel(reserved)  # a context captured now would have today's flags baked in
-            return 0
-        context = self._build_context(reserved)
+            return 0  # a context captured now would have today's flags baked in
+        context = self._build_context(reservation)
         return None if context is None else context.slot
 
     def __call__(self, leaves: Sequence[Any]) -> Any:

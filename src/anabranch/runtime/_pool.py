@@ -50,9 +50,19 @@ class Limits:
             self._bytes += actual - reserved
             return self.memory_limit is None or self._bytes <= self.memory_limit
 
-    def cancel(self, reserved: int) -> None:
-        """The context was not built."""
-        self.forget(reserved)
+    def book(self, nbytes: int) -> Reservation | None:
+        """:meth:`reserve`, as an object that gives the room back when it goes; None if a limit forbids it."""
+        reservation = Reservation(self)
+        with self._lock:
+            self._settle()
+            if not self._fits(nbytes):
+                return None
+            # No call in between: it is counted here and there, or not at all.
+            self._contexts += 1
+            self._bytes += nbytes
+            reservation.nbytes = nbytes
+            reservation.is_held = True
+        return reservation
 
     def forget(self, nbytes: int) -> None:
         """A context of ``nbytes`` is gone."""
@@ -86,12 +96,31 @@ class _Waiter:
 
 
 class Reservation:
-    """Room in the limits for one more context of ``nbytes``: whoever holds it builds that context, or cancels."""
+    """Room in the limits for one more context of ``nbytes``: whoever holds it builds that context, or cancels.
 
-    __slots__ = ("nbytes",)
+    Given back when this goes, unless its context has: an exception (an interrupt, say) may leave the build anywhere.
+    """
 
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
+    __slots__ = ("_limits", "is_held", "nbytes")
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.nbytes = 0
+        self.is_held = False
+
+    def confirm(self, actual: int) -> bool:
+        """Correct it to what the context really takes; False if that is over the limit."""
+        reserved, self.nbytes = self.nbytes, actual
+        return self._limits.confirm(reserved, actual)
+
+    def cancel(self) -> None:
+        """The context was not built, or is gone. May be repeated; safe in a garbage collection."""
+        if self.is_held:
+            self.is_held = False
+            self._limits.forget(self.nbytes)
+
+    def __del__(self) -> None:
+        self.cancel()
 
 
 class ContextPool:
@@ -133,8 +162,10 @@ class ContextPool:
                     return idle.pop(i)
             # Read once: another thread's build changes it.
             estimate = self._estimate
-            if self._limits.has_room(estimate) and may_build() and self._limits.reserve(estimate):
-                return Reservation(estimate)
+            if self._limits.has_room(estimate) and may_build():
+                reservation = self._limits.book(estimate)
+                if reservation is not None:
+                    return reservation
             if idle:
                 return idle.pop(0)
             if not self._alive:
@@ -180,6 +211,9 @@ class ContextPool:
             if not self._alive:
                 while self._waiters:
                     self._waiters.popleft().ready.set()
+
+    def discard_added(self) -> None:
+        """Give up what this thread has added and nobody got. Of a context that nothing refers to nothing is left."""
 
     def drain(self) -> list[Context]:
         """Take all idle contexts out for good."""

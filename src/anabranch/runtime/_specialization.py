@@ -118,11 +118,9 @@ class Specialization:
     def _lowered(self) -> None:
         """The kernels are there."""
 
-    def _capture(self, fresh: bool) -> Context:
+    def _capture(self, fresh: bool, forget: Callable[[], None]) -> Context:
         """A new context; ``fresh``: in memory that nothing used before."""
-        return Context.build(
-            self._device, self._index, self._kernels, self.signature, self._workspaces, self._limits.forget, fresh
-        )
+        return Context.build(self._device, self._index, self._kernels, self.signature, self._workspaces, forget, fresh)
 
     def _built(self) -> None:
         """It is known whether calls use graphs."""
@@ -216,10 +214,11 @@ class Specialization:
 
     def _first_context(self) -> Context | str:
         """A first context, or the reason why there can be none and calls run direct."""
-        if not self._limits.reserve(0):
+        reservation = self._limits.book(0)
+        if reservation is None:
             return f"the limit of {self._limits.max_contexts} contexts was reached by other signatures"
         try:
-            context = self._build_reserved(0)
+            context = self._build_reserved(reservation)
         except torch.OutOfMemoryError:
             return "a context did not fit into the device's memory"
         except Exception as e:
@@ -231,16 +230,15 @@ class Specialization:
             return f"a context exceeds memory_limit ({self._limits.memory_limit} bytes)"
         return context
 
-    def _build_reserved(self, reserved: int) -> Context | None:
-        """Build the context that ``reserved`` bytes were set aside for; None if it takes more than the limit."""
+    def _build_reserved(self, reservation: Reservation) -> Context | None:
+        """Build the context that there is room for; None if it takes more than the limit."""
         limited = self._limits.memory_limit is not None
         try:
-            context = self._capture(limited)
+            context = self._capture(limited, reservation.cancel)
         except BaseException:
-            self._limits.cancel(reserved)
+            reservation.cancel()  # whoever keeps the exception keeps this frame
             raise
-        # From here on the context's finalizer gives back what it really takes, so that has to be booked first.
-        fits = self._limits.confirm(reserved, context.nbytes)
+        fits = reservation.confirm(context.nbytes)
         self._counters.add("captures")
         self._prune_last_uses()  # before this one is on the list: it is not alive in the pool yet
         self._last_uses[f"context {next(_serial)}"] = context.done
@@ -252,14 +250,14 @@ class Specialization:
         self._pool.add(context)
         return context
 
-    def _build_context(self, reserved: int) -> Context | None:
+    def _build_context(self, reservation: Reservation) -> Context | None:
         """One more context, while another thread's build does not have to be waited for."""
         if not process.build_lock.acquire(blocking=False):
-            self._limits.cancel(reserved)
+            reservation.cancel()
             return None
         try:
             with neutral(self._device, self._index), self._device.building():
-                return self._build_reserved(reserved)
+                return self._build_reserved(reservation)
         except Exception as e:
             # The call can do without: it runs direct. So do later ones, until trim() or warm() ask for contexts again.
             self._device.check_error(e)
@@ -284,12 +282,19 @@ class Specialization:
         self._may_grow = True
         with process.build_lock, neutral(self._device, self._index), self._device.building():
             self._check_flags()
-            while len(self._pool) < contexts and self._limits.reserve(self._pool.estimate):
-                context = self._build_reserved(self._pool.estimate)
-                if context is None:
-                    self._check_flags()
-                    break
-                self._pool.release(context)
+            try:
+                while len(self._pool) < contexts:
+                    reservation = self._limits.book(self._pool.estimate)
+                    if reservation is None:
+                        break
+                    context = self._build_reserved(reservation)
+                    if context is None:
+                        self._check_flags()
+                        break
+                    self._pool.release(context)
+            except BaseException:
+                self._pool.discard_added()
+                raise
         return len(self._pool)
 
     def trim(self) -> None:
@@ -345,7 +350,7 @@ class Specialization:
     def _acquire(self, stream: Any) -> Context | None:
         choice = self._pool.acquire(stream.stream_id, self._may_build)
         if isinstance(choice, Reservation):
-            return self._build_context(choice.nbytes)
+            return self._build_context(choice)
         if choice is not None and choice.used_on is not None and choice.used_on != stream.stream_id:
             self._counters.add("waits")
         return choice

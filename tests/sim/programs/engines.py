@@ -34,9 +34,7 @@ INPUTS = [x.to(SIM) for x in SOURCES]
 def make(runtime: str, contexts: int, graphs: bool = True) -> Any:
     """An engine with ``contexts`` execution contexts, built; without graphs it runs direct."""
     model, x = Scale().to(SIM), torch.empty(4, device=SIM)
-    engine = anabranch.compile(
-        model, [x], backend="eager", runtime=runtime, max_contexts=contexts, cuda_graphs=graphs
-    )
+    engine = anabranch.compile(model, [x], backend="eager", runtime=runtime, max_contexts=contexts, cuda_graphs=graphs)
     engine.warm(contexts=contexts)
     return engine
 

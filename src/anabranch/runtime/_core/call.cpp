@@ -129,11 +129,9 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Buil
   if (c10::InferenceMode::is_enabled()) normal.emplace(false);
   bool runs_direct = program || !kernels.empty();
   if (!api_) {
-    if (!runs_direct) return Outcome::kElsewhere;
+    if (!runs_direct || (flags_unchanged && !flags_unchanged())) return Outcome::kElsewhere;
     direct(inputs, {}, results);
-    counters_->add(Counters::kCalls);
-    counters_->add(Counters::kDirectCalls);
-    return Outcome::kDone;
+    return finish_direct(results);
   }
   std::optional<c10::DeviceGuard> on_device;
   if (guard_.getDevice() != device) on_device.emplace(device);
@@ -203,6 +201,11 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Buil
     }
     events.release(slot, ref.id);
   }
+  return finish_direct(results);
+}
+
+// What was queued under flags that changed meanwhile is thrown away.
+Specialization::Outcome Specialization::finish_direct(Tensors& results) {
   if (flags_unchanged && !flags_unchanged()) {
     results.clear();
     return Outcome::kElsewhere;

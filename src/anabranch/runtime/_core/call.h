@@ -131,6 +131,7 @@ class Specialization {
   at::Tensor canonical(const at::Tensor& x, size_t i) const;
   void launch(Context& context, const at::Tensor* inputs, const c10::Stream& stream, const StreamRef& ref,
               const Regions& regions);
+  Outcome finish_direct(Tensors& results);
   void direct(const at::Tensor* inputs, const StreamRef& ref, Tensors& results);
 
   const DeviceApi* const api_;

@@ -141,6 +141,35 @@ void set_error(const std::exception_ptr& error) {
 int64_t calls_under_way = 0;
 // Whether this thread is: it must not wait for the device. Not while it builds.
 thread_local bool t_inside = false;
+// The slot that this thread has added to a pool, until it gives it back or has its call on it.
+thread_local Slot* t_added = nullptr;
+
+// Room in the limits for one more context. Given back when this goes, unless its context has: an exception may leave
+// the build anywhere.
+class Reservation {
+ public:
+  Reservation(std::shared_ptr<PyObject> limits, int64_t bytes)
+      : kept_(std::move(limits)), limits_(py::handle(kept_.get()).cast<Limits*>()), bytes_(bytes) {}
+  ~Reservation() { cancel(); }
+  Reservation(const Reservation&) = delete;
+  Reservation& operator=(const Reservation&) = delete;
+
+  int64_t bytes() const { return bytes_; }
+  bool confirm(int64_t actual) {
+    bool fits = limits_->confirm(bytes_, actual);
+    bytes_ = actual;
+    return fits;
+  }
+  void cancel() {
+    if (std::exchange(is_held_, false)) limits_->forget(bytes_);
+  }
+
+ private:
+  std::shared_ptr<PyObject> kept_;
+  Limits* limits_;
+  int64_t bytes_;
+  bool is_held_ = true;
+};
 
 // What Python has of a specialization.
 struct Signature {
@@ -155,12 +184,24 @@ struct Signature {
       ~Outside() { t_inside = true; }
     } outside;
     Gil gil;
-    py::object built = py::none();
     auto self = py::reinterpret_borrow<py::object>(owner.get())();
-    if (!self.is_none()) built = self.attr("_build_native")(reserved);
+    py::object built = py::none();
+    auto reservation = std::make_unique<Reservation>(limits, reserved);
+    try {
+      if (!self.is_none()) built = self.attr("_build_native")(std::move(reservation));
+    } catch (...) {
+      discard_added();
+      throw;
+    }
+    t_added = nullptr;
     if (built.is_none()) return {};
     auto slot = built.cast<uintptr_t>();
     return {reinterpret_cast<Slot*>(slot), slot == 0};
+  }
+
+  // An interrupt came between the context's being added and its having an owner who knows of it.
+  void discard_added() {
+    if (auto* slot = std::exchange(t_added, nullptr)) (void)spec->pool.discard(slot).reset();
   }
 
   // Called with the GIL, which is let go of meanwhile. False: this call has to take another way. Throws.
@@ -239,7 +280,8 @@ uintptr_t add_context(Signature& self, py::handle owner, py::handle done, uintpt
     if (bound[i]) context->results[i] = nullptr;
   }
   context->kernels = kernels_of(kernels);
-  return reinterpret_cast<uintptr_t>(self.spec->pool.add(std::move(context), bytes));
+  t_added = self.spec->pool.add(std::move(context), bytes);
+  return reinterpret_cast<uintptr_t>(t_added);
 }
 
 Slot* slot_of(uintptr_t slot) {
@@ -455,15 +497,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cuda_api", [] { return reinterpret_cast<uintptr_t>(&cuda_api()); });
 
   // -- bookkeeping
+  py::class_<Reservation>(m, "Reservation")
+      .def_property_readonly("nbytes", &Reservation::bytes)
+      .def("confirm", &Reservation::confirm)
+      .def("cancel", &Reservation::cancel);
   py::class_<Limits>(m, "Limits")
       .def(py::init([](int64_t contexts, std::optional<int64_t> memory) {
         return std::make_unique<Limits>(contexts, memory.value_or(-1));
       }))
-      .def("reserve", &Limits::reserve)
+      .def("book",
+           [](py::object self, int64_t bytes) -> std::unique_ptr<Reservation> {
+             if (!self.cast<Limits*>()->reserve(bytes)) return nullptr;
+             return std::make_unique<Reservation>(keep(self), bytes);
+           })
       .def("has_room", py::overload_cast<int64_t>(&Limits::has_room, py::const_))
-      .def("confirm", &Limits::confirm)
-      .def("cancel", &Limits::forget)
-      .def("forget", &Limits::forget)
       .def("held", &Limits::held)
       .def_readonly("max_contexts", &Limits::max_contexts)
       .def_property_readonly("memory_limit", [](const Limits& self) -> std::optional<int64_t> {
@@ -520,10 +567,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(
           "release",
           [](Signature& self, uintptr_t slot, std::optional<int64_t> stream) {
+            t_added = nullptr;
             self.spec->pool.release(slot_of(slot), stream.value_or(Slot::kNever));
           },
           py::call_guard<py::gil_scoped_release>())
-      .def("discard", [](Signature& self, uintptr_t slot) { (void)self.spec->pool.discard(slot_of(slot)).reset(); })
+      .def("discard",
+           [](Signature& self, uintptr_t slot) {
+             t_added = nullptr;
+             (void)self.spec->pool.discard(slot_of(slot)).reset();
+           })
+      .def("discard_added", &Signature::discard_added)
       .def("drain", [](Signature& self) { (void)self.spec->pool.drain().size(); })
       .def("estimate", [](Signature& self) { return self.spec->pool.estimate(); })
       .def("alive", [](Signature& self) { return self.spec->pool.alive(); })

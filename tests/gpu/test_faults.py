@@ -1,0 +1,158 @@
+"""Faults that CUDA can be made to have in a call: no memory, a spoiled capture, interrupts, ends of threads.
+
+The simulated device has the rest: one fault at every place in turn (``tests/sim/test_faults.py``)."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from contract import faults
+from contract.faults import Scene, campaign, interrupt_at
+from contract.support import Make
+from gpu.support import Gpu
+
+
+@pytest.fixture
+def scenes(gpu: Gpu, compiled: Make) -> Iterator[Callable[..., Scene]]:
+    """Makes scenes; none may have lost a context in the end."""
+    made: list[Scene] = []
+    streams = [gpu.stream() for _ in range(3)]
+
+    def make(**options: Any) -> Scene:
+        made.append(Scene(gpu, compiled, streams, **options))
+        return made[-1]
+
+    yield make
+    gpu.open_all()
+    for scene in made:
+        scene.close()
+
+
+@contextmanager
+def no_memory() -> Iterator[None]:
+    """PyTorch's allocator gets nothing from the driver, and has nothing left."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, torch.cuda.memory_reserved() / total))
+    # What is cached in segments that are partly in use.
+    junk = []
+    size = 1 << 20
+    while size >= 512:
+        try:
+            junk.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            size //= 2
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        del junk
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graph", "direct"])
+def test_no_memory_for_a_warm_call(gpu: Gpu, compiled: Make, graphs: bool) -> None:
+    x = gpu.random(1024, 1024)
+    engine = compiled(torch.nn.ReLU(), x, cuda_graphs=graphs, max_contexts=2)
+    expected = gpu.load_kernels(engine, x)
+    contexts = engine.stats().contexts
+    for _ in range(3):
+        with no_memory(), pytest.raises(torch.OutOfMemoryError):
+            engine(x)
+        assert torch.equal(engine(x), expected)
+    assert engine.stats().contexts == contexts
+
+
+def test_no_memory_for_a_context_runs_direct_or_says_so(gpu: Gpu, compiled: Make) -> None:
+    x = gpu.random(1024, 1024)
+    engine = compiled(torch.nn.ReLU(), x, cuda_graphs=True, max_contexts=2)
+    expected = gpu.load_kernels(engine, x)
+    for _ in range(3):
+        engine.trim()
+        out = torch.empty_like(x)  # keeps room for one result
+        with no_memory():
+            del out
+            try:
+                y = engine(x)
+            except torch.OutOfMemoryError:
+                y = None
+        assert y is None or torch.equal(y, expected)
+        assert torch.equal(engine(x), expected)
+        gc.collect()
+        engine.trim()
+        assert engine.warm(contexts=2) == 2
+
+
+def test_no_memory_for_a_first_call(gpu: Gpu, compiled: Make) -> None:
+    x = gpu.random(1024, 1024)
+    engine = compiled(torch.nn.ReLU(), x, cuda_graphs=True)
+    wide = gpu.random(2048, 1024)
+    with no_memory(), pytest.raises(torch.OutOfMemoryError):
+        engine(wide)
+    assert torch.equal(engine(x), x.relu())
+    assert torch.equal(engine(wide), wide.relu())
+
+
+def test_a_capture_that_another_operation_invalidates(
+    gpu: Gpu, scenes: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = scenes(contexts=2)
+    capture, spoilt = type(gpu.seam).capture, []
+
+    def spoiled(self: Any, lane: Any, memory: Any, fn: Callable[[], Any]) -> Any:
+        def with_a_wait() -> Any:
+            result = fn()
+            spoilt.append(1)
+            lane.stream.synchronize()  # not allowed in a capture, and ends it
+            return result
+
+        return capture(self, lane, memory, with_a_wait)
+
+    scene.drop()
+    calls = scene.prepare()
+    with monkeypatch.context() as m:
+        m.setattr(type(gpu.seam), "capture", spoiled)
+        calls[0].make()  # runs direct: a context was not to be had
+    assert spoilt
+    assert calls[0].output is not None
+    assert scene.engine.stats().contexts == 0
+    scene.check(calls)
+    scene.drop()
+    scene.check_next()
+    assert scene.engine.stats().contexts >= 1
+
+
+def test_a_warm_call_interrupted_at_each_place(gpu: Gpu, runtime: str, scenes: Callable[..., Scene]) -> None:
+    scene = scenes(contexts=1)
+    places = campaign(scene, interrupt_at, before=lambda: scene.engine.warm())
+    # Of the native runtime's call nothing is Python: there is no place where it could be interrupted.
+    assert places == 0 if runtime == "native" else places > 20
+
+
+def test_a_call_that_builds_a_context_interrupted_at_each_place(gpu: Gpu, scenes: Callable[..., Scene]) -> None:
+    scene = scenes(contexts=2)
+    assert campaign(scene, interrupt_at, before=scene.drop) > 30
+    faults.nobody_holds_the_build_lock()
+    scene.drop()
+    assert scene.engine.warm(contexts=2) == 2
+
+
+def test_signals_while_calls_are_made_and_contexts_built(gpu: Gpu, scenes: Callable[..., Scene]) -> None:
+    faults.signals(scenes(contexts=2), seconds=5)
+
+
+def test_threads_that_end_leave_their_contexts_to_others(gpu: Gpu, scenes: Callable[..., Scene]) -> None:
+    scene = scenes(contexts=2)
+    faults.threads_that_end(scene)
+    assert scene.engine.stats().captures <= 2, "contexts were lost with the threads that had used them"
+
+
+def test_of_sixty_four_threads_none_starves(gpu: Gpu, scenes: Callable[..., Scene]) -> None:
+    assert faults.none_starves(scenes(contexts=1)) < 640
