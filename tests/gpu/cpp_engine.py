@@ -1,6 +1,7 @@
 """A program, for hosts without pytest: an engine in C++ goes while held streams have yet to use its weights.
 
 ``PYTHONPATH=src python3 tests/gpu/cpp_engine.py cuda`` (or ``sim``, where tests/sim/test_cpp_engine.py has more).
+"""
 
 from __future__ import annotations
 
