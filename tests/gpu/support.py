@@ -24,7 +24,8 @@ class Gpu(Rig):
         from anabranch.devices import _cuda
 
         super().__init__()
-        self.event_class = torch.cuda.Event
+        # PyTorch's own class cannot be changed.
+        self.event_class = type("Event", (torch.Event,), {})
         self.graph_class = _cuda._CudaGraph
 
     def draw(self, shape: tuple[int, ...], seed: int, index: int) -> torch.Tensor:
@@ -37,7 +38,7 @@ class Gpu(Rig):
         # Python's ways only. Calls of the native runtime do not come by them: the simulated device, whose machine
         # counts what it is asked by whomever, is where this is tested of both runtimes.
         with pytest.MonkeyPatch.context() as m:
-            for owner, name in ((torch.cuda.Event, "query"), (torch.cuda.Event, "synchronize")):
+            for owner, name in ((self.event_class, "query"), (self.event_class, "synchronize")):
                 m.setattr(owner, name, lambda self: pytest.fail("waited for the device, or asked it, on the call path"))
             m.setattr(torch.cuda.Stream, "synchronize", lambda self: pytest.fail("waited on the call path"))
             yield

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import sysconfig
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from importlib.machinery import ExtensionFileLoader
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils import cpp_extension
 
-import anabranch
-from anabranch import _native
 from anabranch.devices import get_device
 from anabranch.export import TensorSpec
 from anabranch.runtime._build import neutral
@@ -27,28 +20,12 @@ Kernels = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 @pytest.fixture(scope="module")
 def native(gpu_probe: str | None) -> Any:
+    """The native runtime's module, which has the log of allocations."""
     if gpu_probe is not None:
         pytest.skip(gpu_probe)
-    name = "anabranch_allocations"
-    core = Path(anabranch.__file__).parent / "runtime" / "_core"
-    headers = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
-    folder = cpp_extension.TORCH_LIB_PATH
-    path = _native.build(
-        name,
-        [core / "allocations.cpp", Path(__file__).parent / "allocations_module.cpp"],
-        flags=[
-            *("-std=c++20", "-O1", "-g0", f"-DTORCH_EXTENSION_NAME={name}", f"-I{core}", "-Wno-unused-parameter"),
-            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
-            *(f"-isystem{h}" for h in headers),
-        ],
-        libraries=[f"-L{folder}", f"-Wl,-rpath,{folder}", "-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"],
-    )
-    spec = spec_from_file_location(name, path, loader=ExtensionFileLoader(name, str(path)))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from anabranch.runtime._native import core
+
+    return core
 
 
 class Recorder:

@@ -268,16 +268,17 @@ class CudaDevice:
         """:meth:`capture`, with the nodes kept for as long as the graph: they name what is to be patched."""
         stream = lane.stream
         with torch.cuda.stream(stream), memory.using():
-            _ok("cudaStreamBeginCapture", rt.cudaStreamBeginCapture(stream.cuda_stream, _THREAD_LOCAL))
             try:
+                _ok("cudaStreamBeginCapture", rt.cudaStreamBeginCapture(stream.cuda_stream, _THREAD_LOCAL))
                 result = fn()
+                graph = _ok("cudaStreamEndCapture", rt.cudaStreamEndCapture(stream.cuda_stream))
             except BaseException:
+                # Wherever it was interrupted: a thread whose capture stays open can do nothing else.
                 error, graph = rt.cudaStreamEndCapture(stream.cuda_stream)
                 if error == _SUCCESS:
                     rt.cudaGraphDestroy(graph)
                 rt.cudaGetLastError()  # a failed capture leaves its error behind; it is not the next call's
                 raise
-            graph = _ok("cudaStreamEndCapture", rt.cudaStreamEndCapture(stream.cuda_stream))
             try:
                 executable = _ok("cudaGraphInstantiate", rt.cudaGraphInstantiate(graph, 0))
             except BaseException:
