@@ -77,6 +77,11 @@ def serve(engine: Any, module: nn.Module, work: Work, device: torch.device, call
         return calls, int(wrong)  # waits for the stream
 
 
+def summed(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Calls and wrong ones of all rows."""
+    return {key: sum(r[key] for r in rows) for key in ("calls", "wrong")}
+
+
 @click.command()
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--runtime", default="native", show_default=True)
@@ -89,6 +94,14 @@ def main(device: str, runtime: str, backend: str | None, threads: int, calls: in
         importlib.import_module("anabranch.sim")  # registers the device
     place = torch.device(device, 0)
     rows: list[dict[str, Any]] = []
+    environment = {
+        "date": date.today().isoformat(),
+        "device": anabranch.devices.get_device(device).describe(0),
+        "torch": torch.__version__,
+        "runtime": runtime,
+        "threads": threads,
+        "command": f"python benchmarks/many_calls.py --device {device} --runtime {runtime} --calls {calls}",
+    }
     for name, work in WORKS.items():
         module = work.make().eval().requires_grad_(False).to(place, torch.float16)
         for settings in SETTINGS:
@@ -122,19 +135,10 @@ def main(device: str, runtime: str, backend: str | None, threads: int, calls: in
             rows.append(row)
             print(row, flush=True)
             engine.close()
-    total = {"calls": sum(r["calls"] for r in rows), "wrong": sum(r["wrong"] for r in rows)}
+            if target is not None:
+                write_json(target, {"environment": environment, "total": summed(rows), "rows": rows})
+    total = summed(rows)
     print(total)
-    if target is not None:
-        seam = anabranch.devices.get_device(device)
-        environment = {
-            "date": date.today().isoformat(),
-            "device": seam.describe(0),
-            "torch": torch.__version__,
-            "runtime": runtime,
-            "threads": threads,
-            "command": f"python benchmarks/many_calls.py --device {device} --runtime {runtime} --calls {calls}",
-        }
-        write_json(target, {"environment": environment, "total": total, "rows": rows})
     raise SystemExit(bool(total["wrong"] or total["calls"] < calls))
 
 

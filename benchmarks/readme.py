@@ -164,8 +164,46 @@ def missing() -> str:
     return "\n".join(lines)
 
 
+def native() -> str:
+    """The native runtime beside eager, the shared engines that were right, and the bound."""
+    content = json.loads((RESULTS / "bench_native_h200.json").read_text())
+    many = json.loads((RESULTS / "many_calls_h200_partial.json").read_text())
+    lines = [
+        "| work | eager: host us, latency us | ours: host us, latency us | calls/s, 16 streams: best shared peer | ours"
+        " | bound | ours / bound |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    checked = wrong = 0
+    for work in content["works"]:
+        cells = {c["system"]: c for c in content["cells"] if c["work"] == work and c["status"] == "ok"}
+        mine, bound = cells["anabranch-inductor-native"], cells["bound"]
+        for figure in mine["throughput"].values():
+            checked += figure["checked"]
+            wrong += figure["wrong"] + figure["inexact"]
+        shared = {name: median(cells[name], "16") for name in ("eager", "compile", "trt-cpp-shared") if name in cells}
+        best = max((name for name in shared if shared[name]), key=lambda name: shared[name] or 0)
+        label = content["systems"][best]["label"]
+        host, latency = ([number(median(c, f)) for c in (cells["eager"], mine)] for f in ("host_us", "p50_us"))
+        ours, most = median(mine, "16") or 0, median(bound, "16") or 1
+        lines.append(
+            f"| {work} | {host[0]}, {latency[0]} | {host[1]}, {latency[1]} | {number(shared[best])} ({label}) |"
+            f" {number(ours)} | {number(most)} | **{ours / most:.2f}** |"
+        )
+    where = content["environment"]
+    lines += [
+        "",
+        "[benchmarks/results/bench_native_h200.json](benchmarks/results/bench_native_h200.json), with tests running on"
+        f" the host's other GPU: {checked:,} outputs of the native runtime checked, {wrong} wrong."
+        f" `benchmarks/many_calls.py`, 16 threads, each call with a new input: {many['total']['calls']:,} calls,"
+        f" {many['total']['wrong']} wrong"
+        " ([benchmarks/results/many_calls_h200_partial.json](benchmarks/results/many_calls_h200_partial.json); cut off"
+        f" by the end of the machine's time). {where['device']}, PyTorch {where['torch']}, {where['date'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
 SECTIONS = {
-    "README.md": {"matrix": matrix, "stale": stale, "bench": bench},
+    "README.md": {"matrix": matrix, "stale": stale, "bench": bench, "native": native},
     "docs/bench.md": {"bench-missing": missing, "bench-facts": facts},
 }
 

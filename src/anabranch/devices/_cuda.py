@@ -176,6 +176,8 @@ class CudaDevice:
     def __init__(self) -> None:
         self._free_lanes: dict[int, list[Lane]] = _sync.dict_("free lanes")
         self._free_memory: dict[int, list[Memory]] = _sync.dict_("free memory")
+        # Apart from the others: what recordings need for a moment is more than a context should have for good.
+        self._free_scratch: dict[int, list[_CudaMemory]] = _sync.dict_("free scratch memory")
         self._reapers: dict[int, Any] = _sync.dict_("reapers")
         self._graveyard = Graveyard(self._query)
         self._captured_by_callers = _CallerCaptures(self.release_lane)
@@ -188,7 +190,8 @@ class CudaDevice:
     def _after_fork(self) -> None:
         # The child cannot use the parent's CUDA context. Nothing of it may be destroyed there, so it is leaked.
         self._lost = "this process was forked from one that used CUDA"
-        for obj in (self._graveyard, self._captured_by_callers, self._free_lanes, self._free_memory, self._leaked):
+        ours = (self._graveyard, self._captured_by_callers, self._free_lanes, self._free_memory, self._free_scratch)
+        for obj in (*ours, self._leaked):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(obj))
         self._graveyard.close()
 
@@ -253,9 +256,20 @@ class CudaDevice:
         assert isinstance(memory, _CudaMemory)
         self._free_memory.setdefault(memory.index, _sync.list_("memory")).append(memory)
 
+    def scratch(self, index: int) -> _CudaMemory:
+        """A pool for what a recording needs while it is made."""
+        try:
+            return self._free_scratch[index].pop()
+        except (KeyError, IndexError):
+            return _CudaMemory(index)
+
+    def release_scratch(self, memory: _CudaMemory) -> None:
+        """Give it back. Nothing in it may be in use any more."""
+        self._free_scratch.setdefault(memory.index, _sync.list_("scratch memory")).append(memory)
+
     def trim(self) -> None:
         self.reap()
-        for pools in list(self._free_memory.values()):
+        for pools in (*self._free_memory.values(), *self._free_scratch.values()):
             pools.clear()
 
     def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:

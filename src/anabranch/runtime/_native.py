@@ -182,7 +182,7 @@ class NativeSpecialization(Specialization):
 
         device: Any = self._device
         index, specs, log = self._index, self._specs, core.AllocationLog()
-        lane, memory, scratch = device.acquire_lane(index), device.memory(index, fresh), device.memory(index)
+        lane, memory, scratch = device.acquire_lane(index), device.memory(index, fresh), device.scratch(index)
         spare: list[Any] = []
         made: Any = "an error"
         try:
@@ -195,7 +195,7 @@ class NativeSpecialization(Specialization):
                     self._known, device, lane, memory, scratch, self._kernels, specs, self._workspaces, log
                 )
         finally:
-            device.release_memory(scratch)
+            device.release_scratch(scratch)
             if spare:
                 device.release_lane(spare[0])
                 device.release_memory(spare[1])
