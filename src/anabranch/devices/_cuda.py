@@ -269,8 +269,10 @@ class CudaDevice:
 
     def trim(self) -> None:
         self.reap()
-        for pools in (*self._free_memory.values(), *self._free_scratch.values()):
+        for pools in list(self._free_memory.values()):
             pools.clear()
+        for scratch in list(self._free_scratch.values()):
+            scratch.clear()
 
     def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
         graph, result = self.capture_source(lane, memory, fn)
