@@ -40,9 +40,9 @@ class Call:
         self.input = rig.poisoned(source, self.stream)
         self.output: Any = None
 
-    def hold(self) -> None:
-        """Close a latch on its stream, behind which its input is made. Nothing may wait for the device from here on."""
-        self._latch = self._rig.latch(self.stream)
+    def start(self, held: bool) -> None:
+        """Make its input; ``held``: behind a latch on its stream, and nothing may wait for the device from here on."""
+        self._latch = self._rig.latch(*[self.stream] if held else [])
         with self._rig.module.stream(self.stream):
             self.input.copy_(self._source)
 
@@ -62,9 +62,17 @@ class Scene:
     """An engine, and calls of it whose inputs differ from call to call."""
 
     def __init__(
-        self, rig: Rig, compiled: Make, streams: Sequence[Any], *, graphs: bool = True, contexts: int = 1
+        self,
+        rig: Rig,
+        compiled: Make,
+        streams: Sequence[Any],
+        *,
+        graphs: bool = True,
+        contexts: int = 1,
+        held: bool = True,
     ) -> None:
         self.rig = rig
+        self.held = held
         self.contexts = contexts
         self.model = Mlp(WIDTH).eval().requires_grad_(False).to(rig.device())
         self.engine = compiled(
@@ -81,10 +89,10 @@ class Scene:
         return y
 
     def prepare(self, rows: int = 4) -> list[Call]:
-        """Three calls on three held streams; the first, of ``rows``, is the one that may fail."""
+        """Three calls on three streams, held if they can be; the first, of ``rows``, is the one that may fail."""
         calls = [Call(self, self.rig.random(n, WIDTH)) for n in (rows, 4, 4)]
         for call in calls:
-            call.hold()
+            call.start(self.held)
         return calls
 
     def check(self, calls: list[Call]) -> None:

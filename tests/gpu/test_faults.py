@@ -25,7 +25,9 @@ def scenes(gpu: Gpu, compiled: Make) -> Iterator[Callable[..., Scene]]:
     streams = [gpu.stream() for _ in range(3)]
 
     def make(**options: Any) -> Scene:
-        made.append(Scene(gpu, compiled, streams, **options))
+        # Streams are not held: in these tests contexts are built in the middle of calls, which loads kernels, and that
+        # waits for all streams of the device.
+        made.append(Scene(gpu, compiled, streams, held=False, **options))
         return made[-1]
 
     yield make

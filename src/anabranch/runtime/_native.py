@@ -208,6 +208,7 @@ class NativeSpecialization(Specialization):
             self._learn(made)
         nbytes = memory.nbytes() + lane.hidden_nbytes()
         outputs = StaticOutputs(made.results)
+        made.results = []  # the context's: what is known of the kernels shall not keep its memory
         context = Context(device, made.graph, lane, memory, [], outputs, nbytes, forget)
         context.recording = made
         return context
