@@ -407,10 +407,10 @@ def test_many_threads_streams_and_discards_end_with_the_books_in_order() -> None
     pool: Any = ContextPool(limits)
     counts = {"direct": 0, "built": 0, "used": 0}
 
-    def build(reserved: int) -> Context | None:
+    def build(reservation: Reservation) -> Context | None:
         context = Context(100)
-        weakref.finalize(context, limits.forget, 100)
-        if not limits.confirm(reserved, 100):
+        weakref.finalize(context, reservation.cancel)
+        if not reservation.confirm(100):
             return None
         pool.add(context)
         return context
@@ -420,7 +420,7 @@ def test_many_threads_streams_and_discards_end_with_the_books_in_order() -> None
             choice = pool.acquire(i, yes)
             if isinstance(choice, Reservation):
                 counts["built"] += 1
-                choice = build(choice.nbytes)
+                choice = build(choice)
             if choice is None:
                 counts["direct"] += 1
                 continue
