@@ -231,6 +231,7 @@ def signals(scene: Scene, seconds: float) -> None:
         with scene.rig.module.stream(scene.rig.stream()):
             while not stop.is_set():
                 scene.engine(x)
+                scene.rig.module.current_stream().synchronize()
 
     x = scene.rig.random(4, WIDTH)
     expected = scene.reference(x)

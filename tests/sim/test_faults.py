@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,9 +57,9 @@ def scenes(rig: Any, compiled: Make) -> Iterator[Callable[..., Scene]]:
 
     # What is made once and for all: lanes, and the streams' hidden workspaces.
     for graphs in (True, False):
-        rehearsal = make(graphs=graphs, contexts=3)
+        rehearsal = make(graphs=graphs, contexts=4)
         rehearsal.check_next()
-        rehearsal.engine.warm(contexts=3)
+        rehearsal.engine.warm(contexts=4)
         rehearsal.engine(rig.random(5, faults.WIDTH))
         rehearsal.close()
         made.clear()
@@ -108,7 +108,8 @@ def test_a_call_that_builds_a_context(rig: Any, scenes: Callable[..., Scene], ki
 
 @pytest.mark.parametrize("kind", ["alloc", "launch", "capture", "end of capture"])
 def test_a_first_call(rig: Any, scenes: Callable[..., Scene], kind: str) -> None:
-    assert campaign(scenes(contexts=3), device(rig, kind), new=True) >= 1
+    scene = scenes(contexts=4)
+    assert campaign(scene, device(rig, kind), before=scene.drop, new=True) >= 1
 
 
 def test_a_capture_that_another_operation_invalidates(
@@ -183,8 +184,8 @@ def test_a_call_that_builds_a_context_interrupted_at_each_place(rig: Any, scenes
 
 
 @pytest.mark.usefixtures("unobserved")
-def test_signals_while_calls_are_made_and_contexts_built(rig: Any, scenes: Callable[..., Scene]) -> None:
-    faults.signals(scenes(contexts=2), seconds=3)
+def test_signals_while_calls_are_made_and_contexts_built(rig: Any, compiled: Make) -> None:
+    faults.signals(Scene(rig, compiled, [rig.stream() for _ in range(3)], contexts=2), seconds=3)
 
 
 # -- threads and processes that end -----------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def test_a_fork_while_other_threads_are_in_calls(rig: Any, compiled: Make) -> No
             pid = os.fork()
             if pid == 0:
                 status = 1
-                faulthandler.dump_traceback_later(30, exit=True)
+                signal.alarm(60)
                 torch.set_num_threads(1)  # the parent's OpenMP threads are not there
                 try:
                     scene.check_next()

@@ -136,6 +136,27 @@ def test_a_reservation_keeps_its_bytes_when_the_estimate_changes() -> None:
     assert pool._limits.held() == (2, 400)
 
 
+def test_a_reservation_that_is_lost_gives_its_room_back_once() -> None:
+    limits = Limits(1, 100)
+    lost = limits.book(60)
+    assert lost is not None
+    assert limits.held() == (1, 60)
+    assert limits.book(0) is None, "the limit is reached"
+    del lost
+    assert limits.held() == (0, 0)
+    kept = limits.book(60)
+    assert kept is not None
+    assert kept.confirm(100)
+    assert limits.held() == (1, 100)
+    kept.cancel()
+    kept.cancel()
+    del kept
+    assert limits.held() == (0, 0)
+    over = limits.book(0)
+    assert over is not None
+    assert not over.confirm(101)
+
+
 def test_drain_takes_the_idle_and_leaves_those_in_use() -> None:
     idle, used = Context(used_on=1), Context(used_on=2)
     pool = pool_of(idle, used)
