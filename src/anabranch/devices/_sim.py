@@ -210,13 +210,7 @@ class SimDevice:
     def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
         stream, index = lane.stream.stream_id, lane.stream.device_index
         with self.on_stream(lane.stream), memory.using():
-            _core.capture_begin(stream, index, "thread_local")
-            try:
-                result = fn()
-            except BaseException:
-                _core.capture_abort(stream, index)
-                raise
-            graph = _core.capture_end(stream, index)
+            graph, result = _core.capture(stream, index, "thread_local", fn)
         return _SimGraph(graph), result
 
     def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:

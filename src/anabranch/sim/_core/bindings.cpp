@@ -138,6 +138,37 @@ void trace(bool on) {
   for (auto& [handle, graph] : machine.graphs) machine.trace_graph(*graph);
 }
 
+void begin_capture(int64_t stream, int device, const std::string& mode) {
+  auto& machine = Machine::get();
+  auto queue = find(stream, device);
+  using Mode = Capture::CaptureMode;
+  TORCH_CHECK_VALUE(mode == "global" || mode == "thread_local" || mode == "relaxed", "capture mode ", mode,
+                    " given; expected global, thread_local or relaxed");
+  auto name = "begin capture of " + queue->actor;
+  point("capture", [&] { return name; }, [&] { return Touches{{"q" + queue->actor, 0, 1, kWrite}}; });
+  Lock lock;
+  machine.begin_capture(queue, mode == "global"    ? Mode::kGlobal
+                               : mode == "relaxed" ? Mode::kRelaxed
+                                                   : Mode::kThreadLocal);
+}
+
+int64_t end_capture(int64_t stream, int device) {
+  auto& machine = Machine::get();
+  auto queue = find(stream, device);
+  auto name = "end capture of " + queue->actor;
+  point("capture", [&] { return name; }, [&] { return Touches{{"q" + queue->actor, 0, 1, kWrite}}; });
+  Lock lock;
+  auto graph = machine.end_capture(queue);
+  machine.graphs[machine.next_handle] = graph;
+  return machine.next_handle++;
+}
+
+void abort_capture(int64_t stream, int device) {
+  auto queue = find(stream, device);
+  Lock lock;
+  Machine::get().abort_capture(queue);
+}
+
 }  // namespace
 }  // namespace anabranch::sim
 
@@ -295,41 +326,30 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
 
   // -- captures and graphs
-  m.def(
-      "capture_begin",
-      [&machine](int64_t stream, int device, const std::string& mode) {
-        auto queue = find(stream, device);
-        using Mode = Capture::CaptureMode;
-        TORCH_CHECK_VALUE(mode == "global" || mode == "thread_local" || mode == "relaxed", "capture mode ", mode,
-                          " given; expected global, thread_local or relaxed");
-        auto name = "begin capture of " + queue->actor;
-        point("capture", [&] { return name; }, [&] { return Touches{{"q" + queue->actor, 0, 1, kWrite}}; });
-        Lock lock;
-        machine.begin_capture(queue, mode == "global"    ? Mode::kGlobal
-                                     : mode == "relaxed" ? Mode::kRelaxed
-                                                         : Mode::kThreadLocal);
-      },
-      release_gil());
-  m.def(
-      "capture_end",
-      [&machine](int64_t stream, int device) {
-        auto queue = find(stream, device);
-        auto name = "end capture of " + queue->actor;
-        point("capture", [&] { return name; }, [&] { return Touches{{"q" + queue->actor, 0, 1, kWrite}}; });
-        Lock lock;
-        auto graph = machine.end_capture(queue);
-        machine.graphs[machine.next_handle] = graph;
-        return machine.next_handle++;
-      },
-      release_gil());
-  m.def(
-      "capture_abort",
-      [&machine](int64_t stream, int device) {
-        auto queue = find(stream, device);
-        Lock lock;
-        machine.abort_capture(queue);
-      },
-      release_gil());
+  m.def("capture_begin", &begin_capture, release_gil());
+  m.def("capture_end", &end_capture, release_gil());
+  m.def("capture_abort", &abort_capture, release_gil());
+  // What `fn` queues, as a graph. In one piece, so that an interrupt of Python code comes in `fn` or not at all.
+  m.def("capture", [](int64_t stream, int device, const std::string& mode, const py::function& fn) {
+    {
+      py::gil_scoped_release release;
+      begin_capture(stream, device, mode);
+    }
+    py::object result;
+    try {
+      result = fn();
+    } catch (...) {
+      py::gil_scoped_release release;
+      abort_capture(stream, device);
+      throw;
+    }
+    int64_t graph;
+    {
+      py::gil_scoped_release release;
+      graph = end_capture(stream, device);
+    }
+    return py::make_tuple(graph, result);
+  });
   m.def("capture_id", [](int64_t stream, int device) -> int64_t {
     auto queue = find(stream, device);
     Lock lock;
