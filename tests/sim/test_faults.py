@@ -183,9 +183,14 @@ def test_a_call_that_builds_a_context_interrupted_at_each_place(rig: Any, scenes
     assert scene.engine.warm(contexts=2) == 2
 
 
+# Of the native runtime, and with its contexts built ahead: a signal in the middle of a build may come between two
+# bytecodes of a `with` statement, ours or PyTorch's, and leave the thread on the stream or in the pool of the build.
 @pytest.mark.usefixtures("unobserved")
-def test_signals_while_calls_are_made_and_contexts_built(rig: Any, compiled: Make) -> None:
-    faults.signals(Scene(rig, compiled, [rig.stream() for _ in range(3)], contexts=2), seconds=3)
+@pytest.mark.parametrize("runtime", ["native"])
+def test_signals_while_calls_are_made(rig: Any, compiled: Make) -> None:
+    scene = Scene(rig, compiled, [rig.stream() for _ in range(3)], contexts=2)
+    assert scene.engine.warm(contexts=2) == 2
+    faults.signals(scene, seconds=3)
 
 
 # -- threads and processes that end -----------------------------------------------------------------------------------
