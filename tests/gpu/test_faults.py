@@ -146,8 +146,11 @@ def test_a_call_that_builds_a_context_interrupted_at_each_place(gpu: Gpu, scenes
     assert scene.engine.warm(contexts=2) == 2
 
 
-def test_signals_while_calls_are_made_and_contexts_built(gpu: Gpu, compiled: Make) -> None:
-    faults.signals(Scene(gpu, compiled, [gpu.stream() for _ in range(3)], contexts=2), seconds=5)
+@pytest.mark.parametrize("runtime", ["native"])
+def test_signals_while_calls_are_made(gpu: Gpu, scenes: Callable[..., Scene]) -> None:
+    scene = scenes(contexts=2)
+    assert scene.engine.warm(contexts=2) == 2
+    faults.signals(scene, seconds=5)
 
 
 def test_threads_that_end_leave_their_contexts_to_others(gpu: Gpu, scenes: Callable[..., Scene]) -> None:
