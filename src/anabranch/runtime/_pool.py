@@ -115,7 +115,7 @@ class Reservation:
 
     def cancel(self) -> None:
         """The context was not built, or is gone. May be repeated; safe in a garbage collection."""
-        if self.is_held:
+        if getattr(self, "is_held", False):  # an interrupt may come before it is set
             self.is_held = False
             self._limits.forget(self.nbytes)
 
