@@ -16,18 +16,10 @@ NAME = "anabranch_sim"
 SEAM = Path(anabranch.runtime.__file__).parent / "_core" / "device.h"
 
 
-def sources() -> list[Path]:
-    """The backend's C++ files."""
-    return sorted(FOLDER.glob("*.cpp"))
-
-
-def flags() -> list[str]:
-    """The compiler's flags; ``ANABRANCH_SIM_FLAGS`` adds some, for the tests under sanitizers."""
-    return [*_extension.flags(NAME), "-O1", *os.environ.get("ANABRANCH_SIM_FLAGS", "").split()]
-
-
 def build() -> Path:
     """Where the backend's library is, compiled if need be (about a minute, once for each PyTorch and Python).
+
+    ``ANABRANCH_SIM_FLAGS`` adds flags of the compiler's, for the tests under sanitizers.
 
     Raises :class:`~anabranch.errors.BuildError` where there is no compiler.
     """
