@@ -44,9 +44,9 @@ def no_memory() -> Iterator[None]:
     torch.cuda.empty_cache()
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(min(1.0, torch.cuda.memory_reserved() / total))
-    # What is cached in segments that are partly in use.
+    # What is cached in segments that are partly in use, those of large tensors and those of small ones.
     junk = []
-    size = 1 << 20
+    size = 1 << 28
     while size >= 512:
         try:
             junk.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
@@ -106,7 +106,7 @@ def test_a_capture_that_another_operation_invalidates(
     gpu: Gpu, scenes: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = scenes(contexts=2)
-    capture, spoilt = type(gpu.seam).capture, []
+    capture, spoilt = type(gpu.seam).capture_source, []
 
     def spoiled(self: Any, lane: Any, memory: Any, fn: Callable[[], Any]) -> Any:
         def with_a_wait() -> Any:
@@ -120,7 +120,7 @@ def test_a_capture_that_another_operation_invalidates(
     scene.drop()
     calls = scene.prepare()
     with monkeypatch.context() as m:
-        m.setattr(type(gpu.seam), "capture", spoiled)
+        m.setattr(type(gpu.seam), "capture_source", spoiled)
         calls[0].make()  # runs direct: a context was not to be had
     assert spoilt
     assert calls[0].output is not None

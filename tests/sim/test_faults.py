@@ -46,6 +46,21 @@ def unobserved(rig: Any) -> Iterator[None]:
 
 
 @pytest.fixture
+def plain(rig: Any, unobserved: None) -> Iterator[None]:
+    """All that threads share as it is in production. Calls of observed containers are Python: a signal that comes right
+    after one has done its work, and before the caller has the answer, is a place that only plain ones have."""
+    from anabranch import _sync
+    from anabranch.explore._shared import Factories
+    from anabranch.runtime._build import process
+
+    _sync.install(_sync.Factories())
+    process.renew_locks()
+    yield
+    _sync.install(Factories())
+    process.renew_locks()
+
+
+@pytest.fixture
 def scenes(rig: Any, compiled: Make) -> Iterator[Callable[..., Scene]]:
     """Makes scenes, and looks in the end whether they left anything behind."""
     made: list[Scene] = []
@@ -175,12 +190,19 @@ def test_a_direct_call_interrupted_at_each_place(rig: Any, runtime: str, scenes:
     assert campaign(scenes(graphs=False), interrupt_at) > (0 if runtime == "native" else 20)
 
 
-def test_a_call_that_builds_a_context_interrupted_at_each_place(rig: Any, scenes: Callable[..., Scene]) -> None:
-    scene = scenes(contexts=2)
+def builds_interrupted_at_each_place(scene: Scene) -> None:
     assert campaign(scene, interrupt_at, before=scene.drop) > 50
     faults.nobody_holds_the_build_lock()
     scene.drop()
     assert scene.engine.warm(contexts=2) == 2
+
+
+def test_a_call_that_builds_a_context_interrupted_at_each_place(rig: Any, scenes: Callable[..., Scene]) -> None:
+    builds_interrupted_at_each_place(scenes(contexts=2))
+
+
+def test_the_same_with_plain_containers(rig: Any, plain: None, scenes: Callable[..., Scene]) -> None:
+    builds_interrupted_at_each_place(scenes(contexts=2))
 
 
 # Of the native runtime, and with its contexts built ahead: a signal in the middle of a build may come between two

@@ -79,9 +79,12 @@ class Limits:
         return self._contexts < self.max_contexts and within_memory
 
     def _settle(self) -> None:
+        # No call in between, as in book(): an interrupt comes before or after it. (Only here is anything taken out.)
         while self._forgotten:
+            nbytes = self._forgotten[0]
+            del self._forgotten[0]
             self._contexts -= 1
-            self._bytes -= self._forgotten.popleft()
+            self._bytes -= nbytes
 
     def after_fork(self) -> None:
         self._lock = _sync.lock("limits")
@@ -173,12 +176,18 @@ class ContextPool:
             waiter = _Waiter()
             self._waiters.append(waiter)
         try:
-            # The time-out is for a context that was lost with its thread (an interrupt between two bytecodes).
+            # The time-out is for what an interrupt of another thread can leave undone: a context that was lost with its
+            # call, a waiter that was taken off the list and never told.
             while not waiter.ready.wait(timeout=1.0):
                 with self._lock:
-                    if not self._alive and waiter in self._waiters:
-                        self._waiters.remove(waiter)
+                    if waiter.context is not None:
+                        break
+                    if not self._alive:
+                        if waiter in self._waiters:
+                            self._waiters.remove(waiter)
                         return None
+                    if waiter not in self._waiters:
+                        self._waiters.appendleft(waiter)
             return waiter.context
         except BaseException:
             with self._lock:
@@ -198,8 +207,9 @@ class ContextPool:
         """Give a context back; ``context.done`` must have been recorded after its last use."""
         with self._lock:
             if self._waiters:
-                waiter = self._waiters.popleft()
+                waiter = self._waiters[0]
                 waiter.context = context
+                del self._waiters[0]
                 waiter.ready.set()
             else:
                 self._idle.append(context)

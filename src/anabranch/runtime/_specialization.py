@@ -252,10 +252,13 @@ class Specialization:
 
     def _build_context(self, reservation: Reservation) -> Context | None:
         """One more context, while another thread's build does not have to be waited for."""
-        if not process.build_lock.acquire(blocking=False):
-            reservation.cancel()
-            return None
+        lock, taken = process.build_lock, list[bool]()
         try:
+            # One call, as far as a signal can tell: it comes before the lock is taken, or when the list says so.
+            taken.extend(map(lock.acquire, _AT_ONCE))
+            if not taken[0]:
+                reservation.cancel()
+                return None
             with neutral(self._device, self._index), self._device.building():
                 return self._build_reserved(reservation)
         except Exception as e:
@@ -266,7 +269,8 @@ class Specialization:
             _log.warning("%s: no further context was built: %s: %s", self.settings.name, type(e).__name__, str(e))
             return None
         finally:
-            process.build_lock.release()
+            if taken and taken[0]:
+                lock.release()
 
     def _prune_last_uses(self) -> None:
         """Forget the events of contexts that are gone and done."""
@@ -518,6 +522,8 @@ class Specialization:
 _never_freed: list[Context] = []
 #: Names contexts in ``_last_uses``.
 _serial = itertools.count()
+#: Arguments for a lock's acquire(): take it only if it is free.
+_AT_ONCE = (False,)
 
 
 def _retire(device: Device, weights: list[torch.Tensor], last_uses: dict[int | str, Any]) -> None:
