@@ -49,6 +49,20 @@ class Strangers:
         assert not self.errors, self.errors[0]
 
 
+def test_a_pools_size_can_be_asked_for_however_often(gpu: Gpu) -> None:
+    # PyTorch takes a reference from the numbers of a pool's id each time. Above 256, they are freed when none is left.
+    pools = [gpu.seam.memory(0, fresh=True) for _ in range(260)]
+    memory: Any = pools[-1]
+    with memory.using():
+        x = torch.ones(1 << 20, device="cuda")
+    first, second = memory._id
+    before = sys.getrefcount(first), sys.getrefcount(second)
+    assert max(first, second) > 256
+    for _ in range(50):
+        assert memory.nbytes() >= x.nbytes
+    assert (sys.getrefcount(first), sys.getrefcount(second)) == before
+
+
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("graphs", [True, None], ids=["graph", "auto"])
 def test_sixty_four_threads_make_their_first_call_at_once(

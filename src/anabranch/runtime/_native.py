@@ -184,7 +184,8 @@ class NativeSpecialization(Specialization):
         index, specs, log = self._index, self._specs, core.AllocationLog()
         lane, memory, scratch = device.acquire_lane(index), device.memory(index, fresh), device.scratch(index)
         spare: list[Any] = []
-        made: Any = "an error"
+        made: Any = None
+        parts: list[Any] = [None]  # see Context
         try:
             if self._known is None:
                 spare = [device.acquire_lane(index), device.memory(index)]
@@ -194,24 +195,31 @@ class NativeSpecialization(Specialization):
                 made = _recording.record_again(
                     self._known, device, lane, memory, scratch, self._kernels, specs, self._workspaces, log
                 )
+            if not isinstance(made, str):
+                if self._known is None:
+                    self._learn(made)
+                nbytes = memory.nbytes() + lane.hidden_nbytes()
+                outputs = StaticOutputs(made.results)
+                made.results = []  # the context's: what is known of the kernels shall not keep its memory
+                context = Context(device, made.graph, lane, memory, [], outputs, nbytes, forget, parts)
+                context.recording = made
+                return context
+        except BaseException:
+            if parts:
+                parts.pop()
+                if made is not None and not isinstance(made, str):
+                    made.destroy()
+                device.release_lane(lane)
+                device.release_memory(memory)
+            raise
         finally:
             device.release_scratch(scratch)
             if spare:
                 device.release_lane(spare[0])
                 device.release_memory(spare[1])
-            if isinstance(made, str):
-                device.release_lane(lane)
-                device.release_memory(memory)
-        if isinstance(made, str):
-            return made
-        if self._known is None:
-            self._learn(made)
-        nbytes = memory.nbytes() + lane.hidden_nbytes()
-        outputs = StaticOutputs(made.results)
-        made.results = []  # the context's: what is known of the kernels shall not keep its memory
-        context = Context(device, made.graph, lane, memory, [], outputs, nbytes, forget)
-        context.recording = made
-        return context
+        device.release_lane(lane)
+        device.release_memory(memory)
+        return str(made)
 
     def _learn(self, recording: Any) -> None:
         """The first recording of this signature's kernels."""
