@@ -48,7 +48,7 @@ def test_a_right_system_has_every_figure_and_no_wrong_output(faulty: dict[str, A
     assert found["status"] == "ok"
     assert found["serial_error"] == 0
     assert not found["serially_wrong"]
-    for key in ("p50_us", "p99_us", "host_us"):
+    for key in ("p50_us", "p99_us", "host_us", "copy_us"):
         assert 0 < found["latency"][key]["low"] <= found["latency"][key]["median"]
     assert found["latency"]["host_us"]["median"] <= found["latency"]["p99_us"]["median"]
     for n in ("1", "2"):

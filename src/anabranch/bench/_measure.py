@@ -175,7 +175,10 @@ class Meter:
     # -- latency --------------------------------------------------------------------------------------------------
 
     def latency(self, seconds: float) -> dict[str, Any]:
-        """One call at a time on one stream: microseconds until the output is there, and until the call returned."""
+        """One call at a time on one stream: microseconds until the output is there, and until the call returned.
+
+        And what a copy of the input takes, many in a row: what a call that reads and writes as much could take at best.
+        """
         assert self.ready is not None
         total: list[float] = []
         host: list[float] = []
@@ -195,7 +198,16 @@ class Meter:
                 total.append((clock() - before) * 1e6)
                 host.append((returned - before) * 1e6)
             del y
+            copies = max(3, min(_MOST_SAMPLES, int(0.2 * seconds / max(percentile(total, 0.5) * 1e-6, 1e-6))))
+            for n in (3, copies):
+                before = clock()
+                for i in range(n):
+                    x = self.inputs[i % len(self.inputs)].clone()
+                self._sync(0)
+                copy_us = (clock() - before) / n * 1e6
+            del x
         return {
+            "copy_us": copy_us,
             "p50_us": percentile(total, 0.5),
             "p99_us": percentile(total, 0.99),
             "host_us": percentile(host, 0.5),

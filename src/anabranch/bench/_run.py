@@ -105,7 +105,7 @@ class Cell:
             result["memory_mb"] = self.held_mb + self.passing_mb
         if self.latency:
             result["latency"] = {
-                key: spread([r[key] for r in self.latency]) for key in ("p50_us", "p99_us", "host_us")
+                key: spread([r[key] for r in self.latency]) for key in ("p50_us", "p99_us", "host_us", "copy_us")
             } | {"calls": sum(r["calls"] for r in self.latency)}
         result["throughput"] = {
             str(n): {"per_s": spread([r["per_s"] for r in rounds])}

@@ -243,18 +243,12 @@ class NativeSpecialization(Specialization):
         self._core.set_graphs(self.uses_graphs)
 
     def _measure(self, context: Context, examples: Sequence[torch.Tensor], stream: Any) -> tuple[float, float]:
-        def graph() -> Any:
-            return self._core.run(examples)
-
-        def direct() -> Any:
-            return self._kernels(examples) if self.through_python else self._core.run(examples)
-
         with self._device.on_stream(stream):
             self._pool.release(context)
             self._core.set_graphs(True)
-            graph_us = self._median(graph, stream)
+            graph_us = self._median(self._core.run, examples, stream)
             self._core.set_graphs(False)
-            direct_us = self._median(direct, stream)
+            direct_us = self._median(self._kernels if self.through_python else self._core.run, examples, stream)
         self._core.forget_uses()
         self._core.take(context.slot)
         return graph_us, direct_us
