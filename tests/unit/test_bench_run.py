@@ -8,8 +8,10 @@ from typing import Any
 
 import bench_systems
 import pytest
+import torch
 
 from anabranch.bench import Options, _process, run_bench, strike, summary
+from anabranch.bench._work import calibrated
 from anabranch.errors import InputError
 
 FAST = {"streams": (1, 2), "rounds": 1, "seconds": 0.01, "patience": 60.0, "torch_threads": 1}
@@ -201,6 +203,19 @@ def test_the_file_holds_where_and_how(tmp_path: Path) -> None:
     assert content["works"]["relu"]["shape"] == [1, 3, 5]
     assert content["systems"]["eager"] == {"label": "PyTorch eager", "family": "peer"}
     assert list((tmp_path / "logs").iterdir())
+
+
+def test_calibrated_normalizations_normalize_what_they_get() -> None:
+    layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Hardswish()]
+    layers += [torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.BatchNorm2d(8), torch.nn.Dropout(0.5)]
+    model = calibrated(torch.nn.Sequential(*layers).eval(), (1, 3, 32, 32))
+    assert not any(module.training for module in model.modules())
+    generator = torch.Generator().manual_seed(5)
+    x = torch.tensor([0.5, 1.0, 1.5, 2.0]).reshape(4, 1, 1, 1) * torch.randn((4, 3, 32, 32), generator=generator)
+    with torch.no_grad():
+        y = model(x).transpose(0, 1).flatten(1)
+    assert y.mean(1).abs().max() < 0.2
+    assert ((y.var(1) > 0.7) & (y.var(1) < 1.3)).all()
 
 
 def test_names_that_are_not_there_are_refused() -> None:

@@ -266,10 +266,13 @@ class _Anabranch(Ready):
         )
         super().__init__(self.engine)
         plan = self.engine.plan
-        self.note = "captured" if plan.captured else "direct"
+        self.note = f"{'captured' if plan.captured else 'direct'}: {plan.reason}"
 
     def slots(self, n: int) -> list[Call]:
-        self.engine.warm(contexts=n)
+        built = self.engine.warm(contexts=n)
+        if built < n and self.engine.plan.captured:
+            # No fault of the engine's, and it goes on with fewer: the log says what a figure was measured with.
+            print(f"{built} of {n} contexts were built", flush=True)
         return [self.engine] * n
 
 

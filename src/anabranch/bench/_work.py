@@ -82,6 +82,24 @@ def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def calibrated(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """``model`` with the running statistics of its normalizations measured on noise of ``shape``, as training leaves
+    them. Without, some networks amplify rounding so much that two right algorithms look like two outputs."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    generator = torch.Generator().manual_seed(11)
+    magnitudes = torch.tensor([0.5, 1.0, 1.5, 2.0]).reshape(4, 1, 1, 1)
+    with torch.no_grad():
+        for _ in range(2):
+            model(magnitudes * torch.randn((4, *shape[1:]), generator=generator))
+    for norm in norms:
+        norm.eval()
+    return model
+
+
 def residual() -> nn.Module:
     """Eight residual blocks, 64 wide: no branch to overlap."""
     return _seeded(
@@ -107,7 +125,11 @@ def chain() -> nn.Module:
     return _seeded(lambda: nn.Sequential(*[m for _ in range(10) for m in (nn.Linear(256, 256), nn.LayerNorm(256))]))
 
 
-def _torchvision(name: str) -> Callable[[], nn.Module]:
+#: In float16 eager PyTorch itself is off by 12% of mobilenet_v3_large's largest output without it, with it by 1%.
+_CALIBRATED = ("mobilenet_v3_large",)
+
+
+def _torchvision(name: str, shape: tuple[int, ...]) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import torchvision
 
@@ -117,15 +139,16 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
         model: nn.Module = getattr(torchvision.models, name)(**options)
         return model
 
-    return lambda: _seeded(build)
+    return lambda: calibrated(_seeded(build), shape) if name in _CALIBRATED else _seeded(build)
 
 
 def _image(name: str, size: int, copies: int = 16) -> Work:
+    shape = (1, 3, size, size)
     return Work(
         name,
         f"torchvision's {name}, {size} x {size}",
-        _torchvision(name),
-        (1, 3, size, size),
+        _torchvision(name, shape),
+        shape,
         channels_last=True,
         copies=copies,
         needs="torchvision",
