@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.bench import summary
-from anabranch.bench._report import median, number
+from anabranch.bench._report import median, number, right, strike
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -164,42 +164,67 @@ def missing() -> str:
     return "\n".join(lines)
 
 
+#: What holds one engine for all threads, and what holds one for each.
+_SHARED = ("eager", "compile*", "trt-*-shared")
+_EACH = ("trt-*-each",)
+
+
 def native() -> str:
-    """The native runtime beside eager, the shared engines that were right, and the bound."""
-    content = json.loads((RESULTS / "bench_native_h200.json").read_text())
-    many = json.loads((RESULTS / "many_calls_h200_partial.json").read_text())
+    """The native runtime beside eager, the best right peers that share an engine or hold one each, and the bound."""
+    content = h200()
     lines = [
-        "| work | eager: host us, latency us | ours: host us, latency us | calls/s, 16 streams: best shared peer | ours"
-        " | bound | ours / bound |",
-        "|---|---|---|---|---|---|---|",
+        "| work | host us: eager, ours | latency us: eager, ours | streams | best peer with one engine | best with one"
+        " engine a thread; MB | ours; MB | bound | ours / bound |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    checked = wrong = 0
+    checked = differed = 0
     for work in content["works"]:
-        cells = {c["system"]: c for c in content["cells"] if c["work"] == work and c["status"] == "ok"}
-        mine, bound = cells["anabranch-inductor-native"], cells["bound"]
-        for figure in mine["throughput"].values():
-            checked += figure["checked"]
-            wrong += figure["wrong"] + figure["inexact"]
-        shared = {name: median(cells[name], "16") for name in ("eager", "compile", "trt-cpp-shared") if name in cells}
-        best = max((name for name in shared if shared[name]), key=lambda name: shared[name] or 0)
-        label = content["systems"][best]["label"]
-        host, latency = ([number(median(c, f)) for c in (cells["eager"], mine)] for f in ("host_us", "p50_us"))
-        ours, most = median(mine, "16") or 0, median(bound, "16") or 1
+        cells = {c["system"]: c for c in content["cells"] if c["work"] == work and "latency" in c}
+        mine, bound, eager = cells["anabranch-inductor-native"], cells["bound"], cells["eager"]
+        figures = [f for name in cells if name.endswith("-native") for f in cells[name]["throughput"].values()]
+        checked += sum(f["checked"] for f in figures)
+        differed += sum(f["wrong"] + f["inexact"] for f in figures)
+        streams = max(mine["throughput"], key=int)
+        ours, most = median(mine, streams) or 0, median(bound, streams) or 1
+        hosts, latencies = ([number(median(c, f) or 0) for c in (eager, mine)] for f in ("host_us", "p50_us"))
+        peers = [_best(content, cells, names, streams) for names in (_SHARED, _EACH)]
         lines.append(
-            f"| {work} | {host[0]}, {latency[0]} | {host[1]}, {latency[1]} | {number(shared[best])} ({label}) |"
-            f" {number(ours)} | {number(most)} | **{ours / most:.2f}** |"
+            f"| {work} | {', '.join(hosts)} | {', '.join(latencies)} | {streams} | {peers[0][0]} |"
+            f" {'; '.join(peers[1])} | {strike(mine, streams, 'ours')}; {mine['memory_mb']:,.0f} |"
+            f" {strike(bound, streams, 'bound')} | **{ours / most:.2f}** |"
         )
+    frame = {c["system"]: c for c in content["cells"] if c["work"] == "relu-4k" and "latency" in c}
+    mine, eager = (1e6 / (median(frame[s], "1") or 1) for s in ("anabranch-inductor-native", "eager"))
+    copy = median(frame["anabranch-inductor-native"], "copy_us")
+    many = [json.loads(f.read_text())["total"] for f in sorted(RESULTS.glob("many_calls_h200*.json"))]
     where = content["environment"]
     lines += [
         "",
-        "[benchmarks/results/bench_native_h200.json](benchmarks/results/bench_native_h200.json), with tests running on"
-        f" the host's other GPU: {checked:,} outputs of the native runtime checked, {wrong} wrong."
-        f" `benchmarks/many_calls.py`, 16 threads, each call with a new input: {many['total']['calls']:,} calls,"
-        f" {many['total']['wrong']} wrong"
-        " ([benchmarks/results/many_calls_h200_partial.json](benchmarks/results/many_calls_h200_partial.json); cut off"
-        f" by the end of the machine's time). {where['device']}, PyTorch {where['torch']}, {where['date'][:10]}.",
+        f"Backend inductor. One call after the other, `relu-4k` takes {mine:.1f} us, a copy of its frame {copy:.1f},"
+        f" eager {eager:.1f}. {checked:,} outputs of the native runtime were checked, {differed} differed, all of them"
+        " of `mobilenet_v3_large`: [docs/bench.md](docs/bench.md) says how. `benchmarks/many_calls.py`, 16 threads,"
+        f" each call with a new input: {sum(m['calls'] for m in many):,} calls in {len(many)} runs,"
+        f" {sum(m['wrong'] for m in many)} wrong. {where['device']}, PyTorch {where['torch']}, {where['date'][:10]}.",
     ]
     return "\n".join(lines)
+
+
+def _best(
+    content: dict[str, Any], cells: dict[str, dict[str, Any]], names: tuple[str, ...], streams: str
+) -> tuple[str, ...]:
+    """The most calls a second of the right ones of these peers, on so many streams or fewer; the megabytes it holds."""
+    found = []
+    for name in (n for n in cells if any(fnmatch.fnmatch(n, pattern) for pattern in names)):
+        for n in cells[name]["throughput"]:
+            value = median(cells[name], n)
+            if int(n) <= int(streams) and value is not None and right(cells[name], n, "peer"):
+                found.append((value, n, name))
+    if not found:
+        return ("none",)
+    value, n, name = max(found)
+    on = "" if n == streams else f", {n} stream{'s' * (n != '1')}"
+    label = content["systems"][name]["label"]
+    return f"{number(value)} ({label}{on})", f"{cells[name]['memory_mb']:,.0f}"
 
 
 SECTIONS = {

@@ -143,7 +143,8 @@ class _Bound(Ready):
                 self.compiled(x)
         lane.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # On a stream of its own: graphs captured on one stream share cuBLAS's workspace, and spoil each other's.
+        with torch.cuda.graph(graph, stream=lane):
             y = self.compiled(x)
         self.graphs.append((graph, x, y))
 
