@@ -44,6 +44,8 @@ def environment() -> dict[str, str]:
     # Python and PyTorch never free what they made once; only what is wrong in what we do counts.
     environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_odr_violation=0:abort_on_error=1"
     environment["UBSAN_OPTIONS"] = "print_stacktrace=1"
+    # What Python frees is seen as freed, too: its own allocator would hide it.
+    environment["PYTHONMALLOC"] = "malloc"
     environment["PYTHONPATH"] = str(ROOT / "src")
     return environment
 
