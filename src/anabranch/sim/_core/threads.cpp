@@ -3,6 +3,7 @@
 #include "threads.h"
 
 #include <c10/util/Exception.h>
+#include <frameobject.h>  // PyFrame_GetBack, which Python.h does not bring along in 3.10
 
 #include <atomic>
 #include <chrono>
