@@ -221,6 +221,7 @@ def signals(scene: Scene, seconds: float) -> None:
 
     def handler(number: int, frame: Any) -> None:
         if armed[0]:
+            armed[0] = False  # once: a second one could strike where the first is being handled
             raise KeyboardInterrupt
 
     def shoot() -> None:
