@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from anabranch.devices._graveyard import Graveyard
 from anabranch.runtime._pool import ContextPool, Limits, Reservation
+from contract.faults import interrupt_at
 
 
 def yes() -> bool:
@@ -421,6 +423,46 @@ def test_an_interrupted_waiter_hands_its_context_to_the_next() -> None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(first.ident), ctypes.py_object(Interrupt))
         pool.release(context)
     assert sorted(map(str, got)) == sorted(["interrupted", str(context)])
+
+
+@pytest.mark.parametrize("left", ["idle", "in use", "given", "gone"])
+def test_a_waiter_that_an_interrupt_elsewhere_left_off_the_list_is_served(left: str) -> None:
+    # What an interrupt can leave in other threads' release() and discard(), done by hand.
+    pool = pool_of(Context())
+    context = pool.acquire(1, no)
+    got: list[Any] = []
+    with threads(1, lambda i: got.append(pool.acquire(2, no))):
+        eventually(lambda: len(pool._waiters) == 1)
+        with pool._lock:
+            waiter = pool._waiters.popleft()
+            if left == "given":
+                waiter.context = context  # and not told
+            elif left == "idle":
+                pool._idle.append(context)
+            elif left == "gone":
+                pool._alive.discard(context)
+        if left == "in use":
+            eventually(lambda: len(pool._waiters) == 1)
+            pool.release(context)
+    assert got == [None if left == "gone" else context]
+    assert not pool._waiters
+
+
+def test_an_interrupt_while_room_is_settled_loses_none() -> None:
+    limits = Limits(3, None)
+    for _ in range(3):
+        assert limits.reserve(100)
+    for nth in range(1, 40):
+        limits.forget(100)
+        limits.forget(100)
+        with interrupt_at(nth, Interrupt) as fault, contextlib.suppress(Interrupt):
+            limits.has_room(0)
+        assert limits.held() == (1, 100)
+        if not fault.fired:
+            break
+        assert limits.reserve(100)
+        assert limits.reserve(100)
+    assert nth > 3
 
 
 def test_many_threads_streams_and_discards_end_with_the_books_in_order() -> None:

@@ -182,12 +182,16 @@ class ContextPool:
                 with self._lock:
                     if waiter.context is not None:
                         break
-                    if not self._alive:
-                        if waiter in self._waiters:
-                            self._waiters.remove(waiter)
+                    if waiter in self._waiters:
+                        if self._alive:
+                            continue
+                        self._waiters.remove(waiter)
                         return None
-                    if waiter not in self._waiters:
-                        self._waiters.appendleft(waiter)
+                    if self._idle:
+                        return self._idle.pop(0)
+                    if not self._alive:
+                        return None
+                    self._waiters.appendleft(waiter)
             return waiter.context
         except BaseException:
             with self._lock:
