@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.bench import summary
-from anabranch.bench._report import median, number, right, strike
+from anabranch.bench._report import median, most, number, strike
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -185,46 +185,38 @@ def native() -> str:
         checked += sum(f["checked"] for f in figures)
         differed += sum(f["wrong"] + f["inexact"] for f in figures)
         streams = max(mine["throughput"], key=int)
-        ours, most = median(mine, streams) or 0, median(bound, streams) or 1
+        ours, limit = median(mine, streams) or 0, median(bound, streams) or 1
         hosts, latencies = ([number(median(c, f) or 0) for c in (eager, mine)] for f in ("host_us", "p50_us"))
-        peers = [_best(content, cells, names, streams) for names in (_SHARED, _EACH)]
+        peers = [_best(content, work, names, streams) for names in (_SHARED, _EACH)]
         lines.append(
             f"| {work} | {', '.join(hosts)} | {', '.join(latencies)} | {streams} | {peers[0][0]} |"
             f" {'; '.join(peers[1])} | {strike(mine, streams, 'ours')}; {mine['memory_mb']:,.0f} |"
-            f" {strike(bound, streams, 'bound')} | **{ours / most:.2f}** |"
+            f" {strike(bound, streams, 'bound')} | **{ours / limit:.2f}** |"
         )
     frame = {c["system"]: c for c in content["cells"] if c["work"] == "relu-4k" and "latency" in c}
-    mine, eager = (1e6 / (median(frame[s], "1") or 1) for s in ("anabranch-inductor-native", "eager"))
+    ours_us, eager_us = (1e6 / (median(frame[s], "1") or 1) for s in ("anabranch-inductor-native", "eager"))
     copy = median(frame["anabranch-inductor-native"], "copy_us")
     many = [json.loads(f.read_text())["total"] for f in sorted(RESULTS.glob("many_calls_h200*.json"))]
     where = content["environment"]
     lines += [
         "",
-        f"Backend inductor. One call after the other, `relu-4k` takes {mine:.1f} us, a copy of its frame {copy:.1f},"
-        f" eager {eager:.1f}. {checked:,} outputs of the native runtime were checked, {differed} differed, all of them"
-        " of `mobilenet_v3_large`: [docs/bench.md](docs/bench.md) says how. `benchmarks/many_calls.py`, 16 threads,"
-        f" each call with a new input: {sum(m['calls'] for m in many):,} calls in {len(many)} runs,"
+        f"Backend inductor. One call after the other, `relu-4k` takes {ours_us:.1f} us, a copy of its frame {copy:.1f},"
+        f" eager {eager_us:.1f}. {checked:,} outputs of the native runtime were checked, {differed} differed, all of"
+        " them of `mobilenet_v3_large`: [docs/bench.md](docs/bench.md) says how. `benchmarks/many_calls.py`, 16"
+        f" threads, each call with a new input: {sum(m['calls'] for m in many):,} calls in {len(many)} runs,"
         f" {sum(m['wrong'] for m in many)} wrong. {where['device']}, PyTorch {where['torch']}, {where['date'][:10]}.",
     ]
     return "\n".join(lines)
 
 
-def _best(
-    content: dict[str, Any], cells: dict[str, dict[str, Any]], names: tuple[str, ...], streams: str
-) -> tuple[str, ...]:
+def _best(content: dict[str, Any], work: str, names: tuple[str, ...], streams: str) -> tuple[str, ...]:
     """The most calls a second of the right ones of these peers, on so many streams or fewer; the megabytes it holds."""
-    found = []
-    for name in (n for n in cells if any(fnmatch.fnmatch(n, pattern) for pattern in names)):
-        for n in cells[name]["throughput"]:
-            value = median(cells[name], n)
-            if int(n) <= int(streams) and value is not None and right(cells[name], n, "peer"):
-                found.append((value, n, name))
-    if not found:
+    found = most(content, work, "peer", names, int(streams))
+    if found is None:
         return ("none",)
-    value, n, name = max(found)
+    value, cell, n = found
     on = "" if n == streams else f", {n} stream{'s' * (n != '1')}"
-    label = content["systems"][name]["label"]
-    return f"{number(value)} ({label}{on})", f"{cells[name]['memory_mb']:,.0f}"
+    return f"{number(value)} ({content['systems'][cell['system']]['label']}{on})", f"{cell['memory_mb']:,.0f}"
 
 
 SECTIONS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from rich.table import Table
@@ -145,13 +146,16 @@ def notes(content: Content) -> list[str]:
     return lines
 
 
-def _best(content: Content, work: str, figure: str, family: str) -> tuple[float, CellData] | None:
-    """The best right figure of a family on a work."""
+def _best(
+    content: Content, work: str, figure: str, family: str, names: Sequence[str] = ("*",)
+) -> tuple[float, CellData] | None:
+    """The best right figure on a work of those of a family whose names fit one of the patterns."""
     found = [
         (value, i, c)
         for i, c in enumerate(content["cells"])
         if c["work"] == work
         and content["systems"][c["system"]]["family"] == family
+        and any(fnmatchcase(c["system"], pattern) for pattern in names)
         and right(c, figure, family)
         and (value := median(c, figure)) is not None
     ]
@@ -161,15 +165,17 @@ def _best(content: Content, work: str, figure: str, family: str) -> tuple[float,
     return value, cell
 
 
-def _most(content: Content, work: str, family: str) -> tuple[float, str, str] | None:
-    """The most right calls a second of a family on a work, with any number of streams; whose, and how many streams.
+def most(
+    content: Content, work: str, family: str, names: Sequence[str] = ("*",), streams: int | None = None
+) -> tuple[float, CellData, str] | None:
+    """The most right calls a second, as :func:`_best`, on any number of streams up to ``streams``; whose; on how many.
 
     Not with the most streams alone: who holds an engine for each thread may have fewer of them.
     """
     found = [
-        (best[0], content["systems"][best[1]["system"]]["label"], str(n))
+        (*best, str(n))
         for n in content["settings"]["streams"]
-        if (best := _best(content, work, str(n), family)) is not None
+        if (streams is None or n <= streams) and (best := _best(content, work, str(n), family, names)) is not None
     ]
     return max(found, key=lambda f: f[0], default=None)
 
@@ -189,9 +195,9 @@ def summary(content: Content) -> str:
             number(ours[0]) if ours else "none",
             _against(ours, peer, more_is_better=False),
         ]
-        rate, our_rate, bound = (_most(content, name, family) for family in ("peer", "ours", "bound"))
+        rate, our_rate, bound = (most(content, name, family) for family in ("peer", "ours", "bound"))
         parts += [
-            f"{number(rate[0])} ({rate[1]}); {rate[2]}" if rate else "none",
+            f"{number(rate[0])} ({content['systems'][rate[1]['system']]['label']}); {rate[2]}" if rate else "none",
             f"{number(our_rate[0])}; {our_rate[2]}" if our_rate else "none",
             _against(our_rate, rate, more_is_better=True),
             f"{number(bound[0])}; {bound[2]}" if bound else "",
