@@ -44,23 +44,25 @@ class Recorder:
         kernels(inputs)
         device = self.device
         lanes = (device.acquire_lane(0), device.acquire_lane(0))
-        memories = [device.memory(0) for _ in range(3)]
+        memories, scratch = [device.memory(0) for _ in range(2)], device.scratch(0)
         with neutral(device, 0), device.building():
             made = self.module.record(
-                device, lanes, memories[:2], memories[2], kernels, specs, workspaces, self.native.AllocationLog()
+                device, lanes, memories, scratch, kernels, specs, workspaces, self.native.AllocationLog()
             )
+        device.release_scratch(scratch)
         self.made.append((made, lanes, memories))
         return made
 
     def again(self, known: Any, kernels: Kernels, inputs: Sequence[Tensor], workspaces: bool = False) -> Any:
         specs = [TensorSpec.of(x) for x in inputs]
         device = self.device
-        lane, memory, scratch = device.acquire_lane(0), device.memory(0), device.memory(0)
+        lane, memory, scratch = device.acquire_lane(0), device.memory(0), device.scratch(0)
         with neutral(device, 0), device.building():
             made = self.module.record_again(
                 known, device, lane, memory, scratch, kernels, specs, workspaces, self.native.AllocationLog()
             )
-        self.made.append((made, [lane], [memory, scratch]))
+        device.release_scratch(scratch)
+        self.made.append((made, [lane], [memory]))
         return made
 
     def close(self) -> None:

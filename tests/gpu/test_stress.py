@@ -148,6 +148,23 @@ def test_engines_come_and_go_without_growth(gpu: Gpu, runtime: str) -> None:
     assert torch.cuda.memory_reserved() <= reserved
 
 
+def test_scratch_does_not_grow_with_contexts(gpu: Gpu) -> None:
+    # PyTorch's allocator keeps what is freed by stream: on each context's own stream, scratch took as much once more.
+    x = gpu.random(1, 3, 1080, 1920)
+    options: dict[str, Any] = {"backend": "eager", "runtime": "native", "cuda_graphs": True, "max_contexts": 6}
+    engine = anabranch.compile(torch.nn.ReLU(), [x], **options)
+    seam: Any = gpu.seam
+
+    def held() -> int:
+        return sum(scratch.memory.nbytes() for scratch in seam._free_scratch[0])
+
+    before = held()
+    assert before > 0
+    assert engine.warm(6) == 6
+    assert held() == before
+    engine.close()
+
+
 def test_trim_gives_memory_back(gpu: Gpu, compiled: Make) -> None:
     x = gpu.random(4096, 1024)
     engine = compiled(Chain(), x, cuda_graphs=True)

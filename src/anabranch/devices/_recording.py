@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from anabranch.devices._cuda import CudaDevice, _CudaGraph, _CudaLane, _CudaMemory
+from anabranch.devices._cuda import CudaDevice, _CudaGraph, _CudaLane, _CudaMemory, _CudaScratch
 from anabranch.devices._relocation import (
     Capture,
     Edge,
@@ -179,7 +179,7 @@ def record(
     device: CudaDevice,
     lanes: tuple[_CudaLane, _CudaLane],
     memories: tuple[_CudaMemory, _CudaMemory],
-    scratch: _CudaMemory,
+    scratch: _CudaScratch,
     kernels: _Kernels,
     specs: Sequence[TensorSpec],
     workspaces: bool,
@@ -187,8 +187,8 @@ def record(
 ) -> Recording | str:
     """Capture ``kernels`` on the first lane into the first memory, so that it can be bound; or say why it cannot.
 
-    The second lane and memory and ``scratch`` are needed meanwhile only: when this returns, nothing that was queued on
-    them is unfinished and nothing in them is in use. The host waits for the lanes. ``workspaces``, the build lock, the
+    The second lane and memory and ``scratch``, on whose stream the recording is tried, are needed meanwhile only: when
+    this returns, nothing that was queued on them is unfinished and nothing in them is in use. The host waits for all. ``workspaces``, the build lock, the
     thread's state, and that the kernels must have run before, are as for ``Context.build``.
     """
     first: _Captured | None = None
@@ -206,18 +206,18 @@ def record(
                     continue
                 recording = first.bind(table, table.noise, alignment)
                 _wait(*lanes)  # what warmed up wrote where it was captured
-                reason = prove(recording, device, lanes[0], scratch, kernels, specs, [first, second], rounds=2)
+                reason = prove(recording, scratch, kernels, specs, workspaces, [first, second], rounds=2)
                 keep = not reason
                 return reason or recording
             finally:
-                _wait(*lanes)
+                _wait(*lanes, scratch.lane)
                 second.graph.destroy()
                 del second
         return reason
     except _Unreadable as e:
         return str(e)
     finally:
-        _wait(*lanes)
+        _wait(*lanes, scratch.lane)
         if first is not None and not keep:
             first.graph.destroy()
 
@@ -227,7 +227,7 @@ def record_again(
     device: CudaDevice,
     lane: _CudaLane,
     memory: _CudaMemory,
-    scratch: _CudaMemory,
+    scratch: _CudaScratch,
     kernels: _Kernels,
     specs: Sequence[TensorSpec],
     workspaces: bool,
@@ -242,13 +242,14 @@ def record_again(
         if isinstance(noise, str):
             return noise
         recording = captured.bind(known.table, noise, known.alignment)
-        reason = prove(recording, device, lane, scratch, kernels, specs, [captured], rounds=1)
+        _wait(lane)  # what warmed up wrote where it was captured
+        reason = prove(recording, scratch, kernels, specs, workspaces, [captured], rounds=1)
         keep = not reason
         return reason or recording
     except _Unreadable as e:
         return str(e)
     finally:
-        _wait(lane)
+        _wait(lane, scratch.lane)
         if captured is not None and not keep:
             captured.graph.destroy()
 
@@ -258,11 +259,10 @@ def record_again(
 
 def prove(
     recording: Recording,
-    device: CudaDevice,
-    lane: _CudaLane,
-    scratch: _CudaMemory,
+    scratch: _CudaScratch,
     kernels: _Kernels,
     specs: Sequence[TensorSpec],
+    workspaces: bool,
     captured: Sequence[_Captured],
     rounds: int,
 ) -> str:
@@ -280,20 +280,23 @@ def prove(
     noises = [recording.with_other_noise(), recording.patches] if recording.noise else [recording.patches]
     ways = [(way, launch, patches) for patches in noises for way, launch in launches]
     alive: list[Any] = []  # so that every round has other addresses
-    with device.on_stream(lane.stream), scratch.using():
+    index = scratch.lane.index
+    if workspaces:
+        scratch.lane.load_workspaces()
+    with scratch.using():
         for c in captured:
             c.poison(table)
         for seed in range(1, rounds + 1):
-            values = [_place(spec, lane.index, 0, seed) for spec in specs]
+            values = [_place(spec, index, 0, seed) for spec in specs]
             wanted = kernels(values)
             again = kernels(values)
             if not _equal(wanted, again):
                 return "two direct runs on the same inputs differ, so that nothing can be compared with them"
             for way, launch, patches in ways:
-                inputs = [_place(spec, lane.index, recording.alignment, seed) for spec in specs]
-                outputs = [_guarded(nbytes, lane.index) for nbytes in recording.storages]
+                inputs = [_place(spec, index, recording.alignment, seed) for spec in specs]
+                outputs = [_guarded(nbytes, index) for nbytes in recording.storages]
                 alive += [values, wanted, inputs, outputs]
-                launch(inputs, [raw.data_ptr() + _GUARD for raw in outputs], lane.stream, patches)
+                launch(inputs, [raw.data_ptr() + _GUARD for raw in outputs], scratch.stream, patches)
                 got = [
                     view.on(outputs[view.storage], _GUARD) if table.bound[view.storage] else static
                     for view, static in zip(recording.views, recording.results, strict=True)
@@ -399,7 +402,7 @@ def _capture(
     device: CudaDevice,
     lane: _CudaLane,
     memory: _CudaMemory,
-    scratch: _CudaMemory,
+    scratch: _CudaScratch,
     kernels: _Kernels,
     specs: Sequence[TensorSpec],
     workspaces: bool,
@@ -417,12 +420,12 @@ def _capture(
         finally:
             events.extend(log.end())
 
-    with device.on_stream(lane.stream):
-        with scratch.using():
-            inputs = [_place(spec, lane.index, alignment, 0) for spec in specs]
-        with memory.using():
-            # Per-thread and per-stream set-up of libraries is not allowed to happen inside the capture.
-            kernels(inputs)
+    with scratch.using():
+        inputs = [_place(spec, lane.index, alignment, 0) for spec in specs]
+    scratch.stream.synchronize()
+    with device.on_stream(lane.stream), memory.using():
+        # Per-thread and per-stream set-up of libraries is not allowed to happen inside the capture.
+        kernels(inputs)
     try:
         graph, results = device.capture_source(lane, memory, run)
     except RuntimeError as e:
