@@ -160,7 +160,7 @@ def test_scratch_does_not_grow_with_contexts(gpu: Gpu) -> None:
 
     before = held()
     assert before > 0
-    assert engine.warm(6) == 6
+    assert engine.warm(contexts=6) == 6
     assert held() == before
     engine.close()
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from torch import fx
 
 from anabranch.errors import BuildError
 from anabranch.export import Program
@@ -16,23 +19,74 @@ from anabranch.export import Program
 Kernels = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
 
+class Instance(Protocol):
+    """Kernels together with the state of one run. One run at a time: the next one is ordered after it on the device."""
+
+    #: Bytes of device memory that it holds.
+    nbytes: int
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Queue the run on the current stream, as :data:`Kernels` do."""
+
+    def why_not_captured(self, stream: Any) -> str:
+        """After a first run: why runs on ``stream`` cannot be captured into a graph, or nothing."""
+
+    def private_memory(self) -> Sequence[torch.Tensor]:
+        """Device memory that runs write to, besides what they allocate."""
+
+
+class Stateful(ABC):
+    """Kernels whose runs need state (workspaces, execution contexts), which no two runs in flight may share.
+
+    Each captured graph gets an instance of its own for good, each direct call in flight one that no other has.
+    """
+
+    #: The program's graph as it runs: what became one piece is a ``call_module`` in it.
+    graph: fx.Graph
+
+    @abstractmethod
+    def instance(self, own: Any) -> Instance:
+        """New state, allocated on the current stream from the current memory pool. May be slow. Any thread.
+
+        ``own``: a stream that nobody else has while the instance lives, for what must not run on the caller's.
+        """
+
+    @abstractmethod
+    def describe(self) -> list[str]:
+        """What runs where, a line each, for ``explain()``."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`~anabranch.compile` was asked for. ``tf32``: whether float32 may be computed in TF32."""
+
+    require_full: bool = False
+    tf32: bool = False
+
+
 class Backend(Protocol):
     """Turns a program into kernels. Called with the build lock held."""
 
     name: str
 
-    def lower(self, program: Program, examples: Sequence[torch.Tensor]) -> Kernels:
+    def lower(self, program: Program, examples: Sequence[torch.Tensor], options: Options) -> Kernels | Stateful:
         """Compile ``program``; ``examples`` are inputs of its shapes, strides and dtypes.
 
         Raises :class:`~anabranch.errors.BuildError` with the compiler's message.
         """
 
 
-BACKENDS = ("inductor", "eager")
+_MODULES = {"inductor": "_inductor", "eager": "_eager", "tensorrt": "tensorrt"}
+BACKENDS = tuple(_MODULES)
 
 
 def get_backend(name: str) -> Backend:
-    if name not in BACKENDS:
+    if name not in _MODULES:
         raise BuildError(f"backend {name!r} given; expected one of {', '.join(map(repr, BACKENDS))}")
-    backend: Backend = importlib.import_module(f"anabranch.backends._{name}").BACKEND
+    backend: Backend = importlib.import_module(f"anabranch.backends.{_MODULES[name]}").BACKEND
     return backend
+
+
+def of_one(kernels: Kernels | Stateful, own: Any) -> Kernels | Instance:
+    """What one graph, or one thread by itself, may run: an instance of its own where there is state."""
+    return kernels.instance(own) if isinstance(kernels, Stateful) else kernels

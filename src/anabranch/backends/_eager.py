@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from anabranch.backends._backend import Kernels
+from anabranch.backends._backend import Kernels, Options
 from anabranch.export import Program
 
 
 class _Eager:
     name = "eager"
 
-    def lower(self, program: Program, examples: Sequence[torch.Tensor]) -> Kernels:
+    def lower(self, program: Program, examples: Sequence[torch.Tensor], options: Options) -> Kernels:
         # The generated code lets go of each temporary after its last use, which an interpreter loop would not. The
         # bare function is taken: Module.__call__ would look for hooks at every call.
         forward = program.module.forward

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from anabranch.backends._backend import Kernels
+from anabranch.backends._backend import Kernels, Options
 from anabranch.errors import BuildError
 from anabranch.export import Program
 
@@ -15,7 +15,7 @@ from anabranch.export import Program
 class _Inductor:
     name = "inductor"
 
-    def lower(self, program: Program, examples: Sequence[torch.Tensor]) -> Kernels:
+    def lower(self, program: Program, examples: Sequence[torch.Tensor], options: Options) -> Kernels:
         from torch._C._dynamo.eval_frame import set_eval_frame
         from torch._dynamo.eval_frame import innermost_fn
         from torch._inductor import config, standalone_compile

@@ -221,7 +221,7 @@ class CudaDevice:
     has_streams = True
     survives_fork = False
     has_time = True
-    backends: tuple[str, ...] = ("inductor", "eager")
+    backends: tuple[str, ...] = ("inductor", "eager", "tensorrt")
 
     def __init__(self) -> None:
         self._free_lanes: dict[int, list[Lane]] = _sync.dict_("free lanes")

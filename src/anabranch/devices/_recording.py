@@ -41,6 +41,9 @@ from anabranch.errors import AnabranchError
 from anabranch.export import TensorSpec
 
 _Kernels = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+#: Asked for each capture, with its stream current and given, and in its memory. What it gives may have
+#: ``private_memory()``.
+_Source = Callable[[Any], _Kernels]
 
 #: Bytes on either side of a tensor that belong to nobody. No two tensors of ours touch.
 _GUARD = 1024
@@ -100,6 +103,7 @@ class Recording:
         table: Table,
         capture: Capture,
         handles: Sequence[int],
+        kernels: _Kernels,
         results: Sequence[torch.Tensor],
         views: Sequence[View],
         noise: Sequence[Noise],
@@ -109,6 +113,8 @@ class Recording:
         self.table = table
         self.capture = capture
         self.handles = tuple(handles)
+        #: What the graph was captured from, with the state that it uses.
+        self.kernels: Any = kernels
         self.results = list(results)
         self.views = tuple(views)
         self.noise = tuple(noise)
@@ -180,33 +186,34 @@ def record(
     lanes: tuple[_CudaLane, _CudaLane],
     memories: tuple[_CudaMemory, _CudaMemory],
     scratch: _CudaScratch,
-    kernels: _Kernels,
+    source: _Source,
     specs: Sequence[TensorSpec],
     workspaces: bool,
     log: Log,
 ) -> Recording | str:
-    """Capture ``kernels`` on the first lane into the first memory, so that it can be bound; or say why it cannot.
+    """Capture what ``source`` gives on the first lane into the first memory, so that it can be bound; or say why not.
 
     The second lane and memory and ``scratch``, on whose stream the recording is tried, are needed meanwhile only: when
-    this returns, nothing that was queued on them is unfinished and nothing in them is in use. The host waits for all. ``workspaces``, the build lock, the
-    thread's state, and that the kernels must have run before, are as for ``Context.build``.
+    this returns, nothing that was queued on them is unfinished and nothing in them is in use. The host waits for all.
+    ``workspaces``, the build lock, the thread's state, and that the kernels must have run before, are as for
+    ``Context.build``.
     """
     first: _Captured | None = None
     keep = False
     try:
-        first = _capture(device, lanes[0], memories[0], scratch, kernels, specs, workspaces, log, 0)
+        first = _capture(device, lanes[0], memories[0], scratch, source, specs, workspaces, log, 0)
         reason = ""
         for alignment in _ALIGNMENTS:
             # At an address that is aligned no better than a call's need be: whatever was chosen for more would show.
-            second = _capture(device, lanes[1], memories[1], scratch, kernels, specs, workspaces, log, alignment)
+            second = _capture(device, lanes[1], memories[1], scratch, source, specs, workspaces, log, alignment)
             try:
                 table = compare(first.capture, second.capture, _is_device)
                 if isinstance(table, str):
-                    reason = reason or table
+                    reason = table  # of the best alignment that there is
                     continue
                 recording = first.bind(table, table.noise, alignment)
                 _wait(*lanes)  # what warmed up wrote where it was captured
-                reason = prove(recording, scratch, kernels, specs, workspaces, [first, second], rounds=2)
+                reason = prove(recording, scratch, first.kernels, specs, workspaces, [first, second], rounds=2)
                 keep = not reason
                 return reason or recording
             finally:
@@ -228,7 +235,7 @@ def record_again(
     lane: _CudaLane,
     memory: _CudaMemory,
     scratch: _CudaScratch,
-    kernels: _Kernels,
+    source: _Source,
     specs: Sequence[TensorSpec],
     workspaces: bool,
     log: Log,
@@ -237,13 +244,13 @@ def record_again(
     captured: _Captured | None = None
     keep = False
     try:
-        captured = _capture(device, lane, memory, scratch, kernels, specs, workspaces, log, 0)
+        captured = _capture(device, lane, memory, scratch, source, specs, workspaces, log, 0)
         noise = verify(known.table, captured.capture, _is_device)
         if isinstance(noise, str):
             return noise
         recording = captured.bind(known.table, noise, known.alignment)
         _wait(lane)  # what warmed up wrote where it was captured
-        reason = prove(recording, scratch, kernels, specs, workspaces, [captured], rounds=1)
+        reason = prove(recording, scratch, captured.kernels, specs, workspaces, [captured], rounds=1)
         keep = not reason
         return reason or recording
     except _Unreadable as e:
@@ -356,6 +363,7 @@ class _Captured:
     graph: _CudaGraph
     capture: Capture
     handles: list[int]
+    kernels: _Kernels
     inputs: list[torch.Tensor]
     results: list[torch.Tensor]
     views: list[View]
@@ -371,7 +379,9 @@ class _Captured:
             params[noise.position : noise.stop] = tried.params[noise.position : noise.stop]
             nodes[noise.node] = replace(kernel, params=bytes(params))
         capture = replace(self.capture, nodes=tuple(nodes))
-        return Recording(self.graph, table, capture, self.handles, self.results, self.views, noises, alignment)
+        return Recording(
+            self.graph, table, capture, self.handles, self.kernels, self.results, self.views, noises, alignment
+        )
 
     def poison(self, table: Table) -> None:
         """Spoil all memory that a bound graph has no business with any more."""
@@ -403,7 +413,7 @@ def _capture(
     lane: _CudaLane,
     memory: _CudaMemory,
     scratch: _CudaScratch,
-    kernels: _Kernels,
+    source: _Source,
     specs: Sequence[TensorSpec],
     workspaces: bool,
     log: Log,
@@ -424,6 +434,7 @@ def _capture(
         inputs = [_place(spec, lane.index, alignment, 0) for spec in specs]
     scratch.stream.synchronize()
     with device.on_stream(lane.stream), memory.using():
+        kernels = source(lane.stream)
         # Per-thread and per-stream set-up of libraries is not allowed to happen inside the capture.
         kernels(inputs)
     try:
@@ -444,12 +455,15 @@ def _capture(
             # Inputs without elements have no address.
             inputs=tuple(Range(x.data_ptr(), s.nbytes) for x, s in zip(inputs, specs, strict=True)),
             outputs=tuple(outputs),
-            hidden=tuple(Range(*segment) for segment in lane.hidden.segments()),
+            hidden=(
+                *(Range(*segment) for segment in lane.hidden.segments()),
+                *(Range(x.data_ptr(), x.nbytes) for x in getattr(kernels, "private_memory", list)()),
+            ),
         )
     except BaseException:
         graph.destroy()
         raise
-    return _Captured(graph, capture, handles, inputs, list(results), views)
+    return _Captured(graph, capture, handles, kernels, inputs, list(results), views)
 
 
 def _views(results: Sequence[torch.Tensor]) -> tuple[list[View], list[Range]]:

@@ -6,6 +6,8 @@ from anabranch.export._program import (
     ConstantOutput,
     Program,
     export_program,
+    is_random,
+    keep_backends_enabled,
     source_of,
 )
 from anabranch.export._signature import Input, Signature, TensorSpec, flatten_call, leaf_key, register_dataclasses
@@ -20,6 +22,8 @@ __all__ = [
     "TensorSpec",
     "export_program",
     "flatten_call",
+    "is_random",
+    "keep_backends_enabled",
     "leaf_key",
     "register_dataclasses",
     "source_of",

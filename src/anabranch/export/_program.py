@@ -156,7 +156,7 @@ def export_program(
         module = cast
         originals = {}
     exported = _export(_Forward(module, precision, dtypes), args, kwargs)
-    with torch.no_grad(), _keep_backends_enabled():
+    with torch.no_grad(), keep_backends_enabled():
         exported = exported.run_decompositions({})
     return _flatten(exported, {f"model.{name}": t for name, t in originals.items()})
 
@@ -165,7 +165,7 @@ def _export(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     try:
         with torch.no_grad():
             # By name, as flatten_call() orders a call's leaves: the graph's inputs follow the order given here.
-            with _keep_backends_enabled(), _fake_tensor_errors_unlogged():
+            with keep_backends_enabled(), _fake_tensor_errors_unlogged():
                 return torch.export.export(module, tuple(args), dict(sorted(kwargs.items())), strict=False)
     except Exception as e:
         text = str(e).strip().splitlines()
@@ -182,7 +182,7 @@ def _export(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 @contextmanager
-def _keep_backends_enabled() -> Iterator[None]:
+def keep_backends_enabled() -> Iterator[None]:
     """Stop torch.export from turning cuDNN, oneDNN and NNPACK off, for all threads, while it traces.
 
     Other threads' operators would run other kernels meanwhile, ours and strangers' alike. It does so to keep composite
@@ -326,7 +326,7 @@ def _uncapturable(graph: fx.Graph) -> tuple[str | None, bool]:
         tags = node.target.tags
         if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
             dependent.append(name)
-        elif torch.Tag.nondeterministic_seeded in tags and _is_random(node):
+        elif is_random(node):
             random.append(name)
     if dependent:
         return "data-dependent: " + ", ".join(dependent), True
@@ -335,8 +335,13 @@ def _uncapturable(graph: fx.Graph) -> tuple[str | None, bool]:
     return None, False
 
 
-def _is_random(node: fx.Node) -> bool:
-    rule = _RANDOM_IF.get(node.target)  # type: ignore[call-overload]
+def is_random(node: fx.Node) -> bool:
+    """Whether an operator draws random numbers, with the arguments that it has."""
+    if not isinstance(node.target, torch._ops.OpOverload) or (
+        torch.Tag.nondeterministic_seeded not in node.target.tags
+    ):
+        return False
+    rule = _RANDOM_IF.get(node.target)
     if rule is None:
         return True
     name, position, default, deterministic = rule

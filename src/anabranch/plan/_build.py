@@ -54,12 +54,16 @@ def build_plan(
     captured: bool,
     reason: str,
     notes: Mapping[str, str],
+    graph: fx.Graph | None = None,
 ) -> Plan:
     """The plan of ``program``: one lane, on which each step follows the one before it.
 
     ``eager`` shows each operator. A compiled backend's kernels are one step: what it does inside is its own, and
     memory inside comes from the lane it runs on. A captured plan copies inputs into the context's memory first and
     outputs out of it last; a direct plan reads and writes the caller's tensors.
+
+    ``graph``: the program's as its backend runs it, where that is several pieces and operators between them; its
+    inputs and results are the program's own.
     """
     lane = "main"
     buffers: dict[str, Buffer] = {}
@@ -72,7 +76,8 @@ def build_plan(
         buffers.setdefault(label, Buffer(label, spec.nbytes, kind, dtype=dtype, shape=spec.shape))
         return Access(label)
 
-    graph = program.module.graph
+    in_pieces = graph is not None
+    graph = graph or program.module.graph
     placeholders = graph.find_nodes(op="placeholder")
     split = len(program.weights)
     of: dict[fx.Node, tuple[Access, ...]] = {}
@@ -101,9 +106,9 @@ def build_plan(
             return f"{prefix} {results.index(node)}", kind_of_result
         return f"%{node.name}", "temporary"
 
-    if backend == "eager":
+    if backend == "eager" or in_pieces:
         for node in graph.nodes:
-            if node.op != "call_function":
+            if node.op not in ("call_function", "call_module"):
                 continue
             reads = _unique(a for n in node.all_input_nodes for a in of.get(n, ()))
             if _aliases(node):
@@ -121,6 +126,12 @@ def build_plan(
                 if isinstance(v, torch.Tensor)
             )
             of[node] = writes
+            if node.op == "call_module":
+                # Its workspace is the context's; one byte stands for all of it.
+                buffers.setdefault("workspace of pieces", Buffer("workspace of pieces", 1, "workspace"))
+                touched = (*writes, Access("workspace of pieces"))
+                steps.append(Step(node.name, lane, reads, touched, "kernels", f"{backend}: one engine"))
+                continue
             extra = workspace if _uses_workspace(node) else ()
             steps.append(Step(node.name, lane, reads, (*writes, *extra), "op", str(node.target), source_of(node)))
     elif not program.is_empty:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from anabranch.backends import Kernels
+from anabranch.backends import Kernels, Stateful, of_one
 from anabranch.devices import Device, Graph, Lane, Memory
 from anabranch.export import Signature
 
@@ -36,8 +36,12 @@ class Context:
         nbytes: int,
         forget: Callable[[], None],
         parts: list[Any] | None = None,
+        kernels: Any = None,
     ) -> None:
-        """``parts``: whoever takes the one item out is to free graph, lane and memory; None: the context is."""
+        """``parts``: whoever takes the one item out is to free graph, lane and memory; None: the context is.
+
+        ``kernels``: what the graph was captured from, if that has state which the graph uses.
+        """
         if parts is None:
             parts = [None]
         self.graph = graph
@@ -52,7 +56,7 @@ class Context:
         self.done = device.event()
         #: Identity of the stream of the last use, None before the first.
         self.used_on: int | None = None
-        remains = [inputs, outputs, graph, self.done]
+        remains = [inputs, outputs, graph, self.done, kernels]
 
         def decompose() -> None:
             if not parts:
@@ -74,7 +78,7 @@ class Context:
         cls,
         device: Device,
         index: int,
-        kernels: Kernels,
+        kernels: Kernels | Stateful,
         signature: Signature,
         workspaces: bool,
         forget: Callable[[], None],
@@ -96,13 +100,14 @@ class Context:
                 lane.load_workspaces()
             with device.on_stream(lane.stream), memory.using():
                 inputs = [spec.synthesize(torch_device) for spec in signature.tensors]
+                run = of_one(kernels, lane.stream)
                 # Per-thread and per-stream set-up of libraries is not allowed to happen inside the capture.
-                kernels(inputs)
-            graph, results = device.capture(lane, memory, lambda: kernels(inputs))
+                run(inputs)
+            graph, results = device.capture(lane, memory, lambda: run(inputs))
             lane.stream.synchronize()
             outputs = StaticOutputs(results)
             nbytes = memory.nbytes() + lane.hidden_nbytes()
-            return cls(device, graph, lane, memory, inputs, outputs, nbytes, forget, parts)
+            return cls(device, graph, lane, memory, inputs, outputs, nbytes, forget, parts, run)
         except BaseException:
             lane.stream.synchronize()  # if this fails too, the device is lost, and nothing is to be used again
             if not parts:

@@ -39,6 +39,7 @@ def compile(
     max_contexts: int = DEFAULT_MAX_CONTEXTS,
     memory_limit: int | None = None,
     cuda_graphs: bool | None = None,
+    require_full: bool = False,
 ) -> Engine:
     """Compile ``model`` for inference and return an engine that any thread may call on any stream.
 
@@ -49,7 +50,8 @@ def compile(
         taken as keyword inputs. Of tensors only shape, dtype, strides and device count. Exported programs default to
         their own example inputs. Further signatures are compiled at their first call, or by :meth:`Engine.warm`.
     :param kwargs: keyword inputs, likewise.
-    :param backend: ``"inductor"``, ``"eager"``, or None for the device's best: ``"inductor"``, and on ``sim``, which
+    :param backend: ``"inductor"``, ``"eager"``, ``"tensorrt"`` (on a GPU, with ``tensorrt`` or ``tensorrt_rtx``
+        installed; see ``docs/tensorrt.md``), or None for the device's best: ``"inductor"``, and on ``sim``, which
         Inductor cannot compile for, ``"eager"``.
     :param runtime: ``"native"`` (C++, compiled at the first use), ``"python"``, or ``"auto"``: native, or, where there
         is no compiler, Python with a warning that says so. Both keep one contract; native calls cost less, and many
@@ -61,6 +63,8 @@ def compile(
     :param memory_limit: bytes of device memory that contexts may hold. Beyond it calls share as above; a signature
         whose first context does not fit runs direct.
     :param cuda_graphs: True: always, False: never, None: where it measured faster.
+    :param require_full: raise where an operator would have to run in another backend than the one asked for.
+        Otherwise :meth:`Engine.explain` lists those that do.
 
     The host blocks until everything is built, and until the calling thread's current stream is done, so that
     parameters written just before are seen by every stream. Nothing may be under capture on that stream.
@@ -96,7 +100,7 @@ def compile(
         index = seam.index(device)
         if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
             raise NotCapturable("compile was called inside a CUDA graph capture; compile first, then capture")
-        settings = Settings(name, seam, index, _backend(backend, seam), cuda_graphs, Flags(device.type))
+        settings = Settings(name, seam, index, _backend(backend, seam), cuda_graphs, Flags(device.type), require_full)
         engine = kind(settings, placed, precision, max_contexts, memory_limit)
         if seam.has_streams:
             # Parameters that were written just before are there for the lane that warms up, and for every later caller.
@@ -118,6 +122,11 @@ def _engine_class(runtime: str) -> type[Engine]:
 def _backend(given: str | None, device: Device) -> str:
     if given is None:
         return device.backends[0]
+    if given == "tensorrt" and device.kind == "cpu":
+        raise InputError(
+            "backend='tensorrt' given, and the model and its inputs are on the CPU; expected them on a CUDA device. On"
+            " a machine without a GPU, engines can be built ahead of time with TensorRT-RTX: anabranch build --help"
+        )
     if given not in device.backends:
         raise InputError(
             f"backend={given!r} given, which cannot compile for device {device.kind!r}; expected one of"

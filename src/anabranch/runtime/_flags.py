@@ -50,6 +50,10 @@ _CPU: dict[str, _Getter] = {
 }
 
 
+#: Ends of the names of the flags that say how float32 products and convolutions are computed on a GPU.
+_TF32 = ("cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision")
+
+
 class Flags:
     """A snapshot of the flags that matter on one kind of device."""
 
@@ -75,6 +79,12 @@ class Flags:
             return "ieee" if value == "none" else value
 
         return [x for x in zip(self._names, self._values, now, strict=True) if plain(x[1]) != plain(x[2])]
+
+    @property
+    def tf32(self) -> bool:
+        """Whether both products and convolutions of float32 may be computed in TF32."""
+        allowed = [v for n, v in zip(self._names, self._values, strict=True) if n.endswith(_TF32)]
+        return bool(allowed) and all(v == "tf32" for v in allowed)
 
     def __getitem__(self, name: str) -> Any:
         return self._values[self._names.index(name)]

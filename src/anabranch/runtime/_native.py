@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
+from anabranch.backends import Instance, Kernels, Stateful, of_one
 from anabranch.export import ComputedOutput, Program
 from anabranch.runtime import _library
 from anabranch.runtime._build import neutral, process
@@ -149,7 +151,7 @@ class NativeSpecialization(Specialization):
     def _may_grow(self, value: bool) -> None:
         self._core.set_may_grow(value)
 
-    def _lowered(self) -> None:
+    def _set_program(self) -> None:
         if self.program.is_empty:
             return
         program = translate(self.program) if self.backend == "eager" else f"{self.backend} launches its kernels itself"
@@ -182,6 +184,7 @@ class NativeSpecialization(Specialization):
 
         device: Any = self._device
         index, specs, log = self._index, self._specs, core.AllocationLog()
+        source = partial(of_one, self._lowered)
         lane, memory, scratch = device.acquire_lane(index), device.memory(index, fresh), device.scratch(index)
         spare: list[Any] = []
         made: Any = None
@@ -190,18 +193,20 @@ class NativeSpecialization(Specialization):
             if self._known is None:
                 spare = [device.acquire_lane(index), device.memory(index)]
                 lanes, memories = (lane, spare[0]), (memory, spare[1])
-                made = _recording.record(device, lanes, memories, scratch, self._kernels, specs, self._workspaces, log)
+                made = _recording.record(device, lanes, memories, scratch, source, specs, self._workspaces, log)
             else:
                 made = _recording.record_again(
-                    self._known, device, lane, memory, scratch, self._kernels, specs, self._workspaces, log
+                    self._known, device, lane, memory, scratch, source, specs, self._workspaces, log
                 )
             if not isinstance(made, str):
                 if self._known is None:
                     self._learn(made)
                 nbytes = memory.nbytes() + lane.hidden_nbytes()
                 outputs = StaticOutputs(made.results)
-                made.results = []  # the context's: what is known of the kernels shall not keep its memory
-                context = Context(device, made.graph, lane, memory, [], outputs, nbytes, forget, parts)
+                kernels = made.kernels
+                # The context's: what is known of the kernels shall not keep its memory.
+                made.results, made.kernels = [], None
+                context = Context(device, made.graph, lane, memory, [], outputs, nbytes, forget, parts, kernels)
                 context.recording = made
                 return context
         except BaseException:
@@ -225,7 +230,7 @@ class NativeSpecialization(Specialization):
         """The first recording of this signature's kernels."""
         self._known = recording
         self._core.set_alignment(recording.alignment)
-        if not recording.table.why_not_direct and self.through_python:
+        if not recording.table.why_not_direct and self.through_python and not isinstance(self._lowered, Stateful):
             self._core.set_kernels(recording.results, [kernel_tuple(patch) for patch in recording.patches])
             self.through_python = None
             self._keep_weights()
@@ -242,13 +247,15 @@ class NativeSpecialization(Specialization):
                 _log.info("%s: kernels stay with Python: %s: %s", self.settings.name, type(e).__name__, str(e))
         self._core.set_graphs(self.uses_graphs)
 
-    def _measure(self, context: Context, examples: Sequence[torch.Tensor], stream: Any) -> tuple[float, float]:
+    def _measure(
+        self, context: Context, run: Kernels | Instance, examples: Sequence[torch.Tensor], stream: Any
+    ) -> tuple[float, float]:
         with self._device.on_stream(stream):
             self._pool.release(context)
             self._core.set_graphs(True)
             graph_us = self._median(self._core.run, examples, stream)
             self._core.set_graphs(False)
-            direct_us = self._median(self._kernels if self.through_python else self._core.run, examples, stream)
+            direct_us = self._median(run if self.through_python else self._core.run, examples, stream)
         self._core.forget_uses()
         self._core.take(context.slot)
         return graph_us, direct_us

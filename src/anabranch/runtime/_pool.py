@@ -5,10 +5,21 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
 
 from anabranch import _sync
 from anabranch.runtime._build import process
-from anabranch.runtime._context import Context
+
+
+class Pooled(Protocol):
+    """What a pool hands out: a context, or anything else that one call at a time may use."""
+
+    nbytes: int
+    used_on: int | None
+    done: Any
+
+
+_P = TypeVar("_P", bound=Pooled)
 
 
 class Limits:
@@ -95,7 +106,7 @@ class _Waiter:
 
     def __init__(self) -> None:
         self.ready = _sync.event("a context")
-        self.context: Context | None = None
+        self.context: Any = None
 
 
 class Reservation:
@@ -126,7 +137,7 @@ class Reservation:
         self.cancel()
 
 
-class ContextPool:
+class ContextPool(Generic[_P]):
     """The contexts of one specialization.
 
     Threads: any. ``_lock`` guards the lists and is never held while a device is called, a graph is built or another
@@ -138,9 +149,9 @@ class ContextPool:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._lock = _sync.lock("pool")
-        self._idle: list[Context] = []  # least recently used first
+        self._idle: list[_P] = []  # least recently used first
         self._waiters: deque[_Waiter] = deque()
-        self._alive: weakref.WeakSet[Context] = weakref.WeakSet()
+        self._alive: weakref.WeakSet[_P] = weakref.WeakSet()
         self._estimate = 0
         process.register(self)
 
@@ -150,7 +161,7 @@ class ContextPool:
         with self._lock:
             return self._estimate
 
-    def acquire(self, stream: int, may_build: Callable[[], bool]) -> Context | Reservation | None:
+    def acquire(self, stream: int, may_build: Callable[[], bool]) -> _P | Reservation | None:
         """An idle context, by preference: last used on ``stream``; never used; a new one (room for it is reserved); the
         least recently used. When all are in the hands of other threads, waits for the first that comes back. None
         (run direct) when there is no context at all and none may be built.
@@ -201,13 +212,13 @@ class ContextPool:
                 self.release(waiter.context)
             raise
 
-    def add(self, context: Context) -> None:
+    def add(self, context: _P) -> None:
         """Count a context that was just built; it is in its builder's hands."""
         with self._lock:
             self._estimate = context.nbytes
             self._alive.add(context)
 
-    def release(self, context: Context) -> None:
+    def release(self, context: _P) -> None:
         """Give a context back; ``context.done`` must have been recorded after its last use."""
         with self._lock:
             if self._waiters:
@@ -218,7 +229,7 @@ class ContextPool:
             else:
                 self._idle.append(context)
 
-    def discard(self, context: Context) -> None:
+    def discard(self, context: _P) -> None:
         """Give up a context after an error; it is freed once its queued work is done."""
         with self._lock:
             self._alive.discard(context)
@@ -229,7 +240,7 @@ class ContextPool:
     def discard_added(self) -> None:
         """Give up what this thread has added and nobody got. Of a context that nothing refers to nothing is left."""
 
-    def drain(self) -> list[Context]:
+    def drain(self) -> list[_P]:
         """Take all idle contexts out for good."""
         with self._lock:
             idle, self._idle = self._idle, []

@@ -15,9 +15,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from anabranch import _sync
-from anabranch.backends import get_backend
+from anabranch.backends import Instance, Kernels, Options, Stateful, get_backend, of_one
 from anabranch.devices import Device
-from anabranch.errors import FlagsChanged, InputError, NotCapturable
+from anabranch.errors import BuildError, FlagsChanged, InputError, NotCapturable
 from anabranch.export import AliasOutput, ComputedOutput, Program, Signature
 from anabranch.plan import Plan
 from anabranch.plan._build import build_plan, uses_workspace
@@ -25,6 +25,7 @@ from anabranch.race import check_plan
 from anabranch.runtime._build import neutral, process
 from anabranch.runtime._context import Context
 from anabranch.runtime._flags import Flags, sensitive
+from anabranch.runtime._instances import Instances
 from anabranch.runtime._pool import ContextPool, Limits, Reservation
 from anabranch.runtime._stats import Counters
 
@@ -43,6 +44,7 @@ class Settings:
     backend: str
     cuda_graphs: bool | None
     flags: Flags
+    require_full: bool = False
 
     @property
     def torch_device(self) -> torch.device:
@@ -112,15 +114,15 @@ class Specialization:
 
     # -- what another runtime does otherwise --------------------------------------------------------------------
 
-    def _make_pool(self) -> ContextPool:
+    def _make_pool(self) -> ContextPool[Context]:
         return ContextPool(self._limits)
 
-    def _lowered(self) -> None:
+    def _set_program(self) -> None:
         """The kernels are there."""
 
     def _capture(self, fresh: bool, forget: Callable[[], None]) -> Context:
         """A new context; ``fresh``: in memory that nothing used before."""
-        return Context.build(self._device, self._index, self._kernels, self.signature, self._workspaces, forget, fresh)
+        return Context.build(self._device, self._index, self._lowered, self.signature, self._workspaces, forget, fresh)
 
     def _built(self) -> None:
         """It is known whether calls use graphs."""
@@ -132,30 +134,55 @@ class Specialization:
         with neutral(device, self._index):
             if not device.has_streams:
                 examples = [s.synthesize(settings.torch_device) for s in self._specs]
-                self._kernels = get_backend(self.backend).lower(self.program, examples)
+                run = self._lower(examples, None)
                 if not self.program.direct_only and not self.program.is_empty:
-                    self._warm_up(examples, times=1)
-                self._lowered()
+                    self._warm_up(run, examples, times=1)
+                self._set_program()
                 return False, "the CPU has no streams to order and no graphs to capture"
             with device.building():
                 return self._build_on_lane()
 
+    def _lower(self, examples: Sequence[torch.Tensor], own: Any) -> Kernels | Instance:
+        """Have the backend make the kernels; returns what this thread may run of them.
+
+        ``own``: a stream that nobody else has meanwhile, where there are streams.
+        """
+        flags, full = self.settings.flags, self.settings.require_full
+        if full and self.backend != self.settings.backend and not self.program.is_empty:
+            raise BuildError(
+                f"require_full=True given, and backend {self.settings.backend!r} does not run this model:"
+                f" {self.program.direct_only}"
+            )
+        self._lowered = get_backend(self.backend).lower(self.program, examples, Options(full, flags.tf32))
+        run = of_one(self._lowered, own)
+        self._kernels: Kernels = (
+            Instances(self._device, self._index, self._lowered, self._limits.max_contexts)
+            if isinstance(self._lowered, Stateful)
+            else self._lowered
+        )
+        return run
+
     def _build_on_lane(self) -> tuple[bool, str]:
         device, settings = self._device, self.settings
         lane, scratch = device.acquire_lane(self._index), device.memory(self._index)
+        run: Any = None
         drained = False
         try:
             with device.on_stream(lane.stream), scratch.using():
                 examples = [s.synthesize(settings.torch_device) for s in self._specs]
-                self._kernels = get_backend(self.backend).lower(self.program, examples)
+                run = self._lower(examples, lane.stream)
                 if not self.program.data_dependent and not self.program.is_empty:
                     if self._workspaces:
                         lane.load_workspaces()
-                    self._warm_up(examples, times=2)
-                self._lowered()
+                    self._warm_up(run, examples, times=2)
+                self._set_program()
             lane.stream.synchronize()
             drained = True
             reason = self._why_not_captured()
+            if not reason and isinstance(self._lowered, Stateful):
+                reason = run.why_not_captured(lane.stream)
+                if reason and settings.cuda_graphs:
+                    raise BuildError(f"cuda_graphs=True given, and this model cannot be captured: {reason}")
             if reason:
                 return False, reason
             context = self._first_context()
@@ -168,7 +195,7 @@ class Specialization:
                 self._pool.release(context)
                 return True, "there is no time to measure on this device"
             with scratch.using():
-                graph_us, direct_us = self._measure(context, examples, lane.stream)
+                graph_us, direct_us = self._measure(context, run, examples, lane.stream)
             self.measured = {"graph": graph_us, "direct": direct_us}
             figures = f"measured {graph_us:.0f} us as a graph, {direct_us:.0f} us direct"
             if graph_us <= direct_us:
@@ -179,18 +206,18 @@ class Specialization:
         finally:
             if not drained:
                 lane.stream.synchronize()
-            examples = []
+            examples, run = [], None
             device.release_lane(lane)
             device.release_memory(scratch)
 
-    def _warm_up(self, examples: Sequence[torch.Tensor], times: int) -> None:
+    def _warm_up(self, run: Kernels | Instance, examples: Sequence[torch.Tensor], times: int) -> None:
         """Run on made-up values: loads and tunes kernels, which no call and no capture may have to do.
 
         Export checks shapes; that an operator takes these dtypes shows here only.
         """
         try:
             for _ in range(times):
-                self._kernels(examples)
+                run(examples)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # in torch.linalg, not in its stubs
             pass  # the values were at fault (not positive definite, say); the caller's own may do
         except torch.OutOfMemoryError:
@@ -305,12 +332,16 @@ class Specialization:
         """Give up the contexts that are idle; calls in flight keep theirs, and later calls build new ones."""
         self._may_grow = True
         self._pool.drain()
+        if isinstance(self._kernels, Instances):
+            self._kernels.trim()
 
-    def _measure(self, context: Context, examples: Sequence[torch.Tensor], stream: Any) -> tuple[float, float]:
+    def _measure(
+        self, context: Context, run: Kernels | Instance, examples: Sequence[torch.Tensor], stream: Any
+    ) -> tuple[float, float]:
         """Median latency of one call in microseconds, as a graph and direct. The context is idle afterwards."""
         with self._device.on_stream(stream):
             graph = self._median(lambda inputs: self._launch(context, inputs, stream), examples, stream)
-            direct = self._median(self._kernels, examples, stream)
+            direct = self._median(run, examples, stream)
         # It has run on a stream that no caller will ever have: the first caller need not count as waiting for it.
         context.used_on = None
         return graph, direct
@@ -408,17 +439,20 @@ class Specialization:
         self._counters.add("calls", "direct_calls")
         return results
 
-    def _run_kernels(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def _run_kernels(
+        self, inputs: Sequence[torch.Tensor], kernels: Kernels | Instance | None = None
+    ) -> Sequence[torch.Tensor]:
         """Queue the kernels on the current stream, under the flags that the engine was compiled with.
 
         Other threads may set flags while the kernels are queued (``torch.export`` does, for as long as it traces): so
         the flags are looked at before and after, and a run in which they changed is thrown away.
         """
+        kernels = kernels or self._kernels
         if not self._sensitive:
-            return self._kernels(self._canonical(inputs))
+            return kernels(self._canonical(inputs))
         for _ in range(3):
             self._check_flags()
-            results = self._kernels(self._canonical(inputs))
+            results = kernels(self._canonical(inputs))
             if self.settings.flags.unchanged():
                 return results
         raise FlagsChanged("numerics flags kept changing during a call: another thread sets them back and forth")
@@ -449,6 +483,7 @@ class Specialization:
             self._check_flags()  # before anything enters the capture
         with device.building():
             lane = device.join_capture(stream, self._index, keep=self)
+            run = self._for_capture(stream, lane)
             # On the mere suspicion: memory that the lane first got inside the capture would be the caller's pool's.
             if self._sensitive:
                 lane.load_workspaces()
@@ -457,13 +492,34 @@ class Specialization:
         lane.stream.wait_event(fork)
         try:
             with device.on_stream(lane.stream):
-                results = self._run_kernels(inputs)
+                results = self._run_kernels(inputs, run)
             device.hand_over(results, stream)
             return results
         finally:
             # Also after an error: a lane left forked would invalidate the caller's capture as a whole.
             join.record(lane.stream)
             stream.wait_event(join)
+
+    def _for_capture(self, stream: Any, lane: Any) -> Kernels | Instance:
+        """What a call may run in the capture that the caller has under way on ``stream``, for as long as its graph."""
+        if not isinstance(self._lowered, Stateful):
+            return self._kernels
+        # Not on `lane`, which is in the capture after the first call. The host waits, for this lane only.
+        device = self._device
+        private = device.acquire_lane(self._index)
+        memory = device.memory(self._index)
+        try:
+            with neutral(device, self._index), device.on_stream(private.stream), memory.using():
+                run: Any = self._lowered.instance(private.stream)
+                run([s.synthesize(self.settings.torch_device) for s in self._specs])
+            private.stream.synchronize()
+            reason = run.why_not_captured(private.stream)
+            if reason:
+                raise NotCapturable(f"this call is inside a CUDA graph capture: {reason}")
+            device.join_capture(stream, self._index, keep=_Kept(device, run, memory))
+            return run
+        finally:
+            device.release_lane(private)
 
     def _canonical(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Inputs with the strides and the alignment that the kernels were compiled (and algorithms chosen) for."""
@@ -491,6 +547,7 @@ class Specialization:
             backend=self.backend,
             captured=self.uses_graphs,
             reason=self.reason,
+            graph=self._lowered.graph if isinstance(self._lowered, Stateful) else None,
             notes={f"{how} path, us a call": f"{us:.1f}" for how, us in self.measured.items()},
         )
 
@@ -500,6 +557,10 @@ class Specialization:
         way = "captured: one CUDA graph launch a call" if self.uses_graphs else "direct"
         lines = [f"{self.signature}: {way} ({self.reason})"]
         lines.append(f"  plan: {self.proof.pairs} conflicting pairs of accesses, all ordered")
+        if isinstance(self._lowered, Stateful):
+            lines += [f"  {line}" for line in self._lowered.describe()]
+            if isinstance(self._kernels, Instances) and len(self._kernels):
+                lines.append(f"  direct calls have {len(self._kernels)} instances, {self._kernels.nbytes} bytes")
         if self.backend != settings.backend and not self.program.is_empty:
             lines.append(f"  backend eager instead of {settings.backend}: {self.program.direct_only}")
         if self.uses_graphs:
@@ -527,6 +588,14 @@ _never_freed: list[Context] = []
 _serial = itertools.count()
 #: Arguments for a lock's acquire(): take it only if it is free.
 _AT_ONCE = (False,)
+
+
+class _Kept:
+    """An instance that a caller's graph uses, and its memory, which is for others when this goes."""
+
+    def __init__(self, device: Device, run: Any, memory: Any) -> None:
+        self.run = run
+        weakref.finalize(self, device.release_memory, memory).atexit = False
 
 
 def _retire(device: Device, weights: list[torch.Tensor], last_uses: dict[int | str, Any]) -> None:

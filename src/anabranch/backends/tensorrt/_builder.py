@@ -1,0 +1,136 @@
+"""An ONNX file becomes a serialized engine."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from anabranch.backends.tensorrt._library import Library
+from anabranch.errors import BuildError, InputError
+
+
+class Rejected(BuildError):
+    """The parser or the builder does not take the network; the message is its own."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an engine is built for. ``compute_capability``: of the GPU; it need not be there if ``ahead``."""
+
+    compute_capability: tuple[int, int]
+    ahead: bool
+    #: Whether float32 may be computed in TF32.
+    tf32: bool = False
+
+
+def check_target(library: Library, target: Target) -> None:
+    """Raise :class:`~anabranch.errors.InputError` where ``library`` cannot build for ``target`` from here."""
+    if not target.ahead:
+        return
+    if not library.builds_ahead:
+        raise InputError(
+            f"{library.name} {library.version} builds engines only for a GPU that is there; building ahead of time"
+            " needs TensorRT-RTX: pip install tensorrt-rtx, and set ANABRANCH_TENSORRT=tensorrt_rtx"
+        )
+    if _member(library, target.compute_capability) is None:
+        known = sorted(n[2:] for n in library.api.ComputeCapability.__members__ if n.startswith("SM"))
+        raise InputError(
+            f"compute capability {'.'.join(map(str, target.compute_capability))} given;"
+            f" {library.name} {library.version} builds ahead of time for"
+            f" {', '.join(f'{n[:-1]}.{n[-1]}' for n in known)}. On a machine with that GPU, compile() builds for it."
+        )
+
+
+def _member(library: Library, capability: tuple[int, int]) -> Any:
+    return library.api.ComputeCapability.__members__.get(f"SM{capability[0]}{capability[1]}")
+
+
+def build(library: Library, onnx: Path, name: str, target: Target, show: bool) -> bytes:
+    """Build. The host waits; on the main thread Ctrl-C stops it, with :class:`KeyboardInterrupt`.
+
+    ``show``: with a progress bar on a terminal's standard error. Raises :class:`Rejected`.
+    """
+    api = library.api
+    with library.complaints() as complaints:
+        builder = api.Builder(library.logger)
+        flags = api.NetworkDefinitionCreationFlag
+        network = builder.create_network(1 << int(flags.STRONGLY_TYPED))
+        parser = api.OnnxParser(network, library.logger)
+        if not parser.parse_from_file(str(onnx)):
+            errors = [parser.get_error(i) for i in range(parser.num_errors)]
+            text = "; ".join(f"{e.node_operator() or 'the file'}: {e.desc()}" for e in errors) or "no reason given"
+            raise Rejected(f"TensorRT's parser does not take it: {text}")
+        config = builder.create_builder_config()
+        if target.ahead:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(_member(library, target.compute_capability), 0)
+        (config.set_flag if target.tf32 else config.clear_flag)(api.BuilderFlag.TF32)
+        with _interruptible() as interrupted, _progress(name, show) as progress:
+            monitor = _monitor(api, progress, interrupted)
+            config.progress_monitor = monitor
+            serialized = builder.build_serialized_network(network, config)
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        if serialized is None:
+            raise Rejected(f"TensorRT does not build it: {'; '.join(complaints) or 'no reason given'}")
+        return bytes(serialized)
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event meanwhile: an exception must not come up inside the library's callbacks."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if before is None:  # it is not Python's, and could not be put back
+        yield interrupted
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _progress(name: str, show: bool) -> Iterator[Progress]:
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
+        progress.add_task(f"TensorRT builds {name}", total=None)
+        yield progress
+
+
+def _monitor(api: Any, progress: Progress, interrupted: threading.Event) -> Any:
+    """The builder's own phases, as bars. The library may call it from any thread."""
+
+    class Monitor(api.IProgressMonitor):
+        def __init__(self) -> None:
+            api.IProgressMonitor.__init__(self)
+            self._tasks: dict[str, TaskID] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._tasks[phase_name] = progress.add_task(f"  {phase_name}", total=num_steps)
+
+        def phase_finish(self, phase_name: str) -> None:
+            task = self._tasks.pop(phase_name, None)
+            if task is not None:
+                progress.remove_task(task)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._tasks:
+                progress.update(self._tasks[phase_name], completed=step + 1)
+            return not interrupted.is_set()
+
+    return Monitor()

@@ -1,0 +1,296 @@
+"""From a program to engines: partition, export, build, each step remembered in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import operator
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from anabranch.backends.tensorrt import _onnx
+from anabranch.backends.tensorrt._builder import Rejected, Target, build, check_target
+from anabranch.backends.tensorrt._cache import Cache
+from anabranch.backends.tensorrt._layout import Layout
+from anabranch.backends.tensorrt._library import Library
+from anabranch.backends.tensorrt._partition import (
+    Fallback,
+    Partition,
+    Segment,
+    counted,
+    fallback,
+    flops,
+    partition,
+    why_not,
+)
+from anabranch.errors import BuildError
+from anabranch.export import Program, source_of
+
+_log = logging.getLogger("anabranch.tensorrt")
+
+
+@dataclass
+class Compiled:
+    """A program as engines and the operators between them. ``engines``: serialized, by the segment's name."""
+
+    library: Library
+    partition: Partition
+    engines: dict[str, bytes]
+    #: What each engine was built from, and for: where things that belong to it are kept.
+    keys: dict[str, dict[str, object]]
+    fallbacks: list[Fallback]
+    #: Operators that compute something: in engines, and in all.
+    operators: tuple[int, int]
+    #: Floating-point operations of products and convolutions: in engines, and in all.
+    flops: tuple[int, int]
+    #: Engines that were in the cache.
+    reused: int = 0
+    cache: Cache = field(default_factory=Cache)
+
+    def report(self) -> list[str]:
+        """What runs where, a line each."""
+        (inside, everything), (done, total) = self.operators, self.flops
+        n = len(self.engines)
+        share = f", {100 * done / total:.1f}% of FLOPs" if total else ""
+        lines = [
+            f"{self.library.name} {self.library.version}: {inside} of {everything} operators{share}, in {n}"
+            f" engine{'s' * (n != 1)}"
+        ]
+        return lines + [f"  not in TensorRT: {f}" for f in self.fallbacks]
+
+
+def compile_program(
+    library: Library,
+    program: Program,
+    target: Target,
+    *,
+    require_full: bool,
+    cache: Cache | None = None,
+    rebuild: bool = False,
+) -> Compiled:
+    """Turn ``program`` into engines for ``target``.
+
+    Operators that the exporter, the parser or the builder refuse are left out, as few as possible: first everything is
+    tried at once, and only if that fails each operator by itself. With ``require_full``,
+    :class:`~anabranch.errors.BuildError` names them instead. ``rebuild``: whatever is in the cache.
+    """
+    check_target(library, target)
+    cache = cache or Cache()
+    device = program.weights[0].device if program.weights else _device(program)
+    nodes = {n.name: n for n in program.module.graph.nodes if n.op == "call_function"}
+    excluded = {name: why for name, n in nodes.items() if (why := why_not(n))}
+    base = _key(library, program, target)
+    known = cache.load("partition", base)
+    if known is not None:
+        excluded = json.loads(known)
+    while True:
+        cut = partition(program, excluded)
+        engines: dict[str, bytes] = {}
+        keys: dict[str, dict[str, object]] = {}
+        refused: dict[str, str] = {}
+        reused = 0
+        for name, segment in cut.segments.items():
+            key = {**base, "nodes": segment.nodes}
+            stored = None if rebuild else cache.load("engine", key)
+            if stored is None:
+                try:
+                    label = f"{name.strip(chr(95))} ({len(segment.nodes)} operators)"
+                    stored = _serialize(library, segment, label, target, device, show=True)
+                except (_onnx.Unconvertible, Rejected) as e:
+                    _log.info("%s (%s) as a whole: %s", name, sources(program, segment), e)
+                    refused |= _guilty(library, program, segment, target, device, str(e))
+                    continue
+                cache.store("engine", key, stored)
+            else:
+                reused += 1
+            engines[name], keys[name] = stored, key
+        if not refused:
+            break
+        excluded |= refused
+    if known is None:
+        cache.store("partition", base, json.dumps(excluded).encode())
+    everything = counted(program)
+    inside = {name for s in cut.segments.values() for name in s.nodes}
+    fallbacks = [
+        fallback(program, n.name, excluded.get(n.name) or "nothing around it runs in TensorRT")
+        for n in everything
+        if n.name not in inside
+    ]
+    if require_full and fallbacks:
+        listed = "; ".join(map(str, fallbacks))
+        raise BuildError(
+            f"require_full=True given, and {len(fallbacks)} of {len(everything)} operators cannot run in"
+            f" {library.name} {library.version}: {listed}. Change the model, or let another backend run them:"
+            " require_full=False."
+        )
+    return Compiled(
+        library,
+        cut,
+        engines,
+        keys,
+        fallbacks,
+        (sum(n.name in inside for n in everything), len(everything)),
+        (sum(flops(n) for n in everything if n.name in inside), sum(map(flops, everything))),
+        reused,
+        cache,
+    )
+
+
+def _device(program: Program) -> torch.device:
+    for node in program.module.graph.nodes:
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            return node.meta["val"].device
+    return torch.device("cpu")
+
+
+def _serialize(
+    library: Library, segment: Segment, label: str, target: Target, device: torch.device, show: bool
+) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="anabranch-onnx-") as folder:
+        path = Path(folder) / "segment.onnx"
+        _onnx.export(segment.module, segment.inputs, segment.outputs, segment.example(device), path)
+        return build(library, path, label, target, show)
+
+
+# -- who is to blame ----------------------------------------------------------------------------------------------
+
+
+def _guilty(
+    library: Library, program: Program, segment: Segment, target: Target, device: torch.device, why: str
+) -> dict[str, str]:
+    """The operators of ``segment`` that cannot be built alone; all of them, for the reason given, if each can."""
+    nodes = [n for n in program.module.graph.nodes if n.name in segment.nodes and n.op == "call_function"]
+    weights = dict(zip(program.module.graph.find_nodes(op="placeholder"), program.weights, strict=False))
+    kinds: dict[str, list[fx.Node]] = {}
+    for node in nodes:
+        kinds.setdefault(_kind(node), []).append(node)
+    guilty: dict[str, str] = {}
+
+    def search(group: list[list[fx.Node]]) -> None:
+        # One build for many, since the exporter takes half a second however little it is given.
+        try:
+            _try(library, [alike[0] for alike in group], weights, target, device)
+        except (_onnx.Unconvertible, Rejected) as e:
+            if len(group) > 1:
+                search(group[: len(group) // 2])
+                search(group[len(group) // 2 :])
+            else:
+                guilty.update({n.name: str(e) for n in group[0]})
+
+    search([alike for alike in kinds.values() if _is_tensor(alike[0])])
+    # Whoever picks one result of several goes where that operator goes.
+    for node in nodes:
+        if not isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes[0].name in guilty:
+            guilty[node.name] = guilty[node.all_input_nodes[0].name]
+    return guilty or {n.name: f"no single operator, but all of them together: {why}" for n in nodes}
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
+def _kind(node: fx.Node) -> str:
+    """Nodes of one kind are accepted or refused alike."""
+
+    def value(x: Any) -> str:
+        v = x.meta["val"]
+        return str([(str(t.dtype), t.dim()) for t in (v if isinstance(v, tuple | list) else [v])])
+
+    args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
+    return f"{node.target} {args} {kwargs}"
+
+
+def _try(
+    library: Library,
+    nodes: Sequence[fx.Node],
+    weights: dict[fx.Node, torch.Tensor],
+    target: Target,
+    device: torch.device,
+) -> None:
+    """Build a network of these operators side by side, each with inputs of its own."""
+    graph, root = fx.Graph(), torch.nn.Module()
+    inputs: list[Any] = []
+    known: list[dict[fx.Node, fx.Node]] = []
+    for node in nodes:
+        known.append({})
+        for n in node.all_input_nodes:
+            if n not in weights:
+                known[-1][n] = graph.placeholder(f"x{len(inputs)}")
+                inputs.append(n.meta["val"])
+    results: list[fx.Node] = []
+    outputs: list[Any] = []
+    for k, node in enumerate(nodes):
+        for i, n in enumerate(node.all_input_nodes):
+            if n in weights:
+                root.register_buffer(f"w{k}_{i}", weights[n], persistent=False)
+                known[k][n] = graph.get_attr(f"w{k}_{i}")
+        made = graph.node_copy(node, known[k].__getitem__)
+        value = node.meta["val"]
+        parts: list[Any] = [*enumerate(value)] if isinstance(value, tuple | list) else [(None, value)]
+        for i, v in parts:
+            if isinstance(v, torch.Tensor):
+                results.append(made if i is None else graph.call_function(operator.getitem, (made, i)))
+                outputs.append(v)
+    graph.output(tuple(results))
+    # Contiguous, whatever they are in the model: the permutations are not on trial.
+    plain, written = (
+        [Layout.of(torch.empty(v.shape, dtype=v.dtype, device="meta")) for v in vs] for vs in (inputs, outputs)
+    )
+    module = fx.GraphModule(root, graph)
+    segment = Segment("trial", module, plain, written, [n.name for n in nodes])
+    _serialize(library, segment, "", target, device, show=False)
+
+
+# -- what an engine depends on ------------------------------------------------------------------------------------
+
+
+def _key(library: Library, program: Program, target: Target) -> dict[str, object]:
+    versions = {name: _version(name) for name in ("torch", "onnx", "onnxscript", "onnx-ir")}
+    return {
+        "model": _model_hash(program),
+        "library": f"{library.name} {library.version}",
+        "compute_capability": list(target.compute_capability),
+        "tf32": target.tf32,
+        "versions": versions,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _model_hash(program: Program) -> str:
+    """Of the graph with all shapes, strides and types, and of the bytes of the weights; not of where they are."""
+    digest = hashlib.sha256()
+    for node in program.module.graph.nodes:
+        values = node.meta.get("val")
+        shapes = [
+            (str(v.dtype), tuple(map(str, v.shape)), tuple(map(str, v.stride())))
+            for v in (values if isinstance(values, tuple | list) else [values])
+            if isinstance(v, torch.Tensor)
+        ]
+        text = f"{node.op} {node.name} {node.target} {node.args} {node.kwargs} {shapes}\n"
+        digest.update(re.sub(r"device\(type='\w+'(, index=\d+)?\)", "device", text).encode())
+    for name, weight in zip(program.weight_names, program.weights, strict=True):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} {weight.stride()}\n".encode())
+        flat = weight.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def sources(program: Program, segment: Segment) -> str:
+    """The model's lines that a segment comes from, the first and the last of them."""
+    lines = [s for n in program.module.graph.nodes if n.name in segment.nodes and (s := source_of(n))]
+    return f"{lines[0]} to {lines[-1]}" if lines else ""

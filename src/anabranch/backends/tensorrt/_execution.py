@@ -1,0 +1,222 @@
+"""Engines at work: an execution context of each, in memory of ours, private to whoever runs it."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from anabranch.backends._backend import Stateful
+from anabranch.backends.tensorrt._builder import Rejected
+from anabranch.backends.tensorrt._compiler import Compiled
+from anabranch.backends.tensorrt._onnx import input_names, output_names
+from anabranch.errors import AnabranchError, BuildError
+from anabranch.export import Program
+
+#: Bytes that the addresses given to an execution context have to be a multiple of.
+_ALIGNMENT = 256
+
+
+class Engine:
+    """One deserialized, immutable ``ICudaEngine`` with what execution contexts of it need. Any thread may make them."""
+
+    def __init__(self, compiled: Compiled, name: str, device: torch.device) -> None:
+        api = compiled.library.api
+        segment = compiled.partition.segments[name]
+        self.api, self.device = api, device
+        self.inputs, self.outputs = segment.inputs, segment.outputs
+        self._compiled, self.library = compiled, compiled.library
+        self._runtime = api.Runtime(compiled.library.logger)
+        with compiled.library.complaints() as complaints:
+            self._engine = self._runtime.deserialize_cuda_engine(compiled.engines[name])
+        if self._engine is None:
+            raise Rejected(f"TensorRT does not load its own engine: {'; '.join(complaints) or 'no reason given'}")
+        self._check()
+        self.workspace_bytes = int(self._engine.device_memory_size_v2)
+        # Kernels that are compiled for this very GPU when the first execution context is made, and kept for later ones.
+        self._key = {**compiled.keys[name], "gpu": _gpu(device)}
+        self._config: Any = None
+        self._cache: Any = None
+        self._cached = b""
+        if hasattr(self._engine, "create_runtime_config"):
+            self._config = self._engine.create_runtime_config()
+            self._config.set_execution_context_allocation_strategy(api.ExecutionContextAllocationStrategy.USER_MANAGED)
+            if hasattr(api, "DynamicShapesKernelSpecializationStrategy"):
+                # Lazy ones change kernels in the middle of the work, behind a captured graph's back.
+                self._config.dynamic_shapes_kernel_specialization_strategy = (
+                    api.DynamicShapesKernelSpecializationStrategy.NONE
+                )
+            if hasattr(api, "CudaGraphStrategy"):
+                self._config.cuda_graph_strategy = api.CudaGraphStrategy.DISABLED  # graphs are the contexts' business
+            if hasattr(self._config, "create_runtime_cache"):
+                self._cache = self._config.create_runtime_cache()
+                self._cached = compiled.cache.load("kernels", self._key) or b""
+                if self._cached:
+                    self._cache.deserialize(self._cached)
+                self._config.set_runtime_cache(self._cache)
+
+    def _check(self) -> None:
+        """That its tensors are what the segment's are. The parser would take float64 and compute in float32."""
+        engine = self._engine
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        wanted = {
+            **dict(zip(input_names(len(self.inputs)), self.inputs, strict=True)),
+            **dict(zip(output_names(len(self.outputs)), self.outputs, strict=True)),
+        }
+        for name in names:
+            layout = wanted.pop(name, None)
+            shape, dtype = tuple(engine.get_tensor_shape(name)), self._dtypes().get(engine.get_tensor_dtype(name))
+            if layout is None or shape != layout.physical or dtype is not layout.dtype:
+                raise Rejected(f"TensorRT made tensor {name!r} of it, {dtype}{list(shape)}; expected {layout}")
+        missing = [n for n in wanted if n.startswith("output")]
+        if missing:
+            raise Rejected(f"TensorRT left out {', '.join(missing)}")
+        self.used = [n for n in input_names(len(self.inputs)) if n in names]
+
+    def _dtypes(self) -> dict[Any, torch.dtype]:
+        t = self.api.DataType
+        return {
+            t.FLOAT: torch.float32,
+            t.HALF: torch.float16,
+            t.BF16: torch.bfloat16,
+            t.INT32: torch.int32,
+            t.INT64: torch.int64,
+            t.BOOL: torch.bool,
+        }
+
+    def context(self) -> Any:
+        """A new ``IExecutionContext`` without memory."""
+        with self.library.complaints() as complaints:
+            if self._config is not None:
+                made = self._engine.create_execution_context(self._config)
+            else:
+                made = self._engine.create_execution_context(self.api.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if made is None:
+            raise BuildError(f"TensorRT makes no execution context: {'; '.join(complaints) or 'no reason given'}")
+        return made
+
+    def keep_kernels(self) -> None:
+        """Store what was compiled for this GPU, if anything was."""
+        if self._cache is None:
+            return
+        now = bytes(self._cache.serialize())
+        if hashlib.sha256(now).digest() != hashlib.sha256(self._cached).digest():
+            self._cached = now
+            self._compiled.cache.store("kernels", self._key, now)
+
+
+class _Call:
+    """One segment in one instance: an execution context and what it is fed."""
+
+    def __init__(self, engine: Engine, workspace: torch.Tensor | None, own: Any) -> None:
+        self.engine = engine
+        self._own, self._fork, self._join = own, torch.Event("cuda"), torch.Event("cuda")
+        self.context = engine.context()
+        if workspace is not None:
+            self.context.set_device_memory(workspace.data_ptr(), engine.workspace_bytes)
+        self._names = [(n, n in engine.used) for n in input_names(len(engine.inputs))]
+        self._outputs = list(zip(output_names(len(engine.outputs)), engine.outputs, strict=True))
+
+    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """Queue it on the current stream."""
+        context, engine = self.context, self.engine
+        entered: list[torch.Tensor] = []
+        for (name, used), layout, x in zip(self._names, engine.inputs, inputs, strict=True):
+            x = layout.to_engine(x)
+            if x.data_ptr() % _ALIGNMENT:
+                x = x.clone()
+            entered.append(x)
+            if used:
+                context.set_tensor_address(name, x.data_ptr())
+        results: list[torch.Tensor] = []
+        for name, layout in self._outputs:
+            written, result = layout.empty(engine.device)
+            context.set_tensor_address(name, written.data_ptr())
+            results.append(result)
+        stream = torch.cuda.current_stream(engine.device)
+        if stream.cuda_stream:
+            self._enqueue(stream)
+            return results
+        # On the default stream TensorRT makes the host wait. What is allocated here is the default stream's, and used
+        # between fork and join only.
+        self._fork.record(stream)
+        self._own.wait_event(self._fork)
+        try:
+            self._enqueue(self._own)
+        finally:
+            self._join.record(self._own)
+            stream.wait_event(self._join)
+        return results
+
+    def _enqueue(self, stream: Any) -> None:
+        with self.engine.library.complaints() as complaints:
+            if not self.context.execute_async_v3(stream.cuda_stream):
+                raise AnabranchError(f"TensorRT did not run: {'; '.join(complaints) or 'no reason given'}")
+
+
+class Instance:
+    """Everything with state that one run of the program needs. One run at a time, the next one after it on the device.
+
+    Memory: on the stream, and from the pool, that were current when it was made.
+    """
+
+    def __init__(self, owner: TensorRTKernels, own: Any) -> None:
+        self._owner = owner
+        # One piece for all segments: they run one after the other.
+        size = max((e.workspace_bytes for e in owner.engines.values()), default=0)
+        self.workspace = torch.empty(size, dtype=torch.uint8, device=owner.device) if size else None
+        calls = {name: _Call(engine, self.workspace, own) for name, engine in owner.engines.items()}
+        # What the graph's code calls by name.
+        self._calls = SimpleNamespace(**{n: _picked(c, owner.single[n]) for n, c in calls.items()})
+        self.contexts = [c.context for c in calls.values()]
+        self.nbytes = size
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return self._owner.forward(self._calls, *self._owner.weights, *inputs)
+
+    def why_not_captured(self, stream: Any) -> str:
+        """After a first run: why this one cannot be captured, or nothing."""
+        for context in self.contexts:
+            if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(stream.cuda_stream):
+                return "TensorRT says that its work cannot be captured (isStreamCapturable)"
+        return ""
+
+    def private_memory(self) -> list[torch.Tensor]:
+        return [] if self.workspace is None else [self.workspace]
+
+
+def _picked(call: _Call, single: bool) -> Any:
+    return (lambda *inputs: call(*inputs)[0]) if single else call
+
+
+class TensorRTKernels(Stateful):
+    """A compiled program on one GPU."""
+
+    def __init__(self, compiled: Compiled, program: Program, device: torch.device) -> None:
+        self.device = device
+        self.graph = compiled.partition.top.graph
+        self.weights = tuple(program.weights)
+        self.report = compiled.report()
+        self.engines = {name: Engine(compiled, name, device) for name in compiled.engines}
+        self.forward: Any = type(compiled.partition.top).forward
+        self.single = {n.target: n.meta["single"] for n in self.graph.nodes if n.op == "call_module"}
+        self._lock = threading.Lock()
+
+    def instance(self, own: Any) -> Instance:
+        with self._lock:
+            made = Instance(self, own)
+            for engine in self.engines.values():
+                engine.keep_kernels()
+        return made
+
+    def describe(self) -> list[str]:
+        return self.report
+
+
+def _gpu(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, {properties.major}.{properties.minor}, {torch.version.cuda}"

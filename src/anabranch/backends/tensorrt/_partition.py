@@ -1,0 +1,211 @@
+"""Which operators TensorRT runs, and the graph with each run of them in one piece."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
+from torch.fx.passes.operator_support import OperatorSupportBase
+from torch.utils.flop_counter import FlopCounterMode
+
+from anabranch.backends.tensorrt._layout import Layout
+from anabranch.export import Program, is_random, source_of
+
+#: What a TensorRT engine computes with as PyTorch does. Its parser takes float64 too, and computes in float32.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool)
+#: What values between a quantization and its inverse may have on top.
+_QUANTIZED = (torch.int8, torch.float8_e4m3fn)
+_DEPENDS_ON_MEMORY = ("as_strided", "set_", "resize_")
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """An operator that another backend runs. ``node``: its name in the graph."""
+
+    node: str
+    op: str
+    source: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op}{f' ({self.source})' if self.source else ''}: {self.reason}"
+
+
+@dataclass
+class Segment:
+    """A piece of the graph for one engine. ``module(*inputs)`` returns a tuple; weights are inside, as constants."""
+
+    name: str
+    module: fx.GraphModule
+    inputs: list[Layout]
+    outputs: list[Layout]
+    #: Names of the nodes, in the graph that was partitioned.
+    nodes: list[str]
+
+    def example(self, device: torch.device) -> list[torch.Tensor]:
+        """Inputs of its shapes and types, in the order of their memory."""
+        return [torch.zeros(x.physical, dtype=x.dtype, device=device) for x in self.inputs]
+
+
+@dataclass
+class Partition:
+    """``top(*weights, *inputs)`` calls a segment where there was a run of operators, and all others as before."""
+
+    top: fx.GraphModule
+    segments: dict[str, Segment]
+
+
+def why_not(node: fx.Node) -> str:
+    """Why TensorRT cannot be asked for this operator, or nothing: what its parser would not notice."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return "" if node.target is operator.getitem else "not an operator"
+    if not _tensors(node):
+        return "it makes no tensor"
+    if any(word in node.target.name() for word in _DEPENDS_ON_MEMORY):
+        return "it depends on how its input lies in memory"
+    if is_random(node):
+        return "it draws random numbers"
+    quantizes = node.target.namespace in ("quantized_decomposed", "torchao")
+    for value in (*_used(node), *(v for n in node.all_input_nodes for v in _used(n))):
+        if value.dtype not in _DTYPES and not (quantizes and value.dtype in _QUANTIZED):
+            return f"TensorRT has no {str(value.dtype).removeprefix('torch.')}"
+        if any(not isinstance(n, int) for n in value.shape):
+            return "its shapes depend on data"
+        if value.numel() == 0:
+            return "a tensor without elements"
+    # float64 in the middle of an operator is a float64 argument.
+    if any(a in (torch.float64, torch.complex64, torch.complex128) for a in (*node.args, *node.kwargs.values())):
+        return "TensorRT has no float64"
+    return ""
+
+
+def partition(program: Program, excluded: Mapping[str, str]) -> Partition:
+    """Cut the graph of ``program`` into segments of all nodes but those named in ``excluded``."""
+    graph_module = fx.GraphModule(program.module, _copy(program.module.graph))
+    graph = graph_module.graph
+    excluded = {**excluded, **dict.fromkeys(_trailing_views(graph), "")}
+
+    class Support(OperatorSupportBase):
+        def is_node_supported(self, submodules: Any, node: fx.Node) -> bool:
+            return node.op == "call_function" and node.name not in excluded
+
+    partitioner = CapabilityBasedPartitioner(graph_module, Support(), allows_single_node_partition=True)
+    runs = [p for p in partitioner.propose_partitions() if any(_computes(n) for n in p.nodes)]
+    members = [[n.name for n in p.nodes] for p in runs]
+    values = {n.name: n.meta.get("val") for n in graph.nodes}
+    top = partitioner.fuse_partitions(runs, prefix="tensorrt_")
+    weights = set(top.graph.find_nodes(op="placeholder")[: len(program.weights)])
+    constants = dict(zip(top.graph.find_nodes(op="placeholder"), program.weights, strict=False))
+
+    segments: dict[str, Segment] = {}
+    calls = [n for n in top.graph.nodes if n.op == "call_module"]
+    for call in calls:
+        name = str(call.target)
+        module = getattr(top, name)
+        assert isinstance(module, fx.GraphModule)
+        fed: list[fx.Node] = []
+        for placeholder, given in zip(module.graph.find_nodes(op="placeholder"), list(call.args), strict=True):
+            assert isinstance(given, fx.Node)
+            if given not in weights:
+                fed.append(given)
+                continue
+            # Constants are the engine's own: TensorRT folds and rearranges them.
+            attribute = f"weight_{placeholder.name}"
+            module.register_buffer(attribute, constants[given], persistent=False)
+            with module.graph.inserting_before(placeholder):
+                constant = module.graph.get_attr(attribute)
+            placeholder.replace_all_uses_with(constant)
+            module.graph.erase_node(placeholder)
+        results = module.graph.output_node().args[0]
+        leaves = list(results) if isinstance(results, tuple | list) else [results]
+        module.graph.output_node().args = (tuple(leaves),)
+        module.graph.lint()
+        module.recompile()
+        call.args = tuple(fed)
+        inside = {n.name for n in module.graph.nodes}
+        nodes = next((m for m in members if inside.issuperset(m)), sorted(inside))
+        outputs = [values[n.name] for n in leaves]  # type: ignore[union-attr]
+        inputs = [values[n.name] if n.name in values else n.meta["val"] for n in fed]
+        segments[name] = Segment(name, module, [Layout.of(v) for v in inputs], [Layout.of(v) for v in outputs], nodes)
+        call.meta["val"] = outputs if isinstance(results, tuple | list) else outputs[0]
+        call.meta["single"] = not isinstance(results, tuple | list)
+    top.graph.lint()
+    top.recompile()
+    return Partition(top, segments)
+
+
+def fallback(program: Program, name: str, reason: str) -> Fallback:
+    """A :class:`Fallback` for the node of that name."""
+    node = next(n for n in program.module.graph.nodes if n.name == name)
+    return Fallback(name, str(node.target), source_of(node), reason)
+
+
+def flops(node: fx.Node) -> int:
+    """Floating-point operations of a node's products and convolutions, as PyTorch's flop counter counts them."""
+
+    def value(x: Any) -> Any:
+        v = x.meta["val"] if isinstance(x, fx.Node) else x
+        return torch.empty_like(v, device="meta") if isinstance(v, torch.Tensor) else v
+
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return 0
+    args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), value)
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": "meta"}
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            node.target(*args, **kwargs)
+    except (NotImplementedError, RuntimeError):  # no shapes without data: then it is no product either
+        return 0
+    return int(counter.get_total_flops())
+
+
+def counted(program: Program) -> list[fx.Node]:
+    """The operators that compute something: no views, and no picking of a result out of several."""
+    return [n for n in program.module.graph.nodes if n.op == "call_function" and _computes(n)]
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """With the same names and values: fake tensors are not for copying."""
+    new = fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        mapped[node] = new.node_copy(node, lambda n: mapped[n])
+        mapped[node].meta = dict(node.meta)
+    return new
+
+
+def _tensors(node: fx.Node) -> list[Any]:
+    value = node.meta.get("val")
+    values: Sequence[Any] = value if isinstance(value, tuple | list) else [value]
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def _used(node: fx.Node) -> list[Any]:
+    """Its results that somebody takes. (Batch normalization has some without elements that nobody does.)"""
+    picked = [n for n in node.users if n.target is operator.getitem]
+    if isinstance(node.meta.get("val"), tuple | list) and len(picked) == len(node.users):
+        return [v for n in picked for v in _tensors(n)]
+    return _tensors(node)
+
+
+def _computes(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or not _tensors(node):
+        return False
+    return not any(r.alias_info is not None for r in node.target._schema.returns)
+
+
+def _trailing_views(graph: fx.Graph) -> list[str]:
+    """Views that only lead to results: they cost nothing, and results that share memory in PyTorch still do so."""
+    trailing: list[str] = []
+    for node in reversed(list(graph.nodes)):
+        if node.op != "call_function" or _computes(node) or node.target is operator.getitem:
+            continue
+        if all(u.op == "output" or u.name in trailing for u in node.users):
+            trailing.append(node.name)
+    return trailing
