@@ -24,6 +24,8 @@ class Instance(Protocol):
 
     #: Bytes of device memory that it holds.
     nbytes: int
+    #: Whether its kernels' code is loaded for it alone: the same kernel is another function in each instance.
+    loads_own_code: bool
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Queue the run on the current stream, as :data:`Kernels` do."""

@@ -42,7 +42,7 @@ from anabranch.export import TensorSpec
 
 _Kernels = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 #: Asked for each capture, with its stream current and given, and in its memory. What it gives may have
-#: ``private_memory()``.
+#: ``private_memory()`` and ``loads_own_code``.
 _Source = Callable[[Any], _Kernels]
 
 #: Bytes on either side of a tensor that belong to nobody. No two tensors of ours touch.
@@ -459,6 +459,7 @@ def _capture(
                 *(Range(*segment) for segment in lane.hidden.segments()),
                 *(Range(x.data_ptr(), x.nbytes) for x in getattr(kernels, "private_memory", list)()),
             ),
+            own_code=bool(getattr(kernels, "loads_own_code", False)),
         )
     except BaseException:
         graph.destroy()

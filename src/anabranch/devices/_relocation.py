@@ -108,6 +108,8 @@ class Capture:
     inputs: tuple[Range, ...]
     outputs: tuple[Range, ...]
     hidden: tuple[Range, ...] = ()
+    #: Whether the kernels' code was loaded for this capture alone, so that a kernel is another function in each one.
+    own_code: bool = False
 
     @property
     def allocations(self) -> tuple[Range, ...]:
@@ -237,16 +239,17 @@ def _same_graph(a: Capture, b: Capture) -> None:
         if [x.nbytes for x in r] != [x.nbytes for x in s]:
             raise _Unbindable(f"two captures of it differ in the sizes of their {what}")
     for i, (x, y) in enumerate(zip(a.nodes, b.nodes, strict=True)):
-        if _skeleton(x) != _skeleton(y):
+        if _skeleton(x, a.own_code) != _skeleton(y, b.own_code):
             raise _Unbindable(f"two captures of it differ in {_title(i, x)}: {_difference(x, y)}")
     if a.edges != b.edges:
         raise _Unbindable("two captures of it differ in the order of their steps")
 
 
-def _skeleton(node: Node) -> Node:
-    """``node`` without its words."""
+def _skeleton(node: Node, own_code: bool) -> Node:
+    """``node`` without its words, and without the handle of code that nobody else has."""
     if isinstance(node, Kernel):
-        return replace(node, params=bytes(len(node.params)))
+        node = replace(node, params=bytes(len(node.params)))
+        return replace(node, function=0, kernel=0) if own_code else node
     if isinstance(node, Transfer):
         return replace(node, addresses=(0,) * len(node.addresses))
     return node

@@ -367,21 +367,28 @@ class Engine:
     # -- building ahead, giving back ----------------------------------------------------------------------------
 
     def warm(
-        self, inputs: Sequence[Any] | None = None, *, kwargs: Mapping[str, Any] | None = None, contexts: int = 1
+        self,
+        inputs: Sequence[Any] | None = None,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        contexts: int = 1,
+        captures: int = 1,
     ) -> int:
         """Compile a signature ahead (default: the one that the engine was compiled for) and build its contexts.
 
         :param contexts: how many execution contexts there shall be; the engine's limits hold.
-        :returns: how many there are; 0 where calls run direct and need none.
+        :param captures: of TensorRT, in how many CUDA graphs of your own you are going to capture calls: each keeps
+            an execution context, which cannot be made inside a capture. One is always there to begin with.
+        :returns: how many contexts there are; 0 where calls run direct and need none.
         """
         self._check_usable()
         if inputs is None and kwargs is None:
-            return self._first().warm(contexts)
+            return self._first().warm(contexts, captures)
         args, keywords = _inputs(None, inputs, kwargs)
         args, keywords = _tensors_for((args, keywords), self._torch_device)
         _, key = self._key(args, keywords)
         specialization = self._specializations.get(key) or self._specialization(args, keywords)
-        return specialization.warm(contexts)
+        return specialization.warm(contexts, captures)
 
     def trim(self) -> None:
         """Give the memory of idle contexts back to the driver. Later calls build contexts anew.

@@ -14,17 +14,18 @@ from anabranch.runtime._build import neutral
 from anabranch.runtime._pool import ContextPool, Limits, Reservation
 
 
-class _Member:
+class Member:
     """An instance with its memory. As with a context, each use waits for ``done`` first and records it last."""
 
     def __init__(
         self, device: Device, run: Instance, lane: Lane, memory: Memory, nbytes: int, forget: Callable[[], None]
     ) -> None:
         self.run: Any = run
-        self.lane = lane
         self.nbytes = nbytes
         self.used_on: int | None = None
         self.done = device.event()
+        #: Do not count it among the instances any more. May be repeated.
+        self.forget = forget
         remains: list[Any] = [run, self.done]
 
         def decompose() -> None:
@@ -44,12 +45,17 @@ class Instances:
 
     Threads: any. There are at most ``most`` instances; beyond them a call shares the least recently used one and waits
     for it on the device, and one that finds all of them in other threads' hands waits until a thread has queued its
-    work. Streams: work is queued on the calling thread's current stream.
+    work. Streams: work is queued on the calling thread's current stream. The host waits where an instance is built,
+    for that instance's own stream.
     """
 
-    def __init__(self, device: Device, index: int, kernels: Stateful, most: int) -> None:
-        self._device, self._index, self._kernels = device, index, kernels
-        self._pool: ContextPool[_Member] = ContextPool(Limits(most, None))
+    def __init__(
+        self, device: Device, index: int, kernels: Stateful, most: int, examples: Callable[[], Sequence[torch.Tensor]]
+    ) -> None:
+        self._device, self._index, self._kernels, self._examples = device, index, kernels, examples
+        self._most = most
+        self._limits = Limits(most, None)
+        self._pool: ContextPool[Member] = ContextPool(self._limits)
 
     def __len__(self) -> int:
         return len(self._pool)
@@ -58,6 +64,22 @@ class Instances:
     def nbytes(self) -> int:
         """Bytes of device memory that they hold."""
         return self._pool.estimate * len(self._pool)
+
+    def prepare(self, n: int) -> int:
+        """Build until there are ``n``, or as many as there may be; returns how many there are."""
+        while len(self._pool) < min(n, self._most):
+            reservation = self._limits.book(0)
+            if reservation is None:
+                break
+            self._pool.release(self._build(reservation))
+        return len(self._pool)
+
+    def take(self) -> Member | None:
+        """An idle instance for good, which counts among these no more; None if there is none."""
+        member = self._pool.take_idle()
+        if member is not None:
+            member.forget()
+        return member
 
     def trim(self) -> None:
         """Give up those that are idle."""
@@ -82,7 +104,7 @@ class Instances:
         self._pool.release(member)
         return results
 
-    def _acquire(self, stream: int) -> _Member:
+    def _acquire(self, stream: int) -> Member:
         while True:
             choice = self._pool.acquire(stream, lambda: True)
             if isinstance(choice, Reservation):
@@ -90,7 +112,8 @@ class Instances:
             if choice is not None:
                 return choice
 
-    def _build(self, reservation: Reservation) -> _Member:
+    def _build(self, reservation: Reservation) -> Member:
+        """One more, in the caller's hands."""
         device, index = self._device, self._index
         lane, memory = device.acquire_lane(index), device.memory(index)
         run: Any = None
@@ -98,8 +121,10 @@ class Instances:
             with neutral(device, index), device.building():
                 with device.on_stream(lane.stream), memory.using():
                     run = self._kernels.instance(lane.stream)
+                    # What is set up at a first run may wait for the device, or must not happen inside a capture.
+                    run(self._examples())
                 lane.stream.synchronize()
-            member = _Member(device, run, lane, memory, memory.nbytes(), reservation.cancel)
+            member = Member(device, run, lane, memory, memory.nbytes(), reservation.cancel)
         except BaseException:
             reservation.cancel()
             lane.stream.synchronize()

@@ -281,7 +281,9 @@ class NativeSpecialization(Specialization):
         if self._sensitive and not self.settings.flags.unchanged():
             return 0  # a context captured now would have today's flags baked in
         context = self._build_context(reservation)
-        return None if context is None else context.slot
+        if context is None:
+            return 0 if self._shares() else None
+        return context.slot
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         if not self.runs_here:

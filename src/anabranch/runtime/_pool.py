@@ -240,6 +240,14 @@ class ContextPool(Generic[_P]):
     def discard_added(self) -> None:
         """Give up what this thread has added and nobody got. Of a context that nothing refers to nothing is left."""
 
+    def take_idle(self) -> _P | None:
+        """The least recently used idle one, out of the pool for good; None if none is idle."""
+        with self._lock:
+            if not self._idle:
+                return None
+            self._alive.discard(self._idle[0])
+            return self._idle.pop(0)
+
     def drain(self) -> list[_P]:
         """Take all idle contexts out for good."""
         with self._lock:

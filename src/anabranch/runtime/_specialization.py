@@ -25,7 +25,7 @@ from anabranch.race import check_plan
 from anabranch.runtime._build import neutral, process
 from anabranch.runtime._context import Context
 from anabranch.runtime._flags import Flags, sensitive
-from anabranch.runtime._instances import Instances
+from anabranch.runtime._instances import Instances, Member
 from anabranch.runtime._pool import ContextPool, Limits, Reservation
 from anabranch.runtime._stats import Counters
 
@@ -93,6 +93,8 @@ class Specialization:
         # a string): its `done`.
         self._last_uses: dict[int | str, Any] = _sync.dict_("last uses")
         self._pool = self._make_pool()
+        #: What callers' captures under way or done use of kernels with state, by the identity of the lane.
+        self._captured: weakref.WeakValueDictionary[int, _Kept] = weakref.WeakValueDictionary()
         #: Whether calls may build contexts; not after a build failed.
         self._may_grow = True
         #: Figures of the build for explain(): microseconds a call.
@@ -104,6 +106,8 @@ class Specialization:
             device.prepare_retire(self._index)
         self.uses_graphs, self.reason = self._build()
         self._built()
+        if isinstance(self._kernels, Instances):
+            self._kernels.prepare(1)  # for a direct call, or for one in a caller's capture, which cannot build any
         self._check_flags()  # another thread may have set one while kernels were chosen and captured
         #: That no two steps of the plan can race. Raises PlanError before anything could run.
         self.proof = check_plan(self.plan()).raise_if_unordered()
@@ -130,10 +134,10 @@ class Specialization:
     # -- building -----------------------------------------------------------------------------------------------
 
     def _build(self) -> tuple[bool, str]:
-        device, settings = self._device, self.settings
+        device = self._device
         with neutral(device, self._index):
             if not device.has_streams:
-                examples = [s.synthesize(settings.torch_device) for s in self._specs]
+                examples = self._examples()
                 run = self._lower(examples, None)
                 if not self.program.direct_only and not self.program.is_empty:
                     self._warm_up(run, examples, times=1)
@@ -141,6 +145,10 @@ class Specialization:
                 return False, "the CPU has no streams to order and no graphs to capture"
             with device.building():
                 return self._build_on_lane()
+
+    def _examples(self) -> list[torch.Tensor]:
+        """New inputs of this signature with made-up values, on the current stream."""
+        return [s.synthesize(self.settings.torch_device) for s in self._specs]
 
     def _lower(self, examples: Sequence[torch.Tensor], own: Any) -> Kernels | Instance:
         """Have the backend make the kernels; returns what this thread may run of them.
@@ -156,7 +164,7 @@ class Specialization:
         self._lowered = get_backend(self.backend).lower(self.program, examples, Options(full, flags.tf32))
         run = of_one(self._lowered, own)
         self._kernels: Kernels = (
-            Instances(self._device, self._index, self._lowered, self._limits.max_contexts)
+            Instances(self._device, self._index, self._lowered, self._limits.max_contexts, self._examples)
             if isinstance(self._lowered, Stateful)
             else self._lowered
         )
@@ -169,7 +177,7 @@ class Specialization:
         drained = False
         try:
             with device.on_stream(lane.stream), scratch.using():
-                examples = [s.synthesize(settings.torch_device) for s in self._specs]
+                examples = self._examples()
                 run = self._lower(examples, lane.stream)
                 if not self.program.data_dependent and not self.program.is_empty:
                     if self._workspaces:
@@ -306,8 +314,16 @@ class Specialization:
             if isinstance(key, str) and id(event) not in alive and event.query():
                 self._last_uses.pop(key, None)
 
-    def warm(self, contexts: int) -> int:
-        """Build until there are ``contexts`` of them or a limit is reached; returns how many there are."""
+    def warm(self, contexts: int, captures: int) -> int:
+        """Build until there are ``contexts`` of them or a limit is reached; returns how many there are.
+
+        And, of kernels with state, instances for as many direct calls, or for ``captures`` in callers' captures.
+        """
+        if isinstance(self._kernels, Instances):
+            with process.build_lock:
+                direct = self._kernels.prepare(max(captures, 0 if self.uses_graphs else contexts))
+            if not self.uses_graphs:
+                return direct
         if not self.uses_graphs:
             return 0
         self._may_grow = True
@@ -388,10 +404,21 @@ class Specialization:
     def _acquire(self, stream: Any) -> Context | None:
         choice = self._pool.acquire(stream.stream_id, self._may_build)
         if isinstance(choice, Reservation):
-            return self._build_context(choice)
+            context = self._build_context(choice)
+            if context is not None or not self._shares():
+                return context
+            choice = self._pool.acquire(stream.stream_id, lambda: False)
+            assert not isinstance(choice, Reservation)
         if choice is not None and choice.used_on is not None and choice.used_on != stream.stream_id:
             self._counters.add("waits")
         return choice
+
+    def _shares(self) -> bool:
+        """Whether a call that could not build a context takes one that there is, instead of running direct.
+
+        Where kernels have state a direct call would build that, which takes as long.
+        """
+        return isinstance(self._kernels, Instances)
 
     def _may_build(self) -> bool:
         # A context captured now would have today's flags baked in, not the engine's.
@@ -501,25 +528,23 @@ class Specialization:
             stream.wait_event(join)
 
     def _for_capture(self, stream: Any, lane: Any) -> Kernels | Instance:
-        """What a call may run in the capture that the caller has under way on ``stream``, for as long as its graph."""
-        if not isinstance(self._lowered, Stateful):
+        """What a call may run on ``lane``, in the capture under way on ``stream``, for as long as its graph lives."""
+        if not isinstance(self._kernels, Instances):
             return self._kernels
-        # Not on `lane`, which is in the capture after the first call. The host waits, for this lane only.
-        device = self._device
-        private = device.acquire_lane(self._index)
-        memory = device.memory(self._index)
-        try:
-            with neutral(device, self._index), device.on_stream(private.stream), memory.using():
-                run: Any = self._lowered.instance(private.stream)
-                run([s.synthesize(self.settings.torch_device) for s in self._specs])
-            private.stream.synchronize()
-            reason = run.why_not_captured(private.stream)
-            if reason:
-                raise NotCapturable(f"this call is inside a CUDA graph capture: {reason}")
-            device.join_capture(stream, self._index, keep=_Kept(device, run, memory))
-            return run
-        finally:
-            device.release_lane(private)
+        kept = self._captured.get(id(lane))  # calls of one capture and stream follow each other
+        if kept is None:
+            member = self._kernels.take()
+            if member is None:
+                # Built now, it would load code, which invalidates a capture in the global mode.
+                raise NotCapturable(
+                    f"this call is inside a CUDA graph capture, and no execution context of {self.backend} is left for"
+                    " it: each captured graph keeps one. Before the captures, call engine.warm(captures=N), N being how"
+                    " many graphs you capture."
+                )
+            kept = _Kept(member)
+            self._captured[id(lane)] = kept
+        self._device.join_capture(stream, self._index, keep=kept)
+        return kept.member.run
 
     def _canonical(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Inputs with the strides and the alignment that the kernels were compiled (and algorithms chosen) for."""
@@ -591,11 +616,10 @@ _AT_ONCE = (False,)
 
 
 class _Kept:
-    """An instance that a caller's graph uses, and its memory, which is for others when this goes."""
+    """An instance that a caller's graph uses: the graph's, until it is gone."""
 
-    def __init__(self, device: Device, run: Any, memory: Any) -> None:
-        self.run = run
-        weakref.finalize(self, device.release_memory, memory).atexit = False
+    def __init__(self, member: Member) -> None:
+        self.member = member
 
 
 def _retire(device: Device, weights: list[torch.Tensor], last_uses: dict[int | str, Any]) -> None:

@@ -164,6 +164,9 @@ class Instance:
     Memory: on the stream, and from the pool, that were current when it was made.
     """
 
+    #: Each execution context loads the kernels anew.
+    loads_own_code = True
+
     def __init__(self, owner: TensorRTKernels, own: Any) -> None:
         self._owner = owner
         # One piece for all segments: they run one after the other.
