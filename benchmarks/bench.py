@@ -55,8 +55,9 @@ def main(
         command += ["--build-share", "0.7", "--json", str(target), "--plot", str(target.with_suffix(".png"))]
         command[4:4] = works.split(",") if works else []
         sys.exit(subprocess.run([*command, *more], check=False).returncode)
+    missing: list[Path] = []
     if which == "merge":
-        parts, missing = [json.loads(Path(name).read_text(encoding="utf-8")) for name in more], []
+        parts = [json.loads(Path(name).read_text(encoding="utf-8")) for name in more]
     else:
         # One core a call: a GPU's caller computes nothing.
         settings = ["--streams", "1,4,16", "--rounds", "3", "--seconds", "0.1", "--build-seconds", "300"]
