@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from anabranch.bench import SYSTEMS, WORKS, default_systems, default_works, find_system, find_work
+from anabranch.bench import SYSTEMS, WORKS, Subject, default_systems, default_works, find_system, find_work
 from anabranch.bench import _command as module
 from anabranch.errors import InputError
 
@@ -143,7 +144,66 @@ def test_our_engine_is_there_in_each_backend_and_runtime() -> None:
     from anabranch.backends import BACKENDS
     from anabranch.runtime._engine import RUNTIMES
 
-    assert sum(s.family == "ours" for s in SYSTEMS.values()) == len(BACKENDS) * len(RUNTIMES)
+    ours = {s.name for s in SYSTEMS.values() if s.family == "ours"}
+    backends = {*BACKENDS, "tensorrt"}
+    extra = {"anabranch-tensorrt-native-graphs", "anabranch-tensorrt-native-direct"}
+    assert ours == {f"anabranch-{b}-{r}" for b in backends for r in RUNTIMES} | extra
+
+
+def test_our_tensorrt_is_for_gpus_and_its_variants_for_where_they_are_named() -> None:
+    names = {n for n in SYSTEMS if n.startswith("anabranch-tensorrt-")}
+    assert not names & set(default_systems("cpu"))
+    assert names & set(default_systems("cuda")) == {"anabranch-tensorrt-native", "anabranch-tensorrt-python"}
+    assert all(SYSTEMS[n].missing("cpu") == "not for cpu" for n in names)
+    assert not any(SYSTEMS[n].contiguous for n in names)
+
+
+def test_one_of_several_modules_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anabranch.bench import _system
+
+    system = find_system("anabranch-tensorrt-native")
+    for there in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setattr(_system, "installed", there.__eq__)
+        assert system.missing("cuda") is None
+    monkeypatch.setattr(_system, "installed", lambda name: False)
+    assert system.missing("cuda") == "tensorrt or tensorrt_rtx is not installed"
+
+
+def test_the_note_of_our_tensorrt_says_how_much_of_the_model_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import anabranch
+
+    asked: list[dict[str, Any]] = []
+
+    class Engine:
+        plan = SimpleNamespace(captured=True, reason="asked for")
+
+        def explain(self) -> str:
+            return "signature 0\n  tensorrt_rtx 1.4.0.76: 57 of 57 operators, 100.0% of FLOPs, in 1 engine\n  more"
+
+    def compiled(model: Any, inputs: Any, **options: Any) -> Engine:
+        asked.append(options)
+        return Engine()
+
+    monkeypatch.setattr(anabranch, "compile", compiled)
+    subject = Subject(find_work("relu"), torch.nn.ReLU(), torch.zeros(1), 8)
+    share = "tensorrt_rtx 1.4.0.76: 57 of 57 operators, 100.0% of FLOPs, in 1 engine"
+    for suffix, graphs in (("native", None), ("python", None), ("native-graphs", True), ("native-direct", False)):
+        ready = SYSTEMS[f"anabranch-tensorrt-{suffix}"].build(subject)
+        assert ready.note == f"captured: asked for; {share}"
+        assert asked[-1]["backend"] == "tensorrt"
+        assert asked[-1]["cuda_graphs"] is graphs
+    assert SYSTEMS["anabranch-inductor-native"].build(subject).note == "captured: asked for"
+
+
+def test_extra_works_are_run_where_they_are_named(asked: list[Any]) -> None:
+    assert not {"resnet18", "upscaler-270p"} & set(default_works())
+    assert invoke("upscaler-270p", "--device", "cpu", "--checked", "500").exit_code == 0
+    works, _, options = asked[0]
+    assert works == ["upscaler-270p"]
+    assert options.checked == 500
+    assert invoke("relu", "--device", "cpu").exit_code == 0
+    assert asked[1][2].checked is None
+    assert invoke("relu", "--device", "cpu", "--checked", "1").exit_code == 2
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

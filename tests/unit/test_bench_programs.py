@@ -13,6 +13,8 @@ import click
 import pytest
 import torch
 
+from anabranch.bench import _lanes
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -77,16 +79,35 @@ def test_lanes_hold_each_work_of_a_gpu_host_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_work, "installed", lambda name: True)
     bench = load("bench")
     for lanes in (1, 2):
-        dealt = bench.deal(default_works(), lanes)
+        dealt = bench.deal(default_works(), bench.LANES, lanes)
         assert len(dealt) == lanes
         assert sorted(w for lane in dealt for w in lane) == sorted(default_works())
 
 
 def test_some_works_are_dealt_as_all_are() -> None:
     bench = load("bench")
-    assert bench.deal(["googlenet", "relu", "upscaler-1080p"], 2) == [["relu", "googlenet"], ["upscaler-1080p"]]
-    assert bench.deal(["chain", "relu"], 2) == [["relu", "chain"]]
-    assert bench.deal(["my_package:model@1,3", "relu"], 2) == [["relu", "my_package:model@1,3"]]
+    assert bench.deal(["googlenet", "relu", "upscaler-1080p"], bench.LANES, 2) == [
+        ["relu", "googlenet"],
+        ["upscaler-1080p"],
+    ]
+    assert bench.deal(["chain", "relu"], bench.LANES, 2) == [["relu", "chain"]]
+    assert bench.deal(["my_package:model@1,3", "relu"], bench.LANES, 2) == [["relu", "my_package:model@1,3"]]
+
+
+def test_a_lane_that_wrote_nothing_is_said_and_an_earlier_file_not_taken_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def lane(number: int, of: int, works: list[str], target: Path, *_: Any) -> None:
+        if works != ["b"]:
+            target.write_text(json.dumps(part(works[0], 1.0)))
+
+    monkeypatch.setattr(_lanes, "_lane", lane)
+    (tmp_path / "lane1.json").write_text("{}")
+    parts, missing = _lanes.run_lanes([["a"], ["b"]], tmp_path, "cpu", 1.0, [])
+    assert [list(p["works"]) for p in parts] == [["a"]]
+    assert missing == [tmp_path / "lane1.json"]
+    with pytest.raises(click.ClickException, match="no lane"):
+        _lanes.run_lanes([["b"]], tmp_path, "cpu", 1.0, [])
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/bench.md"])

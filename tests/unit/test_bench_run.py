@@ -10,7 +10,8 @@ import bench_systems
 import pytest
 import torch
 
-from anabranch.bench import Options, _process, run_bench, strike, summary
+from anabranch.bench import Options, _process, find_system, find_work, run_bench, strike, summary
+from anabranch.bench._measure import Meter
 from anabranch.bench._work import calibrated
 from anabranch.errors import InputError
 
@@ -61,6 +62,23 @@ def test_a_right_system_has_every_figure_and_no_wrong_output(faulty: dict[str, A
     assert found["build_s"] > 0
     assert found["memory_mb"] > 0
     assert found["first_call_ms"] > 0
+
+
+def test_as_many_outputs_are_checked_as_were_asked_for_in_the_first_round() -> None:
+    found = cell(run("right", rounds=2, checked=100), ":right")
+    for n in (1, 2):
+        row = found["throughput"][str(n)]
+        # The second round checks what it timed, up to 48, and the first call of each thread.
+        assert n * 101 < row["checked"] <= n * 149
+        assert row["wrong"] == 0
+
+
+def test_checking_ends_where_it_would_take_longer_than_there_is_patience_for() -> None:
+    meter = Meter(find_work("relu"), find_system("bench_systems:right"), "cpu", torch.float32, 2, float("inf"))
+    meter.build()
+    assert meter.throughput(2, 0.01, checked=20)["checked"] == 2 * 20
+    assert meter.throughput(2, 0.01, patience=0.0, checked=500)["checked"] == 2 * 2
+    assert meter.throughput(2, 0.01, patience=0.0)["checked"] == 2 * 2
 
 
 def test_zeros_on_one_thread_are_struck_out_with_their_count(faulty: dict[str, Any]) -> None:

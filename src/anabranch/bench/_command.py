@@ -68,6 +68,9 @@ def _streams(ctx: Any, param: Any, value: str) -> tuple[int, ...]:
 )
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--seconds", default=0.2, show_default=True, help="For each figure of each round, about.")
+@click.option(
+    "--checked", type=click.IntRange(2), help="Outputs of each stream checked in the first round. Default: at most 48."
+)
 @click.option("--build-seconds", default=300.0, show_default=True, help="Longest build of one system for one work.")
 @click.option("--limit", default=0.0, help="Seconds for the whole run; what is not done by then is said.")
 @click.option("--build-share", default=0.6, show_default=True, help="Part of --limit after which building ends.")

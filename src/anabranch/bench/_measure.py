@@ -38,6 +38,7 @@ ALLOWED = {torch.float16: 0.05, torch.bfloat16: 0.2, torch.float32: 0.01}
 CLOSE = {torch.float16: 0.016, torch.bfloat16: 0.128, torch.float32: 1e-4}
 _MOST_SAMPLES = 2000
 _MOST_CALLS = 20_000
+#: Calls of each stream that are checked by default: as many as were timed, but no more than this.
 _CHECKED_CALLS = 48
 
 
@@ -216,8 +217,14 @@ class Meter:
 
     # -- throughput -----------------------------------------------------------------------------------------------
 
-    def throughput(self, streams: int, seconds: float, patience: float = float("inf")) -> dict[str, Any]:
-        """Calls a second over ``streams`` streams with a thread each, and what every output was worth."""
+    def throughput(
+        self, streams: int, seconds: float, patience: float = float("inf"), checked: int | None = None
+    ) -> dict[str, Any]:
+        """Calls a second over ``streams`` streams with a thread each, and what every output was worth.
+
+        ``checked``: how many calls of each stream are judged, whatever was timed. They end early where they take half
+        of ``patience``: slow is not hung.
+        """
         assert self.ready is not None
         if self.warmed > 1 and (streams - self.warmed) * self.warm_seconds > patience / 2:
             raise NotReady(f"{self.warmed} threads made their first calls in time")
@@ -245,33 +252,46 @@ class Meter:
         # Before the judging, whose temporaries are not the system's.
         peak = memory_mb(self.cuda)
         tallies = [torch.zeros(3, dtype=torch.int64, device=self.device) for _ in everyone]
-        checked = min(wanted, _CHECKED_CALLS)
+        judged: list[int] = []
+        many = min(wanted, _CHECKED_CALLS) if checked is None else checked - 1
         if self.ready.one_thread:
-            self._launch_checked(calls, tallies, checked)
+            many += checked is not None
+            self._launch_checked(calls, tallies, many)
+            judged.append(many * streams)
         else:
-            self._each(everyone, lambda i: self._loop(i, calls[i], 1, tallies[i]))
-            self._each(everyone, lambda i: self._loop(i, calls[i], checked, tallies[i]))
-            checked += 1
+            end = time.monotonic() + patience / 2
+
+            def judge(i: int, n: int) -> None:
+                judged.append(self._loop(i, calls[i], n, tallies[i], end))
+
+            self._each(everyone, functools.partial(judge, n=1))
+            self._each(everyone, functools.partial(judge, n=many))
         wrong, inexact, zero = torch.stack(tallies).sum(0).tolist()
         return {
             "per_s": wanted * streams / took,
             "calls": wanted * streams,
-            "checked": checked * streams,
+            "checked": sum(judged),
             "wrong": wrong,
             "inexact": inexact,
             "all_zero": zero,
             "peak_mb": peak,
         }
 
-    def _loop(self, i: int, call: Call, n: int, tally: torch.Tensor | None = None) -> None:
-        """``n`` calls on stream ``i``, by its thread; with ``tally`` every output is judged and poisoned."""
+    def _loop(self, i: int, call: Call, n: int, tally: torch.Tensor | None = None, until: float = float("inf")) -> int:
+        """``n`` calls on stream ``i``, by its thread; with ``tally`` every output is judged and poisoned, and nothing
+        begun after ``until``. Returns how many calls there were."""
+        done = 0
         with torch.no_grad(), self._on(i):
             for j in range(n):
                 k = (i + j) % len(self.inputs)
                 y = call(self.inputs[k])
+                done += 1
                 if tally is not None:
                     self._judge(y, k, tally)
+                    if time.monotonic() > until:
+                        break
             self._sync(i)
+        return done
 
     def _launch(self, launches: Sequence[Callable[[], Any]], n: int) -> float:
         before = torch.cuda.current_stream()
@@ -310,7 +330,7 @@ class Meter:
         with torch.inference_mode():
             y.fill_(float("nan"))
 
-    def _each(self, who: Sequence[int], work: Callable[[int], None]) -> float:
+    def _each(self, who: Sequence[int], work: Callable[[int], Any]) -> float:
         """``work(i)`` for each ``i``, in its thread, all starting together; seconds until the last one's end."""
         start = threading.Barrier(len(who))
         times: list[tuple[float, float]] = []

@@ -40,6 +40,8 @@ class Options:
     rounds: int = 3
     #: What each figure of each round takes, about.
     seconds: float = 0.2
+    #: Outputs of each stream that a throughput's first round checks; None: a few, as the later rounds do.
+    checked: int | None = None
     #: How long one system may take to be built for one work; more than that is reported as such.
     build_seconds: float = 300.0
     #: The whole run; what is not measured by then is reported as such. 0: no limit.
@@ -447,7 +449,11 @@ class _Run:
                     cell.without[n] = f"at most {cell.work.max_streams} streams for this work"
                 if n in cell.without:
                     return
-                answer = self._ask(worker, do="throughput", streams=n, patience=options.patience, **about)
+                # All in the first round: what comes after it, time permitting, is there to steady the figures.
+                checked = None if cell.count(figure) else options.checked
+                answer = self._ask(
+                    worker, do="throughput", streams=n, patience=options.patience, checked=checked, **about
+                )
                 if "error" in answer:
                     cell.without[n] = answer["error"]
                     return
@@ -481,6 +487,7 @@ class _Run:
                 "streams": list(options.streams),
                 "rounds": options.rounds,
                 "seconds_a_figure": options.seconds,
+                "checked_a_stream": options.checked,
                 "build_seconds": options.build_seconds,
                 "limit_seconds": options.limit or None,
                 "works_built_together": options.batch,
@@ -506,7 +513,10 @@ def _versions() -> dict[str, str]:
     from importlib import metadata
 
     found = {}
-    for name in ("torchvision", "triton", "torch-tensorrt-rtx", "torch_tensorrt", "tensorrt-rtx-cu13", "onnxruntime"):
+    for name in (
+        *("torchvision", "triton", "torch-tensorrt-rtx", "torch_tensorrt", "tensorrt", "tensorrt-rtx"),
+        *("tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings", "onnx", "onnxscript", "onnxruntime"),
+    ):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

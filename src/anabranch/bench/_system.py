@@ -71,6 +71,7 @@ class System:
     ``contiguous``: it wants its input in this layout and gets it so, whatever suits the others.
     ``cores``: how many cores its build may use. ``slow``: its build starts first. ``apart``: each of its works gets a
     process of its own, since a fault was seen, which would take the others along, or since its builds are the longest.
+    ``needs``: modules, all of them; of a tuple of modules one is enough. ``extra``: run only where it is named.
     """
 
     name: str
@@ -78,20 +79,22 @@ class System:
     build: Callable[[Subject], Ready]
     devices: tuple[str, ...] = ("cuda", "cpu")
     family: str = "peer"
-    needs: tuple[str, ...] = ()
+    needs: tuple[str | tuple[str, ...], ...] = ()
     contiguous: bool = False
     cores: int = 1
     slow: int = 0
     apart: bool = False
+    extra: bool = False
     environment: dict[str, str] = field(default_factory=dict)
 
     def missing(self, device: str) -> str | None:
         """Why it cannot run here, or None."""
         if device not in self.devices:
             return f"not for {device}"
-        for module in self.needs:
-            if not installed(module):
-                return f"{module} is not installed"
+        for need in self.needs:
+            modules = (need,) if isinstance(need, str) else need
+            if not any(map(installed, modules)):
+                return f"{' or '.join(modules)} is not installed"
         return None
 
 
@@ -259,15 +262,26 @@ def _onnx(subject: Subject) -> Ready:
 
 
 class _Anabranch(Ready):
-    def __init__(self, subject: Subject, backend: str, runtime: str) -> None:
+    """``cuda_graphs``: None, as compile decides."""
+
+    def __init__(self, subject: Subject, backend: str, runtime: str, cuda_graphs: bool | None = None) -> None:
         import anabranch
 
         self.engine = anabranch.compile(
-            subject.model, [subject.example], backend=backend, runtime=runtime, max_contexts=max(16, subject.streams)
+            subject.model,
+            [subject.example],
+            backend=backend,
+            runtime=runtime,
+            cuda_graphs=cuda_graphs,
+            max_contexts=max(16, subject.streams),
         )
         super().__init__(self.engine)
         plan = self.engine.plan
         self.note = f"{'captured' if plan.captured else 'direct'}: {plan.reason}"
+        if backend == "tensorrt":
+            # How much of the model TensorRT runs: a figure of it says little where most fell back.
+            shares = [line.strip() for line in self.engine.explain().splitlines() if "of FLOPs" in line]
+            self.note = "; ".join([self.note, *shares])
 
     def slots(self, n: int) -> list[Call]:
         built = self.engine.warm(contexts=n)
@@ -277,20 +291,33 @@ class _Anabranch(Ready):
         return [self.engine] * n
 
 
-def _anabranch(subject: Subject, backend: str, runtime: str) -> Ready:
-    return _Anabranch(subject, backend, runtime)
-
-
 def _our_systems() -> Iterator[System]:
     from anabranch.backends import BACKENDS
     from anabranch.runtime._engine import RUNTIMES
 
-    for backend in BACKENDS:
+    for backend in (b for b in BACKENDS if b != "tensorrt"):
         for runtime in RUNTIMES:
             name = f"anabranch-{backend}-{runtime}"
             label = f"anabranch {backend}, {runtime} runtime"
-            build = functools.partial(_anabranch, backend=backend, runtime=runtime)
+            build = functools.partial(_Anabranch, backend=backend, runtime=runtime)
             yield System(name, label, build, family="ours", slow=0 if backend == "eager" else 1)
+    # As compile decides, in each runtime; and what it has to decide between.
+    for runtime, suffix, graphs in (
+        *((runtime, "", None) for runtime in RUNTIMES),
+        ("native", "-graphs", True),
+        ("native", "-direct", False),
+    ):
+        text = {None: "", True: " + CUDA graphs", False: ", no CUDA graphs"}[graphs]
+        yield System(
+            f"anabranch-tensorrt-{runtime}{suffix}",
+            f"anabranch tensorrt, {runtime} runtime{text}",
+            functools.partial(_Anabranch, backend="tensorrt", runtime=runtime, cuda_graphs=graphs),
+            devices=("cuda",),
+            family="ours",
+            needs=(("tensorrt", "tensorrt_rtx"),),
+            slow=1,
+            extra=graphs is not None,
+        )
 
 
 def _mode(mode: str) -> Callable[[Subject], Ready]:
@@ -324,7 +351,7 @@ SYSTEMS: dict[str, System] = {
 
 
 def default_systems(device: str) -> list[str]:
-    return [s.name for s in SYSTEMS.values() if device in s.devices]
+    return [s.name for s in SYSTEMS.values() if device in s.devices and not s.extra]
 
 
 def find_system(name: str) -> System:

@@ -21,7 +21,8 @@ class Work:
 
     ``make`` returns a float32 module on the CPU in ``eval()`` mode. ``cpu_shape`` replaces ``shape`` on the CPU where
     the full size would take seconds a call. ``max_streams``: more calls in flight would measure memory only.
-    ``copies``: most engines that a system with an engine per thread builds; each may hold a gigabyte.
+    ``copies``: most engines that a system with an engine per thread builds; each may hold a gigabyte. ``extra``: run
+    only where it is named.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Work:
     max_streams: int = 64
     copies: int = 4
     needs: str | None = None
+    extra: bool = False
 
     def shape_on(self, device: str) -> tuple[int, ...]:
         return self.cpu_shape if device == "cpu" and self.cpu_shape else self.shape
@@ -142,7 +144,7 @@ def _torchvision(name: str, shape: tuple[int, ...]) -> Callable[[], nn.Module]:
     return lambda: calibrated(_seeded(build), shape) if name in _CALIBRATED else _seeded(build)
 
 
-def _image(name: str, size: int, copies: int = 16) -> Work:
+def _image(name: str, size: int, copies: int = 16, extra: bool = False) -> Work:
     shape = (1, 3, size, size)
     return Work(
         name,
@@ -152,6 +154,7 @@ def _image(name: str, size: int, copies: int = 16) -> Work:
         channels_last=True,
         copies=copies,
         needs="torchvision",
+        extra=extra,
     )
 
 
@@ -162,6 +165,7 @@ WORKS: dict[str, Work] = {
         Work("relu-4k", "one ReLU on a 4K frame", models.relu, (1, 3, 2160, 3840)),
         _image("googlenet", 224),
         _image("inception_v3", 299),
+        _image("resnet18", 224, extra=True),
         _image("resnet50", 224),
         _image("mobilenet_v3_large", 224),
         Work("branches", "blocks of four branches", models.branches, (1, 3, 224, 224), channels_last=True),
@@ -176,6 +180,15 @@ WORKS: dict[str, Work] = {
             channels_last=True,
             max_streams=4,
         ),
+        Work(
+            "upscaler-270p",
+            "video upscaler x2, one 270p frame",
+            models.upscaler,
+            (1, 3, 270, 480),
+            cpu_shape=(1, 3, 135, 240),
+            channels_last=True,
+            extra=True,
+        ),
         Work("chain", "20 small kernels in a row", chain, (1, 32, 256), copies=16),
     )
 }
@@ -186,9 +199,10 @@ def installed(module: str) -> bool:
 
 
 def default_works() -> list[str]:
-    """All that is installed; our own convolutional networks stand in where torchvision is not."""
+    """All that is installed and not extra; our own convolutional networks stand in where torchvision is not."""
     stand_ins = {"branches", "residual"} if installed("torchvision") else set()
-    return [w.name for w in WORKS.values() if w.name not in stand_ins and not (w.needs and not installed(w.needs))]
+    left_out = stand_ins | {w.name for w in WORKS.values() if w.extra or (w.needs and not installed(w.needs))}
+    return [w.name for w in WORKS.values() if w.name not in left_out]
 
 
 def find_work(name: str) -> Work:

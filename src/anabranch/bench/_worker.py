@@ -54,7 +54,9 @@ def serve(connection: Connection, log: str, job: dict[str, Any]) -> None:
             elif command["do"] == "latency":
                 answer = meters[command["work"]].latency(command["seconds"])
             else:
-                answer = meters[command["work"]].throughput(command["streams"], command["seconds"], command["patience"])
+                answer = meters[command["work"]].throughput(
+                    command["streams"], command["seconds"], command["patience"], command["checked"]
+                )
             signal.setitimer(signal.ITIMER_REAL, 0)
             # What is only cached goes back, or the processes of all systems would not fit onto the device together.
             _release(job)
