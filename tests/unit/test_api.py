@@ -47,6 +47,7 @@ def test_compile_has_the_promised_signature() -> None:
         "max_contexts": 16,
         "memory_limit": None,
         "cuda_graphs": None,
+        "require_full": False,
     }
 
 

@@ -51,7 +51,7 @@ def compile(
         their own example inputs. Further signatures are compiled at their first call, or by :meth:`Engine.warm`.
     :param kwargs: keyword inputs, likewise.
     :param backend: ``"inductor"``, ``"eager"``, ``"tensorrt"`` (on a GPU, with ``tensorrt`` or ``tensorrt_rtx``
-        installed; see ``docs/tensorrt.md``), or None for the device's best: ``"inductor"``, and on ``sim``, which
+        installed), or None for the device's best: ``"inductor"``, and on ``sim``, which
         Inductor cannot compile for, ``"eager"``.
     :param runtime: ``"native"`` (C++, compiled at the first use), ``"python"``, or ``"auto"``: native, or, where there
         is no compiler, Python with a warning that says so. Both keep one contract; native calls cost less, and many
@@ -124,8 +124,8 @@ def _backend(given: str | None, device: Device) -> str:
         return device.backends[0]
     if given == "tensorrt" and device.kind == "cpu":
         raise InputError(
-            "backend='tensorrt' given, and the model and its inputs are on the CPU; expected them on a CUDA device. On"
-            " a machine without a GPU, engines can be built ahead of time with TensorRT-RTX: anabranch build --help"
+            "backend='tensorrt' given, and the model and its inputs are on the CPU; expected them on a CUDA device."
+            " Without a GPU, engines of TensorRT-RTX can be built ahead: anabranch.backends.tensorrt.compile_program"
         )
     if given not in device.backends:
         raise InputError(

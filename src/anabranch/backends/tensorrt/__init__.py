@@ -1,7 +1,7 @@
 """TensorRT engines, with a private execution context for each graph and each call in flight.
 
 ``torch.onnx.export`` turns each run of operators into ONNX, TensorRT's own parser takes it, and what either of them
-refuses runs as PyTorch operators in between. See ``docs/tensorrt.md``.
+refuses runs as PyTorch operators in between.
 """
 
 from __future__ import annotations
