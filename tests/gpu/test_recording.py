@@ -47,7 +47,7 @@ class Recorder:
         memories, scratch = [device.memory(0) for _ in range(2)], device.scratch(0)
         with neutral(device, 0), device.building():
             made = self.module.record(
-                device, lanes, memories, scratch, kernels, specs, workspaces, self.native.AllocationLog()
+                device, lanes, memories, scratch, lambda _: kernels, specs, workspaces, self.native.AllocationLog()
             )
         device.release_scratch(scratch)
         self.made.append((made, lanes, memories))
@@ -59,7 +59,7 @@ class Recorder:
         lane, memory, scratch = device.acquire_lane(0), device.memory(0), device.scratch(0)
         with neutral(device, 0), device.building():
             made = self.module.record_again(
-                known, device, lane, memory, scratch, kernels, specs, workspaces, self.native.AllocationLog()
+                known, device, lane, memory, scratch, lambda _: kernels, specs, workspaces, self.native.AllocationLog()
             )
         device.release_scratch(scratch)
         self.made.append((made, [lane], [memory]))
