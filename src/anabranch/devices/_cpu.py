@@ -106,3 +106,6 @@ class CpuDevice:
 
     def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:
         raise NotImplementedError("the CPU has no captures")
+
+    def kept_by_capture(self, stream: Any) -> list[Any]:
+        raise NotImplementedError("the CPU has no captures")

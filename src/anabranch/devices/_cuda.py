@@ -379,6 +379,9 @@ class CudaDevice:
             lane = tie.lanes.setdefault(stream.cuda_stream, self.acquire_lane(index))
         return lane
 
+    def kept_by_capture(self, stream: Any) -> list[Any]:
+        return list(self._captured_by_callers.of(stream).kept)
+
     def hand_over(self, tensors: Sequence[torch.Tensor], stream: Any) -> None:
         # The allocator need not know. Their blocks can come back only to the lane, in this capture's pool, and all that
         # is ever queued on the lane there waits for the caller's stream first.

@@ -134,6 +134,9 @@ class Device(Protocol):
         made of it are gone.
         """
 
+    def kept_by_capture(self, stream: Any) -> list[Any]:
+        """What :meth:`join_capture` was told to keep for the capture under way on ``stream``."""
+
     def hand_over(self, tensors: Sequence[torch.Tensor], stream: Any) -> None:
         """``tensors`` of a lane that :meth:`join_capture` gave are now the caller's, who uses and frees them on
         ``stream``."""

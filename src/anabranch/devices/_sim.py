@@ -227,6 +227,10 @@ class SimDevice:
             lane = capture.lanes.setdefault(stream.stream_id, self.acquire_lane(index))
         return lane
 
+    def kept_by_capture(self, stream: Any) -> list[Any]:
+        capture = self._captures.get(_core.capture_id(stream.stream_id, stream.device_index))
+        return [] if capture is None else list(capture.kept)
+
     def hand_over(self, tensors: Sequence[torch.Tensor], stream: Any) -> None:
         # Their blocks go back to the lane that made them, where the machine does not know that the caller's stream may
         # still read them.

@@ -93,8 +93,6 @@ class Specialization:
         # a string): its `done`.
         self._last_uses: dict[int | str, Any] = _sync.dict_("last uses")
         self._pool = self._make_pool()
-        #: What callers' captures under way or done use of kernels with state, by the identity of the lane.
-        self._captured: weakref.WeakValueDictionary[int, _Kept] = weakref.WeakValueDictionary()
         #: Whether calls may build contexts; not after a build failed.
         self._may_grow = True
         #: Figures of the build for explain(): microseconds a call.
@@ -531,18 +529,18 @@ class Specialization:
         """What a call may run on ``lane``, in the capture under way on ``stream``, for as long as its graph lives."""
         if not isinstance(self._kernels, Instances):
             return self._kernels
-        kept = self._captured.get(id(lane))  # calls of one capture and stream follow each other
-        if kept is None:
-            member = self._kernels.take()
-            if member is None:
-                # Built now, it would load code, which invalidates a capture in the global mode.
-                raise NotCapturable(
-                    f"this call is inside a CUDA graph capture, and no execution context of {self.backend} is left for"
-                    " it: each captured graph keeps one. Before the captures, call engine.warm(captures=N), N being how"
-                    " many graphs you capture."
-                )
-            kept = _Kept(member)
-            self._captured[id(lane)] = kept
+        for kept in self._device.kept_by_capture(stream):
+            if isinstance(kept, _Kept) and kept.owner is self and kept.lane is lane:
+                return kept.member.run  # calls of one capture and stream follow each other
+        member = self._kernels.take()
+        if member is None:
+            # Built now, it would load code, which invalidates a capture in the global mode.
+            raise NotCapturable(
+                f"this call is inside a CUDA graph capture, and no execution context of {self.backend} is left for"
+                " it: each captured graph keeps one. Before the captures, call engine.warm(captures=N), N being how"
+                " many graphs you capture."
+            )
+        kept = _Kept(self, lane, member)
         self._device.join_capture(stream, self._index, keep=kept)
         return kept.member.run
 
@@ -616,9 +614,11 @@ _AT_ONCE = (False,)
 
 
 class _Kept:
-    """An instance that a caller's graph uses: the graph's, until it is gone."""
+    """An instance that the calls of ``owner`` on ``lane`` use in a caller's graph: the graph's, until it is gone."""
 
-    def __init__(self, member: Member) -> None:
+    def __init__(self, owner: Specialization, lane: Any, member: Member) -> None:
+        self.owner = owner
+        self.lane = lane
         self.member = member
 
 
