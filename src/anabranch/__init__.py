@@ -20,12 +20,14 @@ from anabranch.errors import (
 )
 
 if TYPE_CHECKING:
+    from anabranch.ahead import Build, build
     from anabranch.export import Input
     from anabranch.plan import Plan
     from anabranch.runtime import Engine, Stats, compile
 
 __all__ = [
     "AnabranchError",
+    "Build",
     "BuildError",
     "DeviceLost",
     "Engine",
@@ -40,15 +42,18 @@ __all__ = [
     "TraceError",
     "UnsupportedModel",
     "__version__",
+    "build",
     "compile",
 ]
 
 #: Loaded when first used, so that tools which need no PyTorch (the race checker) do not load it.
 _LAZY = {
+    "Build": "anabranch.ahead",
     "Engine": "anabranch.runtime",
     "Input": "anabranch.export",
     "Plan": "anabranch.plan",
     "Stats": "anabranch.runtime",
+    "build": "anabranch.ahead",
     "compile": "anabranch.runtime",
 }
 

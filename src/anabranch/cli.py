@@ -9,6 +9,7 @@ import click
 #: subcommand -> (module, attribute, one line of help). Kept as text so that `anabranch --help` imports no PyTorch.
 _COMMANDS = {
     "bench": ("anabranch.bench._command", "command", "Measure every system on the same work; strike out wrong ones."),
+    "build": ("anabranch.ahead._command", "command", "Build TensorRT engines ahead of time, also without a GPU."),
     "check": ("anabranch.check._command", "command", "Call an engine on many streams at once; compare every output."),
     "explore": ("anabranch.explore._command", "command", "Run a program under every interleaving; give a verdict."),
     "race": ("anabranch.race._command", "command", "Judge a trace of stream events: race, stale or clean."),

@@ -23,10 +23,12 @@ from anabranch.runtime._engine import DEFAULT_MAX_CONTEXTS, RUNTIMES
 
 #: Elements of the largest default shape on the simulated device, whose kernels are the CPU's.
 _SIMULATED = 1 << 13
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class _Shape(click.ParamType):  # type: ignore[type-arg]  # generic in click's stubs only
+class Shape(click.ParamType):  # type: ignore[type-arg]  # generic in click's stubs only
+    """Sizes separated by commas."""
+
     name = "1,3,5"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
@@ -48,8 +50,8 @@ class _Shape(click.ParamType):  # type: ignore[type-arg]  # generic in click's s
     type=click.Choice(["cuda", "cpu", "sim"]),
     help="Default: cuda where there is a GPU, else cpu. sim, the simulated accelerator, has streams and needs no GPU.",
 )
-@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(_DTYPES)), help="Default: float32, float16.")
-@click.option("--shape", "shapes", multiple=True, type=_Shape(), help="Default: boundary shapes in several layouts.")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Default: float32, float16.")
+@click.option("--shape", "shapes", multiple=True, type=Shape(), help="Default: boundary shapes in several layouts.")
 @click.option("--streams", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--threads", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--calls", type=click.IntRange(1), help="For each row of the table. Default: 100; on sim, 16.")
@@ -93,7 +95,7 @@ def command(
     try:
         subject = find_subject(model)
         most = _SIMULATED if device == "sim" else None
-        cases = cases_for(subject, [_DTYPES[d] for d in dtypes or ("float32", "float16")], shapes or None, most)
+        cases = cases_for(subject, [DTYPES[d] for d in dtypes or ("float32", "float16")], shapes or None, most)
         total = len(cases) * len(paths_for(device)) * options.calls
         with Progress(
             TextColumn("{task.description}"),

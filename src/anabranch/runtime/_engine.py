@@ -125,7 +125,9 @@ def _backend(given: str | None, device: Device) -> str:
     if given == "tensorrt" and device.kind == "cpu":
         raise InputError(
             "backend='tensorrt' given, and the model and its inputs are on the CPU; expected them on a CUDA device."
-            " Without a GPU, engines of TensorRT-RTX can be built ahead: anabranch.backends.tensorrt.compile_program"
+            " Without a GPU, TensorRT-RTX can build the engines ahead of time: anabranch build MODEL --backend tensorrt"
+            " --shape 1,3,224,224 --dtype float16 --compute-capability 8.9, or anabranch.build(model, inputs,"
+            " compute_capability=(8, 9)); see docs/tensorrt.md."
         )
     if given not in device.backends:
         raise InputError(

@@ -22,8 +22,9 @@ _FORMAT = "anabranch-tensorrt 1"
 
 
 def folder() -> Path:
-    """``$XDG_CACHE_HOME/anabranch/tensorrt``, by default under ``~/.cache``."""
-    return cache_folder().parent / "tensorrt"
+    """``$ANABRANCH_TENSORRT_CACHE``, or ``$XDG_CACHE_HOME/anabranch/tensorrt``, by default under ``~/.cache``."""
+    given = os.environ.get("ANABRANCH_TENSORRT_CACHE", "")
+    return Path(given) if given else cache_folder().parent / "tensorrt"
 
 
 class Cache:

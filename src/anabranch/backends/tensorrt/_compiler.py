@@ -8,6 +8,7 @@ import json
 import logging
 import operator
 import re
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -90,16 +91,20 @@ def compile_program(
     excluded = {name: why for name, n in nodes.items() if (why := why_not(n))}
     base = _key(library, program, target)
     known = cache.load("partition", base)
+    orders: dict[str, Any] = {}
     if known is not None:
-        excluded = json.loads(known)
+        found = json.loads(known)
+        excluded, orders = found["excluded"], found["orders"]
     while True:
         cut = partition(program, excluded)
+        for name, segment in cut.segments.items():
+            _lay_out(segment, orders.get(name))
         engines: dict[str, bytes] = {}
         keys: dict[str, dict[str, object]] = {}
         refused: dict[str, str] = {}
         reused = 0
         for name, segment in cut.segments.items():
-            key = {**base, "nodes": segment.nodes}
+            key = {**base, "nodes": segment.nodes, "orders": _orders(segment)}
             stored = None if rebuild else cache.load("engine", key)
             if stored is None:
                 try:
@@ -116,8 +121,9 @@ def compile_program(
         if not refused:
             break
         excluded |= refused
-    if known is None:
-        cache.store("partition", base, json.dumps(excluded).encode())
+    chosen = {"excluded": excluded, "orders": {name: _orders(segment) for name, segment in cut.segments.items()}}
+    if (content := json.dumps(chosen, sort_keys=True).encode()) != known:
+        cache.store("partition", base, content)
     everything = counted(program)
     inside = {name for s in cut.segments.values() for name in s.nodes}
     fallbacks = [
@@ -253,29 +259,52 @@ def _try(
 # -- what an engine depends on ------------------------------------------------------------------------------------
 
 
+def _orders(segment: Segment) -> list[list[list[int]]]:
+    """In which order the dimensions of each input and each result lie in memory."""
+    return [[list(x.order) for x in layouts] for layouts in (segment.inputs, segment.outputs)]
+
+
+def _lay_out(segment: Segment, orders: list[list[list[int]]] | None) -> None:
+    """Take the orders that engines were built for before, perhaps on a machine whose PyTorch would choose others."""
+    if orders is None:
+        return
+    current = _orders(segment)
+    if [[sorted(o) for o in side] for side in orders] == [[sorted(o) for o in side] for side in current]:
+        segment.inputs, segment.outputs = (
+            [x.reordered(o) for x, o in zip(layouts, side, strict=True)]
+            for layouts, side in zip((segment.inputs, segment.outputs), orders, strict=True)
+        )
+
+
 def _key(library: Library, program: Program, target: Target) -> dict[str, object]:
+    """The same on a machine without a GPU and on the one with it: nothing here depends on PyTorch's device."""
     versions = {name: _version(name) for name in ("torch", "onnx", "onnxscript", "onnx-ir")}
     return {
         "model": _model_hash(program),
         "library": f"{library.name} {library.version}",
         "compute_capability": list(target.compute_capability),
         "tf32": target.tf32,
+        "platform": sysconfig.get_platform(),
         "versions": versions,
     }
 
 
 def _version(package: str) -> str:
     try:
-        return importlib.metadata.version(package)
+        # Without what tells PyTorch's builds for different CUDA versions, or for none, apart.
+        return importlib.metadata.version(package).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return "none"
 
 
 def _model_hash(program: Program) -> str:
-    """Of the graph with all shapes, strides and types, and of the bytes of the weights; not of where they are."""
+    """Of the graph, of its inputs' shapes, strides and types, and of the bytes of the weights; not of where they are.
+
+    Shapes and types of other values follow from these. Their strides do not: they depend on the device.
+    """
     digest = hashlib.sha256()
     for node in program.module.graph.nodes:
-        values = node.meta.get("val")
+        values = node.meta.get("val") if node.op == "placeholder" else None
         shapes = [
             (str(v.dtype), tuple(map(str, v.shape)), tuple(map(str, v.stride())))
             for v in (values if isinstance(values, tuple | list) else [values])

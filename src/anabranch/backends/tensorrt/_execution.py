@@ -140,7 +140,12 @@ class _Call:
         stream = torch.cuda.current_stream(engine.device)
         if stream.cuda_stream:
             self._enqueue(stream)
-            return results
+        else:
+            self._enqueue_beside(stream)
+        return [layout.to_model(result) for (_, layout), result in zip(self._outputs, results, strict=True)]
+
+    def _enqueue_beside(self, stream: Any) -> None:
+        """For the default stream: on a stream of our own, forked from it and joined to it."""
         # On the default stream TensorRT makes the host wait. What is allocated here is the default stream's, and used
         # between fork and join only.
         self._fork.record(stream)
@@ -150,7 +155,6 @@ class _Call:
         finally:
             self._join.record(self._own)
             stream.wait_event(self._join)
-        return results
 
     def _enqueue(self, stream: Any) -> None:
         with self.engine.library.complaints() as complaints:

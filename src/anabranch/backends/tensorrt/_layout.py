@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +12,11 @@ import torch
 
 @dataclass(frozen=True)
 class Layout:
-    """``x.permute(order)`` is contiguous, for a tensor ``x`` of this layout: its dimensions as they lie in memory."""
+    """``x.permute(order)`` is contiguous as an engine takes or makes ``x``: its dimensions as they lie in memory.
+
+    ``stride`` is that of ``x`` in the model. Of an engine that was built on another machine it may ask for another
+    order, since PyTorch's operators choose the memory of their results by the device: a copy is made then.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -21,12 +27,11 @@ class Layout:
     def of(cls, x: Any) -> Layout:
         """Of a tensor, a fake one too. What is not dense counts as contiguous: it is copied on the way in."""
         shape, stride = tuple(int(n) for n in x.shape), tuple(int(n) for n in x.stride())
-        order = tuple(sorted(range(len(shape)), key=lambda d: (-stride[d], d)))
-        if not _is_packed([shape[d] for d in order], [stride[d] for d in order]):
-            order = tuple(range(len(shape)))
-        if _is_packed(shape, stride):  # dimensions of one element may come in any order
-            order = tuple(range(len(shape)))
-        return cls(shape, stride, x.dtype, order)
+        return cls(shape, stride, x.dtype, _order(shape, stride))
+
+    def reordered(self, order: Sequence[int]) -> Layout:
+        """The same tensor, for an engine that was built for this order of its dimensions."""
+        return replace(self, order=tuple(order))
 
     @property
     def is_identity(self) -> bool:
@@ -46,9 +51,29 @@ class Layout:
         return x.permute(self.order).contiguous()
 
     def empty(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """New memory for a result: as the engine writes it, and as the model returns it."""
+        """New memory for a result: as the engine writes it, and with the dimensions in the model's order."""
         written = torch.empty(self.physical, dtype=self.dtype, device=device)
         return written, written.permute(self.inverse)
+
+    def to_model(self, result: torch.Tensor) -> torch.Tensor:
+        """``result``, once it is written, with the memory that the model gives it: itself, if that is the engine's."""
+        if self._of_model is None:
+            return result
+        return result.permute(self._of_model.order).contiguous().permute(self._of_model.inverse)
+
+    @cached_property
+    def _of_model(self) -> Layout | None:
+        """As the model lays it out, where that is another order than the engine's."""
+        order = _order(self.shape, self.stride)
+        return None if order == self.order else replace(self, order=order)
+
+
+def _order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    plain = tuple(range(len(shape)))
+    if _is_packed(shape, stride):  # dimensions of one element may come in any order
+        return plain
+    order = tuple(sorted(plain, key=lambda d: (-stride[d], d)))
+    return order if _is_packed([shape[d] for d in order], [stride[d] for d in order]) else plain
 
 
 def _is_packed(shape: Any, stride: Any) -> bool:

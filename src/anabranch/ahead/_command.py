@@ -1,0 +1,144 @@
+"""``anabranch build``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import torch
+
+from anabranch.ahead._build import Build, build
+from anabranch.backends.tensorrt import library
+from anabranch.check._case import cases_for, find_subject
+from anabranch.check._command import DTYPES, Shape
+from anabranch.check._report import write_json
+from anabranch.errors import AnabranchError, BuildError, InputError
+from anabranch.export import Input
+
+
+@click.command("build")
+@click.argument("model")
+@click.option("--backend", default="tensorrt", show_default=True, type=click.Choice(["tensorrt"]))
+@click.option("--shape", "shapes", multiple=True, type=Shape(), help="Of the input; several: an engine for each.")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Default: float32.")
+@click.option("--channels-last", is_flag=True, help="Model and input in channels_last memory.")
+@click.option(
+    "--precision", type=click.Choice(["float16", "bfloat16"]), help="As compile(precision=...): compute in that type."
+)
+@click.option("--tf32", is_flag=True, help="For programs that allow TF32 for products and convolutions.")
+@click.option(
+    "--compute-capability",
+    "capabilities",
+    multiple=True,
+    metavar="8.9",
+    help="Of the GPU that it is for, which need not be here. Default: this machine's.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The folder for the engines. Default: where compile() looks on this machine.",
+)
+@click.option("--require-full", is_flag=True, help="Fail where an operator would have to run in PyTorch.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write what was built here.")
+def command(
+    model: str,
+    backend: str,
+    shapes: tuple[tuple[int, ...], ...],
+    dtypes: tuple[str, ...],
+    channels_last: bool,
+    precision: str | None,
+    tf32: bool,
+    capabilities: tuple[str, ...],
+    cache: Path | None,
+    require_full: bool,
+    json_path: Path | None,
+) -> None:
+    """Build MODEL's engines ahead of time, into the cache.
+
+    MODEL is relu, upscaler or branches (built in), module:callable, or a .pt2 file. TensorRT-RTX needs no GPU for it.
+    On a machine with that GPU, anabranch.compile(model, inputs, backend="tensorrt") finds the engines, if it compiles
+    the same model for the same inputs with the same versions; docs/tensorrt.md says how to take the cache there.
+
+    Exit status: 0 built, 1 an operator or a network cannot be built (with --require-full: any operator), 2 the build
+    could not be tried, 130 interrupted.
+    """
+    options: dict[str, Any] = {
+        "backend": backend,
+        "precision": DTYPES[precision] if precision else None,
+        "require_full": require_full,
+        "cache": cache,
+    }
+    built: list[Build] = []
+    try:
+        library()
+    except AnabranchError as e:
+        _end(str(e), 2)
+    try:
+        with _tf32_allowed(tf32):
+            for name, make, inputs in _cases(model, [DTYPES[d] for d in dtypes], shapes, channels_last):
+                for capability in capabilities or (None,):
+                    where = f" for compute capability {capability}" if capability else ""
+                    given = ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in inputs or ())
+                    click.echo(f"anabranch build: {name}({given}){where} ...", err=True)
+                    made = build(make(), inputs, compute_capability=capability, **options)
+                    built.append(replace(made, model=name))
+                    click.echo(str(built[-1]))
+    except BuildError as e:
+        _end(str(e), 1)
+    except AnabranchError as e:
+        _end(str(e), 2)
+    except KeyboardInterrupt:
+        _end("interrupted; engines that were finished before are in the cache, and nothing unfinished is", 130)
+    if json_path:
+        write_json(json_path, {"builds": [b.as_dict() for b in built], "nbytes": sum(b.nbytes for b in built)})
+
+
+def _cases(
+    model: str, dtypes: list[torch.dtype], shapes: tuple[tuple[int, ...], ...], channels_last: bool
+) -> list[tuple[str, Callable[[], Any], list[Input] | None]]:
+    """What to build: a name, the model, its inputs (None: those that an exported program has with it)."""
+    if model.endswith(".pt2"):
+        for option in ["--dtype"] * bool(dtypes) + ["--channels-last"] * channels_last:
+            raise InputError(f"{option} given with {model}; an exported program keeps its own. Export it so.")
+        if not shapes:
+            return [(Path(model).stem, lambda: model, None)]
+    subject = find_subject(model)
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+
+    def make(dtype: torch.dtype) -> Callable[[], Any]:
+        def made() -> Any:
+            module = subject.make()
+            return module if subject.fixed_dtype else module.to(dtype=dtype, memory_format=memory)
+
+        return made
+
+    chosen = [subject.fixed_dtype] if subject.fixed_dtype else dtypes or [torch.float32]
+    return [
+        (subject.name, make(case.dtype), [Input(case.shape, case.dtype, memory_format=memory)])
+        for case in cases_for(replace(subject, boundary=()), chosen, shapes or None)
+    ]
+
+
+@contextmanager
+def _tf32_allowed(allowed: bool) -> Iterator[None]:
+    """The flags that build() reads, as they are in the program that will compile."""
+    kinds: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            if allowed:
+                kind.fp32_precision = "tf32"
+        yield
+    finally:
+        for kind, value in zip(kinds, before, strict=True):
+            kind.fp32_precision = value
+
+
+def _end(message: str, status: int) -> NoReturn:
+    click.echo(f"anabranch build: {message}", err=True)
+    sys.exit(status)
