@@ -207,7 +207,14 @@ def test_what_was_built_is_told(cache: Path) -> None:
         assert engine.path.parent == cache
         assert 0 < engine.nbytes < engine.path.stat().st_size  # a line about it, and the engine
     text = str(built)
-    for word in ("Mixed(float32[1, 3, 16, 16])", "capability 8.9", "100.0% of FLOPs", "2 engines", "erfinv", str(cache)):
+    for word in (
+        "Mixed(float32[1, 3, 16, 16])",
+        "capability 8.9",
+        "100.0% of FLOPs",
+        "2 engines",
+        "erfinv",
+        str(cache),
+    ):
         assert word in text
     content = json.loads(json.dumps(built.as_dict()))
     assert content["nbytes"] == built.nbytes == sum(e["nbytes"] for e in content["engines"])
@@ -270,13 +277,13 @@ def test_what_is_no_model_and_what_is_no_input_is_named(cache: Path) -> None:
         anabranch.build(models.relu(), torch.rand(2), compute_capability="8.9", cache=cache)  # type: ignore[arg-type]
 
 
-def test_compile_without_a_gpu_names_the_command() -> None:
-    with pytest.raises(InputError) as info:
-        anabranch.compile(models.relu(), [torch.rand(2)], backend="tensorrt")
-    _, _, words = str(info.value).partition("anabranch build MODEL ")
-    arguments = words.partition(",  ")[0].split(", or ")[0].split()
-    assert arguments
-    # The command as it is named there is one.
+@pytest.mark.parametrize("x", [anabranch.Input((2,), device="cpu"), anabranch.Input((2,), device="cuda")])
+def test_compile_without_a_gpu_names_the_command(x: anabranch.Input) -> None:
+    with pytest.raises(InputError, match=r"on the CPU; expected them on a CUDA device|sees no GPU here") as info:
+        anabranch.compile(models.relu(), [x], backend="tensorrt")
+    arguments = str(info.value).partition("anabranch build MODEL ")[2].partition(", or ")[0].split()
+    assert len(arguments) == 8
+    # What is named there is a command as it should be.
     with command.make_context("build", ["relu", *arguments]) as context:
         assert context.params["capabilities"] == ("8.9",)
 

@@ -70,8 +70,8 @@ class Build:
         share = f", {100 * done / total:.1f}% of FLOPs" if total else ""
         n = len(self.engines)
         lines = [
-            f"{self.model}({self.signature}) for compute capability {_dotted(self.compute_capability)}, {self.library}:",
-            f"  {inside} of {everything} operators{share}, in {n} engine{'s' * (n != 1)}",
+            f"{self.model}({self.signature}) for compute capability {'.'.join(map(str, self.compute_capability))}",
+            f"  {self.library}: {inside} of {everything} operators{share}, in {n} engine{'s' * (n != 1)}",
         ]
         lines += [f"  not in TensorRT: {f}" for f in self.fallbacks]
         for e in self.engines:
@@ -95,10 +95,10 @@ def build(
 ) -> Build:
     """Build the engines of ``model`` into the cache, where ``compile(..., backend="tensorrt")`` will find them.
 
-    No GPU is needed where TensorRT-RTX is installed. The model and its inputs may be on the CPU; what counts is what
-    will be compiled: the same weights, shapes, dtypes and memory formats, ``precision``, and TF32 flags
-    (``torch.backends.cuda.matmul.fp32_precision`` and that of ``cudnn.conv``, read here as compile reads them), under
-    the same versions of PyTorch, ONNX and TensorRT. ``docs/tensorrt.md`` says how to take the cache to another machine.
+    No GPU is needed where TensorRT-RTX is installed, and the model and its inputs may be on the CPU. What counts is
+    what will be compiled: the same weights, shapes, dtypes and memory formats, ``precision``, and TF32 flags (what
+    ``torch.set_float32_matmul_precision`` sets is read here as compile reads it), under the same versions of PyTorch,
+    ONNX and TensorRT. ``docs/tensorrt.md`` says how to take the cache to another machine.
 
     :param model: as :func:`~anabranch.compile` takes it.
     :param inputs: as :func:`~anabranch.compile` takes them; their devices do not matter.
@@ -232,10 +232,6 @@ def _check_writable(folder: Path) -> None:
             f"engines cannot be kept in {folder}: {why}. Give a folder that you can write to: cache=, or on the command"
             " line --cache; ANABRANCH_TENSORRT_CACHE names it for compile()"
         )
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
 
 
 def size(n: int) -> str:

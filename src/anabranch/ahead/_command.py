@@ -30,7 +30,7 @@ from anabranch.export import Input
 @click.option(
     "--precision", type=click.Choice(["float16", "bfloat16"]), help="As compile(precision=...): compute in that type."
 )
-@click.option("--tf32", is_flag=True, help="For programs that allow TF32 for products and convolutions.")
+@click.option("--tf32", is_flag=True, help="For programs that call torch.set_float32_matmul_precision('high').")
 @click.option(
     "--compute-capability",
     "capabilities",
@@ -127,16 +127,17 @@ def _cases(
 @contextmanager
 def _tf32_allowed(allowed: bool) -> Iterator[None]:
     """The flags that build() reads, as they are in the program that will compile."""
-    kinds: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
-    before = [kind.fp32_precision for kind in kinds]
+    if not allowed:
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
     try:
-        for kind in kinds:
-            if allowed:
-                kind.fp32_precision = "tf32"
         yield
     finally:
-        for kind, value in zip(kinds, before, strict=True):
-            kind.fp32_precision = value
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def _end(message: str, status: int) -> NoReturn:

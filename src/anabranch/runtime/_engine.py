@@ -25,6 +25,12 @@ from anabranch.runtime._specialization import Settings, Specialization
 from anabranch.runtime._stats import Counters, Stats
 
 RUNTIMES = ("native", "python")
+#: What can be done where there is no GPU.
+_AHEAD = (
+    " Without a GPU, TensorRT-RTX can build the engines ahead of time: anabranch build MODEL --backend tensorrt"
+    " --shape 1,3,224,224 --dtype float16 --compute-capability 8.9, or anabranch.build(model, inputs,"
+    " compute_capability=(8, 9)); see docs/tensorrt.md."
+)
 DEFAULT_MAX_CONTEXTS = 16
 
 
@@ -93,6 +99,12 @@ def compile(
     kind = _engine_class(runtime)
     # While another thread exports the same model, torch.export has put other tensors in the place of its parameters.
     with process.build_lock:
+        if (
+            backend == "tensorrt"
+            and not torch.cuda.is_available()
+            and any(d.type == "cuda" for d in _given_devices((args, keywords)))
+        ):
+            raise InputError(f"backend='tensorrt' given with inputs for CUDA, and PyTorch sees no GPU here.{_AHEAD}")
         device = _device(model, (args, keywords))
         placed = _on_device(model, device)
         args, keywords = _tensors_for((args, keywords), device)
@@ -124,10 +136,8 @@ def _backend(given: str | None, device: Device) -> str:
         return device.backends[0]
     if given == "tensorrt" and device.kind == "cpu":
         raise InputError(
-            "backend='tensorrt' given, and the model and its inputs are on the CPU; expected them on a CUDA device."
-            " Without a GPU, TensorRT-RTX can build the engines ahead of time: anabranch build MODEL --backend tensorrt"
-            " --shape 1,3,224,224 --dtype float16 --compute-capability 8.9, or anabranch.build(model, inputs,"
-            " compute_capability=(8, 9)); see docs/tensorrt.md."
+            f"backend='tensorrt' given, and the model and its inputs are on the CPU; expected them on a CUDA"
+            f" device.{_AHEAD}"
         )
     if given not in device.backends:
         raise InputError(
@@ -173,13 +183,17 @@ def load_exported(path: Path) -> ExportedProgram:
         ) from e
 
 
-def _device(model: Any, inputs: Any) -> torch.device:
-    """The one device of all inputs, or of the model where there are none."""
-    given = {
+def _given_devices(inputs: Any) -> set[torch.device]:
+    return {
         torch.device(x.device)
         for x in pytree.tree_leaves(inputs, is_leaf=_is_input)
         if isinstance(x, torch.Tensor | Input) and x.device is not None
     }
+
+
+def _device(model: Any, inputs: Any) -> torch.device:
+    """The one device of all inputs, or of the model where there are none."""
+    given = _given_devices(inputs)
     if not given:
         state = model.state_dict if isinstance(model, ExportedProgram) else dict(model.state_dict())
         given = {t.device for t in state.values()} or {torch.device("cpu")}
