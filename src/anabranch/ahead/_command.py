@@ -81,11 +81,12 @@ def command(
     try:
         with _tf32_allowed(tf32):
             for name, make, inputs in _cases(model, [DTYPES[d] for d in dtypes], shapes, channels_last):
+                module = make()  # once: a callable may draw its weights
                 for capability in capabilities or (None,):
                     where = f" for compute capability {capability}" if capability else ""
                     given = ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in inputs or ())
                     click.echo(f"anabranch build: {name}({given}){where} ...", err=True)
-                    made = build(make(), inputs, compute_capability=capability, **options)
+                    made = build(module, inputs, compute_capability=capability, **options)
                     built.append(replace(made, model=name))
                     click.echo(str(built[-1]))
     except BuildError as e:

@@ -42,7 +42,7 @@ def check_target(library: Library, target: Target) -> None:
             " needs TensorRT-RTX: pip install tensorrt-rtx, and set ANABRANCH_TENSORRT=tensorrt_rtx"
         )
     if _member(library, target.compute_capability) is None:
-        known = sorted(n[2:] for n in library.api.ComputeCapability.__members__ if n.startswith("SM"))
+        known = sorted((n[2:] for n in library.api.ComputeCapability.__members__ if n.startswith("SM")), key=int)
         raise InputError(
             f"compute capability {'.'.join(map(str, target.compute_capability))} given;"
             f" {library.name} {library.version} builds ahead of time for"
