@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,6 +126,7 @@ def test_a_machine_with_the_gpu_finds_what_was_built_without_one(
     target = Target((8, 9), ahead=False, tf32=Flags("cuda").tf32)
     found = compile_program(library(), program, target, require_full=False, cache=Cache(cache))
     assert found.reused == len(found.engines) == len(built.engines)
+    assert f", {found.reused} from the cache" in found.report()[0]
     assert [str(f) for f in found.fallbacks] == list(built.fallbacks)
     for name, segment in found.partition.segments.items():
         values = found.partition.top.graph.find_nodes(op="call_module", target=name)[0].meta["val"]
@@ -286,6 +288,20 @@ def test_compile_without_a_gpu_names_the_command(x: anabranch.Input) -> None:
     # What is named there is a command as it should be.
     with command.make_context("build", ["relu", *arguments]) as context:
         assert context.params["capabilities"] == ("8.9",)
+
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [
+    line.partition("#")[0].replace("\\\n", " ").split()
+    for page in ("README.md", "docs/tensorrt.md")
+    for line in re.findall(r"^anabranch build (.*(?:\\\n.*)*)$", (ROOT / page).read_text(encoding="utf-8"), re.M)
+]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=range(len(COMMANDS)))
+def test_the_commands_in_the_docs_are_as_they_should_be(arguments: list[str]) -> None:
+    with command.make_context("build", list(arguments)) as context:
+        assert context.params["capabilities"]
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

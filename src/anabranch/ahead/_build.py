@@ -97,8 +97,8 @@ def build(
 
     No GPU is needed where TensorRT-RTX is installed, and the model and its inputs may be on the CPU. What counts is
     what will be compiled: the same weights, shapes, dtypes and memory formats, ``precision``, and TF32 flags (what
-    ``torch.set_float32_matmul_precision`` sets is read here as compile reads it), under the same versions of PyTorch,
-    ONNX and TensorRT. ``docs/tensorrt.md`` says how to take the cache to another machine.
+    ``torch.set_float32_matmul_precision`` sets is read here as compile reads it), under the same versions of
+    anabranch, PyTorch, ONNX and TensorRT. ``docs/tensorrt.md`` says how to take the cache to another machine.
 
     :param model: as :func:`~anabranch.compile` takes it.
     :param inputs: as :func:`~anabranch.compile` takes them; their devices do not matter.

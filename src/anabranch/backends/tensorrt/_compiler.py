@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from anabranch._version import __version__
 from anabranch.backends.tensorrt import _onnx
 from anabranch.backends.tensorrt._builder import Rejected, Target, build, check_target
 from anabranch.backends.tensorrt._cache import Cache
@@ -64,7 +65,7 @@ class Compiled:
         share = f", {100 * done / total:.1f}% of FLOPs" if total else ""
         lines = [
             f"{self.library.name} {self.library.version}: {inside} of {everything} operators{share}, in {n}"
-            f" engine{'s' * (n != 1)}"
+            f" engine{'s' * (n != 1)}{f', {self.reused} from the cache' if self.reused else ''}"
         ]
         return lines + [f"  not in TensorRT: {f}" for f in self.fallbacks]
 
@@ -279,6 +280,8 @@ def _lay_out(segment: Segment, orders: list[list[list[int]]] | None) -> None:
 def _key(library: Library, program: Program, target: Target) -> dict[str, object]:
     """The same on a machine without a GPU and on the one with it: nothing here depends on PyTorch's device."""
     versions = {name: _version(name) for name in ("torch", "onnx", "onnxscript", "onnx-ir")}
+    # Ours too: another version may cut a model otherwise, or make other ONNX of it.
+    versions["anabranch"] = __version__
     return {
         "model": _model_hash(program),
         "library": f"{library.name} {library.version}",
