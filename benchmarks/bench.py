@@ -60,8 +60,9 @@ def main(
         parts = [json.loads(Path(name).read_text(encoding="utf-8")) for name in more]
     else:
         # One core a call: a GPU's caller computes nothing.
-        settings = ["--streams", "1,4,16", "--rounds", "3", "--seconds", "0.1", "--build-seconds", "300"]
-        settings += ["--patience", "35", "--build-share", "0.66", "--torch-threads", "1", *more]
+        settings = ["--streams", "1,4,16", "--rounds", "3", "--latencies", "3", "--seconds", "0.1"]
+        settings += ["--build-seconds", "300", "--patience", "35", "--build-share", "0.66"]
+        settings += ["--torch-threads", "1", *more]
         for name in chosen:
             find_work(name)  # refused now, not by one lane of two
         parts, missing = run_lanes(deal(chosen, LANES, lanes), out, device, limit, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 from typing import Any
 
@@ -34,6 +35,22 @@ def test_a_model_without_a_choice_of_device_may_live_on_either(rig: Rig, runtime
             y = engine(x)
         rig.module.synchronize(index)
         assert torch.equal(y.cpu(), model(x).cpu())
+
+
+def test_where_there_is_time_a_graph_and_a_direct_call_are_measured_in_turn(
+    rig: Rig, compiled: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(rig.seam), "has_time", True)
+    x = rig.random(4, 256)
+    engine = compiled(Mlp(), x)
+    assert re.fullmatch(
+        r"measured \d+ us \(host [\d.]+\) as a graph, \d+ us \(host [\d.]+\) direct", engine.plan.reason
+    )
+    expected = rig.load_kernels(engine, x)
+    assert torch.equal(engine(x), expected)
+    stats = engine.stats()
+    assert (stats.graph_calls > 0) is engine.plan.captured
+    assert stats.waits == 0  # what measured is no caller
 
 
 @PATHS

@@ -65,7 +65,9 @@ def test_a_right_system_has_every_figure_and_no_wrong_output(faulty: dict[str, A
 
 
 def test_as_many_outputs_are_checked_as_were_asked_for_in_the_first_round() -> None:
-    found = cell(run("right", rounds=2, checked=100), ":right")
+    content = run("right", rounds=2, checked=100, latencies=3)
+    found = cell(content, ":right")
+    assert found["latency"]["host_us"]["rounds"] == content["settings"]["latencies_a_round"] * 2 == 6
     for n in (1, 2):
         row = found["throughput"][str(n)]
         # The second round checks what it timed, up to 48, and the first call of each thread.

@@ -18,6 +18,7 @@ from torch import nn
 
 import anabranch
 from anabranch.runtime._build import process
+from anabranch.runtime._specialization import _Cost
 
 pytestmark = pytest.mark.usefixtures("seeded", "runtime")
 
@@ -733,3 +734,19 @@ def test_a_spawned_script_exits_cleanly_after_a_fork_with_an_engine(run_python: 
         """.replace("RUNTIME", repr(runtime))
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("graph", "direct", "expected"),
+    [
+        ((10.0, 5.0), (12.0, 3.0), True),  # its results are there first
+        ((12.0, 3.0), (10.0, 5.0), False),
+        ((10.0, 5.0), (10.9, 3.0), False),  # alike: the caller is back first
+        ((10.9, 3.0), (10.0, 5.0), True),
+        ((10.0, 3.0), (10.0, 3.0), True),
+    ],
+)
+def test_what_a_call_costs_is_its_latency_and_among_alike_ones_its_host_time(
+    graph: tuple[float, float], direct: tuple[float, float], expected: bool
+) -> None:
+    assert _Cost(*graph).is_better(_Cost(*direct)) is expected

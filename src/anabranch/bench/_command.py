@@ -67,6 +67,7 @@ def _streams(ctx: Any, param: Any, value: str) -> tuple[int, ...]:
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: float16; float32 on CPU."
 )
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--latencies", default=1, show_default=True, type=click.IntRange(1), help="Of each system in each round.")
 @click.option("--seconds", default=0.2, show_default=True, help="For each figure of each round, about.")
 @click.option(
     "--checked", type=click.IntRange(2), help="Outputs of each stream checked in the first round. Default: at most 48."

@@ -26,6 +26,10 @@ _WARM = 2.0
 _TRIES = 4
 #: Seconds at a run's end that no later pass builds in, so that it can measure.
 _LAST = 10.0
+#: Hardware queues of a process that many streams are used in, for all systems alike. With the driver's default of 8
+#: streams wait for each other without need: 16 threads that each launched one graph of 60 kernels made 47,000 calls a
+#: second with 8 queues, 61,000 with 32, which is the most there can be.
+_QUEUES = 32
 #: ``progress(done, of, what)``.
 Progress = Callable[[int, int, str], None]
 
@@ -38,6 +42,9 @@ class Options:
     dtype: str = "float32"
     streams: tuple[int, ...] = (1, 4, 16)
     rounds: int = 3
+    #: How often a round measures each latency, all systems in turn each time. A figure of a few microseconds moves with
+    #: the host's clock from second to second, and this costs little.
+    latencies: int = 1
     #: What each figure of each round takes, about.
     seconds: float = 0.2
     #: Outputs of each stream that a throughput's first round checks; None: a few, as the later rounds do.
@@ -173,7 +180,8 @@ class _Run:
 
     @property
     def figures(self) -> list[str]:
-        return ["latency", *map(str, self.options.streams)]
+        """What a round measures, in this order."""
+        return ["latency"] * self.options.latencies + [*map(str, self.options.streams)]
 
     def _step(self, what: str, n: int = 1) -> None:
         self.done += n
@@ -245,8 +253,8 @@ class _Run:
 
     def _incomplete(self, cell: Cell, rounds: int) -> bool:
         return any(
-            cell.count(f) < rounds
-            for f in self.figures
+            cell.count(f) < rounds * self.figures.count(f)
+            for f in set(self.figures)
             if f == "latency" or (int(f) not in cell.without and int(f) <= cell.work.max_streams)
         )
 
@@ -337,8 +345,7 @@ class _Run:
             # A cache of its own: no system's build is quicker for another's having been there.
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / system.name.replace(":", "_")),
             "TRITON_CACHE_DIR": str(self.folder / system.name.replace(":", "_") / "triton"),
-            # More hardware queues than the default 8, or streams would wait for each other without need.
-            "CUDA_DEVICE_MAX_CONNECTIONS": "16",
+            "CUDA_DEVICE_MAX_CONNECTIONS": str(_QUEUES),
         }
         job = {
             "system": system.name,
@@ -417,11 +424,12 @@ class _Run:
         # Another order each round: no system always runs just after the same other one.
         shift = r * (len(groups) // self.options.rounds)
         order = groups[shift:] + groups[:shift]
-        for figure in self.figures:
+        for i, figure in enumerate(self.figures):
+            done = r * self.figures.count(figure) + self.figures[:i].count(figure)
             # The most streams come last: what crashes there has shown its other figures.
             for work in self.works:
                 for group, cell in ((g, c) for g in order for c in g.cells if c.work is work):
-                    if group.worker is None or cell.status != "ok" or cell.count(figure) > r:
+                    if group.worker is None or cell.status != "ok" or cell.count(figure) > done:
                         continue
                     if time.monotonic() > until:
                         if not cell.latency:
@@ -486,6 +494,8 @@ class _Run:
                 "dtype": options.dtype,
                 "streams": list(options.streams),
                 "rounds": options.rounds,
+                "latencies_a_round": options.latencies,
+                "hardware_queues": _QUEUES if options.device == "cuda" else None,
                 "seconds_a_figure": options.seconds,
                 "checked_a_stream": options.checked,
                 "build_seconds": options.build_seconds,

@@ -249,16 +249,21 @@ class NativeSpecialization(Specialization):
 
     def _measure(
         self, context: Context, run: Kernels | Instance, examples: Sequence[torch.Tensor], stream: Any
-    ) -> tuple[float, float]:
+    ) -> tuple[Any, Any]:
+        def graph(inputs: Sequence[Any]) -> Any:
+            self._core.set_graphs(True)
+            return self._core.run(inputs)
+
+        def direct(inputs: Sequence[Any]) -> Any:
+            self._core.set_graphs(False)
+            return run(inputs) if self.through_python else self._core.run(inputs)
+
         with self._device.on_stream(stream):
             self._pool.release(context)
-            self._core.set_graphs(True)
-            graph_us = self._median(self._core.run, examples, stream)
-            self._core.set_graphs(False)
-            direct_us = self._median(run if self.through_python else self._core.run, examples, stream)
+            costs = self._costs([graph, direct], examples, stream)
         self._core.forget_uses()
         self._core.take(context.slot)
-        return graph_us, direct_us
+        return costs[0], costs[1]
 
     @property
     def runs_here(self) -> bool:

@@ -201,10 +201,10 @@ class Specialization:
                 self._pool.release(context)
                 return True, "there is no time to measure on this device"
             with scratch.using():
-                graph_us, direct_us = self._measure(context, run, examples, lane.stream)
-            self.measured = {"graph": graph_us, "direct": direct_us}
-            figures = f"measured {graph_us:.0f} us as a graph, {direct_us:.0f} us direct"
-            if graph_us <= direct_us:
+                graph, direct = self._measure(context, run, examples, lane.stream)
+            self.measured = {"graph": graph.us, "direct": direct.us}
+            figures = f"measured {graph} as a graph, {direct} direct"
+            if graph.is_better(direct):
                 self._pool.release(context)
                 return True, figures
             self._pool.discard(context)
@@ -351,27 +351,31 @@ class Specialization:
 
     def _measure(
         self, context: Context, run: Kernels | Instance, examples: Sequence[torch.Tensor], stream: Any
-    ) -> tuple[float, float]:
-        """Median latency of one call in microseconds, as a graph and direct. The context is idle afterwards."""
+    ) -> tuple[_Cost, _Cost]:
+        """What one call costs as a graph and direct. The context is idle afterwards."""
         with self._device.on_stream(stream):
-            graph = self._median(lambda inputs: self._launch(context, inputs, stream), examples, stream)
-            direct = self._median(run, examples, stream)
+            graph, direct = self._costs([lambda inputs: self._launch(context, inputs, stream), run], examples, stream)
         # It has run on a stream that no caller will ever have: the first caller need not count as waiting for it.
         context.used_on = None
         return graph, direct
 
-    def _median(self, run: Callable[[Sequence[Any]], Any], examples: Sequence[torch.Tensor], stream: Any) -> float:
-        """Microseconds. Inputs and results are at other addresses each time, as callers' are."""
+    def _costs(
+        self, ways: Sequence[Callable[[Sequence[Any]], Any]], examples: Sequence[torch.Tensor], stream: Any
+    ) -> list[_Cost]:
+        """Medians for each of ``ways`` to run a call. Inputs and results are at other addresses each time, as callers'
+        are. In turn: a host's clock may change between one tenth of a second and the next."""
         others = [spec.synthesize(self.settings.torch_device) for spec in self._specs]
-        samples = []
-        result = before = None
+        samples: list[list[tuple[float, float]]] = [[] for _ in ways]
+        results: list[Any] = [None] * len(ways)
         for i in range(24):
-            start = time.perf_counter()
-            before, result = result, run(others if i % 2 else examples)
-            stream.synchronize()
-            samples.append(time.perf_counter() - start)
-        del result, before
-        return statistics.median(samples[6:]) * 1e6
+            for k, run in enumerate(ways):
+                start = time.perf_counter()
+                before, results[k] = results[k], run(others if i % 2 else examples)
+                returned = time.perf_counter()
+                stream.synchronize()
+                samples[k].append((time.perf_counter() - start, returned - start))
+                del before
+        return [_Cost(*(statistics.median(column) * 1e6 for column in zip(*s[6:], strict=True))) for s in samples]
 
     # -- calling ------------------------------------------------------------------------------------------------
 
@@ -607,10 +611,29 @@ class Specialization:
 
 #: Contexts of which nothing says when the device is done with them.
 _never_freed: list[Context] = []
+#: Latencies that differ by less than this share of them are alike.
+_ALIKE = 0.1
 #: Names contexts in ``_last_uses``.
 _serial = itertools.count()
 #: Arguments for a lock's acquire(): take it only if it is free.
 _AT_ONCE = (False,)
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Of a call, in microseconds: until its results are there, and until it returned to the host."""
+
+    us: float
+    host_us: float
+
+    def is_better(self, other: _Cost) -> bool:
+        """Whose results are there first; of two that differ by no more than such figures do, who returns first."""
+        if abs(self.us - other.us) > _ALIKE * min(self.us, other.us):
+            return self.us < other.us
+        return self.host_us <= other.host_us
+
+    def __str__(self) -> str:
+        return f"{self.us:.0f} us (host {self.host_us:.1f})"
 
 
 class _Kept:

@@ -1,0 +1,237 @@
+"""TensorRT's engines on a GPU: right on many streams, in both runtimes, in callers' captures and beside them."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import anabranch
+from anabranch.bench import find_work
+from gpu.support import Gpu, Make, on_threads
+
+pytestmark = pytest.mark.skipif(
+    not any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")),
+    reason="neither tensorrt nor tensorrt_rtx is installed",
+)
+
+#: As compile decides, with a graph, direct.
+WAYS = pytest.mark.parametrize("graphs", [None, True, False], ids=["auto", "graph", "direct"])
+
+
+def convolutions(dtype: torch.dtype) -> tuple[nn.Module, tuple[int, ...]]:
+    torch.manual_seed(5)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, groups=4),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 16 * 16, 64),
+    )
+    return model.to(dtype), (1, 3, 32, 32)
+
+
+def error(y: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest, relative to the largest magnitude."""
+    return ((y.float() - expected).abs().max() / expected.abs().max()).item()
+
+
+@WAYS
+@pytest.mark.parametrize("work", ["relu", "residual", "encoder"])
+def test_eight_threads_on_eight_streams_get_their_own_outputs(
+    gpu: Gpu, compiled: Make, work: str, graphs: bool | None
+) -> None:
+    about = find_work(work)
+    model = about.make().half()
+    shape = about.shape_on("cuda")
+    inputs = [gpu.random(*shape, dtype=torch.float16) * (0.5 + 0.25 * i) for i in range(8)]
+    engine = compiled(model, inputs[0], backend="tensorrt", cuda_graphs=graphs)
+    expected = [engine(x) for x in inputs]
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        float32 = about.make().cuda()
+        for x, y in zip(inputs, expected, strict=True):
+            ours, eager = error(y, float32(x.float())), error(model(x), float32(x.float()))
+            assert ours <= max(2 * eager, 1e-3), (ours, eager)
+    wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(8)]
+    torch.cuda.synchronize()
+
+    def work_on(i: int) -> None:
+        with torch.cuda.stream(gpu.stream()):
+            for j in range(60):
+                k = (i + j) % 8
+                y = engine(inputs[k])
+                wrong[i] += (y != expected[k]).any()
+                y.fill_(float("nan"))
+            torch.cuda.current_stream().synchronize()
+
+    on_threads(8, work_on)
+    assert [int(n) for n in wrong] == [0] * 8
+    stats = engine.stats()
+    assert stats.graph_calls + stats.direct_calls == stats.calls
+    if graphs is not None:
+        assert (stats.graph_calls > 0) is graphs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_each_precision_is_as_exact_as_eager(gpu: Gpu, compiled: Make, dtype: torch.dtype) -> None:
+    model, shape = convolutions(dtype)
+    x = gpu.random(*shape, dtype=dtype)
+    engine = compiled(model, x, backend="tensorrt", require_full=True)
+    exact = convolutions(torch.float32)[0].eval().cuda()
+    exact.load_state_dict(model.float().state_dict())
+    with torch.no_grad():
+        expected = exact(x.float())
+        eager = error(model.to(dtype)(x), expected)
+    y = engine(x)
+    assert y.dtype == dtype
+    assert error(y, expected) <= max(2 * eager, {torch.float32: 1e-5}.get(dtype, 1e-3))
+
+
+@WAYS
+def test_the_default_stream_is_a_stream_like_others(gpu: Gpu, compiled: Make, graphs: bool | None) -> None:
+    model, shape = convolutions(torch.float16)
+    inputs = [gpu.random(*shape, dtype=torch.float16) for _ in range(3)]
+    engine = compiled(model, inputs[0], backend="tensorrt", cuda_graphs=graphs)
+    with torch.cuda.stream(gpu.stream()):
+        expected = [engine(x) for x in inputs]
+    torch.cuda.synchronize()
+    for x, y in zip(inputs, expected, strict=True):
+        # Queued on the default stream before and after: the call is ordered with both.
+        source = torch.full_like(x, float("nan"))
+        source.copy_(x)
+        result = engine(source)
+        copy = result.clone()
+        source.fill_(float("nan"))
+        result.fill_(float("nan"))
+        assert torch.equal(copy, y)
+
+
+@WAYS
+def test_several_calls_of_several_engines_in_several_captures(gpu: Gpu, compiled: Make, graphs: bool | None) -> None:
+    model, shape = convolutions(torch.float16)
+    x = gpu.random(*shape, dtype=torch.float16)
+    engine = compiled(model, x, backend="tensorrt", cuda_graphs=graphs)
+    inputs = [gpu.random(*shape, dtype=torch.float16) for _ in range(4)]
+    expected = [engine(i) for i in inputs]
+    engine.warm(captures=2)
+    buffers, outputs, made = [], [], []
+    for _ in range(2):
+        buffer = [inputs[0].clone(), inputs[1].clone()]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="global"):
+            outputs.append([engine(b) for b in buffer])
+        buffers.append(buffer)
+        made.append(graph)
+    third = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(third), pytest.raises(anabranch.NotCapturable, match=r"engine\.warm\(captures=N\)"):
+        engine(x)
+    torch.cuda.synchronize()
+    for turn in range(6):
+        for i in range(2):
+            for k in range(2):
+                buffers[i][k].copy_(inputs[(turn + i + k) % 4])
+        torch.cuda.synchronize()
+        streams = [gpu.stream() for _ in range(3)]
+        for i in range(2):
+            with torch.cuda.stream(streams[i]):
+                for y in outputs[i]:
+                    y.fill_(float("nan"))
+                made[i].replay()
+        with torch.cuda.stream(streams[2]):
+            beside = engine(inputs[turn % 4])
+        torch.cuda.synchronize()
+        assert torch.equal(beside, expected[turn % 4])
+        for i in range(2):
+            for k in range(2):
+                assert torch.equal(outputs[i][k], expected[(turn + i + k) % 4]), (turn, i, k)
+
+
+def test_engines_are_built_beside_strangers_captures(gpu: Gpu, compiled: Make) -> None:
+    """In the global mode a capture forbids other threads what building does, and its thread what a call may do."""
+    stop, captured = threading.Event(), []
+    errors: list[BaseException] = []
+
+    def capture() -> None:
+        try:
+            x = torch.randn(64, device="cuda")
+            stream = torch.cuda.Stream()
+            while not stop.is_set():
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.stream(stream):
+                    graph.capture_begin(capture_error_mode="global")
+                    y = x
+                    for _ in range(200):
+                        y = y * 1.01 + 0.5
+                    graph.capture_end()
+                    graph.replay()
+                    stream.synchronize()
+                captured.append(graph)
+                del captured[:-2]
+        except BaseException as e:
+            errors.append(e)
+
+    stranger = threading.Thread(target=capture)
+    stranger.start()
+    try:
+        while not captured and stranger.is_alive():
+            stop.wait(0.01)
+        model, shape = convolutions(torch.float16)
+        x = gpu.random(*shape, dtype=torch.float16)
+        engine = compiled(model, x, backend="tensorrt", max_contexts=4)
+        outputs: list[Any] = [None] * 4
+
+        def call(i: int) -> None:
+            with torch.cuda.stream(gpu.stream()):
+                for _ in range(5):
+                    outputs[i] = engine(x)
+                torch.cuda.current_stream().synchronize()
+
+        on_threads(4, call)
+    finally:
+        stop.set()
+        stranger.join()
+    assert not errors, errors[0]
+    for y in outputs:
+        assert torch.equal(y, outputs[0])
+    with torch.no_grad():
+        assert error(outputs[0], model(x).float()) < 0.01
+
+
+def test_not_a_number_stays_one(gpu: Gpu, compiled: Make) -> None:
+    for model in (nn.ReLU(), nn.MaxPool2d(2), nn.Hardtanh(), nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())):
+        x = gpu.random(1, 3, 4, 4, dtype=torch.float16)
+        engine = compiled(model, x, backend="tensorrt", require_full=True)
+        x[0, 1, 2, 3] = float("nan")
+        with torch.no_grad():
+            expected = model(x)
+        assert torch.equal(engine(x).isnan(), expected.isnan()), model
+
+
+def test_memory_comes_back_when_an_engine_is_gone(gpu: Gpu, runtime: str) -> None:
+    def use() -> None:
+        model, shape = convolutions(torch.float16)
+        x = gpu.random(*shape, dtype=torch.float16)
+        model = model.eval().requires_grad_(False).cuda()
+        with anabranch.compile(model, [x], backend="tensorrt", runtime=runtime, max_contexts=4) as engine:
+            engine.warm(contexts=4, captures=2)
+            with torch.cuda.stream(gpu.stream()):
+                engine(x)
+        torch.cuda.synchronize()
+
+    def allocated() -> int:
+        gpu.seam.reap()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    use()
+    before = allocated()
+    for _ in range(3):
+        use()
+    assert allocated() <= before
