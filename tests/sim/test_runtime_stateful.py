@@ -26,7 +26,6 @@ def programs() -> Any:
 @pytest.mark.parametrize(
     ("program", "schedules"),
     [
-        ("streams2_threads1_calls3_contexts1", 1),
         ("streams2_threads1_calls3_contexts2", 1),
         ("streams2_threads2_calls2_contexts2", {"python": 70, "native": 8}),
         ("streams2_threads1_calls3_instances1", 1),

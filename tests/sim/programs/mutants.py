@@ -339,7 +339,7 @@ def instance_shared_by_contexts() -> None:
 
 
 def instances_of_contexts() -> None:
-    one_thread(GRAPHS["python"][2], 2)
+    one_thread(GRAPHS["python"], 2)
 
 
 def instance_without_wait() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import EXPECTED, RUNTIMES, SIM, SOURCES, STREAMS, Scale, check, many_threads, one_thread, serve
+from engines import RUNTIMES, SIM, STREAMS, Scale, check, many_threads, one_thread, serve
 
 import anabranch
 import anabranch.sim
@@ -24,20 +24,20 @@ from contract import stateful
 stateful.install(get_device("sim"))
 
 
-def make(runtime: str, contexts: int, graphs: bool, captures: int = 1) -> Any:
-    """An engine with ``contexts`` execution contexts, or instances for as many direct calls; all of them built."""
+def make(runtime: str, contexts: int, graphs: bool) -> Any:
+    """An engine with ``contexts`` execution contexts, or instances for as many direct calls, and as many more for
+    captures; all of them built."""
     model, x = Scale().to(SIM), torch.empty(4, device=SIM)
     engine = anabranch.compile(
         model, [x], backend=stateful.NAME, runtime=runtime, max_contexts=contexts, cuda_graphs=graphs
     )
-    engine.warm(contexts=contexts, captures=captures)
+    engine.warm(contexts=contexts, captures=contexts)
     return engine
 
 
-GRAPHS = {runtime: {n: make(runtime, n, graphs=True) for n in (1, 2)} for runtime in RUNTIMES}
+GRAPHS = {runtime: make(runtime, 2, graphs=True) for runtime in RUNTIMES}
+#: By runtime and number of instances.
 DIRECT = {runtime: {n: make(runtime, n, graphs=False) for n in (1, 2)} for runtime in RUNTIMES}
-#: With what two captures need.
-CAPTURED = {runtime: make(runtime, 2, graphs=False, captures=2) for runtime in RUNTIMES}
 torch.accelerator.synchronize()
 
 
@@ -59,20 +59,12 @@ class Replayed:
         return self._output * 1
 
 
-def streams2_threads1_calls3_contexts1(runtime: str) -> None:
-    one_thread(GRAPHS[runtime][1], 3)
-
-
 def streams2_threads1_calls3_contexts2(runtime: str) -> None:
-    one_thread(GRAPHS[runtime][2], 3)
-
-
-def streams2_threads2_calls2_contexts1(runtime: str) -> None:
-    many_threads(GRAPHS[runtime][1], 2, 2)
+    one_thread(GRAPHS[runtime], 3)
 
 
 def streams2_threads2_calls2_contexts2(runtime: str) -> None:
-    many_threads(GRAPHS[runtime][2], 2, 2)
+    many_threads(GRAPHS[runtime], 2, 2)
 
 
 def streams2_threads1_calls3_instances1(runtime: str) -> None:
@@ -117,19 +109,19 @@ def together(*works: Callable[[], None]) -> None:
 def streams2_threads1_two_captures(runtime: str) -> None:
     """One engine in two graphs, which run at once, and beside a direct call."""
     outputs: dict[int, torch.Tensor] = {}
-    calls = [Replayed(CAPTURED[runtime]) for _ in range(2)]
+    calls = [Replayed(DIRECT[runtime][2]) for _ in range(2)]
     for i in range(4):
         serve(calls[i % 2], STREAMS[i % 2], [i], outputs)
-    serve(CAPTURED[runtime], STREAMS[2], [4], outputs)
+    serve(DIRECT[runtime][2], STREAMS[2], [4], outputs)
     check(outputs, STREAMS)
 
 
 def streams2_threads1_two_calls_in_a_capture(runtime: str) -> None:
     """They share an instance, and follow each other; a direct call has another."""
     outputs: dict[int, torch.Tensor] = {}
-    call = Replayed(CAPTURED[runtime], twice=True)
+    call = Replayed(DIRECT[runtime][2], twice=True)
     serve(call, STREAMS[0], [0, 1], outputs)
-    serve(CAPTURED[runtime], STREAMS[1], [2], outputs)
+    serve(DIRECT[runtime][2], STREAMS[1], [2], outputs)
     check(outputs, STREAMS[:2])
 
 
@@ -139,7 +131,7 @@ def streams2_threads2_two_captures(runtime: str) -> None:
     calls: dict[int, Any] = dict.fromkeys(range(2))
 
     def work(i: int) -> None:
-        calls[i] = Replayed(CAPTURED[runtime])
+        calls[i] = Replayed(DIRECT[runtime][2])
         serve(calls[i], STREAMS[i], [i], outputs)
 
     together(lambda: work(0), lambda: work(1))
@@ -168,4 +160,4 @@ def streams2_threads2_direct_call_beside_a_capture(runtime: str) -> None:
     check(outputs, STREAMS[:2])
 
 
-__all__ = ["CAPTURED", "DIRECT", "EXPECTED", "GRAPHS", "SOURCES", "STREAMS", "Replayed", "make"]
+__all__ = ["DIRECT", "GRAPHS", "Replayed", "make", "together"]
