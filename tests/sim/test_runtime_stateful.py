@@ -1,4 +1,4 @@
-"""The runtime under every interleaving once more, with a backend whose runs need state that no two may share at once."""
+"""The runtime under every interleaving once more, with a backend whose runs need state of their own."""
 
 from __future__ import annotations
 

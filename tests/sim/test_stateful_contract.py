@@ -33,12 +33,14 @@ from contract.clauses import (  # noqa: F401  # pytest collects them here
 )
 from contract.support import Make, Rig
 
+# The schedule that finds missing waits; the other one is for the backends of `test_device_contract.py`.
+pytestmark = pytest.mark.parametrize("rig", ["lazy"], indirect=True)
 
-@pytest.fixture
-def rig(rig: Rig) -> Rig:
+
+@pytest.fixture(autouse=True)
+def with_state(rig: Rig) -> None:
     stateful.install(rig.seam)
     rig.defaults = {"backend": stateful.NAME}
-    return rig
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Kernels that have state: each direct call in flight, and each graph of a caller's, has an instance that no other has."""
+"""Kernels that have state: each direct call in flight, and each graph of a caller's, has an instance of its own."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class Member:
 class Instances:
     """Kernels for any thread and stream, made of instances for one run at a time.
 
-    Threads: any. Direct calls have at most ``most`` instances; beyond them a call shares the least recently used one and
-    waits for it on the device, and one that finds all of them in other threads' hands waits until a thread has queued
-    its work. ``_building`` is held while one is built, so that who finds none waits for that one; lock order: after the
-    process's build lock, before the pool's. Streams: work is queued on the calling thread's current stream. The host
+    Threads: any. Direct calls have at most ``most`` instances; beyond them a call shares the least recently used one
+    and waits for it on the device, and one that finds all of them in other threads' hands waits until a thread has
+    queued its work. ``_building`` is held while one is built, so that who finds none waits for that one; lock order:
+    after the process's build lock, before the pool's. Streams: work is queued on the calling thread's current stream. The host
     waits where an instance is built, for that instance's own stream.
 
     Those that callers' graphs are going to keep are apart, and no direct call uses them: a graph may be launched on any
@@ -66,8 +66,15 @@ class Instances:
     """
 
     def __init__(
-        self, device: Device, index: int, kernels: Stateful, most: int, examples: Callable[[], Sequence[torch.Tensor]]
+        self,
+        device: Device,
+        index: int,
+        kernels: Stateful,
+        most: int,
+        examples: Callable[[], Sequence[torch.Tensor]],
+        workspaces: bool,
     ) -> None:
+        self._workspaces = workspaces
         self._device, self._index, self._kernels, self._examples = device, index, kernels, examples
         self._most = most
         self._limits = Limits(most, None)
@@ -157,7 +164,7 @@ class Instances:
             return member
 
     def _build(self, reservation: Reservation | None) -> Member:
-        """One more, which is nobody's yet. Called with ``_building`` held. ``reservation``: if its number is limited."""
+        """One more, nobody's yet. Called with ``_building`` held. ``reservation``: if it is one of a limited number."""
         device, index = self._device, self._index
         lane, memory = device.acquire_lane(index), device.memory(index)
         run: Any = None
@@ -166,6 +173,9 @@ class Instances:
         forget = (lambda: None) if reservation is None else reservation.cancel
         try:
             with neutral(device, index), device.building():
+                # In memory of the lane's own: it stays when the instance's memory goes to another owner.
+                if self._workspaces:
+                    lane.load_workspaces()
                 with device.on_stream(lane.stream), memory.using():
                     run = self._kernels.instance(lane.stream)
                     # What is set up at a first run may wait for the device, or must not happen inside a capture.

@@ -164,7 +164,14 @@ class Specialization:
         self._lowered = get_backend(self.backend).lower(self.program, examples, Options(full, flags.tf32))
         run = of_one(self._lowered, own)
         self._kernels: Kernels = (
-            Instances(self._device, self._index, self._lowered, self._limits.max_contexts, self._examples)
+            Instances(
+                self._device,
+                self._index,
+                self._lowered,
+                self._limits.max_contexts,
+                self._examples,
+                self._workspaces,
+            )
             if isinstance(self._lowered, Stateful)
             else self._lowered
         )
