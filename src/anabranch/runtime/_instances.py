@@ -58,8 +58,8 @@ class Instances:
     Threads: any. Direct calls have at most ``most`` instances; beyond them a call shares the least recently used one
     and waits for it on the device, and one that finds all of them in other threads' hands waits until a thread has
     queued its work. ``_building`` is held while one is built, so that who finds none waits for that one; lock order:
-    after the process's build lock, before the pool's. Streams: work is queued on the calling thread's current stream. The host
-    waits where an instance is built, for that instance's own stream.
+    after the process's build lock, before the pool's. Streams: work is queued on the calling thread's current stream.
+    The host waits where an instance is built, for that instance's own stream.
 
     Those that callers' graphs are going to keep are apart, and no direct call uses them: a graph may be launched on any
     stream, and captured while a direct call is in flight for which neither it nor the host could wait.
