@@ -75,9 +75,7 @@ class Scene:
         self.held = held
         self.contexts = contexts
         self.model = Mlp(WIDTH).eval().requires_grad_(False).to(rig.device())
-        self.engine = compiled(
-            Mlp(WIDTH), rig.random(4, WIDTH), cuda_graphs=graphs, max_contexts=contexts, backend="eager"
-        )
+        self.engine = compiled(Mlp(WIDTH), rig.random(4, WIDTH), cuda_graphs=graphs, max_contexts=contexts)
         self.streams = itertools.cycle(streams)
         for stream in streams:
             with rig.module.stream(stream):

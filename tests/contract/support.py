@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -50,10 +50,12 @@ class Rig:
     #: Classes whose methods a test may replace: events that the engine makes, and its captured graphs.
     event_class: Any
     graph_class: Any
-    #: What the tests of this device compile with, unless they say otherwise.
-    defaults: ClassVar[dict[str, Any]] = {}
+    #: Whether contexts must be built before a latch closes: building one loads code, which waits for held streams.
+    builds_ahead = False
 
     def __init__(self) -> None:
+        #: What the tests compile with, unless they say otherwise.
+        self.defaults: dict[str, Any] = {}
         self.seam = get_device(self.kind)
         #: ``torch.cuda``, ``torch.sim``: what a program uses.
         self.module: Any = torch.get_device_module(self.kind)
@@ -100,6 +102,11 @@ class Rig:
         torch.equal(y, y + 1)  # what tests do with results
         self.module.synchronize()
         return y
+
+    def build_ahead(self, engine: Any, contexts: int) -> None:
+        """Where they cannot be built behind a latch: build the contexts that calls are going to need there."""
+        if self.builds_ahead:
+            engine.warm(contexts=contexts)
 
     # What devices spell differently.
 

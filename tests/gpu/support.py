@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +18,12 @@ class Gpu(Rig):
     """Streams, latches and inputs of one test. Every latch is opened at its end, whatever happened."""
 
     kind = "cuda"
-    defaults: ClassVar[dict[str, Any]] = {"backend": "eager"}
 
     def __init__(self) -> None:
         from anabranch.devices import _cuda
 
         super().__init__()
+        self.defaults = {"backend": "eager"}
         # PyTorch's own class cannot be changed.
         self.event_class = type("Event", (torch.Event,), {})
         self.graph_class = _cuda._CudaGraph

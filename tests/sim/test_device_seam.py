@@ -177,6 +177,25 @@ def test_trim_gives_memory_back(rig: Any, compiled: Make) -> None:
     assert torch.equal(engine(x).cpu(), expected)
 
 
+def test_trim_frees_each_pool_that_can_be_freed(rig: Any) -> None:
+    def pool() -> tuple[Any, torch.Tensor]:
+        memory = rig.seam.memory(0, fresh=True)
+        with memory.using():
+            return memory, torch.empty(64, device=rig.device())
+
+    rig.seam.trim()
+    (first, x), (second, kept) = pool(), pool()
+    del x
+    rig.seam.release_memory(first)
+    rig.seam.release_memory(second)
+    rig.seam.trim()
+    assert first.nbytes() == 0
+    assert second.nbytes() > 0
+    del kept
+    rig.seam.trim()
+    assert second.nbytes() == 0
+
+
 def test_many_calls_do_not_grow(rig: Any, compiled: Make) -> None:
     x = rig.random(4, 256)
     engine = compiled(Mlp(), x, cuda_graphs=True)

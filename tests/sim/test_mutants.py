@@ -28,6 +28,10 @@ DIAGNOSTICS = {
     "record_stream forgotten": "record_stream",
     "error path that does not drain": "stream `B` has waited for no work of stream `A`",
     "two preemptions": "has waited for no work of stream",
+    "one instance shared by two contexts": "stream `B` has waited for no work of stream `A`",
+    "instance that does not wait for its last run": "stream `B` has waited for no work of stream `A`",
+    "instance released before its run is queued": "has waited for no work of stream",
+    "instance of a direct call captured": "stream `B` has waited for no work of stream `A`",
 }
 
 

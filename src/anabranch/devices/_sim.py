@@ -197,6 +197,7 @@ class SimDevice:
         for index in list(self._free_memory):
             torch.accelerator.synchronize(index)  # as cudaFree does
         for pools in list(self._free_memory.values()):
+            kept: list[Memory] = []
             for _ in range(len(pools)):
                 try:
                     memory = pools.pop()
@@ -205,7 +206,9 @@ class SimDevice:
                 assert isinstance(memory, _SimMemory)
                 _core.pool_trim(memory.pool)
                 if memory.nbytes():  # other threads have queued work since
-                    self.release_memory(memory)
+                    kept.append(memory)
+            for memory in kept:
+                self.release_memory(memory)
 
     def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
         stream, index = lane.stream.stream_id, lane.stream.device_index

@@ -394,7 +394,8 @@ class Engine:
 
         :param contexts: how many execution contexts there shall be; the engine's limits hold.
         :param captures: of TensorRT, in how many CUDA graphs of your own you are going to capture calls: each keeps
-            an execution context, which cannot be made inside a capture. One is always there to begin with.
+            an execution context (of each stream that calls come from in it), which cannot be made inside a capture.
+            One is there to begin with. They come on top of ``max_contexts``, and direct calls do not use them.
         :returns: how many contexts there are; 0 where calls run direct and need none.
         """
         self._check_usable()

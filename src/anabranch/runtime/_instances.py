@@ -1,4 +1,4 @@
-"""Direct calls of kernels that have state: each call in flight has an instance that no other has."""
+"""Kernels that have state: each direct call in flight, and each graph of a caller's, has an instance of its own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from anabranch import _sync
 from anabranch.backends import Instance, Stateful
 from anabranch.devices import Device, Lane, Memory
-from anabranch.runtime._build import neutral
+from anabranch.runtime._build import neutral, process
 from anabranch.runtime._pool import ContextPool, Limits, Reservation
 
 
@@ -18,8 +19,16 @@ class Member:
     """An instance with its memory. As with a context, each use waits for ``done`` first and records it last."""
 
     def __init__(
-        self, device: Device, run: Instance, lane: Lane, memory: Memory, nbytes: int, forget: Callable[[], None]
+        self,
+        device: Device,
+        run: Instance,
+        lane: Lane,
+        memory: Memory,
+        nbytes: int,
+        forget: Callable[[], None],
+        parts: list[Any],
     ) -> None:
+        """``parts``: whoever takes the one item out is to free lane and memory."""
         self.run: Any = run
         self.nbytes = nbytes
         self.used_on: int | None = None
@@ -30,6 +39,9 @@ class Member:
 
         def decompose() -> None:
             remains.clear()
+            if not parts:
+                return
+            parts.pop()
             device.release_lane(lane)
             device.release_memory(memory)
 
@@ -43,47 +55,80 @@ class Member:
 class Instances:
     """Kernels for any thread and stream, made of instances for one run at a time.
 
-    Threads: any. There are at most ``most`` instances; beyond them a call shares the least recently used one and waits
-    for it on the device, and one that finds all of them in other threads' hands waits until a thread has queued its
-    work. Streams: work is queued on the calling thread's current stream. The host waits where an instance is built,
-    for that instance's own stream.
+    Threads: any. Direct calls have at most ``most`` instances; beyond them a call shares the least recently used one
+    and waits for it on the device, and one that finds all of them in other threads' hands waits until a thread has
+    queued its work. ``_building`` is held while one is built, so that who finds none waits for that one; lock order:
+    after the process's build lock, before the pool's. Streams: work is queued on the calling thread's current stream.
+    The host waits where an instance is built, for that instance's own stream.
+
+    Those that callers' graphs are going to keep are apart, and no direct call uses them: a graph may be launched on any
+    stream, and captured while a direct call is in flight for which neither it nor the host could wait.
     """
 
     def __init__(
-        self, device: Device, index: int, kernels: Stateful, most: int, examples: Callable[[], Sequence[torch.Tensor]]
+        self,
+        device: Device,
+        index: int,
+        kernels: Stateful,
+        most: int,
+        examples: Callable[[], Sequence[torch.Tensor]],
+        workspaces: bool,
     ) -> None:
+        self._workspaces = workspaces
         self._device, self._index, self._kernels, self._examples = device, index, kernels, examples
         self._most = most
         self._limits = Limits(most, None)
         self._pool: ContextPool[Member] = ContextPool(self._limits)
+        self._spare: list[Member] = _sync.list_("spare instances")
+        self._building = _sync.rlock("instances")
+        process.register(self)
+
+    def after_fork(self) -> None:
+        self._building = _sync.rlock("instances")
 
     def __len__(self) -> int:
         return len(self._pool)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory that they hold."""
+        """Bytes of device memory that those of direct calls hold."""
         return self._pool.estimate * len(self._pool)
 
     def prepare(self, n: int) -> int:
-        """Build until there are ``n``, or as many as there may be; returns how many there are."""
-        while len(self._pool) < min(n, self._most):
-            reservation = self._limits.book(0)
-            if reservation is None:
-                break
-            self._pool.release(self._build(reservation))
+        """Build until direct calls have ``n``, or as many as they may; returns how many they have."""
+        with self._building:
+            while len(self._pool) < min(n, self._most):
+                reservation = self._limits.book(0)
+                if reservation is None:
+                    break
+                member = self._build(reservation)
+                self._pool.add(member)
+                self._pool.release(member)
         return len(self._pool)
 
+    @property
+    def spare(self) -> int:
+        """How many there are for graphs that callers capture."""
+        return len(self._spare)
+
+    def prepare_spare(self, n: int) -> None:
+        """Build until there are ``n`` for graphs that callers capture."""
+        with self._building:
+            while len(self._spare) < n:
+                self._spare.append(self._build(None))
+
     def take(self) -> Member | None:
-        """An idle instance for good, which counts among these no more; None if there is none."""
-        member = self._pool.take_idle()
-        if member is not None:
-            member.forget()
-        return member
+        """An instance for good that nothing has used; None if there is none."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return None
 
     def trim(self) -> None:
         """Give up those that are idle."""
         self._pool.drain()
+        while self.take() is not None:
+            pass
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         stream = self._device.current_stream(self._index)
@@ -105,35 +150,50 @@ class Instances:
         return results
 
     def _acquire(self, stream: int) -> Member:
-        while True:
+        member = self._pool.take_ready(stream)
+        if member is not None:
+            return member
+        with self._building:
             choice = self._pool.acquire(stream, lambda: True)
-            if isinstance(choice, Reservation):
-                return self._build(choice)
-            if choice is not None:
+            if isinstance(choice, Member):
                 return choice
+            # None: all that there may be are gone and not forgotten, with threads that a forked child does not have, or
+            # held by an exception that somebody keeps. They do not come back, so this one is not counted.
+            member = self._build(choice)
+            self._pool.add(member)
+            return member
 
-    def _build(self, reservation: Reservation) -> Member:
-        """One more, in the caller's hands."""
+    def _build(self, reservation: Reservation | None) -> Member:
+        """One more, nobody's yet. Called with ``_building`` held. ``reservation``: if it is one of a limited number."""
         device, index = self._device, self._index
         lane, memory = device.acquire_lane(index), device.memory(index)
         run: Any = None
+        # An interrupt may strike when the member is made and has a finalizer, and still leave this by an exception.
+        parts: list[Any] = [None]
+        forget = (lambda: None) if reservation is None else reservation.cancel
         try:
             with neutral(device, index), device.building():
+                # In memory of the lane's own: it stays when the instance's memory goes to another owner.
+                if self._workspaces:
+                    lane.load_workspaces()
                 with device.on_stream(lane.stream), memory.using():
                     run = self._kernels.instance(lane.stream)
                     # What is set up at a first run may wait for the device, or must not happen inside a capture.
                     run(self._examples())
                 lane.stream.synchronize()
-            member = Member(device, run, lane, memory, memory.nbytes(), reservation.cancel)
+            member = Member(device, run, lane, memory, memory.nbytes(), forget, parts)
         except BaseException:
-            reservation.cancel()
+            forget()
             lane.stream.synchronize()
+            if not parts:
+                raise
+            parts.pop()
             run = None
             device.release_lane(lane)
             device.release_memory(memory)
             raise
-        reservation.confirm(member.nbytes)
-        self._pool.add(member)
+        if reservation is not None:
+            reservation.confirm(member.nbytes)
         return member
 
 

@@ -167,13 +167,10 @@ class ContextPool(Generic[_P]):
         (run direct) when there is no context at all and none may be built.
         """
         with self._lock:
+            ready = self._ready(stream)
+            if ready is not None:
+                return ready
             idle = self._idle
-            for i in range(len(idle) - 1, -1, -1):
-                if idle[i].used_on == stream:
-                    return idle.pop(i)
-            for i, context in enumerate(idle):
-                if context.used_on is None:
-                    return idle.pop(i)
             # Read once: another thread's build changes it.
             estimate = self._estimate
             if self._limits.has_room(estimate) and may_build():
@@ -240,13 +237,21 @@ class ContextPool(Generic[_P]):
     def discard_added(self) -> None:
         """Give up what this thread has added and nobody got. Of a context that nothing refers to nothing is left."""
 
-    def take_idle(self) -> _P | None:
-        """The least recently used idle one, out of the pool for good; None if none is idle."""
+    def take_ready(self, stream: int) -> _P | None:
+        """An idle one whose user has to wait for no other stream, as :meth:`acquire` would find it; None if there is
+        none."""
         with self._lock:
-            if not self._idle:
-                return None
-            self._alive.discard(self._idle[0])
-            return self._idle.pop(0)
+            return self._ready(stream)
+
+    def _ready(self, stream: int) -> _P | None:
+        idle = self._idle
+        for i in range(len(idle) - 1, -1, -1):
+            if idle[i].used_on == stream:
+                return idle.pop(i)
+        for i, context in enumerate(idle):
+            if context.used_on is None:
+                return idle.pop(i)
+        return None
 
     def drain(self) -> list[_P]:
         """Take all idle contexts out for good."""

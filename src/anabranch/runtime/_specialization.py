@@ -105,7 +105,9 @@ class Specialization:
         self.uses_graphs, self.reason = self._build()
         self._built()
         if isinstance(self._kernels, Instances):
-            self._kernels.prepare(1)  # for a direct call, or for one in a caller's capture, which cannot build any
+            if not self.uses_graphs:
+                self._kernels.prepare(1)
+            self._kernels.prepare_spare(1)  # a call in a caller's capture cannot build any
         self._check_flags()  # another thread may have set one while kernels were chosen and captured
         #: That no two steps of the plan can race. Raises PlanError before anything could run.
         self.proof = check_plan(self.plan()).raise_if_unordered()
@@ -162,7 +164,14 @@ class Specialization:
         self._lowered = get_backend(self.backend).lower(self.program, examples, Options(full, flags.tf32))
         run = of_one(self._lowered, own)
         self._kernels: Kernels = (
-            Instances(self._device, self._index, self._lowered, self._limits.max_contexts, self._examples)
+            Instances(
+                self._device,
+                self._index,
+                self._lowered,
+                self._limits.max_contexts,
+                self._examples,
+                self._workspaces,
+            )
             if isinstance(self._lowered, Stateful)
             else self._lowered
         )
@@ -315,13 +324,14 @@ class Specialization:
     def warm(self, contexts: int, captures: int) -> int:
         """Build until there are ``contexts`` of them or a limit is reached; returns how many there are.
 
-        And, of kernels with state, instances for as many direct calls, or for ``captures`` in callers' captures.
+        Of kernels with state: instances for as many direct calls, where calls run direct, and ``captures`` of them for
+        callers' graphs.
         """
         if isinstance(self._kernels, Instances):
             with process.build_lock:
-                direct = self._kernels.prepare(max(captures, 0 if self.uses_graphs else contexts))
-            if not self.uses_graphs:
-                return direct
+                self._kernels.prepare_spare(captures)
+                if not self.uses_graphs:
+                    return self._kernels.prepare(contexts)
         if not self.uses_graphs:
             return 0
         self._may_grow = True
@@ -586,8 +596,10 @@ class Specialization:
         lines.append(f"  plan: {self.proof.pairs} conflicting pairs of accesses, all ordered")
         if isinstance(self._lowered, Stateful):
             lines += [f"  {line}" for line in self._lowered.describe()]
-            if isinstance(self._kernels, Instances) and len(self._kernels):
-                lines.append(f"  direct calls have {len(self._kernels)} instances, {self._kernels.nbytes} bytes")
+            if isinstance(self._kernels, Instances):
+                if len(self._kernels):
+                    lines.append(f"  instances of direct calls: {len(self._kernels)}, {self._kernels.nbytes} bytes")
+                lines.append(f"  instances for callers' graphs: {self._kernels.spare} left")
         if self.backend != settings.backend and not self.program.is_empty:
             lines.append(f"  backend eager instead of {settings.backend}: {self.program.direct_only}")
         if self.uses_graphs:

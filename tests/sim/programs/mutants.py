@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from engines import ENGINES as ALL
 from engines import INPUTS, SIM, STREAMS, check, many_threads, one_thread, serve
+from stateful import DIRECT, GRAPHS, make, streams2_threads1_direct_call_then_capture
 
 from anabranch.check._inject import StaleStream
 from anabranch.sim import core
@@ -297,6 +298,91 @@ def two_preemptions_repaired() -> None:
     many_threads(CheckThenAct(ENGINES[1], atomic=True), 2, 1)
 
 
+# -- 12 to 15: kernels that have state -------------------------------------------------------------------------------
+
+
+def _with_one_instance() -> Any:
+    """An engine whose contexts all have the same instance."""
+    from contract.stateful import ScratchKernels
+
+    instance, made = ScratchKernels.instance, []
+
+    def the_same(self: Any, own: Any) -> Any:
+        made.append(made[0] if made else instance(self, own))
+        return made[0]
+
+    ScratchKernels.instance = the_same  # type: ignore[method-assign]
+    try:
+        return make("python", 2, graphs=True)
+    finally:
+        ScratchKernels.instance = instance  # type: ignore[method-assign]
+
+
+_ONE_INSTANCE = _with_one_instance()
+
+
+def _direct_calls(call: Callable[[Any, Any, Any, Sequence[torch.Tensor]], Any]) -> Any:
+    """The engine with one instance for direct calls, which are ``call(instances, member, stream, inputs)``."""
+    spec = _pick(DIRECT["python"][1])
+    instances = spec._kernels
+
+    def kernels(inputs: Sequence[torch.Tensor]) -> Any:
+        stream = torch.accelerator.current_stream()
+        return call(instances, instances._acquire(stream.stream_id), stream, inputs)
+
+    spec._kernels = kernels
+    return DIRECT["python"][1]
+
+
+def instance_shared_by_contexts() -> None:
+    one_thread(_ONE_INSTANCE, 2)
+
+
+def instances_of_contexts() -> None:
+    one_thread(GRAPHS["python"], 2)
+
+
+def instance_without_wait() -> None:
+    def call(instances: Any, member: Any, stream: Any, inputs: Sequence[torch.Tensor]) -> Any:
+        results = member.run(inputs)
+        member.done.record(stream)
+        member.used_on = stream.stream_id
+        instances._pool.release(member)
+        return results
+
+    one_thread(_direct_calls(call), 2)
+
+
+def instance_waited_for() -> None:
+    one_thread(DIRECT["python"][1], 2)
+
+
+def instance_released_before_run() -> None:
+    def call(instances: Any, member: Any, stream: Any, inputs: Sequence[torch.Tensor]) -> Any:
+        stream.wait_event(member.done)
+        member.used_on = stream.stream_id
+        instances._pool.release(member)
+        results = member.run(inputs)
+        member.done.record(stream)
+        return results
+
+    many_threads(_direct_calls(call), 2, 1)
+
+
+def instance_released_after_run() -> None:
+    many_threads(DIRECT["python"][1], 2, 1)
+
+
+def captured_in_use() -> None:
+    instances = _pick(DIRECT["python"][1])._kernels
+    instances.take = lambda: instances._pool.acquire(0, lambda: False)
+    streams2_threads1_direct_call_then_capture("python")
+
+
+def captured_spare() -> None:
+    streams2_threads1_direct_call_then_capture("python")
+
+
 MUTANTS: dict[str, tuple[Program, Program]] = {
     "stale stream": (stale_stream, stale_stream_repaired),
     "no input wait": (no_input_wait, lane_repaired),
@@ -309,6 +395,10 @@ MUTANTS: dict[str, tuple[Program, Program]] = {
     "record_stream forgotten": (record_stream_forgotten, lane_repaired),
     "error path that does not drain": (error_not_drained, error_drained),
     "two preemptions": (two_preemptions, two_preemptions_repaired),
+    "one instance shared by two contexts": (instance_shared_by_contexts, instances_of_contexts),
+    "instance that does not wait for its last run": (instance_without_wait, instance_waited_for),
+    "instance released before its run is queued": (instance_released_before_run, instance_released_after_run),
+    "instance of a direct call captured": (captured_in_use, captured_spare),
 }
 
 __all__ = ["MUTANTS"]

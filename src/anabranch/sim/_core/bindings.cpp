@@ -152,21 +152,39 @@ void begin_capture(int64_t stream, int device, const std::string& mode) {
                                                    : Mode::kThreadLocal);
 }
 
+// The capture became no graph: what waits for the end of its graph need not wait. Without the lock: it takes the GIL.
+void give_up(const std::shared_ptr<Capture>& capture) {
+  if (!capture) return;
+  for (auto& fn : std::exchange(capture->on_destroy, {})) fn();
+}
+
 int64_t end_capture(int64_t stream, int device) {
   auto& machine = Machine::get();
   auto queue = find(stream, device);
   auto name = "end capture of " + queue->actor;
   point("capture", [&] { return name; }, [&] { return Touches{{"q" + queue->actor, 0, 1, kWrite}}; });
-  Lock lock;
-  auto graph = machine.end_capture(queue);
-  machine.graphs[machine.next_handle] = graph;
-  return machine.next_handle++;
+  std::shared_ptr<Capture> failed;
+  try {
+    Lock lock;
+    failed = queue->capture;
+    auto graph = machine.end_capture(queue);
+    machine.graphs[machine.next_handle] = graph;
+    return machine.next_handle++;
+  } catch (...) {
+    if (!queue->capture) give_up(failed);
+    throw;
+  }
 }
 
 void abort_capture(int64_t stream, int device) {
   auto queue = find(stream, device);
-  Lock lock;
-  Machine::get().abort_capture(queue);
+  std::shared_ptr<Capture> capture;
+  {
+    Lock lock;
+    capture = queue->capture;
+    Machine::get().abort_capture(queue);
+  }
+  give_up(capture);
 }
 
 }  // namespace

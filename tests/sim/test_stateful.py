@@ -1,0 +1,187 @@
+"""Kernels that have state on the simulated device: which call has which instance, and when one goes.
+
+Every order of calls: ``test_runtime_stateful.py``. Faults: ``test_faults.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from typing import Any
+
+import pytest
+import torch
+
+import anabranch
+from contract import stateful
+from contract.stateful import ScratchInstance
+from contract.support import PATHS, Make, Mlp, Rig, on_threads
+
+
+@pytest.fixture(autouse=True)
+def with_state(rig: Rig) -> None:
+    stateful.install(rig.seam)
+    rig.defaults = {"backend": stateful.NAME}
+
+
+def instances(rig: Rig) -> int:
+    """How many there are, once what is done was freed."""
+    gc.collect()
+    rig.seam.reap()
+    gc.collect()
+    return len(ScratchInstance.alive)
+
+
+def captured(rig: Rig, engine: Any, like: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A call in a graph of the caller's, with its input and its output."""
+    x = torch.full_like(like, float("nan"))
+    rig.module.synchronize()
+    graph = rig.new_graph()
+    with rig.capture(graph):
+        y = engine(x)
+    return graph, x, y
+
+
+@PATHS
+def test_each_graph_of_a_caller_has_an_instance(rig: Rig, compiled: Make, graphs: bool) -> None:
+    sources = [rig.random(4, 256) for _ in range(3)]
+    engine = compiled(Mlp(), sources[0], cuda_graphs=graphs, max_contexts=1)
+    expected = [rig.load_kernels(engine, x) for x in sources]
+    engine.warm(captures=3)  # more than direct calls may have
+    captures = [captured(rig, engine, sources[0]) for _ in range(3)]
+    streams = [rig.stream() for _ in range(3)]
+    latch = rig.latch(*streams[:2])
+    for (graph, x, _), source, stream in zip(captures, sources, streams, strict=True):
+        with rig.module.stream(stream):
+            x.copy_(source)
+            graph.replay()
+    streams[2].synchronize()  # waits for none of the others
+    assert torch.equal(captures[2][2], expected[2])
+    latch.open()
+    rig.module.synchronize()
+    for (_, _, y), e in zip(captures, expected, strict=True):
+        assert torch.equal(y, e)
+
+
+def test_a_capture_without_a_spare_instance_is_refused_by_name_and_stays_good(rig: Rig, compiled: Make) -> None:
+    x = rig.random(4, 256)
+    engine = compiled(Mlp(), x, cuda_graphs=False)
+    expected = rig.load_kernels(engine, x)
+    kept = captured(rig, engine, x)  # takes the one that there always is
+    other = compiled(Mlp(), x, cuda_graphs=False)
+    graph = rig.new_graph()
+    with rig.capture(graph):
+        with pytest.raises(anabranch.NotCapturable, match=r"stateful.*engine\.warm\(captures=N\)"):
+            engine(x)
+        y = other(x)
+    graph.replay()
+    rig.module.synchronize()
+    assert torch.equal(y, expected)
+    assert torch.equal(engine(x), expected)  # direct calls have their own
+    engine.warm()
+    graph, x2, y = captured(rig, engine, x)
+    x2.copy_(x)
+    graph.replay()
+    rig.module.synchronize()
+    assert torch.equal(y, expected)
+    del kept
+
+
+def test_calls_of_one_capture_share_an_instance_on_a_stream_and_not_between_streams(rig: Rig, compiled: Make) -> None:
+    x = rig.random(4, 256)
+    engine = compiled(Mlp(), x, cuda_graphs=False)
+    expected = rig.load_kernels(engine, x)
+    engine.warm(captures=2)
+    spare = engine._primary._kernels
+    graph, side = rig.new_graph(), rig.stream()
+    with rig.capture(graph):
+        first = engine(x)
+        second = engine(x)
+        assert spare.spare == 1
+        main = rig.module.current_stream()
+        side.wait_event(main.record_event())
+        with rig.module.stream(side):
+            third = engine(x)
+        fourth = engine(x)
+        main.wait_event(side.record_event())
+        assert spare.spare == 0
+    graph.replay()
+    rig.module.synchronize()
+    assert all(torch.equal(y, expected) for y in (first, second, third, fourth))
+
+
+def test_an_instance_in_a_graph_goes_with_the_graph(rig: Rig, compiled: Make) -> None:
+    x = rig.random(4, 256)
+    engine = compiled(Mlp(), x, cuda_graphs=False)
+    rig.load_kernels(engine, x)
+    engine.warm(captures=2)
+    before = instances(rig)
+    capture = captured(rig, engine, x)
+    capture[0].replay()
+    rig.module.synchronize()
+    assert instances(rig) == before
+    del capture
+    assert instances(rig) == before - 1
+    with contextlib.suppress(ZeroDivisionError), rig.capture(rig.new_graph()):
+        engine(x)
+        raise ZeroDivisionError
+    assert instances(rig) == before - 2, "a capture that never became a graph keeps it"
+    engine.trim()
+    assert instances(rig) == 0
+    engine.warm(captures=2)
+    assert engine._primary._kernels.spare == 2
+
+
+@PATHS
+def test_many_threads_call_and_capture(rig: Rig, compiled: Make, graphs: bool) -> None:
+    sources = [rig.random(4, 64) for _ in range(16)]
+    engine = compiled(Mlp(64), sources[0], cuda_graphs=graphs, max_contexts=3)
+    expected = [rig.load_kernels(engine, x) for x in sources]
+    engine.warm(captures=3)
+    kernels = engine._primary._kernels
+
+    def work(i: int) -> None:
+        with rig.module.stream(rig.stream()):
+            if i < 3:
+                x = torch.full_like(sources[0], float("nan"))
+                graph = rig.new_graph()
+                with rig.capture(graph, "thread_local"):
+                    y = engine(x)
+                for k in range(20):
+                    x.copy_(sources[(i + k) % 16])
+                    graph.replay()
+                    assert torch.equal(y, expected[(i + k) % 16])
+            else:
+                for k in range(20):
+                    assert torch.equal(engine(sources[(i + k) % 16]), expected[(i + k) % 16])
+
+    on_threads(12, work)
+    assert len(kernels) <= 3
+    assert kernels.spare == 0
+
+
+def test_threads_wait_for_the_one_instance_that_is_being_built(rig: Rig, compiled: Make) -> None:
+    x = rig.random(4, 64)
+    engine = compiled(Mlp(64), x, cuda_graphs=False, max_contexts=1)
+    expected = rig.load_kernels(engine, x)
+    engine.trim()
+    assert instances(rig) == 0
+    outputs: list[Any] = [None] * 8
+
+    def work(i: int) -> None:
+        with rig.module.stream(rig.stream()):
+            outputs[i] = engine(x)
+
+    on_threads(8, work)
+    rig.module.synchronize()
+    assert all(torch.equal(y, expected) for y in outputs)
+    assert instances(rig) == 1
+
+
+def test_explain_says_what_there_is(rig: Rig, compiled: Make) -> None:
+    x = rig.random(4, 256)
+    engine = compiled(Mlp(), x, cuda_graphs=False)
+    assert engine.warm(contexts=3, captures=2) == 3
+    assert "2 results pass through a scratch tensor of 4096 bytes" in engine.explain()
+    assert "instances of direct calls: 3, " in engine.explain()
+    assert "instances for callers' graphs: 2 left" in engine.explain()
