@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import signal
@@ -19,9 +20,12 @@ from anabranch.backends.tensorrt import _builder as builder
 from anabranch.backends.tensorrt import _compiler as compiler
 from anabranch.backends.tensorrt._cache import Cache
 from anabranch.backends.tensorrt._layout import Layout
+from anabranch.backends.tensorrt._partition import partition
+from anabranch.backends.tensorrt._rewrite import fold_norms
 from anabranch.errors import BuildError, InputError
 from anabranch.export import export_program
 
+_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 _ADA = Target((8, 9), ahead=True)
 
 
@@ -48,8 +52,7 @@ def cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "engines")
 
 
-# Not in bfloat16: its batch normalization, exported with float32 statistics, is refused by the parser, and falls back.
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_network_becomes_one_engine(cache: Cache, dtype: torch.dtype) -> None:
     model = models.branches().to(dtype)
     x = torch.rand(1, 3, 64, 64).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -59,6 +62,53 @@ def test_a_network_becomes_one_engine(cache: Cache, dtype: torch.dtype) -> None:
     assert made.flops[0] == made.flops[1] > 0
     (segment,) = made.partition.segments.values()
     assert segment.inputs[0].physical == (1, 64, 64, 3)  # no copy into another layout on the way in
+
+
+class Residual(nn.Module):
+    """A normalization that no convolution can take up, one that it can, one of a result that is used twice, a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(8, 8, 3, padding=1, bias=bias) for bias in (False, True))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+        for norm in self.norms:
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = torch.relu(self.norms[0](x))
+        b = torch.relu(self.norms[1](self.first(a)))
+        c = self.second(b)
+        return torch.relu(self.norms[2](c) + c + x)
+
+
+@pytest.mark.usefixtures("seeded")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("float32_statistics", [False, True])
+def test_batch_norms_in_half_precision_become_part_of_the_engine(
+    cache: Cache, dtype: torch.dtype, float32_statistics: bool
+) -> None:
+    model = Residual().to(dtype)
+    if float32_statistics:
+        model.norms.float()
+    made = build(model, torch.rand(1, 8, 16, 16).to(dtype), cache=cache, full=True)
+    assert not made.fallbacks
+    assert len(made.engines) == 1
+
+
+@pytest.mark.usefixtures("seeded")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_folded_batch_norms_are_as_exact_as_pytorch(dtype: torch.dtype) -> None:
+    model, x = nn.Sequential(*(Residual() for _ in range(3))).to(dtype).eval(), torch.rand(1, 8, 16, 16).to(dtype)
+    program = export_program(model, (x,), {})
+    (segment,) = partition(program, {}).segments.values()
+    folded = fold_norms(segment.module)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        (mine,), theirs = folded(x), model(x)
+    norms = [len(m.graph.find_nodes(op="call_function", target=_NORM)) for m in (segment.module, folded)]
+    assert norms == [9, 6]
+    assert (mine - exact).norm() < 1.25 * (theirs - exact).norm()
 
 
 def test_bfloat16_becomes_one_engine(cache: Cache) -> None:

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import fx
 
 from anabranch.backends.tensorrt._layout import Layout
+from anabranch.backends.tensorrt._rewrite import decompose, fold_norms
 from anabranch.errors import BuildError
 from anabranch.export import keep_backends_enabled
 
@@ -50,7 +52,7 @@ def output_names(n: int) -> list[str]:
 
 
 def export(
-    module: torch.nn.Module,
+    module: fx.GraphModule,
     inputs: Sequence[Layout],
     outputs: Sequence[Layout],
     examples: Sequence[torch.Tensor],
@@ -62,9 +64,10 @@ def export(
     """
     try:
         with torch.no_grad(), keep_backends_enabled(), _quiet():
-            exported = torch.export.export(_Physical(module, inputs, outputs), tuple(examples), strict=False)
+            physical = _Physical(fold_norms(module), inputs, outputs)
+            exported = torch.export.export(physical, tuple(examples), strict=False)
             program = torch.onnx.export(
-                exported,
+                decompose(exported),
                 dynamo=True,
                 input_names=input_names(len(inputs)),
                 output_names=output_names(len(outputs)),
