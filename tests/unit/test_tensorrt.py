@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,77 @@ def test_what_is_refused_runs_in_between_and_is_named(cache: Cache) -> None:
 def test_require_full_names_them(cache: Cache) -> None:
     with pytest.raises(BuildError, match=r"require_full=True.*aten\.median\.dim \(test_tensorrt\.py:\d+\)"):
         build(Mixed(), torch.rand(2, 3, 16, 16), cache=cache, full=True)
+
+
+class Refused(nn.Module):
+    """One operator without ONNX many times, one that the parser refuses, one type that TensorRT does not have."""
+
+    def forward(self, x: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for _ in range(5):
+            x = torch.special.erfinv(torch.tanh(x) * 0.5)
+        y = torch.special.erfinv(x - 1)
+        z = torch.special.erfinv(x - 2)
+        return torch.special.erfinv(y + z), (i + 1) & 3, x.double() * 2
+
+
+def test_refusals_are_grouped_by_reason_with_the_models_lines(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "anabranch.tensorrt"):
+        made = build(Refused(), torch.rand(4), torch.arange(4), cache=cache)
+    assert not caplog.records  # 64-bit integers need no warning
+    _, *lines = made.report()
+    line = r"\(test_tensorrt\.py:\d+\)"
+    op = rf"aten\.special_erfinv\.default {line}"
+    assert len(lines) == 3, lines
+    (erfinv,) = (x for x in lines if "erfinv" in x)
+    why = r"no ONNX for it: PyTorch has none for prims\.erf_inv\.default"
+    assert re.fullmatch(rf"  not in TensorRT: {op} x5, {op}, {op} and 1 more: {why}", erfinv)
+    assert any(
+        re.search(rf"__and__\.Scalar {line}: TensorRT's parser does not take it: BitwiseAnd", x) for x in lines
+    )
+    assert any(re.search(rf"_to_copy\.default {line}, aten\.mul\.Tensor {line}: .* no float64", x) for x in lines)
+
+
+def test_a_segment_that_is_refused_as_a_whole_names_the_models_lines(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = compiler.build
+
+    def refuse(library: Any, path: Path, name: str, *rest: Any) -> bytes:
+        if name:  # it is no trial of single operators
+            raise builder.Rejected("TensorRT does not build it: too much")
+        return real(library, path, name, *rest)
+
+    monkeypatch.setattr(compiler, "build", refuse)
+    where = r"test_tensorrt\.py:\d+"
+    with pytest.raises(
+        BuildError, match=rf"all from {where} to {where} together: TensorRT does not build it: too much"
+    ):
+        build(Two(), torch.rand(2, 8), cache=cache, full=True)
+
+
+class Two(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(x)
+        return y * 2
+
+
+def test_what_the_library_says_is_told_once_and_without_its_own_lines() -> None:
+    assert (
+        builder.said(
+            [
+                "Invalid Node - node_Div_5\nITensor::getDimensions: Error Code 4: API Usage Error (node_Div_5:"
+                " ElementWiseOperation DIV must have same input types. But they are of types Float and BFloat16."
+                " In validateTypes at /_src/optimizer/common/nodes/elementWiseNode.cpp:40)\n[checkMacros.cpp::"
+                "catchCudaError::250] Error Code 1: Cuda Runtime (In catchCudaError at /_src/common/dispatch/"
+                "checkMacros.cpp:250 (cudaError 35: CUDA driver version is insufficient for CUDA runtime version))",
+                "[elsewhere.cpp::f::1] out of memory",
+                "[elsewhere.cpp::f::1] out of memory",
+            ]
+        )
+        == "ElementWiseOperation DIV must have same input types. But they are of types Float and BFloat16;"
+        " out of memory"
+    )
+    assert builder.said([]) == "no reason given"
 
 
 def test_an_equal_model_is_found_in_the_cache_and_another_is_not(cache: Cache) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +68,8 @@ def build(library: Library, onnx: Path, name: str, target: Target, show: bool) -
         parser = api.OnnxParser(network, library.logger)
         if not parser.parse_from_file(str(onnx)):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
-            text = "; ".join(f"{e.node_operator() or 'the file'}: {e.desc()}" for e in errors) or "no reason given"
-            raise Rejected(f"TensorRT's parser does not take it: {text}")
+            text = "; ".join(dict.fromkeys(f"{e.node_operator() or 'the file'}: {said([e.desc()])}" for e in errors))
+            raise Rejected(f"TensorRT's parser does not take it: {text or said(complaints)}")
         config = builder.create_builder_config()
         if target.ahead:
             config.num_compute_capabilities = 1
@@ -81,8 +82,25 @@ def build(library: Library, onnx: Path, name: str, target: Target, show: bool) -
         if interrupted.is_set():
             raise KeyboardInterrupt
         if serialized is None:
-            raise Rejected(f"TensorRT does not build it: {'; '.join(complaints) or 'no reason given'}")
+            raise Rejected(f"TensorRT does not build it: {said(complaints)}")
         return bytes(serialized)
+
+
+#: What it says of a machine without a GPU or a driver, beside what is the matter.
+_NO_GPU = re.compile(r"cudaError (35|100)\b|CUDA driver version is insufficient|no CUDA-capable device")
+#: Lines of its own sources, names of nodes that the exporter made up, and lines that say nothing else.
+_INTERNAL = re.compile(r"^\[[^\]]*\] *|\.? In \w+ at \S+:\d+|\bnode_\w+: |^Invalid Node - .*$|^false$")
+_FRAME = re.compile(r"^\S+: Error Code \d+: [\w ]+ \((.*)\)\.?$")
+
+
+def said(messages: Iterable[str]) -> str:
+    """What the library says, in one line: each thing once, without what only its developers can use."""
+    lines: list[str] = []
+    for line in (line.strip() for message in messages for line in message.splitlines()):
+        if not _NO_GPU.search(line):
+            line = _INTERNAL.sub("", line)
+            lines.append(_FRAME.sub(r"\1", line).strip())
+    return "; ".join(dict.fromkeys(filter(None, lines))) or "no reason given"
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from anabranch.backends.tensorrt._partition import (
     Fallback,
     Partition,
     Segment,
+    by_reason,
     counted,
     fallback,
     flops,
@@ -65,7 +66,7 @@ class Compiled:
             f"{self.library.name} {self.library.version}: {inside} of {everything} operators{share}, in {n}"
             f" engine{'s' * (n != 1)}"
         ]
-        return lines + [f"  not in TensorRT: {f}" for f in self.fallbacks]
+        return lines + [f"  not in TensorRT: {line}" for line in by_reason(self.fallbacks)]
 
 
 def compile_program(
@@ -126,7 +127,7 @@ def compile_program(
         if n.name not in inside
     ]
     if require_full and fallbacks:
-        listed = "; ".join(map(str, fallbacks))
+        listed = "; ".join(by_reason(fallbacks))
         raise BuildError(
             f"require_full=True given, and {len(fallbacks)} of {len(everything)} operators cannot run in"
             f" {library.name} {library.version}: {listed}. Change the model, or let another backend run them:"
@@ -191,7 +192,9 @@ def _guilty(
     for node in nodes:
         if not isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes[0].name in guilty:
             guilty[node.name] = guilty[node.all_input_nodes[0].name]
-    return guilty or {n.name: f"no single operator, but all of them together: {why}" for n in nodes}
+    if guilty:
+        return guilty
+    return {n.name: f"no single operator, but all from {sources(program, segment)} together: {why}" for n in nodes}
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -293,4 +296,4 @@ def _model_hash(program: Program) -> str:
 def sources(program: Program, segment: Segment) -> str:
     """The model's lines that a segment comes from, the first and the last of them."""
     lines = [s for n in program.module.graph.nodes if n.name in segment.nodes and (s := source_of(n))]
-    return f"{lines[0]} to {lines[-1]}" if lines else ""
+    return " to ".join(dict.fromkeys((lines[0], lines[-1]))) if lines else "lines that PyTorch did not keep"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from anabranch.backends._backend import Stateful
-from anabranch.backends.tensorrt._builder import Rejected
+from anabranch.backends.tensorrt._builder import Rejected, said
 from anabranch.backends.tensorrt._compiler import Compiled
 from anabranch.backends.tensorrt._onnx import input_names, output_names
 from anabranch.errors import AnabranchError, BuildError
@@ -34,7 +34,7 @@ class Engine:
         with compiled.library.complaints() as complaints:
             self._engine = self._runtime.deserialize_cuda_engine(compiled.engines[name])
         if self._engine is None:
-            raise Rejected(f"TensorRT does not load its own engine: {'; '.join(complaints) or 'no reason given'}")
+            raise Rejected(f"TensorRT does not load its own engine: {said(complaints)}")
         self._check()
         self.workspace_bytes = int(self._engine.device_memory_size_v2)
         # Kernels that are compiled for this very GPU when the first execution context is made, and kept for later ones.
@@ -96,7 +96,7 @@ class Engine:
             else:
                 made = self._engine.create_execution_context(self.api.ExecutionContextAllocationStrategy.USER_MANAGED)
         if made is None:
-            raise BuildError(f"TensorRT makes no execution context: {'; '.join(complaints) or 'no reason given'}")
+            raise BuildError(f"TensorRT makes no execution context: {said(complaints)}")
         return made
 
     def keep_kernels(self) -> None:
@@ -155,7 +155,7 @@ class _Call:
     def _enqueue(self, stream: Any) -> None:
         with self.engine.library.complaints() as complaints:
             if not self.context.execute_async_v3(stream.cuda_stream):
-                raise AnabranchError(f"TensorRT did not run: {'; '.join(complaints) or 'no reason given'}")
+                raise AnabranchError(f"TensorRT did not run: {said(complaints)}")
 
 
 class Instance:

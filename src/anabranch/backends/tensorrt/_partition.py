@@ -33,7 +33,25 @@ class Fallback:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.op}{f' ({self.source})' if self.source else ''}: {self.reason}"
+        return f"{self.op}{f' ({self.source})' if self.source else ''}"
+
+
+#: How many operators are named for one reason.
+_NAMED = 3
+
+
+def by_reason(fallbacks: Sequence[Fallback]) -> list[str]:
+    """A line for each reason: the operators, each with the model's line, the first few by name, and the reason."""
+    groups: dict[str, list[str]] = {}
+    for f in fallbacks:
+        groups.setdefault(f.reason, []).append(str(f))
+    lines = []
+    for reason, operators in groups.items():
+        times = {name: operators.count(name) for name in operators}  # a loop, or a module that is used twice
+        named = [f"{name}{f' x{n}' if n > 1 else ''}" for name, n in list(times.items())[:_NAMED]]
+        left = len(operators) - sum(list(times.values())[:_NAMED])
+        lines.append(f"{', '.join(named)}{f' and {left} more' if left else ''}: {reason}")
+    return lines
 
 
 @dataclass

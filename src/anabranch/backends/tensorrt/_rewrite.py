@@ -43,8 +43,9 @@ def fold_norms(module: fx.GraphModule) -> fx.GraphModule:
         constants: list[Any] = [conv.args[1], conv.args[2] if len(conv.args) > 2 else None, *norm.args[1:5]]
         if not all(n is None or (isinstance(n, fx.Node) and n.op == "get_attr") for n in constants):
             continue
-        tensors = [None if n is None else getattr(folded, n.target) for n in constants]
-        weight, bias, scale, shift, mean, var = (None if t is None else t.detach().float() for t in tensors)
+        tensors: list[Any] = [None if n is None else getattr(folded, n.target) for n in constants]
+        single: list[Any] = [None if t is None else t.detach().float() for t in tensors]
+        weight, bias, scale, shift, mean, var = single
         fused = fuse_conv_bn_weights(weight, bias, mean, var, norm.args[6], scale, shift)
         made = []
         with graph.inserting_before(conv):
