@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import os
 import re
@@ -10,8 +11,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import anabranch
@@ -19,10 +23,12 @@ from anabranch import models
 from anabranch.backends.tensorrt import Target, compile_program, library
 from anabranch.backends.tensorrt import _builder as builder
 from anabranch.backends.tensorrt import _compiler as compiler
+from anabranch.backends.tensorrt import _rewrite as rewriting
 from anabranch.backends.tensorrt._cache import Cache
 from anabranch.backends.tensorrt._layout import Layout
-from anabranch.backends.tensorrt._partition import partition
-from anabranch.backends.tensorrt._rewrite import fold_norms
+from anabranch.backends.tensorrt._onnx import export, input_names
+from anabranch.backends.tensorrt._partition import partition, why_not
+from anabranch.backends.tensorrt._rewrite import rewrite
 from anabranch.errors import BuildError, InputError
 from anabranch.export import export_program
 
@@ -103,7 +109,7 @@ def test_folded_batch_norms_are_as_exact_as_pytorch(dtype: torch.dtype) -> None:
     model, x = nn.Sequential(*(Residual() for _ in range(3))).to(dtype).eval(), torch.rand(1, 8, 16, 16).to(dtype)
     program = export_program(model, (x,), {})
     (segment,) = partition(program, {}).segments.values()
-    folded = fold_norms(segment.module)
+    folded = rewrite(segment.module)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.double())
         (mine,), theirs = folded(x), model(x)
@@ -161,9 +167,7 @@ def test_refusals_are_grouped_by_reason_with_the_models_lines(cache: Cache, capl
     (erfinv,) = (x for x in lines if "erfinv" in x)
     why = r"no ONNX for it: PyTorch has none for prims\.erf_inv\.default"
     assert re.fullmatch(rf"  not in TensorRT: {op} x5, {op}, {op} and 1 more: {why}", erfinv)
-    assert any(
-        re.search(rf"__and__\.Scalar {line}: TensorRT's parser does not take it: BitwiseAnd", x) for x in lines
-    )
+    assert any(re.search(rf"__and__\.Scalar {line}: TensorRT's parser does not take it: BitwiseAnd", x) for x in lines)
     assert any(re.search(rf"_to_copy\.default {line}, aten\.mul\.Tensor {line}: .* no float64", x) for x in lines)
 
 
@@ -172,10 +176,10 @@ def test_a_segment_that_is_refused_as_a_whole_names_the_models_lines(
 ) -> None:
     real = compiler.build
 
-    def refuse(library: Any, path: Path, name: str, *rest: Any) -> bytes:
+    def refuse(library: Any, path: Path, wanted: Any, name: str, *rest: Any) -> bytes:
         if name:  # it is no trial of single operators
             raise builder.Rejected("TensorRT does not build it: too much")
-        return real(library, path, name, *rest)
+        return real(library, path, wanted, name, *rest)
 
     monkeypatch.setattr(compiler, "build", refuse)
     where = r"test_tensorrt\.py:\d+"
@@ -208,6 +212,299 @@ def test_what_the_library_says_is_told_once_and_without_its_own_lines() -> None:
         " out of memory"
     )
     assert builder.said([]) == "no reason given"
+
+
+class Function(nn.Module):
+    def __init__(self, function: Any, **constants: torch.Tensor) -> None:
+        super().__init__()
+        self.function = function
+        for name, constant in constants.items():
+            self.register_buffer(name, constant)
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.function(self, *inputs)
+
+
+def exported(model: nn.Module, *inputs: torch.Tensor, folder: Path) -> tuple[Any, Any]:
+    """The one segment of ``model``, and its ONNX."""
+    program = export_program(model.eval(), inputs, {})
+    reasons = {why_not(n) for n in program.module.graph.nodes if n.op == "call_function"}
+    assert reasons <= {"", "it makes no tensor"}
+    (segment,) = partition(program, {}).segments.values()
+    path = export(
+        segment.module, segment.inputs, segment.outputs, segment.example(torch.device("cpu")), folder / "m.onnx"
+    )
+    return segment, onnx.load(str(path))
+
+
+def computed(model: nn.Module, *inputs: torch.Tensor, folder: Path) -> list[torch.Tensor]:
+    """What the ONNX of ``model`` gives, by the definition of ONNX's operators."""
+    segment, file = exported(model, *inputs, folder=folder)
+    fed = dict(zip(input_names(len(inputs)), (x.numpy() for x in inputs), strict=True))
+    results = ReferenceEvaluator(file).run(None, fed)
+    return [
+        torch.from_numpy(np.asarray(y)).permute(layout.inverse)
+        for y, layout in zip(results, segment.outputs, strict=True)
+    ]
+
+
+_NAN = float("nan")
+_MASK = torch.tensor([[True, False, True], [False] * 3, [True] * 3])
+_ATTEND = nn.functional.scaled_dot_product_attention
+
+_AS_PYTORCH = {
+    "maximum of NaN": (lambda _, x: torch.maximum(x, x.flip(0)), torch.tensor([1.0, _NAN, 3.0, 4.0])),
+    "minimum of NaN": (lambda _, x: torch.minimum(x, x.flip(0)), torch.tensor([1.0, _NAN, 3.0, 4.0])),
+    "sign of NaN": (lambda _, x: torch.sign(x), torch.tensor([-2.0, _NAN, 0.0, 4.0])),
+    "amax of all": (lambda _, x: x.amax() - x.amin(), torch.rand(2, 3)),
+    "sum in float16": (lambda _, x: x.sum() + 1, torch.full((8,), 100.0).half()),
+    "sums in float16": (lambda _, x: (x.sum(1), x.cumsum(1), x.prod(1)), torch.rand(2, 8).half()),
+    "norm of large float16": (lambda _, x: x.norm(dim=1), torch.full((2, 8), 1000.0).half()),
+    "logsumexp of large": (lambda _, x: x.logsumexp(1), torch.full((2, 8), 200.0)),
+    "attention to nothing": (lambda m, x: _ATTEND(x, x, x, attn_mask=m.mask), torch.rand(1, 2, 3, 8)),
+    "attention to -inf": (
+        lambda m, x: _ATTEND(x, x, x, attn_mask=torch.zeros(3, 3).masked_fill(~m.mask, -torch.inf)),
+        torch.rand(1, 2, 3, 8),
+    ),
+    "attention by a computed mask": (
+        lambda m, x: _ATTEND(x, x, x, attn_mask=(x[0, 0, :, :3] < 2) & m.mask),
+        torch.rand(1, 2, 3, 8),
+    ),
+    "integers divide as they do": (
+        lambda _, i: (torch.div(i, 2, rounding_mode="trunc"), i % 3, torch.fmod(i, 3), i / 2),
+        torch.tensor([-6, 0, 6, 9]),
+    ),
+    "64-bit integers": (lambda _, i: i * 3 + 1, torch.tensor([2**40, -(2**35)])),
+    "float to integer": (lambda _, x: x.to(torch.int32), torch.tensor([-2.7, -0.5, 1.5, 2.7])),
+    "a scalar in, and out": (lambda _, x: x * 2, torch.tensor(3.0)),
+}
+
+
+@pytest.mark.parametrize("name", _AS_PYTORCH)
+def test_onnx_computes_as_pytorch_does(tmp_path: Path, name: str) -> None:
+    function, x = _AS_PYTORCH[name]
+    model = Function(function, mask=_MASK)
+    expected = model(x)
+    for mine, theirs in zip(
+        computed(model, x, folder=tmp_path),
+        expected if isinstance(expected, tuple) else (expected,),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda _, x: nn.functional.avg_pool2d(x, 2, divisor_override=3), "ignores divisor_override"),
+        (lambda _, x: torch.atan2(x, x), "turns NaN into 0"),
+        (lambda _, x: (x / 0.1).to(torch.float8_e4m3fn).float(), "without clamp"),
+        (lambda _, x: x.to(torch.int8).float(), "int8 in torch.ops.quantized_decomposed only"),
+    ],
+)
+def test_what_would_be_another_result_is_not_given_to_tensorrt(function: Any, reason: str) -> None:
+    program = export_program(Function(function), (torch.rand(1, 3, 8, 8),), {})
+    reasons = [why_not(n) for n in program.module.graph.nodes if n.op == "call_function"]
+    assert any(reason in r for r in reasons), reasons
+
+
+def test_results_of_another_type_than_pytorchs_are_refused(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewriting, "_SUMS", ())  # the exporter by itself makes float32 of it
+    made = build(Function(lambda _, x: (x * 2).sum(1)), torch.rand(2, 8).half(), cache=cache)
+    (refused,) = made.fallbacks
+    assert refused.op == "aten.sum.dim_IntList"
+    assert refused.reason == "TensorRT makes torch.float32[2] of output_0; expected torch.float16[2]"
+
+
+def test_checks_of_types_are_no_results_of_an_engine(cache: Cache) -> None:
+    model = Function(lambda _, x: torch.relu((x * 2).to(torch.float32) + 1))
+    made = build(model, torch.rand(2, 8).half(), cache=cache, full=True)
+    (segment,) = made.partition.segments.values()
+    assert len(segment.outputs) == 1
+
+
+# -- models of every day --------------------------------------------------------------------------------------------
+
+
+class ResNet(nn.Module):
+    """Basic blocks as in ResNet-18, of few channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        )
+        self.blocks = nn.ModuleList([_basic(8, 8, 1), _basic(8, 16, 2)])
+        self.shortcuts = nn.ModuleList([nn.Identity(), nn.Conv2d(8, 16, 1, stride=2, bias=False)])
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block, shortcut in zip(self.blocks, self.shortcuts, strict=True):
+            x = torch.relu(block(x) + shortcut(x))
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def _basic(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+    )
+
+
+class Mobile(nn.Module):
+    """An inverted residual of MobileNetV3: depthwise, squeeze and excitation, hard-swish."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(8, 32, 1, bias=False), nn.BatchNorm2d(32), nn.Hardswish())
+        self.depth = nn.Sequential(
+            nn.Conv2d(32, 32, 5, padding=2, groups=32, bias=False), nn.BatchNorm2d(32), nn.ReLU6()
+        )
+        self.squeeze = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, 8, 1), nn.ReLU(), nn.Conv2d(8, 32, 1), nn.Hardsigmoid()
+        )
+        self.project = nn.Sequential(nn.Conv2d(32, 8, 1, bias=False), nn.BatchNorm2d(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.depth(self.expand(x))
+        return x + self.project(y * self.squeeze(y))
+
+
+class Encoder(nn.Module):
+    """A token encoder: embeddings, two layers, the mean of what is no padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        padding = tokens == 0
+        y = self.layers(self.embed(tokens), src_key_padding_mask=padding)
+        return (y * ~padding[..., None]).sum(1) / (~padding).sum(1, keepdim=True)
+
+
+_PICTURE = torch.rand(1, 3, 32, 32)
+_EVERY_DAY = {
+    **{
+        name: (model.make, torch.rand(1, 3, 5) if name == "relu" else _PICTURE)
+        for name, model in models.BUILTIN.items()
+    },
+    "resnet": (ResNet, _PICTURE),
+    "mobile": (Mobile, torch.rand(1, 8, 16, 16)),
+    "encoder": (Encoder, torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0]])),
+}
+_DTYPES = {"relu": [torch.float16, torch.bfloat16, torch.float32], "branches": [], "upscaler": [torch.float16]}
+_ALSO = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.usefixtures("seeded")
+@pytest.mark.parametrize(("name", "dtype"), [(n, d) for n in _EVERY_DAY for d in _DTYPES.get(n, _ALSO)])
+def test_models_of_every_day_are_one_engine(cache: Cache, name: str, dtype: torch.dtype) -> None:
+    make, x = _EVERY_DAY[name]
+    made = build(make().to(dtype), x.to(dtype) if x.is_floating_point() else x, cache=cache, full=True)
+    assert len(made.engines) == 1
+    assert made.operators[0] == made.operators[1] > 0
+    if name != "relu":
+        assert made.flops[0] >= 0.95 * made.flops[1] > 0
+        assert "100.0% of FLOPs" in made.report()[0]
+
+
+# -- quantized models -----------------------------------------------------------------------------------------------
+
+_FP8 = torch.float8_e4m3fn
+_INT8 = (-128, 127, torch.int8)
+
+
+def quantized_ops() -> Any:
+    importlib.import_module("torch.ao.quantization.fx._decomposed")
+    return torch.ops.quantized_decomposed
+
+
+def _weights(m: Any) -> torch.Tensor:
+    return quantized_ops().dequantize_per_channel(m.weight, m.scales, m.zeros, 0, -127, 127, torch.int8)
+
+
+def _pairs(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """As PT2E quantization writes it: pairs around what is to be int8, weights quantized ahead."""
+    q = quantized_ops()
+    x = q.dequantize_per_tensor(q.quantize_per_tensor(x, 0.01, 0, *_INT8), 0.01, 0, *_INT8)
+    y = torch.relu(nn.functional.conv2d(x, _weights(m)))
+    return q.dequantize_per_tensor(q.quantize_per_tensor(y, 0.02, 0, *_INT8), 0.02, 0, *_INT8)
+
+
+def _narrow(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q = quantized_ops()
+    x = q.dequantize_per_tensor(q.quantize_per_tensor(x, 0.1, 0, -8, 7, torch.int8), 0.1, 0, -8, 7, torch.int8)
+    return nn.functional.conv2d(x, _weights(m))
+
+
+def _fake(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """As a model after quantization-aware training has it."""
+    weight = torch.fake_quantize_per_channel_affine(m.float_weight, m.scales, m.int_zeros, 0, -127, 127)
+    return nn.functional.conv2d(torch.fake_quantize_per_tensor_affine(x, 0.01, 0, 0, 127), weight)
+
+
+def _float8(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = (x / 0.05).clamp(-448, 448).to(_FP8).to(x.dtype) * 0.05
+    return nn.functional.linear(y, m.weight8.to(x.dtype) * 0.01)
+
+
+def _quantized(function: Any) -> nn.Module:
+    q = quantized_ops()
+    weight, zeros = torch.randn(8, 3, 3, 3), torch.zeros(8, dtype=torch.int64)
+    scales = weight.abs().amax((1, 2, 3)) / 127
+    return Function(
+        function,
+        float_weight=weight,
+        weight=q.quantize_per_channel(weight, scales, zeros, 0, -127, 127, torch.int8),
+        scales=scales,
+        zeros=zeros,
+        int_zeros=zeros.int(),
+        weight8=torch.randn(4, 8).div(0.01).clamp(-448, 448).to(_FP8),
+    )
+
+
+@pytest.mark.usefixtures("seeded")
+@pytest.mark.parametrize(
+    ("function", "operators"),
+    [
+        (_pairs, ["QuantizeLinear", *["DequantizeLinear"] * 2, "Conv", "Relu", "QuantizeLinear", "DequantizeLinear"]),
+        (_narrow, ["Clip", "QuantizeLinear", *["DequantizeLinear"] * 2, "Conv"]),
+        (_fake, ["Clip", "QuantizeLinear", *["DequantizeLinear"] * 2, "Conv"]),
+        (_float8, ["QuantizeLinear", *["DequantizeLinear"] * 2, "Gemm"]),
+    ],
+)
+def test_a_quantized_model_is_one_engine_with_its_quantizations(
+    cache: Cache, tmp_path: Path, function: Any, operators: list[str]
+) -> None:
+    model, x = _quantized(function), torch.rand(4, 8) if function is _float8 else torch.rand(1, 3, 8, 8) * 2 - 1
+    made = build(model, x, cache=cache, full=True)
+    assert len(made.engines) == 1
+    _, file = exported(model, x, folder=tmp_path)
+    assert [n.op_type for n in file.graph.node] == operators
+    (result,) = ReferenceEvaluator(file).run(None, {"input_0": x.numpy()})
+    # Where a value lies between two steps of the quantization, which of them is chosen may differ.
+    wrong = (torch.from_numpy(result) - model(x)).abs() > 1e-4
+    assert wrong.float().mean() < 0.02
+
+
+def test_a_quantized_model_in_half_precision_is_one_engine(cache: Cache) -> None:
+    made = build(_quantized(_float8).half(), torch.rand(4, 8).half(), cache=cache, full=True)
+    assert len(made.engines) == 1
+
+
+def test_a_zero_point_that_is_not_zero_is_named(cache: Cache) -> None:
+    q = quantized_ops()
+    function = lambda _, x: q.dequantize_per_tensor(q.quantize_per_tensor(x, 0.1, 3, *_INT8), 0.1, 3, *_INT8)  # noqa: E731
+    made = build(Function(function), torch.rand(2, 8), cache=cache)
+    assert all("Non-zero zero point is not supported" in f.reason for f in made.fallbacks)
+    assert len(made.fallbacks) == 2
 
 
 def test_an_equal_model_is_found_in_the_cache_and_another_is_not(cache: Cache) -> None:

@@ -6,15 +6,17 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from anabranch.backends.tensorrt._layout import Layout
 from anabranch.backends.tensorrt._library import Library
 from anabranch.errors import BuildError, InputError
 
@@ -55,10 +57,11 @@ def _member(library: Library, capability: tuple[int, int]) -> Any:
     return library.api.ComputeCapability.__members__.get(f"SM{capability[0]}{capability[1]}")
 
 
-def build(library: Library, onnx: Path, name: str, target: Target, show: bool) -> bytes:
+def build(library: Library, onnx: Path, wanted: Mapping[str, Layout], name: str, target: Target, show: bool) -> bytes:
     """Build. The host waits; on the main thread Ctrl-C stops it, with :class:`KeyboardInterrupt`.
 
-    ``show``: with a progress bar on a terminal's standard error. Raises :class:`Rejected`.
+    ``wanted``: what each input and output has to be, by its name. ``show``: with a progress bar on a terminal's
+    standard error. Raises :class:`Rejected`.
     """
     api = library.api
     with library.complaints() as complaints:
@@ -70,11 +73,17 @@ def build(library: Library, onnx: Path, name: str, target: Target, show: bool) -
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             text = "; ".join(dict.fromkeys(f"{e.node_operator() or 'the file'}: {said([e.desc()])}" for e in errors))
             raise Rejected(f"TensorRT's parser does not take it: {text or said(complaints)}")
+        inputs = [network.get_input(i) for i in range(network.num_inputs)]
+        outputs = [network.get_output(i) for i in range(network.num_outputs)]
+        check_tensors(library, wanted, {t.name: (tuple(t.shape), t.dtype) for t in (*inputs, *outputs)})
         config = builder.create_builder_config()
         if target.ahead:
             config.num_compute_capabilities = 1
             config.set_compute_capability(_member(library, target.compute_capability), 0)
         (config.set_flag if target.tf32 else config.clear_flag)(api.BuilderFlag.TF32)
+        # Without it 0 * x is 0 and x - x is 0, also where x is NaN or infinite and PyTorch's result is NaN.
+        if hasattr(api.BuilderFlag, "STRICT_NANS"):
+            config.set_flag(api.BuilderFlag.STRICT_NANS)
         with _interruptible() as interrupted, _progress(name, show) as progress:
             monitor = _monitor(api, progress, interrupted)
             config.progress_monitor = monitor
@@ -84,6 +93,38 @@ def build(library: Library, onnx: Path, name: str, target: Target, show: bool) -
         if serialized is None:
             raise Rejected(f"TensorRT does not build it: {said(complaints)}")
         return bytes(serialized)
+
+
+def check_tensors(library: Library, wanted: Mapping[str, Layout], found: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise :class:`Rejected` unless ``found`` (shape and TensorRT's type, by name) is what is ``wanted``.
+
+    Inputs may be missing, as those are that nothing depends on. The exporter leaves some results in another type than
+    PyTorch's, and the parser would take float64 and compute in float32.
+    """
+    types = dtypes(library)
+    for name, (shape, dtype) in found.items():
+        layout = wanted.get(name)
+        if layout is None or shape != layout.physical or types.get(dtype) is not layout.dtype:
+            expected = "nothing" if layout is None else f"{layout.dtype}{list(layout.physical)}"
+            raise Rejected(f"TensorRT makes {types.get(dtype, dtype)}{list(shape)} of {name}; expected {expected}")
+    missing = [n for n in wanted if n.startswith("output") and n not in found]
+    if missing:
+        raise Rejected(f"TensorRT leaves out {', '.join(missing)}")
+
+
+def dtypes(library: Library) -> dict[Any, torch.dtype]:
+    """PyTorch's types by TensorRT's, of those that an engine may take and return."""
+    t = library.api.DataType
+    return {
+        t.FLOAT: torch.float32,
+        t.HALF: torch.float16,
+        t.BF16: torch.bfloat16,
+        t.INT32: torch.int32,
+        t.INT64: torch.int64,
+        t.BOOL: torch.bool,
+        t.INT8: torch.int8,
+        t.FP8: torch.float8_e4m3fn,
+    }
 
 
 #: What it says of a machine without a GPU or a driver, beside what is the matter.

@@ -159,7 +159,8 @@ def _serialize(
     with tempfile.TemporaryDirectory(prefix="anabranch-onnx-") as folder:
         path = Path(folder) / "segment.onnx"
         _onnx.export(segment.module, segment.inputs, segment.outputs, segment.example(device), path)
-        return build(library, path, label, target, show)
+        wanted = _onnx.named(segment.inputs, segment.outputs)
+        return build(library, path, wanted, label, target, show)
 
 
 # -- who is to blame ----------------------------------------------------------------------------------------------

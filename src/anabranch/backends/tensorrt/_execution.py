@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from anabranch.backends._backend import Stateful
-from anabranch.backends.tensorrt._builder import Rejected, said
+from anabranch.backends.tensorrt._builder import Rejected, check_tensors, said
 from anabranch.backends.tensorrt._compiler import Compiled
-from anabranch.backends.tensorrt._onnx import input_names, output_names
+from anabranch.backends.tensorrt._onnx import input_names, named, output_names
 from anabranch.errors import AnabranchError, BuildError
 from anabranch.export import Program
 
@@ -60,33 +60,12 @@ class Engine:
                 self._config.set_runtime_cache(self._cache)
 
     def _check(self) -> None:
-        """That its tensors are what the segment's are. The parser would take float64 and compute in float32."""
+        """That its tensors are what the segment's are."""
         engine = self._engine
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        wanted = {
-            **dict(zip(input_names(len(self.inputs)), self.inputs, strict=True)),
-            **dict(zip(output_names(len(self.outputs)), self.outputs, strict=True)),
-        }
-        for name in names:
-            layout = wanted.pop(name, None)
-            shape, dtype = tuple(engine.get_tensor_shape(name)), self._dtypes().get(engine.get_tensor_dtype(name))
-            if layout is None or shape != layout.physical or dtype is not layout.dtype:
-                raise Rejected(f"TensorRT made tensor {name!r} of it, {dtype}{list(shape)}; expected {layout}")
-        missing = [n for n in wanted if n.startswith("output")]
-        if missing:
-            raise Rejected(f"TensorRT left out {', '.join(missing)}")
+        found = {n: (tuple(engine.get_tensor_shape(n)), engine.get_tensor_dtype(n)) for n in names}
+        check_tensors(self.library, named(self.inputs, self.outputs), found)
         self.used = [n for n in input_names(len(self.inputs)) if n in names]
-
-    def _dtypes(self) -> dict[Any, torch.dtype]:
-        t = self.api.DataType
-        return {
-            t.FLOAT: torch.float32,
-            t.HALF: torch.float16,
-            t.BF16: torch.bfloat16,
-            t.INT32: torch.int32,
-            t.INT64: torch.int64,
-            t.BOOL: torch.bool,
-        }
 
     def context(self) -> Any:
         """A new ``IExecutionContext`` without memory."""

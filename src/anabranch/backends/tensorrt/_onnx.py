@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from anabranch.backends.tensorrt._layout import Layout
-from anabranch.backends.tensorrt._rewrite import decompose, fold_norms
+from anabranch.backends.tensorrt._rewrite import decompose, rewrite
 from anabranch.errors import BuildError
 from anabranch.export import keep_backends_enabled
 
@@ -52,6 +52,12 @@ def output_names(n: int) -> list[str]:
     return [f"output_{i}" for i in range(n)]
 
 
+def named(inputs: Sequence[Layout], outputs: Sequence[Layout]) -> dict[str, Layout]:
+    """Inputs and outputs by their names in the file."""
+    names = (*input_names(len(inputs)), *output_names(len(outputs)))
+    return dict(zip(names, (*inputs, *outputs), strict=True))
+
+
 def export(
     module: fx.GraphModule,
     inputs: Sequence[Layout],
@@ -65,7 +71,7 @@ def export(
     """
     try:
         with torch.no_grad(), keep_backends_enabled(), _quiet():
-            physical = _Physical(fold_norms(module), inputs, outputs)
+            physical = _Physical(rewrite(module), inputs, outputs)
             exported = torch.export.export(physical, tuple(examples), strict=False)
             program = torch.onnx.export(
                 decompose(exported),
