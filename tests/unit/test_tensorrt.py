@@ -259,6 +259,7 @@ _AS_PYTORCH = {
     "amax of all": (lambda _, x: x.amax() - x.amin(), torch.rand(2, 3)),
     "sum in float16": (lambda _, x: x.sum() + 1, torch.full((8,), 100.0).half()),
     "sums in float16": (lambda _, x: (x.sum(1), x.cumsum(1), x.prod(1)), torch.rand(2, 8).half()),
+    "abs in float16": (lambda _, x: x.abs(), torch.tensor([-1.0, 2.0]).half()),
     "norm of large float16": (lambda _, x: x.norm(dim=1), torch.full((2, 8), 1000.0).half()),
     "logsumexp of large": (lambda _, x: x.logsumexp(1), torch.full((2, 8), 200.0)),
     "attention to nothing": (lambda m, x: _ATTEND(x, x, x, attn_mask=m.mask), torch.rand(1, 2, 3, 8)),
@@ -309,7 +310,7 @@ def test_what_would_be_another_result_is_not_given_to_tensorrt(function: Any, re
 
 
 def test_results_of_another_type_than_pytorchs_are_refused(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewriting, "_SUMS", ())  # the exporter by itself makes float32 of it
+    monkeypatch.setattr(rewriting, "_WIDE", ())  # the exporter by itself makes float32 of it
     made = build(Function(lambda _, x: (x * 2).sum(1)), torch.rand(2, 8).half(), cache=cache)
     (refused,) = made.fallbacks
     assert refused.op == "aten.sum.dim_IntList"
@@ -446,8 +447,9 @@ def _narrow(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _fake(m: Any, x: torch.Tensor) -> torch.Tensor:
     """As a model after quantization-aware training has it."""
+    x = torch.fake_quantize_per_tensor_affine(x, 0.01, 0, 0, 127)
     weight = torch.fake_quantize_per_channel_affine(m.float_weight, m.scales, m.int_zeros, 0, -127, 127)
-    return nn.functional.conv2d(torch.fake_quantize_per_tensor_affine(x, 0.01, 0, 0, 127), weight)
+    return nn.functional.conv2d(x, weight)
 
 
 def _float8(m: Any, x: torch.Tensor) -> torch.Tensor:

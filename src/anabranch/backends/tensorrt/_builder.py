@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -141,7 +142,8 @@ def said(messages: Iterable[str]) -> str:
         if not _NO_GPU.search(line):
             line = _INTERNAL.sub("", line)
             lines.append(_FRAME.sub(r"\1", line).strip())
-    return "; ".join(dict.fromkeys(filter(None, lines))) or "no reason given"
+    text = "; ".join(dict.fromkeys(filter(None, lines)))
+    return textwrap.shorten(text, 400, placeholder=" ...") or "no reason given"
 
 
 @contextmanager

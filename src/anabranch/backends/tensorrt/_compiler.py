@@ -229,6 +229,7 @@ def _try(
         for n in node.all_input_nodes:
             if n not in weights:
                 known[-1][n] = graph.placeholder(f"x{len(inputs)}")
+                known[-1][n].meta["val"] = n.meta["val"]
                 inputs.append(n.meta["val"])
     results: list[fx.Node] = []
     outputs: list[Any] = []

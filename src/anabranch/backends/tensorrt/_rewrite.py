@@ -26,15 +26,19 @@ _CONVOLUTIONS = (
     _aten.conv2d.padding,
     _aten.conv3d.padding,
 )
-#: PyTorch sums halves in float32. The exporter leaves float32 results behind, or sums of squares that overflow.
-_SUMS = (
+#: In half precision the exporter leaves float32 results of these behind, or sums of squares that overflow.
+_WIDE = (
+    _aten.abs.default,
     _aten.sum.default,
     _aten.sum.dim_IntList,
     _aten.cumsum.default,
     _aten.prod.default,
     _aten.prod.dim_int,
     _aten.linalg_vector_norm.default,
+    _aten.cosine_similarity.default,
 )
+#: TensorRT's parser takes these in float16 and float32.
+_WIDE_FOR_BFLOAT16 = (_aten.hardswish.default, _aten.mish.default)
 _HALVES = (torch.float16, torch.bfloat16)
 _FP8 = torch.float8_e4m3fn
 #: The largest number of ``float8_e4m3fn``.
@@ -46,7 +50,7 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     copied = fx.GraphModule(module, graph)
-    for change in (_quantize_fp8, _quantize_int8, _sum_in_float32, _reduce_all, _empty_rows, _fold_norms):
+    for change in (_quantize_fp8, _quantize_int8, _compute_in_float32, _reduce_all, _empty_rows, _fold_norms):
         change(copied)
     graph.eliminate_dead_code()
     copied.recompile()
@@ -121,16 +125,27 @@ def _fold_norms(module: fx.GraphModule) -> None:
         graph.erase_node(norm)
 
 
-def _sum_in_float32(module: fx.GraphModule) -> None:
+def _compute_in_float32(module: fx.GraphModule) -> None:
+    """As PyTorch's kernels do inside, with one rounding at the end."""
     graph = module.graph
     for node in list(graph.nodes):
-        if node.target in _SUMS and _dtype(node) in _HALVES:
-            with graph.inserting_before(node):
-                entered = graph.call_function(_CAST, (node.args[0],), {"dtype": torch.float32})
-                kwargs = {k: v for k, v in node.kwargs.items() if k != "dtype"}
-                total = graph.call_function(node.target, (entered, *node.args[1:]), kwargs)
-                node.replace_all_uses_with(graph.call_function(_CAST, (total,), {"dtype": _dtype(node)}))
-            graph.erase_node(node)
+        dtype = _dtype(module, node)
+        wide = dtype in _HALVES and node.target in _WIDE
+        if not (wide or (dtype is torch.bfloat16 and node.target in _WIDE_FOR_BFLOAT16)):
+            continue
+        with graph.inserting_before(node):
+            entered = {
+                n: graph.call_function(_CAST, (n,), {"dtype": torch.float32})
+                for n in node.all_input_nodes
+                if _dtype(module, n) in _HALVES
+            }
+            total = graph.node_copy(node)
+            for given, cast in entered.items():
+                total.replace_input_with(given, cast)
+            if "dtype" in total.kwargs:
+                total.kwargs = {k: v for k, v in total.kwargs.items() if k != "dtype"}
+            node.replace_all_uses_with(graph.call_function(_CAST, (total,), {"dtype": dtype}))
+        graph.erase_node(node)
 
 
 # -- what the exporter leaves out ---------------------------------------------------------------------------------
@@ -153,7 +168,7 @@ def _empty_rows(module: fx.GraphModule) -> None:
         if not isinstance(mask, fx.Node):
             continue
         given = getattr(module, str(mask.target)) if _is_constant(mask) else None
-        is_bool = (given.dtype if given is not None else _dtype(mask)) is torch.bool
+        is_bool = _dtype(module, mask) is torch.bool
         if given is not None and bool((given if is_bool else given != -torch.inf).any(-1).all()):
             continue
         with graph.inserting_after(node):
@@ -182,7 +197,7 @@ def _quantize_int8(module: fx.GraphModule) -> None:
         with graph.inserting_before(node):
             parameters = (*node.args[1:], torch.int8)
             q = graph.call_function(quantize, (node.args[0], *parameters))
-            out: dict[str, Any] = {} if _dtype(node) is torch.float32 else {"out_dtype": _dtype(node)}
+            out: dict[str, Any] = {} if _dtype(module, node) is torch.float32 else {"out_dtype": _dtype(module, node)}
             node.replace_all_uses_with(graph.call_function(dequantize, (q, *parameters), out))
         graph.erase_node(node)
 
@@ -222,8 +237,7 @@ def _quantize_fp8(module: fx.GraphModule) -> None:
             graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=_CAST):
         source = node.args[0]
-        is_fp8 = (getattr(module, str(source.target)).dtype if _is_constant(source) else _dtype(source)) is _FP8
-        if not is_fp8:
+        if _dtype(module, source) is not _FP8:
             continue
         dtype = node.kwargs.get("dtype")
         last, scale = node, 1.0
@@ -287,8 +301,9 @@ def _constant(module: fx.GraphModule, name: str, value: torch.Tensor) -> fx.Node
     return module.graph.get_attr(name)
 
 
-def _dtype(node: fx.Node) -> torch.dtype | None:
-    value = node.meta.get("val")
+def _dtype(module: fx.GraphModule, node: Any) -> torch.dtype | None:
+    """Of a constant, or of a node of the model's; nothing for what was made here."""
+    value = getattr(module, node.target) if _is_constant(node) else node.meta.get("val")
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
