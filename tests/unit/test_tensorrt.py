@@ -496,9 +496,20 @@ def test_a_quantized_model_is_one_engine_with_its_quantizations(
     assert wrong.float().mean() < 0.02
 
 
-def test_a_quantized_model_in_half_precision_is_one_engine(cache: Cache) -> None:
-    made = build(_quantized(_float8).half(), torch.rand(4, 8).half(), cache=cache, full=True)
-    assert len(made.engines) == 1
+def _int8_linear(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, half = quantized_ops(), {"out_dtype": torch.float16}
+    x = q.dequantize_per_tensor(q.quantize_per_tensor(x, 0.01, 0, *_INT8), 0.01, 0, *_INT8, **half)
+    weight = q.dequantize_per_tensor(m.weight, 0.01, 0, *_INT8, **half)
+    return nn.functional.linear(x, weight)
+
+
+@pytest.mark.parametrize("function", [_int8_linear, _float8])
+def test_quantized_weights_of_a_half_precision_model_stay_so_in_the_engine(cache: Cache, function: Any) -> None:
+    weight = torch.randint(-100, 100, (1024, 1024))
+    model = Function(function, weight=weight.to(torch.int8), weight8=weight.to(_FP8))
+    made = build(model, torch.rand(16, 1024).half(), cache=cache, full=True)
+    (engine,) = made.engines.values()
+    assert weight.numel() < len(engine) < 1.5 * weight.numel()  # a byte each
 
 
 def test_a_zero_point_that_is_not_zero_is_named(cache: Cache) -> None:

@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,15 @@ def _key(library: Library, program: Program, target: Target) -> dict[str, object
         "compute_capability": list(target.compute_capability),
         "tf32": target.tf32,
         "versions": versions,
+        "conversion": _conversion(),
     }
+
+
+@cache
+def _conversion() -> str:
+    """Of the code that turns graphs into engines: what another version of it made is another engine."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
 def _version(package: str) -> str:
