@@ -206,12 +206,16 @@ def test_what_the_library_says_is_told_once_and_without_its_own_lines() -> None:
                 "checkMacros.cpp:250 (cudaError 35: CUDA driver version is insufficient for CUDA runtime version))",
                 "[elsewhere.cpp::f::1] out of memory",
                 "[elsewhere.cpp::f::1] out of memory",
-            ]
+            ],
+            ahead=True,
         )
         == "ElementWiseOperation DIV must have same input types. But they are of types Float and BFloat16;"
         " out of memory"
     )
     assert builder.said([]) == "no reason given"
+    asks = "[checkMacros.cpp::catchCudaError::229] Error Code 1: Cuda Runtime (In catchCudaError at /_src/a.cpp:229)"
+    assert builder.said([asks], ahead=True) == "this version needs a GPU to build it"
+    assert "Cuda Runtime" in builder.said([asks])  # there is a GPU, then, and something is the matter with it
 
 
 class Function(nn.Module):
@@ -472,7 +476,13 @@ def _quantized(function: Any) -> nn.Module:
     )
 
 
-@pytest.mark.usefixtures("seeded")
+@pytest.fixture
+def quantizes_ahead() -> None:
+    if library().version.startswith("1.4."):
+        pytest.skip("TensorRT-RTX 1.4 needs a GPU to build quantized networks")
+
+
+@pytest.mark.usefixtures("seeded", "quantizes_ahead")
 @pytest.mark.parametrize(
     ("function", "operators"),
     [
@@ -503,6 +513,7 @@ def _int8_linear(m: Any, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(x, weight)
 
 
+@pytest.mark.usefixtures("quantizes_ahead")
 @pytest.mark.parametrize("function", [_int8_linear, _float8])
 def test_quantized_weights_of_a_half_precision_model_stay_so_in_the_engine(cache: Cache, function: Any) -> None:
     weight = torch.randint(-100, 100, (1024, 1024))
@@ -510,6 +521,23 @@ def test_quantized_weights_of_a_half_precision_model_stay_so_in_the_engine(cache
     made = build(model, torch.rand(16, 1024).half(), cache=cache, full=True)
     (engine,) = made.engines.values()
     assert weight.numel() < len(engine) < 1.5 * weight.numel()  # a byte each
+
+
+def test_quantizations_are_left_out_first_where_they_and_the_rest_do_not_go_together(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = compiler.build
+
+    def refuse(library: Any, path: Path, wanted: Any, name: str, *rest: Any) -> bytes:
+        kinds = {n.op_type for n in onnx.load(str(path), load_external_data=False).graph.node}
+        if {"Conv", "QuantizeLinear"} <= kinds and name:
+            raise builder.Rejected("TensorRT does not build it: no such kernel")
+        return b"" if "QuantizeLinear" in kinds else real(library, path, wanted, name, *rest)
+
+    monkeypatch.setattr(compiler, "build", refuse)
+    made = build(_quantized(_pairs), torch.rand(1, 3, 8, 8), cache=cache)
+    assert {f.op.split(".")[0] for f in made.fallbacks} == {"quantized_decomposed"}
+    assert made.flops[0] == made.flops[1] > 0
 
 
 def test_a_zero_point_that_is_not_zero_is_named(cache: Cache) -> None:

@@ -72,8 +72,10 @@ def build(library: Library, onnx: Path, wanted: Mapping[str, Layout], name: str,
         parser = api.OnnxParser(network, library.logger)
         if not parser.parse_from_file(str(onnx)):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
-            text = "; ".join(dict.fromkeys(f"{e.node_operator() or 'the file'}: {said([e.desc()])}" for e in errors))
-            raise Rejected(f"TensorRT's parser does not take it: {text or said(complaints)}")
+            text = "; ".join(
+                dict.fromkeys(f"{e.node_operator() or 'the file'}: {said([e.desc()], target.ahead)}" for e in errors)
+            )
+            raise Rejected(f"TensorRT's parser does not take it: {text or said(complaints, target.ahead)}")
         inputs = [network.get_input(i) for i in range(network.num_inputs)]
         outputs = [network.get_output(i) for i in range(network.num_outputs)]
         check_tensors(library, wanted, {t.name: (tuple(t.shape), t.dtype) for t in (*inputs, *outputs)})
@@ -92,7 +94,7 @@ def build(library: Library, onnx: Path, wanted: Mapping[str, Layout], name: str,
         if interrupted.is_set():
             raise KeyboardInterrupt
         if serialized is None:
-            raise Rejected(f"TensorRT does not build it: {said(complaints)}")
+            raise Rejected(f"TensorRT does not build it: {said(complaints, target.ahead)}")
         return bytes(serialized)
 
 
@@ -128,21 +130,26 @@ def dtypes(library: Library) -> dict[Any, torch.dtype]:
     }
 
 
-#: What it says of a machine without a GPU or a driver, beside what is the matter.
-_NO_GPU = re.compile(r"cudaError (35|100)\b|CUDA driver version is insufficient|no CUDA-capable device")
+#: What it says of a machine without a GPU or a driver, mostly beside what is the matter.
+_NO_GPU = re.compile(
+    r"cudaError (35|100)\b|CUDA driver version is insufficient|no CUDA-capable device"
+    r"|Cuda Runtime \(In (catchCudaError|generateForCurrent) at [^()]*\)$"
+)
 #: Lines of its own sources, names of nodes that the exporter made up, and lines that say nothing else.
 _INTERNAL = re.compile(r"^\[[^\]]*\] *|\.? In \w+ at \S+:\d+|\bnode_\w+: |^Invalid Node - .*$|^false$")
 _FRAME = re.compile(r"^\S+: Error Code \d+: [\w ]+ \((.*)\)\.?$")
 
 
-def said(messages: Iterable[str]) -> str:
-    """What the library says, in one line: each thing once, without what only its developers can use."""
-    lines: list[str] = []
-    for line in (line.strip() for message in messages for line in message.splitlines()):
-        if not _NO_GPU.search(line):
-            line = _INTERNAL.sub("", line)
-            lines.append(_FRAME.sub(r"\1", line).strip())
-    text = "; ".join(dict.fromkeys(filter(None, lines)))
+def said(messages: Iterable[str], ahead: bool = False) -> str:
+    """What the library says, in one line: each thing once, without what only its developers can use.
+
+    ``ahead``: it built for a GPU that is not there, and what it says of that is no news.
+    """
+    lines = [line.strip() for message in messages for line in message.splitlines()]
+    kept = [line for line in lines if not (ahead and _NO_GPU.search(line))]
+    if lines and not kept:
+        return "this version needs a GPU to build it"
+    text = "; ".join(dict.fromkeys(filter(None, (_FRAME.sub(r"\1", _INTERNAL.sub("", line)).strip() for line in kept))))
     return textwrap.shorten(text, 400, placeholder=" ...") or "no reason given"
 
 

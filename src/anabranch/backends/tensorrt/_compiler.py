@@ -31,6 +31,7 @@ from anabranch.backends.tensorrt._partition import (
     counted,
     fallback,
     flops,
+    is_quantization,
     partition,
     why_not,
 )
@@ -196,7 +197,9 @@ def _guilty(
             guilty[node.name] = guilty[node.all_input_nodes[0].name]
     if guilty:
         return guilty
-    return {n.name: f"no single operator, but all from {sources(program, segment)} together: {why}" for n in nodes}
+    # Versions differ in which int8 and fp8 kernels they have: without the quantizations the rest may still do.
+    blamed = [n for n in nodes if is_quantization(n)] or nodes
+    return {n.name: f"no single operator, but all from {sources(program, segment)} together: {why}" for n in blamed}
 
 
 def _is_tensor(node: fx.Node) -> bool:

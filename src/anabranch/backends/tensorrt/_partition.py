@@ -129,6 +129,15 @@ def _given(node: fx.Node) -> list[Any]:
     return [v for n in node.all_input_nodes for v in _tensors(n)]
 
 
+def is_quantization(node: fx.Node) -> bool:
+    """Whether it goes to int8 or fp8, or back, or does both."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target.namespace == "quantized_decomposed" or node.target.name().startswith("aten::fake_quantize"):
+        return True
+    return any(v.dtype in _QUANTIZED for v in (*_tensors(node), *_given(node)))
+
+
 def partition(program: Program, excluded: Mapping[str, str]) -> Partition:
     """Cut the graph of ``program`` into segments of all nodes but those named in ``excluded``."""
     graph_module = fx.GraphModule(program.module, _copy(program.module.graph))
