@@ -150,10 +150,10 @@ class Refused(nn.Module):
 
     def forward(self, x: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
         for _ in range(5):
-            x = torch.special.erfinv(torch.tanh(x) * 0.5)
-        y = torch.special.erfinv(x - 1)
-        z = torch.special.erfinv(x - 2)
-        return torch.special.erfinv(y + z), (i + 1) & 3, x.double() * 2
+            x = torch.special.erfinv(x)
+        x = torch.special.erfinv(x)
+        x = torch.special.erfinv(x)
+        return torch.special.erfinv(x), (i + 1) & 3, x.double() * 2
 
 
 def test_refusals_are_grouped_by_reason_with_the_models_lines(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
