@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
+import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from anabranch.backends.tensorrt._layout import Layout
 from anabranch.backends.tensorrt._library import Library
 from anabranch.errors import BuildError, InputError
 
@@ -54,10 +58,11 @@ def _member(library: Library, capability: tuple[int, int]) -> Any:
     return library.api.ComputeCapability.__members__.get(f"SM{capability[0]}{capability[1]}")
 
 
-def build(library: Library, onnx: Path, name: str, target: Target, show: bool) -> bytes:
+def build(library: Library, onnx: Path, wanted: Mapping[str, Layout], name: str, target: Target, show: bool) -> bytes:
     """Build. The host waits; on the main thread Ctrl-C stops it, with :class:`KeyboardInterrupt`.
 
-    ``show``: with a progress bar on a terminal's standard error. Raises :class:`Rejected`.
+    ``wanted``: what each input and output has to be, by its name. ``show``: with a progress bar on a terminal's
+    standard error. Raises :class:`Rejected`.
     """
     api = library.api
     with library.complaints() as complaints:
@@ -67,13 +72,21 @@ def build(library: Library, onnx: Path, name: str, target: Target, show: bool) -
         parser = api.OnnxParser(network, library.logger)
         if not parser.parse_from_file(str(onnx)):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
-            text = "; ".join(f"{e.node_operator() or 'the file'}: {e.desc()}" for e in errors) or "no reason given"
-            raise Rejected(f"TensorRT's parser does not take it: {text}")
+            text = "; ".join(
+                dict.fromkeys(f"{e.node_operator() or 'the file'}: {said([e.desc()], target.ahead)}" for e in errors)
+            )
+            raise Rejected(f"TensorRT's parser does not take it: {text or said(complaints, target.ahead)}")
+        inputs = [network.get_input(i) for i in range(network.num_inputs)]
+        outputs = [network.get_output(i) for i in range(network.num_outputs)]
+        check_tensors(library, wanted, {t.name: (tuple(t.shape), t.dtype) for t in (*inputs, *outputs)})
         config = builder.create_builder_config()
         if target.ahead:
             config.num_compute_capabilities = 1
             config.set_compute_capability(_member(library, target.compute_capability), 0)
         (config.set_flag if target.tf32 else config.clear_flag)(api.BuilderFlag.TF32)
+        # Without it 0 * x is 0 and x - x is 0, also where x is NaN or infinite and PyTorch's result is NaN.
+        if hasattr(api.BuilderFlag, "STRICT_NANS"):
+            config.set_flag(api.BuilderFlag.STRICT_NANS)
         with _interruptible() as interrupted, _progress(name, show) as progress:
             monitor = _monitor(api, progress, interrupted)
             config.progress_monitor = monitor
@@ -81,8 +94,63 @@ def build(library: Library, onnx: Path, name: str, target: Target, show: bool) -
         if interrupted.is_set():
             raise KeyboardInterrupt
         if serialized is None:
-            raise Rejected(f"TensorRT does not build it: {'; '.join(complaints) or 'no reason given'}")
+            raise Rejected(f"TensorRT does not build it: {said(complaints, target.ahead)}")
         return bytes(serialized)
+
+
+def check_tensors(library: Library, wanted: Mapping[str, Layout], found: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise :class:`Rejected` unless ``found`` (shape and TensorRT's type, by name) is what is ``wanted``.
+
+    Inputs may be missing, as those are that nothing depends on. The exporter leaves some results in another type than
+    PyTorch's, and the parser would take float64 and compute in float32.
+    """
+    types = dtypes(library)
+    for name, (shape, dtype) in found.items():
+        layout = wanted.get(name)
+        if layout is None or shape != layout.physical or types.get(dtype) is not layout.dtype:
+            expected = "nothing" if layout is None else f"{layout.dtype}{list(layout.physical)}"
+            raise Rejected(f"TensorRT makes {types.get(dtype, dtype)}{list(shape)} of {name}; expected {expected}")
+    missing = [n for n in wanted if n.startswith("output") and n not in found]
+    if missing:
+        raise Rejected(f"TensorRT leaves out {', '.join(missing)}")
+
+
+def dtypes(library: Library) -> dict[Any, torch.dtype]:
+    """PyTorch's types by TensorRT's, of those that an engine may take and return."""
+    t = library.api.DataType
+    return {
+        t.FLOAT: torch.float32,
+        t.HALF: torch.float16,
+        t.BF16: torch.bfloat16,
+        t.INT32: torch.int32,
+        t.INT64: torch.int64,
+        t.BOOL: torch.bool,
+        t.INT8: torch.int8,
+        t.FP8: torch.float8_e4m3fn,
+    }
+
+
+#: What it says of a machine without a GPU or a driver, mostly beside what is the matter.
+_NO_GPU = re.compile(
+    r"cudaError (35|100)\b|CUDA driver version is insufficient|no CUDA-capable device"
+    r"|Cuda Runtime \(In (catchCudaError|generateForCurrent) at [^()]*\)$"
+)
+#: Lines of its own sources, names of nodes that the exporter made up, and lines that say nothing else.
+_INTERNAL = re.compile(r"^\[[^\]]*\] *|\.? In \w+ at \S+:\d+|\bnode_\w+: |^Invalid Node - .*$|^false$")
+_FRAME = re.compile(r"^\S+: Error Code \d+: [\w ]+ \((.*)\)\.?$")
+
+
+def said(messages: Iterable[str], ahead: bool = False) -> str:
+    """What the library says, in one line: each thing once, without what only its developers can use.
+
+    ``ahead``: it built for a GPU that is not there, and what it says of that is no news.
+    """
+    lines = [line.strip() for message in messages for line in message.splitlines()]
+    kept = [line for line in lines if not (ahead and _NO_GPU.search(line))]
+    if lines and not kept:
+        return "this version needs a GPU to build it"
+    text = "; ".join(dict.fromkeys(filter(None, (_FRAME.sub(r"\1", _INTERNAL.sub("", line)).strip() for line in kept))))
+    return textwrap.shorten(text, 400, placeholder=" ...") or "no reason given"
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import sysconfig
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from anabranch.backends.tensorrt._partition import (
     Fallback,
     Partition,
     Segment,
+    by_reason,
     counted,
     fallback,
     flops,
+    is_quantization,
     partition,
     why_not,
 )
@@ -67,7 +70,7 @@ class Compiled:
             f"{self.library.name} {self.library.version}: {inside} of {everything} operators{share}, in {n}"
             f" engine{'s' * (n != 1)}{f', {self.reused} from the cache' if self.reused else ''}"
         ]
-        return lines + [f"  not in TensorRT: {f}" for f in self.fallbacks]
+        return lines + [f"  not in TensorRT: {line}" for line in by_reason(self.fallbacks)]
 
 
 def compile_program(
@@ -133,7 +136,7 @@ def compile_program(
         if n.name not in inside
     ]
     if require_full and fallbacks:
-        listed = "; ".join(map(str, fallbacks))
+        listed = "; ".join(by_reason(fallbacks))
         raise BuildError(
             f"require_full=True given, and {len(fallbacks)} of {len(everything)} operators cannot run in"
             f" {library.name} {library.version}: {listed}. Change the model, or let another backend run them:"
@@ -165,7 +168,8 @@ def _serialize(
     with tempfile.TemporaryDirectory(prefix="anabranch-onnx-") as folder:
         path = Path(folder) / "segment.onnx"
         _onnx.export(segment.module, segment.inputs, segment.outputs, segment.example(device), path)
-        return build(library, path, label, target, show)
+        wanted = _onnx.named(segment.inputs, segment.outputs)
+        return build(library, path, wanted, label, target, show)
 
 
 # -- who is to blame ----------------------------------------------------------------------------------------------
@@ -198,7 +202,11 @@ def _guilty(
     for node in nodes:
         if not isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes[0].name in guilty:
             guilty[node.name] = guilty[node.all_input_nodes[0].name]
-    return guilty or {n.name: f"no single operator, but all of them together: {why}" for n in nodes}
+    if guilty:
+        return guilty
+    # Versions differ in which int8 and fp8 kernels they have: without the quantizations the rest may still do.
+    blamed = [n for n in nodes if is_quantization(n)] or nodes
+    return {n.name: f"no single operator, but all from {sources(program, segment)} together: {why}" for n in blamed}
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -232,6 +240,7 @@ def _try(
         for n in node.all_input_nodes:
             if n not in weights:
                 known[-1][n] = graph.placeholder(f"x{len(inputs)}")
+                known[-1][n].meta["val"] = n.meta["val"]
                 inputs.append(n.meta["val"])
     results: list[fx.Node] = []
     outputs: list[Any] = []
@@ -289,7 +298,15 @@ def _key(library: Library, program: Program, target: Target) -> dict[str, object
         "tf32": target.tf32,
         "platform": sysconfig.get_platform(),
         "versions": versions,
+        "conversion": _conversion(),
     }
+
+
+@cache
+def _conversion() -> str:
+    """Of the code that turns graphs into engines: what another version of it made is another engine."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
 def _version(package: str) -> str:
@@ -325,4 +342,4 @@ def _model_hash(program: Program) -> str:
 def sources(program: Program, segment: Segment) -> str:
     """The model's lines that a segment comes from, the first and the last of them."""
     lines = [s for n in program.module.graph.nodes if n.name in segment.nodes and (s := source_of(n))]
-    return f"{lines[0]} to {lines[-1]}" if lines else ""
+    return " to ".join(dict.fromkeys((lines[0], lines[-1]))) if lines else "lines that PyTorch did not keep"

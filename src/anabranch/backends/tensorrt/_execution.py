@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from anabranch.backends._backend import Stateful
-from anabranch.backends.tensorrt._builder import Rejected
+from anabranch.backends.tensorrt._builder import Rejected, check_tensors, said
 from anabranch.backends.tensorrt._compiler import Compiled
-from anabranch.backends.tensorrt._onnx import input_names, output_names
+from anabranch.backends.tensorrt._onnx import input_names, named, output_names
 from anabranch.errors import AnabranchError, BuildError
 from anabranch.export import Program
 
@@ -34,7 +34,7 @@ class Engine:
         with compiled.library.complaints() as complaints:
             self._engine = self._runtime.deserialize_cuda_engine(compiled.engines[name])
         if self._engine is None:
-            raise Rejected(f"TensorRT does not load its own engine: {'; '.join(complaints) or 'no reason given'}")
+            raise Rejected(f"TensorRT does not load its own engine: {said(complaints)}")
         self._check()
         self.workspace_bytes = int(self._engine.device_memory_size_v2)
         # Kernels that are compiled for this very GPU when the first execution context is made, and kept for later ones.
@@ -60,33 +60,12 @@ class Engine:
                 self._config.set_runtime_cache(self._cache)
 
     def _check(self) -> None:
-        """That its tensors are what the segment's are. The parser would take float64 and compute in float32."""
+        """That its tensors are what the segment's are."""
         engine = self._engine
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        wanted = {
-            **dict(zip(input_names(len(self.inputs)), self.inputs, strict=True)),
-            **dict(zip(output_names(len(self.outputs)), self.outputs, strict=True)),
-        }
-        for name in names:
-            layout = wanted.pop(name, None)
-            shape, dtype = tuple(engine.get_tensor_shape(name)), self._dtypes().get(engine.get_tensor_dtype(name))
-            if layout is None or shape != layout.physical or dtype is not layout.dtype:
-                raise Rejected(f"TensorRT made tensor {name!r} of it, {dtype}{list(shape)}; expected {layout}")
-        missing = [n for n in wanted if n.startswith("output")]
-        if missing:
-            raise Rejected(f"TensorRT left out {', '.join(missing)}")
+        found = {n: (tuple(engine.get_tensor_shape(n)), engine.get_tensor_dtype(n)) for n in names}
+        check_tensors(self.library, named(self.inputs, self.outputs), found)
         self.used = [n for n in input_names(len(self.inputs)) if n in names]
-
-    def _dtypes(self) -> dict[Any, torch.dtype]:
-        t = self.api.DataType
-        return {
-            t.FLOAT: torch.float32,
-            t.HALF: torch.float16,
-            t.BF16: torch.bfloat16,
-            t.INT32: torch.int32,
-            t.INT64: torch.int64,
-            t.BOOL: torch.bool,
-        }
 
     def context(self) -> Any:
         """A new ``IExecutionContext`` without memory."""
@@ -96,7 +75,7 @@ class Engine:
             else:
                 made = self._engine.create_execution_context(self.api.ExecutionContextAllocationStrategy.USER_MANAGED)
         if made is None:
-            raise BuildError(f"TensorRT makes no execution context: {'; '.join(complaints) or 'no reason given'}")
+            raise BuildError(f"TensorRT makes no execution context: {said(complaints)}")
         return made
 
     def keep_kernels(self) -> None:
@@ -159,7 +138,7 @@ class _Call:
     def _enqueue(self, stream: Any) -> None:
         with self.engine.library.complaints() as complaints:
             if not self.context.execute_async_v3(stream.cuda_stream):
-                raise AnabranchError(f"TensorRT did not run: {'; '.join(complaints) or 'no reason given'}")
+                raise AnabranchError(f"TensorRT did not run: {said(complaints)}")
 
 
 class Instance:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,10 @@ def library() -> Library:
     )
 
 
+#: Warnings of what is done on purpose, or comes with an error.
+_KNOWN = re.compile(r"Make sure (in|out)put \S+ has Int64 binding|first input has type \S+ but second")
+
+
 def _logger(api: Any) -> Any:
     """TensorRT's messages go to Python's ``logging``, under the name ``anabranch.tensorrt``."""
     severity = api.ILogger.Severity
@@ -89,6 +94,8 @@ def _logger(api: Any) -> Any:
             errors = getattr(self.heard, "errors", None)
             if errors is not None and level >= logging.ERROR:
                 errors.append(message)
+                level = logging.DEBUG
+            elif level == logging.WARNING and _KNOWN.search(message):
                 level = logging.DEBUG
             # An exception must not go back through the library's C++.
             try:

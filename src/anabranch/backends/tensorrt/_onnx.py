@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import fx
 
 from anabranch.backends.tensorrt._layout import Layout
+from anabranch.backends.tensorrt._rewrite import decompose, rewrite
 from anabranch.errors import BuildError
 from anabranch.export import keep_backends_enabled
 
@@ -49,8 +52,14 @@ def output_names(n: int) -> list[str]:
     return [f"output_{i}" for i in range(n)]
 
 
+def named(inputs: Sequence[Layout], outputs: Sequence[Layout]) -> dict[str, Layout]:
+    """Inputs and outputs by their names in the file."""
+    names = (*input_names(len(inputs)), *output_names(len(outputs)))
+    return dict(zip(names, (*inputs, *outputs), strict=True))
+
+
 def export(
-    module: torch.nn.Module,
+    module: fx.GraphModule,
     inputs: Sequence[Layout],
     outputs: Sequence[Layout],
     examples: Sequence[torch.Tensor],
@@ -62,9 +71,10 @@ def export(
     """
     try:
         with torch.no_grad(), keep_backends_enabled(), _quiet():
-            exported = torch.export.export(_Physical(module, inputs, outputs), tuple(examples), strict=False)
+            physical = _Physical(rewrite(module), inputs, outputs)
+            exported = torch.export.export(physical, tuple(examples), strict=False)
             program = torch.onnx.export(
-                exported,
+                decompose(exported),
                 dynamo=True,
                 input_names=input_names(len(inputs)),
                 output_names=output_names(len(outputs)),
@@ -81,7 +91,9 @@ def export(
 def _innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    operator = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", text)
+    return f"PyTorch has none for {'.'.join(operator.groups())}" if operator else f"{type(error).__name__}: {text}"
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 from torch.utils.flop_counter import FlopCounterMode
 
 from anabranch.backends.tensorrt._layout import Layout
+from anabranch.backends.tensorrt._rewrite import quantized_with_rounding, saturates
 from anabranch.export import Program, is_random, source_of
 
 #: What a TensorRT engine computes with as PyTorch does. Its parser takes float64 too, and computes in float32.
@@ -33,7 +34,25 @@ class Fallback:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.op}{f' ({self.source})' if self.source else ''}: {self.reason}"
+        return f"{self.op}{f' ({self.source})' if self.source else ''}"
+
+
+#: How many operators are named for one reason.
+_NAMED = 3
+
+
+def by_reason(fallbacks: Sequence[Fallback]) -> list[str]:
+    """A line for each reason: the operators, each with the model's line, the first few by name, and the reason."""
+    groups: dict[str, list[str]] = {}
+    for f in fallbacks:
+        groups.setdefault(f.reason, []).append(str(f))
+    lines = []
+    for reason, operators in groups.items():
+        times = {name: operators.count(name) for name in operators}  # a loop, or a module that is used twice
+        named = [f"{name}{f' x{n}' if n > 1 else ''}" for name, n in list(times.items())[:_NAMED]]
+        left = len(operators) - sum(list(times.values())[:_NAMED])
+        lines.append(f"{', '.join(named)}{f' and {left} more' if left else ''}: {reason}")
+    return lines
 
 
 @dataclass
@@ -70,7 +89,10 @@ def why_not(node: fx.Node) -> str:
         return "it depends on how its input lies in memory"
     if is_random(node):
         return "it draws random numbers"
-    quantizes = node.target.namespace in ("quantized_decomposed", "torchao")
+    if (reason := _other_result(node)) is not None:
+        return reason
+    quantizes = node.target.namespace == "quantized_decomposed" or node.target.name() == "aten::_to_copy"
+    quantizes |= not _computes(node)
     for value in (*_used(node), *(v for n in node.all_input_nodes for v in _used(n))):
         if value.dtype not in _DTYPES and not (quantizes and value.dtype in _QUANTIZED):
             return f"TensorRT has no {str(value.dtype).removeprefix('torch.')}"
@@ -84,10 +106,45 @@ def why_not(node: fx.Node) -> str:
     return ""
 
 
+def _other_result(node: fx.Node) -> str | None:
+    """Why TensorRT would take it and compute something else, or nothing."""
+    name = node.target.name()  # type: ignore[union-attr]
+    if name == "aten::atan2":
+        return "its ONNX turns NaN into 0"
+    if name.startswith("aten::avg_pool") and len(node.args) > 6 and node.args[6] is not None:
+        return "its ONNX ignores divisor_override"
+    if quantized_with_rounding(node):
+        return (
+            "PyTorch rounds to whole numbers before float8 there; a division, clamp(-448, 448) and"
+            " .to(torch.float8_e4m3fn) do not"
+        )
+    if name == "aten::_to_copy" and node.kwargs.get("dtype") is torch.float8_e4m3fn and not saturates(node.args[0]):
+        return "a cast to float8 without clamp(-448, 448) before it: TensorRT saturates, where PyTorch may give NaN"
+    if name == "aten::_to_copy" and torch.int8 in (node.kwargs.get("dtype"), *(v.dtype for v in _given(node))):
+        return "TensorRT has int8 in torch.ops.quantized_decomposed only"
+    return None
+
+
+def _given(node: fx.Node) -> list[Any]:
+    return [v for n in node.all_input_nodes for v in _tensors(n)]
+
+
+def is_quantization(node: fx.Node) -> bool:
+    """Whether it goes to int8 or fp8, or back, or does both."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target.namespace == "quantized_decomposed" or node.target.name().startswith("aten::fake_quantize"):
+        return True
+    return any(v.dtype in _QUANTIZED for v in (*_tensors(node), *_given(node)))
+
+
 def partition(program: Program, excluded: Mapping[str, str]) -> Partition:
     """Cut the graph of ``program`` into segments of all nodes but those named in ``excluded``."""
     graph_module = fx.GraphModule(program.module, _copy(program.module.graph))
     graph = graph_module.graph
+    # Of types that are settled. Outside of engines, what they look at would have to be a result.
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
     excluded = {**excluded, **dict.fromkeys(_trailing_views(graph), "")}
 
     class Support(OperatorSupportBase):
