@@ -294,7 +294,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = [
     line.partition("#")[0].replace("\\\n", " ").split()
     for page in ("README.md", "docs/tensorrt.md")
-    for line in re.findall(r"^anabranch build (.*(?:\\\n.*)*)$", (ROOT / page).read_text(encoding="utf-8"), re.M)
+    for line in re.findall(r"^anabranch build ((?:.*\\\n)*.*)$", (ROOT / page).read_text(encoding="utf-8"), re.M)
 ]
 
 
