@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,19 +18,26 @@ from contract import stateful
 from contract.stateful import ScratchInstance
 from contract.support import PATHS, Make, Mlp, Rig, on_threads
 
+#: Those that other tests of this process keep: programs for the explorer make engines when they are imported.
+_others: list[ScratchInstance] = []
+
 
 @pytest.fixture(autouse=True)
-def with_state(rig: Rig) -> None:
+def with_state(rig: Rig) -> Iterator[None]:
     stateful.install(rig.seam)
     rig.defaults = {"backend": stateful.NAME}
+    instances(rig)
+    _others.extend(ScratchInstance.alive)
+    yield
+    _others.clear()
 
 
 def instances(rig: Rig) -> int:
-    """How many there are, once what is done was freed."""
+    """How many this test has, once what is done was freed."""
     gc.collect()
     rig.seam.reap()
     gc.collect()
-    return len(ScratchInstance.alive)
+    return len(set(ScratchInstance.alive) - set(_others))
 
 
 def captured(rig: Rig, engine: Any, like: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
