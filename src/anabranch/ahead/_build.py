@@ -39,8 +39,8 @@ class Build:
     """What :func:`build` made: plain data; ``print`` shows it.
 
     ``operators`` and ``flops`` (of products and convolutions) are pairs: in engines, and in all. ``fallbacks`` has a
-    line for each operator that PyTorch will run instead: the operator, its source line, the reason. ``reused`` counts
-    engines that were in the cache already.
+    line for each reason why PyTorch will run operators instead: the operators, their source lines, the reason.
+    ``reused`` counts engines that were in the cache already.
     """
 
     model: str
@@ -178,6 +178,7 @@ def _export(
 
 def _build(name: str, signature: Signature, program: Program, target: Any, require_full: bool, cache: Any) -> Build:
     from anabranch.backends.tensorrt import compile_program, library
+    from anabranch.backends.tensorrt._partition import by_reason
 
     common = (name, str(signature), f"{library().name} {library().version}", target.compute_capability, cache.folder)
     if program.data_dependent:
@@ -199,7 +200,7 @@ def _build(name: str, signature: Signature, program: Program, target: Any, requi
             f"engines were built, and {len(missing)} of {len(engines)} could not be kept in {cache.folder} (the warning"
             " before this says why). Make room there, or give another folder as cache."
         )
-    fallbacks = tuple(map(str, compiled.fallbacks))
+    fallbacks = tuple(by_reason(compiled.fallbacks))
     return Build(*common, tuple(engines), compiled.operators, compiled.flops, fallbacks, compiled.reused)
 
 
