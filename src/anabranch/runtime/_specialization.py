@@ -551,8 +551,8 @@ class Specialization:
             # Built now, it would load code, which invalidates a capture in the global mode.
             raise NotCapturable(
                 f"this call is inside a CUDA graph capture, and no execution context of {self.backend} is left for"
-                " it: each captured graph keeps one (of each stream that calls come on in it). Before the captures, call"
-                " engine.warm(captures=N), N being how many graphs you capture."
+                " it: each captured graph keeps one (of each stream that calls come on in it). Before the captures,"
+                " call engine.warm(captures=N), N being how many graphs you capture."
             )
         kept = _Kept(self, lane, member)
         self._device.join_capture(stream, self._index, keep=kept)
