@@ -92,8 +92,9 @@ def _flops_share(cells: Cells, judged: bool) -> dict[str, Any]:
     ours = min(shares.values(), default=None)
     lacking = [f"{n}: no share" for n in OURS if n not in shares and n in cells and _has(cells[n], None)]
     row = _row(cells, OURS, None, ours, None, ours is not None and ours >= SHARE, lacking)
-    if not judged and row["result"] != NOT_MEASURED:
-        row["result"] = NO_BAR
+    if not judged:
+        row["result"] = NO_BAR  # of a ReLU there is no share: it has no FLOPs
+        row.pop("why", None)
     return row
 
 

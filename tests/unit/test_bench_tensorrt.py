@@ -199,6 +199,8 @@ def test_figures_beyond_a_bar_fail(program: ModuleType, cells: dict[str, Any]) -
     assert {bar for bar, row in found.items() if row["result"] == "fail"} == set(found) - {"wrong"}
     # Only convolutional networks have a bar on their FLOPs.
     assert judged(program, cells, "encoder")["flops_share"]["result"] == "no bar"
+    shareless = {name: cell | {"note": "captured: asked for"} for name, cell in cells.items()}  # as a ReLU's
+    assert judged(program, shareless, "relu")["flops_share"]["result"] == "no bar"
     cells[program.DIRECT]["note"] = "direct: asked for"
     assert judged(program, cells)["flops_share"]["result"] == "not measured"
 
