@@ -18,7 +18,6 @@ _Getter = Callable[[], Any]
 _fp32 = torch._C._get_fp32_precision_getter
 
 
-
 def _matmul_precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
