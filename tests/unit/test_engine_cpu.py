@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -390,6 +392,28 @@ def test_a_changed_flag_does_not_matter_to_relu(flag: str) -> None:
     x = torch.randn(2, 3)
     with FLAGS[flag]():
         assert torch.equal(engine(x), x.relu())
+
+
+_FLAGS_OF_BACKENDS = """
+import torch, anabranch
+from anabranch.runtime._flags import Flags
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+x = torch.randn(2, 3)
+engine = anabranch.compile(torch.nn.Linear(3, 4).eval(), [x])
+assert engine(x).shape == (2, 4)
+assert engine(torch.randn(5, 3)).shape == (5, 4)
+torch.backends.cudnn.conv.fp32_precision = "tf32"
+flags = Flags("cuda")
+assert flags.tf32 and flags.unchanged()
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+assert not flags.unchanged() and "cuda.matmul.fp32_precision was 'tf32' at compile" in flags.changes()
+"""
+
+
+def test_flags_may_be_set_by_backend() -> None:
+    # In a process of its own: PyTorch has no way back to one precision for all.
+    done = subprocess.run([sys.executable, "-c", _FLAGS_OF_BACKENDS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @both_backends

@@ -20,7 +20,7 @@ from anabranch.devices import get_device
 from anabranch.errors import BuildError, InputError
 from anabranch.export import Input, Program, Signature, export_program, flatten_call, leaf_key
 from anabranch.runtime._build import neutral, process
-from anabranch.runtime._engine import _inputs, load_exported
+from anabranch.runtime._engine import _inputs, given_model
 from anabranch.runtime._flags import Flags
 
 
@@ -131,13 +131,7 @@ def build(
     check_target(library(), target)
     kept = Cache(Path(cache) if cache is not None else None)
     _check_writable(kept.folder)
-    name = type(model).__name__
-    if isinstance(model, str | os.PathLike):
-        name, model = Path(model).stem, load_exported(Path(model))
-    if not isinstance(model, torch.nn.Module | ExportedProgram):
-        raise InputError(
-            f"model is a {type(model).__name__}; expected an nn.Module, an exported program or the path of a .pt2 file"
-        )
+    name, model = given_model(model)
     args, keywords = _inputs(model, inputs, kwargs)
     with process.build_lock:
         signature, program = _export(model, args, keywords, precision)

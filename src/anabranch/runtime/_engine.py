@@ -88,13 +88,7 @@ def compile(
         raise InputError(f"max_contexts={max_contexts} given; expected at least 1 (cuda_graphs=False needs none)")
     if memory_limit is not None and memory_limit < 0:
         raise InputError(f"memory_limit={memory_limit} given; expected bytes, 0 or more, or None")
-    name = type(model).__name__
-    if isinstance(model, str | os.PathLike):
-        name, model = Path(model).stem, load_exported(Path(model))
-    if not isinstance(model, torch.nn.Module | ExportedProgram):
-        raise InputError(
-            f"model is a {type(model).__name__}; expected an nn.Module, an exported program or the path of a .pt2 file"
-        )
+    name, model = given_model(model)
     args, keywords = _inputs(model, inputs, kwargs)
     kind = _engine_class(runtime)
     # While another thread exports the same model, torch.export has put other tensors in the place of its parameters.
@@ -169,6 +163,18 @@ def _is_input(x: Any) -> bool:
 def _tensors_for(inputs: Any, device: torch.device) -> Any:
     """Tensors in place of each :class:`Input`."""
     return pytree.tree_map(lambda x: x.empty(device) if _is_input(x) else x, inputs, is_leaf=_is_input)
+
+
+def given_model(model: Any) -> tuple[str, torch.nn.Module | ExportedProgram]:
+    """A model as :func:`compile` takes it: its name, and itself or what its file holds."""
+    name = type(model).__name__
+    if isinstance(model, str | os.PathLike):
+        name, model = Path(model).stem, load_exported(Path(model))
+    if not isinstance(model, torch.nn.Module | ExportedProgram):
+        raise InputError(
+            f"model is a {type(model).__name__}; expected an nn.Module, an exported program or the path of a .pt2 file"
+        )
+    return name, model
 
 
 def load_exported(path: Path) -> ExportedProgram:

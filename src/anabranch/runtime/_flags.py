@@ -17,9 +17,18 @@ _Getter = Callable[[], Any]
 #: What torch.backends.*.fp32_precision reads; the properties cost ten times as much.
 _fp32 = torch._C._get_fp32_precision_getter
 
+
+def _matmul_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # Somebody has set torch.backends.*.fp32_precision, and PyTorch refuses to name one precision for all backends.
+        return "set by backend"
+
+
 _COMMON: dict[str, _Getter] = {
     "torch.use_deterministic_algorithms": torch.are_deterministic_algorithms_enabled,
-    "torch.set_float32_matmul_precision": torch.get_float32_matmul_precision,
+    "torch.set_float32_matmul_precision": _matmul_precision,
 }
 _CUDA: dict[str, _Getter] = {
     **_COMMON,
