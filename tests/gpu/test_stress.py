@@ -296,3 +296,15 @@ def test_thread_exit_leaves_its_contexts_to_others(gpu: Gpu, compiled: Make) -> 
         torch.cuda.synchronize()
         assert torch.equal(outputs[0], expected)
     assert engine.stats().contexts == 2
+
+
+def test_streams_that_are_never_destroyed_are_told_by_their_numbers(gpu: Gpu) -> None:
+    """What the native runtime relies on, where it lets a stream come back to its context without a wait for itself."""
+    ours = [torch.cuda.Stream(priority=p) for p in (0, -1) for _ in range(40)]  # more than a pool has
+    assert torch.cuda.default_stream().stream_id == 0
+    assert all(s.stream_id & 1 for s in ours)
+    assert len({s.cuda_stream for s in ours}) < len(ours)
+    made = gpu.seam.stream(0)
+    assert isinstance(made, torch.cuda.ExternalStream)
+    assert made.stream_id == made.cuda_stream
+    assert made.stream_id & 1 == 0

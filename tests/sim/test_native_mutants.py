@@ -25,6 +25,11 @@ MUTANTS = {
         "streams2_threads1_calls3_contexts1",
         r"stream `B` has waited for no work of stream `A`",
     ),
+    "no wait for the last use": (
+        "NO_WAIT",
+        "streams2_threads1_calls3_contexts1",
+        r"stream `B` has waited for no work of stream `A`",
+    ),
     "given back before its last use is recorded": (
         "LATE_RECORD",
         "streams2_threads2_calls2_contexts1",

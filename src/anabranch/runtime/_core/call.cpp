@@ -154,7 +154,7 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Buil
       auto& context = static_cast<Context&>(*grant.slot->payload);
       try {
         auto regions = layout->allocate();
-        launch(context, inputs, stream, ref, regions);
+        launch(context, grant.again, inputs, stream, ref, regions);
         results = layout->tensors(regions);
       } catch (...) {
         // Part of it may be queued: whatever that is, the context is freed after it, and used by no other call.
@@ -225,11 +225,14 @@ Specialization::Outcome Specialization::finish_direct(Tensors& results) {
 //     record done  ------------------------->  wait done; copy in; launch; copy out; record done
 //
 // Where the graph reads and writes the caller's own memory there is nothing to copy; that memory is the caller's
-// stream's, as with any operator. The wait is made on the same stream too: a stream's handle may have died and been
-// given to a new stream.
-void Specialization::launch(Context& context, const at::Tensor* inputs, const c10::Stream& stream, const StreamRef& ref,
-                            const Regions& regions) {
-  context.done->block(stream);
+// stream's, as with any operator. A stream that comes back to its context need not wait for itself, if it is one that
+// is never destroyed: a handle that died may have been given to a new stream.
+void Specialization::launch(Context& context, bool again, const at::Tensor* inputs, const c10::Stream& stream,
+                            const StreamRef& ref, const Regions& regions) {
+#ifdef ANABRANCH_MUTANT_NO_WAIT
+  again = true;  // planted for the tests of the tests: as if every stream were the last one
+#endif
+  if (!again || !api_->is_lasting || !api_->is_lasting(ref)) wait(*context.done, stream, ref);
   c10::SmallVector<const void*, 8> buffers;
   Tensors read;  // what is read where the caller has it, or a copy that kernels can read
   for (size_t i = 0; i < specs.size(); ++i) {
@@ -264,8 +267,19 @@ void Specialization::launch(Context& context, const at::Tensor* inputs, const c1
     }
   }
 #if !defined(ANABRANCH_MUTANT_NO_RECORD) && !defined(ANABRANCH_MUTANT_LATE_RECORD)
-  context.done->record(stream);
+  record(*context.done, stream, ref);
 #endif
+}
+
+// An event comes to be, and PyTorch takes notice of it, at its first record.
+void Specialization::wait(const c10::Event& event, const c10::Stream& stream, const StreamRef& ref) const {
+  if (!api_->wait || !event.was_marked_for_recording()) return event.block(stream);
+  check("waiting for a context's last use", api_->wait(event.eventId(), ref));
+}
+
+void Specialization::record(c10::Event& event, const c10::Stream& stream, const StreamRef& ref) const {
+  if (!api_->record || !event.was_marked_for_recording()) return event.record(stream);
+  check("recording a context's use", api_->record(event.eventId(), ref));
 }
 
 // `x`, or a copy of it with the strides and the alignment that the kernels were compiled (and algorithms chosen) for.

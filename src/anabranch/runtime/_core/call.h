@@ -129,8 +129,10 @@ class Specialization {
 
  private:
   at::Tensor canonical(const at::Tensor& x, size_t i) const;
-  void launch(Context& context, const at::Tensor* inputs, const c10::Stream& stream, const StreamRef& ref,
+  void launch(Context& context, bool again, const at::Tensor* inputs, const c10::Stream& stream, const StreamRef& ref,
               const Regions& regions);
+  void wait(const c10::Event& event, const c10::Stream& stream, const StreamRef& ref) const;
+  void record(c10::Event& event, const c10::Stream& stream, const StreamRef& ref) const;
   Outcome finish_direct(Tensors& results);
   void direct(const at::Tensor* inputs, const StreamRef& ref, Tensors& results);
 

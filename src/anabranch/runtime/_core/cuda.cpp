@@ -20,6 +20,8 @@ struct NodeParams {
 
 struct Entries {
   int (*graph_launch)(void* graph, void* stream);
+  int (*stream_wait)(void* stream, void* event, unsigned flags);
+  int (*event_record)(void* event, void* stream);
   int (*memcpy_async)(void* to, const void* from, size_t bytes, int kind, void* stream);
   int (*stream_is_capturing)(void* stream, int* status);
   int (*set_params)(void* graph, void* node, const NodeParams* params);
@@ -53,10 +55,14 @@ const DeviceApi& cuda_api() {
   static const DeviceApi api = [] {
     void* runtime = open_library({"libcudart.so.13", "libcudart.so.12"});
     void* driver = open_library({"libcuda.so.1", "libcuda.so"});
-    find(runtime, "cudaGraphLaunch", cuda.graph_launch);
     find(runtime, "cudaMemcpyAsync", cuda.memcpy_async);
+    // The runtime's, and the first that a call makes: it makes the device's context the thread's, which the driver's
+    // own functions expect to find.
     find(runtime, "cudaStreamIsCapturing", cuda.stream_is_capturing);
     find(runtime, "cudaStreamCreateWithFlags", cuda.create_stream);
+    find(driver, "cuGraphLaunch", cuda.graph_launch);
+    find(driver, "cuStreamWaitEvent", cuda.stream_wait);
+    find(driver, "cuEventRecord", cuda.event_record);
     find(driver, "cuGraphExecKernelNodeSetParams_v2", cuda.set_params);
     find(driver, "cuLaunchKernel", cuda.launch_kernel);
     return DeviceApi{
@@ -93,6 +99,11 @@ const DeviceApi& cuda_api() {
           made->id = static_cast<int64_t>(reinterpret_cast<intptr_t>(made->handle));
           return code;
         },
+        [](void* event, const StreamRef& stream) { return cuda.stream_wait(stream.handle, event, 0); },
+        [](void* event, const StreamRef& stream) { return cuda.event_record(event, stream.handle); },
+        // 0 is the default stream's number, those of PyTorch's pools are odd, and both kinds outlive everything. The
+        // others are handles of streams that somebody else made and may destroy.
+        [](const StreamRef& stream) { return stream.id == 0 || (stream.id & 1); },
     };
   }();
   return api;

@@ -43,6 +43,12 @@ struct DeviceApi {
   bool (*is_lost)();
   // A stream of the current device that nobody else has, and that is never destroyed. Null: PyTorch's pool has to do.
   int (*new_stream)(StreamRef* made) = nullptr;
+  // Have the stream wait for an event (PyTorch's `eventId`) that was recorded before; record it. For less than PyTorch
+  // takes, which looks at the current device four times. Null: PyTorch does it.
+  int (*wait)(void* event, const StreamRef& stream) = nullptr;
+  int (*record)(void* event, const StreamRef& stream) = nullptr;
+  // Whether the stream is never destroyed, so that its number never names another one. Null: nobody knows.
+  bool (*is_lasting)(const StreamRef& stream) = nullptr;
 };
 
 // A device call failed.

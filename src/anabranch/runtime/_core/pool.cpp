@@ -78,11 +78,11 @@ Slot* Pool::by_hint(int64_t stream) {
 
 Pool::Grant Pool::granted(Slot* slot, int64_t stream) {
   auto used_on = Slot::stream(slot->word_.peek());
-  return {Grant::kContext, slot, 0, used_on != Slot::kNever && used_on != stream};
+  return {Grant::kContext, slot, 0, used_on != Slot::kNever && used_on != stream, used_on == stream};
 }
 
 Pool::Grant Pool::acquire(int64_t stream, bool may_build) {
-  if (auto* slot = by_hint(stream)) return {Grant::kContext, slot};
+  if (auto* slot = by_hint(stream)) return {Grant::kContext, slot, 0, false, true};
 
   std::unique_ptr<Waiter> waiter;
   {

@@ -103,6 +103,7 @@ class Pool {
     Slot* slot = nullptr;
     int64_t reserved = 0;
     bool waits = false;  // last used on another stream, for which the device has to wait
+    bool again = false;  // last used on this very stream, as far as numbers tell
   };
 
   // `limits` must outlive the pool. Null: a pool whose contexts are never lent to another stream, without a limit.

@@ -67,7 +67,13 @@ bool is_lost() {
   return !Machine::get().error.empty();
 }
 
-const runtime::DeviceApi api{launch, copy, is_capturing, nullptr, nullptr, is_lost};
+// The machine never destroys a stream.
+bool is_lasting(const StreamRef&) {
+  return true;
+}
+
+const runtime::DeviceApi api{launch,  copy,    is_capturing, nullptr, nullptr,
+                             is_lost, nullptr, nullptr,      nullptr, is_lasting};
 
 }  // namespace
 
