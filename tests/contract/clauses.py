@@ -349,6 +349,29 @@ def test_clause6_two_user_graphs_replay_beside_direct_calls_after_the_engine_is_
     del junk
 
 
+@PATHS
+def test_clause6_an_engine_that_goes_inside_a_capture_does_it_no_harm(rig: Rig, runtime: str, graphs: bool) -> None:
+    x = rig.random(64, 256)
+    model = Mlp().eval().requires_grad_(False).to(rig.device())
+    engine, going = (
+        anabranch.compile(model, [x], runtime=runtime, cuda_graphs=graphs, **rig.defaults) for _ in range(2)
+    )
+    expected = rig.load_kernels(engine, x)
+    rig.load_kernels(going, x)
+    gc.collect()
+    g = rig.new_graph()
+    with rig.capture(g, "global"):
+        del going
+        gc.collect()
+        rig.seam.reap()
+        y = engine(x)
+    y.fill_(float("nan"))
+    g.replay()
+    rig.module.synchronize()
+    assert torch.equal(y, expected)
+    engine.close()
+
+
 def test_clause6_what_a_graph_has_baked_in_is_freed_with_it(rig: Rig, runtime: str) -> None:
     model = Mlp(2048).eval().requires_grad_(False).to(rig.device())
     x = rig.random(4, 2048)

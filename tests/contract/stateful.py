@@ -32,7 +32,7 @@ class ScratchInstance:
     alive: ClassVar[weakref.WeakSet[ScratchInstance]] = weakref.WeakSet()
 
     def __init__(self, owner: ScratchKernels, own: Any) -> None:
-        self._owner = owner
+        self._owner, self._own = owner, own
         # One piece for all held results: they follow each other in the graph, and each is read before the next.
         self.scratch = torch.empty(owner.nbytes, dtype=torch.uint8, device=owner.device) if owner.nbytes else None
         self.nbytes = owner.nbytes
@@ -40,6 +40,10 @@ class ScratchInstance:
         # What the graph's code calls by name.
         self._holds = SimpleNamespace(**holds)
         self.alive.add(self)
+
+    def __del__(self) -> None:
+        # As unloading code does, this ends a capture that somebody has under way, unless who frees it allows for that.
+        self._own.query()
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         results: Sequence[torch.Tensor] = self._owner.forward(self._holds, *self._owner.weights, *inputs)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+import anabranch
 from contract import faults
 from contract.faults import Scene, campaign, interrupt_at
-from contract.support import Make
+from contract.support import Make, Mlp
 from gpu.support import Gpu
 
 
@@ -57,6 +58,26 @@ def no_memory() -> Iterator[None]:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         del junk
+
+
+def test_a_call_in_a_capture_that_is_spoilt_already(gpu: Gpu, compiled: Make) -> None:
+    from cuda.bindings import runtime as rt
+
+    x = gpu.random(64, 256)
+    engine = compiled(Mlp(), x)
+    expected = gpu.load_kernels(engine, x)
+    stream = gpu.stream()
+    with torch.cuda.stream(stream):
+        thread_local = rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        assert rt.cudaStreamBeginCapture(stream.cuda_stream, thread_local)[0] == 0
+        try:
+            assert rt.cudaStreamSynchronize(stream.cuda_stream)[0] != 0
+            with pytest.raises(anabranch.NotCapturable, match="invalidated before this call"):
+                engine(x)
+        finally:
+            assert rt.cudaStreamEndCapture(stream.cuda_stream)[0] != 0
+            rt.cudaGetLastError()
+        assert torch.equal(engine(x), expected)
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graph", "direct"])

@@ -12,6 +12,8 @@ from torch import nn
 
 import anabranch
 from anabranch.bench import find_work
+from anabranch.devices._dependents import early_edges
+from anabranch.devices._driver import graph_edges
 from gpu.support import Gpu, Make, on_threads
 
 pytestmark = pytest.mark.skipif(
@@ -152,6 +154,70 @@ def test_several_calls_of_several_engines_in_several_captures(gpu: Gpu, compiled
         for i in range(2):
             for k in range(2):
                 assert torch.equal(outputs[i][k], expected[(turn + i + k) % 4]), (turn, i, k)
+
+
+def early_convolutions(gpu: Gpu) -> tuple[nn.Module, list[torch.Tensor]]:
+    """A network of which TensorRT-RTX 1.4 launches most kernels early on compute capability 9.0, and inputs."""
+    pytest.importorskip("torchvision", reason="the network is torchvision's")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU starts no kernel early")
+    about = find_work("resnet18")
+    inputs = [gpu.random(*about.shape_on("cuda"), dtype=torch.float16) * (0.5 + 0.25 * i) for i in range(8)]
+    return about.make().half(), [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+
+
+def test_every_kernel_waits_for_the_whole_of_the_one_before(gpu: Gpu, compiled: Make) -> None:
+    model, inputs = early_convolutions(gpu)
+    engine = compiled(model, inputs[0], backend="tensorrt", cuda_graphs=False)
+    expected = engine(inputs[0]).clone()
+    # What TensorRT queues by itself, and what an instance makes of it.
+    lowered = next(iter(engine._specializations.values()))._lowered
+    with torch.cuda.stream(gpu.stream()):
+        instance = lowered.instance(gpu.stream())
+        instance([inputs[0]])
+        torch.cuda.synchronize()
+        call = instance._all[0]
+        assert call._whole is not None, "TensorRT starts no kernel of it early: the test has no object"
+        raw, whole = (torch.cuda.CUDAGraph(keep_graph=True) for _ in range(2))
+        for graph, queue in ((raw, call._execute), (whole, call._enqueue)):
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                queue(torch.cuda.current_stream())
+    assert early_edges(raw.raw_cuda_graph())
+    assert not early_edges(whole.raw_cuda_graph())
+    assert len(graph_edges(raw.raw_cuda_graph())[0]) == len(graph_edges(whole.raw_cuda_graph())[0])
+    # In a caller's capture, which has kernels of the caller's too.
+    engine.warm(captures=1)
+    mine = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(mine):
+        y = engine(inputs[0] * 1.0) + 1.0
+    assert not early_edges(mine.raw_cuda_graph())
+    mine.instantiate()
+    y.fill_(float("nan"))
+    mine.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected + 1.0)
+
+
+@pytest.mark.parametrize(("graphs", "calls"), [(True, 2500), (False, 200)], ids=["graph", "direct"])
+def test_kernels_that_start_early_spoil_nothing(gpu: Gpu, compiled: Make, graphs: bool, calls: int) -> None:
+    """Of as many calls with graphs, TensorRT's own launches spoil two on average."""
+    model, inputs = early_convolutions(gpu)
+    engine = compiled(model, inputs[0], backend="tensorrt", cuda_graphs=graphs, max_contexts=8)
+    engine.warm(contexts=8)
+    expected = [engine(x) for x in inputs]
+    wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(8)]
+    torch.cuda.synchronize()
+
+    def work_on(i: int) -> None:
+        with torch.cuda.stream(gpu.stream()):
+            for j in range(calls):
+                y = engine(inputs[(i + j) % 8])
+                wrong[i] += (y != expected[(i + j) % 8]).any()
+                y.fill_(float("nan"))
+            torch.cuda.current_stream().synchronize()
+
+    on_threads(8, work_on)
+    assert [int(n) for n in wrong] == [0] * 8
 
 
 class GlobalCaptures:

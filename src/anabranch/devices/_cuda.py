@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -19,9 +20,10 @@ from typing import Any, ClassVar
 import torch
 
 from anabranch import _sync
+from anabranch.devices._dependents import complete
 from anabranch.devices._device import Graph, Lane, Latch, Memory
 from anabranch.devices._graveyard import Graveyard
-from anabranch.errors import AnabranchError, DeviceLost
+from anabranch.errors import AnabranchError, DeviceLost, NotCapturable
 
 try:
     from cuda.bindings import driver
@@ -49,6 +51,7 @@ _STICKY = {
 }
 _THREAD_LOCAL = rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
 _RELAXED = rt.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+_NONE = rt.cudaStreamCaptureStatus.cudaStreamCaptureStatusNone
 _ACTIVE = rt.cudaStreamCaptureStatus.cudaStreamCaptureStatusActive
 _SUCCESS = rt.cudaError_t.cudaSuccess
 
@@ -229,7 +232,7 @@ class CudaDevice:
         # Apart from the others: what recordings need for a moment is more than a context should have for good.
         self._free_scratch: dict[int, list[_CudaScratch]] = _sync.dict_("free scratch")
         self._reapers: dict[int, Any] = _sync.dict_("reapers")
-        self._graveyard = Graveyard(self._query)
+        self._graveyard = Graveyard(self._query, self.building)
         self._captured_by_callers = _CallerCaptures(self.release_lane)
         self._lost: str | None = None
         self._leaked: list[Any] = _sync.list_("leaked")
@@ -273,7 +276,7 @@ class CudaDevice:
         # torch.cuda.is_current_stream_capturing asks about the current *device*, which need not be the stream's.
         if stream.device_index == torch.cuda.current_device():
             return torch.cuda.is_current_stream_capturing()
-        return bool(_ok("cudaStreamIsCapturing", rt.cudaStreamIsCapturing(stream.cuda_stream)) == _ACTIVE)
+        return bool(_ok("cudaStreamIsCapturing", rt.cudaStreamIsCapturing(stream.cuda_stream)) != _NONE)
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -340,35 +343,25 @@ class CudaDevice:
         """:meth:`capture`, with the nodes kept for as long as the graph: they name what is to be patched."""
         stream = lane.stream
         with torch.cuda.stream(stream), memory.using():
+            source, result = _captured(stream, fn)
+            captured = _instantiated(source)
             try:
-                _ok("cudaStreamBeginCapture", rt.cudaStreamBeginCapture(stream.cuda_stream, _THREAD_LOCAL))
-                result = fn()
-                graph = _ok("cudaStreamEndCapture", rt.cudaStreamEndCapture(stream.cuda_stream))
-            except BaseException:
-                # Wherever it was interrupted: a thread whose capture stays open can do nothing else.
-                error, graph = rt.cudaStreamEndCapture(stream.cuda_stream)
-                if error == _SUCCESS:
-                    rt.cudaGraphDestroy(graph)
-                rt.cudaGetLastError()  # a failed capture leaves its error behind; it is not the next call's
-                raise
-            try:
-                executable = _ok("cudaGraphInstantiate", rt.cudaGraphInstantiate(graph, 0))
-            except BaseException:
-                rt.cudaGraphDestroy(graph)
-                raise
-            captured = _CudaGraph(executable, graph)
-            try:
-                _ok("cudaGraphUpload", rt.cudaGraphUpload(executable, stream.cuda_stream))
+                _ok("cudaGraphUpload", rt.cudaGraphUpload(captured.executable, stream.cuda_stream))
             except BaseException:
                 captured.destroy()
                 raise
         return captured, result
 
+    def whole_kernels(self, stream: Any) -> WholeKernels:
+        """To queue a library's work so that no kernel starts before the one ahead of it has ended.
+
+        ``stream``: one of the caller's own, for captures; nothing runs on it.
+        """
+        return WholeKernels(self, stream)
+
     def graph_under_capture(self, stream: Any) -> int:
         """The handle of the graph that the capture on ``stream`` adds to."""
-        status, _, graph, *_ = _ok("cudaStreamGetCaptureInfo", rt.cudaStreamGetCaptureInfo(stream.cuda_stream))
-        assert status == _ACTIVE, "asked for a capture where none is under way"
-        return int(graph)
+        return int(_capture_on(stream)[1])
 
     def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:
         tie = self._captured_by_callers.of(stream)
@@ -448,6 +441,92 @@ class CudaDevice:
         return torch.cuda.get_device_name(index)
 
 
+def _capture_on(stream: Any) -> tuple[Any, Any]:
+    """Number of the capture that is under way on the stream, and the graph that it adds to."""
+    status, identity, graph, *_ = _ok("cudaStreamGetCaptureInfo", rt.cudaStreamGetCaptureInfo(stream.cuda_stream))
+    if status != _ACTIVE:
+        raise NotCapturable(
+            "the capture on the current stream was invalidated before this call: since it began, something was done"
+            " that CUDA forbids meanwhile, on the stream, in this thread, or (in capture mode 'global') in any thread,"
+            " such as to allocate or free device memory, load code, or wait for the device. Begin the capture again"
+            ' without it, or capture with capture_error_mode="thread_local".'
+        )
+    return identity, graph
+
+
+def _captured(stream: Any, fn: Callable[[], Any]) -> tuple[Any, Any]:
+    """What ``fn`` queues on the stream and its forks, as a graph that is the caller's to destroy, and its result."""
+    try:
+        _ok("cudaStreamBeginCapture", rt.cudaStreamBeginCapture(stream.cuda_stream, _THREAD_LOCAL))
+        result = fn()
+        return _ok("cudaStreamEndCapture", rt.cudaStreamEndCapture(stream.cuda_stream)), result
+    except BaseException:
+        # Wherever it was interrupted: a thread whose capture stays open can do nothing else.
+        error, graph = rt.cudaStreamEndCapture(stream.cuda_stream)
+        if error == _SUCCESS:
+            rt.cudaGraphDestroy(graph)
+        rt.cudaGetLastError()  # a failed capture leaves its error behind; it is not the next call's
+        raise
+
+
+def _instantiated(graph: Any) -> _CudaGraph:
+    """With its source, which goes if this fails."""
+    try:
+        return _CudaGraph(_ok("cudaGraphInstantiate", rt.cudaGraphInstantiate(graph, 0)), graph)
+    except BaseException:
+        rt.cudaGraphDestroy(graph)
+        raise
+
+
+class WholeKernels:
+    """Queues a library's work with each kernel after the whole of the one before, whatever it was launched for.
+
+    The work is captured, the order of its kernels made complete, and the graph launched. The next time the executable
+    is changed to what is captured then. Threads: one use at a time. Streams: each use has to be ordered after the one
+    before. The host takes as long as the library does to queue its work, and some microseconds a kernel.
+    """
+
+    def __init__(self, device: CudaDevice, stream: Any) -> None:
+        self._device, self._stream = device, stream
+        #: The last one is in use. Earlier ones may still be under way.
+        self._executables: list[_CudaGraph] = []
+        weakref.finalize(self, _destroy, self._executables).atexit = False
+
+    def captured(self, queue: Callable[[Any], None]) -> int:
+        """How many kernels might start early in what ``queue`` puts on the stream that it is given. Runs nothing."""
+        with self._device.building():
+            graph, _ = _captured(self._stream, lambda: queue(self._stream))
+            try:
+                return complete(int(graph))
+            finally:
+                rt.cudaGraphDestroy(graph)
+
+    def launch(self, queue: Callable[[Any], None], stream: Any) -> None:
+        """Do on ``stream`` what ``queue`` would do on the stream that it is given."""
+        with self._device.building():
+            graph, _ = _captured(self._stream, lambda: queue(self._stream))
+            try:
+                complete(int(graph))
+                if not self._executables or not _updated(self._executables[-1], graph):
+                    self._executables.append(_CudaGraph(_ok("cudaGraphInstantiate", rt.cudaGraphInstantiate(graph, 0))))
+            finally:
+                rt.cudaGraphDestroy(graph)
+            self._executables[-1].launch(stream)
+
+
+def _updated(graph: _CudaGraph, source: Any) -> bool:
+    """Whether the executable could be changed to ``source``. Launches that are queued stay what they were."""
+    if rt.cudaGraphExecUpdate(graph.executable, source)[0] == _SUCCESS:
+        return True
+    rt.cudaGetLastError()
+    return False
+
+
+def _destroy(graphs: list[_CudaGraph]) -> None:
+    while graphs:
+        graphs.pop().destroy()
+
+
 class _CallerCapture:
     """One capture of a caller's: what its graph has baked in."""
 
@@ -474,8 +553,7 @@ class _CallerCaptures:
 
     def of(self, stream: Any) -> _CallerCapture:
         """The capture under way on ``stream``."""
-        status, identity, graph, *_ = _ok("cudaStreamGetCaptureInfo", rt.cudaStreamGetCaptureInfo(stream.cuda_stream))
-        assert status == _ACTIVE, "asked for a capture where none is under way"
+        identity, graph = _capture_on(stream)
         capture = self._captures.get(int(identity))
         if capture is not None:
             return capture

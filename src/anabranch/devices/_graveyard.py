@@ -10,6 +10,7 @@ import atexit
 import gc
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from anabranch import _sync
@@ -21,8 +22,13 @@ class Graveyard:
     that holds one; ``deque.append`` and ``popleft`` are atomic, and an entry is in the hands of one thread at a time.
     """
 
-    def __init__(self, query: Callable[[Sequence[Any]], bool]) -> None:
-        self._query = query
+    def __init__(
+        self,
+        query: Callable[[Sequence[Any]], bool],
+        freeing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """``freeing``: what to enter while remains are freed, which a garbage collection may do anywhere."""
+        self._query, self._freeing = query, freeing
         self._entries: deque[tuple[Sequence[Any], Any, Callable[[], None]]] = _sync.deque_("graveyard")
         #: Something else to look at in each reaping.
         self.also: Callable[[], None] = lambda: None
@@ -61,4 +67,5 @@ class Graveyard:
                 if not done:
                     self._entries.append(entry)
             if done:
-                then()
+                with self._freeing():
+                    then()

@@ -8,7 +8,7 @@ on it: on fresh inputs at other addresses, into poisoned outputs between guards,
 This is the build-time half, in Python, where speed does not matter. :meth:`Recording.launch` and
 :meth:`Recording.launch_kernels` are the slow reference of what the native runtime does for each call.
 
-CUDA's driver is called through :mod:`ctypes`: parameters are read and written as raw bytes, which the bindings hide.
+Parameters are read and written as raw bytes (:mod:`anabranch.devices._driver`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Protocol
 
 import torch
 
 from anabranch.devices._cuda import CudaDevice, _CudaGraph, _CudaLane, _CudaMemory, _CudaScratch
+from anabranch.devices._driver import DriverError, call, graph_edges, graph_nodes, status
 from anabranch.devices._relocation import (
     Capture,
     Edge,
@@ -142,7 +142,7 @@ class Recording:
         for patch in patches or self.patched:
             arguments = _Arguments(patch, addresses)
             params = _KernelNodeParams.of(patch.kernel, arguments)
-            _call("cuGraphExecKernelNodeSetParams_v2", self.graph.executable, patch.handle, ctypes.byref(params))
+            call("cuGraphExecKernelNodeSetParams_v2", self.graph.executable, patch.handle, ctypes.byref(params))
         self.graph.launch(stream)
 
     def launch_kernels(
@@ -156,7 +156,7 @@ class Recording:
             shape = (*kernel.grid, *kernel.block, kernel.shared)
             # cuLaunchKernel takes a CUkernel in the place of a CUfunction.
             function = ctypes.c_void_p(kernel.function or kernel.kernel)
-            _call(
+            call(
                 "cuLaunchKernel",
                 function,
                 *map(ctypes.c_uint, shape),
@@ -586,30 +586,6 @@ class _Arguments:
 #: CU_LAUNCH_PARAM_...: how parameters in a buffer are given.
 _BUFFER_END, _BUFFER_POINTER, _BUFFER_SIZE = 0, 1, 2
 
-
-class _DriverError(AnabranchError):
-    def __init__(self, call: str, code: int) -> None:
-        super().__init__(f"{call} failed with CUDA driver error {code}")
-        self.error_code = code
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _status(name: str, *arguments: Any) -> int:
-    # Plain integers here are handles and sizes, 8 bytes each.
-    converted = [ctypes.c_uint64(int(a)) if hasattr(a, "__int__") else a for a in arguments]
-    return int(getattr(_driver(), name)(*converted))
-
-
-def _call(name: str, *arguments: Any) -> None:
-    code = _status(name, *arguments)
-    if code:
-        raise _DriverError(name, code)
-
-
 _KERNEL, _MEMCPY, _MEMSET, _EMPTY = 0, 1, 2, 5
 _OTHERS = {
     3: "a host function",
@@ -628,40 +604,26 @@ _ON_DEVICE = (2, 4)  # CU_MEMORYTYPE_DEVICE, CU_MEMORYTYPE_UNIFIED
 
 def _read(graph: int) -> tuple[list[Node], list[int], list[Edge]]:
     """The nodes of a graph as data, their handles, and their order. Raises :class:`_Unreadable`."""
-    count = ctypes.c_size_t()
-    _call("cuGraphGetNodes", graph, None, ctypes.byref(count))
-    handles = (ctypes.c_void_p * count.value)()
-    if count.value:
-        _call("cuGraphGetNodes", graph, handles, ctypes.byref(count))
-    known = [int(h or 0) for h in handles]
-    return [_node(i, h) for i, h in enumerate(known)], known, _edges(graph, known)
-
-
-def _edges(graph: int, handles: Sequence[int]) -> list[Edge]:
+    handles = graph_nodes(graph)
     places = {h: i for i, h in enumerate(handles)}
-    count = ctypes.c_size_t()
-    _call("cuGraphGetEdges_v2", graph, None, None, None, ctypes.byref(count))
-    sources, targets = (ctypes.c_void_p * count.value)(), (ctypes.c_void_p * count.value)()
-    data = (ctypes.c_uint64 * count.value)()
-    if count.value:
-        _call("cuGraphGetEdges_v2", graph, sources, targets, data, ctypes.byref(count))
-    return [Edge(places[s], places[t], int(d)) for s, t, d in zip(sources, targets, data, strict=True)]
+    edges = [Edge(places[s], places[t], d) for s, t, d in zip(*graph_edges(graph), strict=True)]
+    return [_node(i, h) for i, h in enumerate(handles)], handles, edges
 
 
 def _node(index: int, handle: int) -> Node:
     kind = ctypes.c_int()
-    _call("cuGraphNodeGetType", handle, ctypes.byref(kind))
+    call("cuGraphNodeGetType", handle, ctypes.byref(kind))
     if kind.value == _KERNEL:
         return _kernel(index, handle)
     if kind.value == _EMPTY:
         return Empty()
     if kind.value == _MEMSET:
         fill = _MemsetNodeParams()
-        _call("cuGraphMemsetNodeGetParams", handle, ctypes.byref(fill))
+        call("cuGraphMemsetNodeGetParams", handle, ctypes.byref(fill))
         return Transfer("a fill", (fill.dst,), (fill.pitch, fill.value, fill.element, fill.width, fill.height))
     if kind.value == _MEMCPY:
         copy = _Memcpy3D()
-        _call("cuGraphMemcpyNodeGetParams", handle, ctypes.byref(copy))
+        call("cuGraphMemcpyNodeGetParams", handle, ctypes.byref(copy))
         sides = (copy.src, copy.dst)
         if any(side.type not in _ON_DEVICE or side.array for side in sides):
             raise _Unreadable(f"step {index} copies from or to the host")
@@ -672,7 +634,7 @@ def _node(index: int, handle: int) -> Node:
 
 def _kernel(index: int, handle: int) -> Kernel:
     node = _KernelNodeParams()
-    _call("cuGraphKernelNodeGetParams_v2", handle, ctypes.byref(node))
+    call("cuGraphKernelNodeGetParams_v2", handle, ctypes.byref(node))
     function, kernel = int(node.func or 0), int(node.kern or 0)
     name = _name(function, kernel)
     layout = _layout(function, kernel)
@@ -723,18 +685,18 @@ def _layout(function: int, kernel: int) -> tuple[tuple[int, int], ...]:
     layout: list[tuple[int, int]] = []
     while True:
         offset, size = ctypes.c_size_t(), ctypes.c_size_t()
-        code = _status(query, which, len(layout), ctypes.byref(offset), ctypes.byref(size))
+        code = status(query, which, len(layout), ctypes.byref(offset), ctypes.byref(size))
         if code == 1:  # CUDA_ERROR_INVALID_VALUE: there is none of this number
             return tuple(layout)
         if code:
-            raise _DriverError(query, code)
+            raise DriverError(query, code)
         layout.append((offset.value, size.value))
 
 
 def _name(function: int, kernel: int) -> str:
     text = ctypes.c_char_p()
     query, which = ("cuFuncGetName", function) if function else ("cuKernelGetName", kernel)
-    if _status(query, ctypes.byref(text), which) or text.value is None:
+    if status(query, ctypes.byref(text), which) or text.value is None:
         return "(no name)"
     return text.value.decode(errors="replace")
 
@@ -766,7 +728,7 @@ def _attributes(index: int, handle: int, name: str) -> str:
 def _attribute(handle: int, number: int) -> bytes:
     value = (ctypes.c_char * 64)()
     # One that this driver does not know is not set.
-    if _status("cuGraphKernelNodeGetAttribute", handle, ctypes.c_int(number), value):
+    if status("cuGraphKernelNodeGetAttribute", handle, ctypes.c_int(number), value):
         return bytes(64)
     return bytes(value)
 
@@ -778,6 +740,6 @@ def _is_device(address: int) -> bool:
 def memory_of(address: int) -> tuple[int, int] | None:
     """(start, bytes) of the piece of device memory that ``address`` lies in; None where it is no such address."""
     base, size = ctypes.c_uint64(), ctypes.c_size_t()
-    if _status("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address):
+    if status("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address):
         return None
     return base.value, size.value

@@ -127,7 +127,7 @@ class SimDevice:
         self._captures: dict[int, _CallerCapture] = _sync.dict_("captures of callers")
         #: Captures whose graph is gone. Noted where a graph is destroyed, which may be anywhere; seen to in a reaping.
         self._ended: Any = _sync.deque_("captures that are gone")
-        self._graveyard = Graveyard(self._query)
+        self._graveyard = Graveyard(self._query, self.building)
         self._graveyard.also = self._reap_captures
 
     def index(self, device: torch.device) -> int:

@@ -29,13 +29,13 @@ class Member:
         parts: list[Any],
     ) -> None:
         """``parts``: whoever takes the one item out is to free lane and memory."""
-        self.run: Any = run
         self.nbytes = nbytes
         self.used_on: int | None = None
         self.done = device.event()
         #: Do not count it among the instances any more. May be repeated.
         self.forget = forget
-        remains: list[Any] = [run, self.done]
+        #: The only reference to the instance: it goes where these are cleared, not where the member goes.
+        self._remains = remains = [run, self.done]
 
         def decompose() -> None:
             remains.clear()
@@ -50,6 +50,10 @@ class Member:
             device.bury([done], remains, decompose)
 
         weakref.finalize(self, bury, self.done).atexit = False
+
+    @property
+    def run(self) -> Any:
+        return self._remains[0]
 
 
 class Instances:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import weakref
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,16 @@ from anabranch.backends._backend import Stateful
 from anabranch.backends.tensorrt._builder import Rejected, check_tensors, said
 from anabranch.backends.tensorrt._compiler import Compiled
 from anabranch.backends.tensorrt._onnx import input_names, named, output_names
+from anabranch.devices import get_device
+from anabranch.devices._dependents import complete
+from anabranch.devices._driver import graph_nodes
 from anabranch.errors import AnabranchError, BuildError
 from anabranch.export import Program
 
 #: Bytes that the addresses given to an execution context have to be a multiple of.
 _ALIGNMENT = 256
+#: Compute capability from which on a kernel may start before the one ahead of it has ended.
+_STARTS_EARLY = (9, 0)
 
 
 class Engine:
@@ -28,40 +34,42 @@ class Engine:
         api = compiled.library.api
         segment = compiled.partition.segments[name]
         self.api, self.device = api, device
+        self.seam: Any = get_device(device.type)
         self.inputs, self.outputs = segment.inputs, segment.outputs
         self._compiled, self.library = compiled, compiled.library
-        self._runtime = api.Runtime(compiled.library.logger)
+        parts = self._parts = SimpleNamespace(runtime=api.Runtime(compiled.library.logger), config=None, cache=None)
+        # As with the remains of contexts: code that is unloaded anyhow ends a capture that somebody has under way.
+        weakref.finalize(self, self.seam.bury, (), None, vars(parts).clear).atexit = False
         with compiled.library.complaints() as complaints:
-            self._engine = self._runtime.deserialize_cuda_engine(compiled.engines[name])
-        if self._engine is None:
+            parts.engine = parts.runtime.deserialize_cuda_engine(compiled.engines[name])
+        if parts.engine is None:
             raise Rejected(f"TensorRT does not load its own engine: {said(complaints)}")
         self._check()
-        self.workspace_bytes = int(self._engine.device_memory_size_v2)
+        self.workspace_bytes = int(parts.engine.device_memory_size_v2)
+        self.may_start_early = torch.cuda.get_device_capability(device) >= _STARTS_EARLY
         # Kernels that are compiled for this very GPU when the first execution context is made, and kept for later ones.
         self._key = {**compiled.keys[name], "gpu": _gpu(device)}
-        self._config: Any = None
-        self._cache: Any = None
         self._cached = b""
-        if hasattr(self._engine, "create_runtime_config"):
-            self._config = self._engine.create_runtime_config()
-            self._config.set_execution_context_allocation_strategy(api.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if hasattr(parts.engine, "create_runtime_config"):
+            config = parts.config = parts.engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(api.ExecutionContextAllocationStrategy.USER_MANAGED)
             if hasattr(api, "DynamicShapesKernelSpecializationStrategy"):
                 # Lazy ones change kernels in the middle of the work, behind a captured graph's back.
-                self._config.dynamic_shapes_kernel_specialization_strategy = (
+                config.dynamic_shapes_kernel_specialization_strategy = (
                     api.DynamicShapesKernelSpecializationStrategy.NONE
                 )
             if hasattr(api, "CudaGraphStrategy"):
-                self._config.cuda_graph_strategy = api.CudaGraphStrategy.DISABLED  # graphs are the contexts' business
-            if hasattr(self._config, "create_runtime_cache"):
-                self._cache = self._config.create_runtime_cache()
+                config.cuda_graph_strategy = api.CudaGraphStrategy.DISABLED  # graphs are the contexts' business
+            if hasattr(config, "create_runtime_cache"):
+                parts.cache = config.create_runtime_cache()
                 self._cached = compiled.cache.load("kernels", self._key) or b""
                 if self._cached:
-                    self._cache.deserialize(self._cached)
-                self._config.set_runtime_cache(self._cache)
+                    parts.cache.deserialize(self._cached)
+                config.set_runtime_cache(parts.cache)
 
     def _check(self) -> None:
         """That its tensors are what the segment's are."""
-        engine = self._engine
+        engine = self._parts.engine
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         found = {n: (tuple(engine.get_tensor_shape(n)), engine.get_tensor_dtype(n)) for n in names}
         check_tensors(self.library, named(self.inputs, self.outputs), found)
@@ -70,19 +78,17 @@ class Engine:
     def context(self) -> Any:
         """A new ``IExecutionContext`` without memory."""
         with self.library.complaints() as complaints:
-            if self._config is not None:
-                made = self._engine.create_execution_context(self._config)
-            else:
-                made = self._engine.create_execution_context(self.api.ExecutionContextAllocationStrategy.USER_MANAGED)
+            how = self._parts.config or self.api.ExecutionContextAllocationStrategy.USER_MANAGED
+            made = self._parts.engine.create_execution_context(how)
         if made is None:
             raise BuildError(f"TensorRT makes no execution context: {said(complaints)}")
         return made
 
     def keep_kernels(self) -> None:
         """Store what was compiled for this GPU, if anything was."""
-        if self._cache is None:
+        if self._parts.cache is None:
             return
-        now = bytes(self._cache.serialize())
+        now = bytes(self._parts.cache.serialize())
         if hashlib.sha256(now).digest() != hashlib.sha256(self._cached).digest():
             self._cached = now
             self._compiled.cache.store("kernels", self._key, now)
@@ -94,6 +100,9 @@ class _Call:
     def __init__(self, engine: Engine, workspace: torch.Tensor | None, own: Any) -> None:
         self.engine = engine
         self._own, self._fork, self._join = own, torch.Event("cuda"), torch.Event("cuda")
+        #: How it is queued where its kernels would start early, which a look at the first run tells.
+        self._whole: Any = None
+        self._looked = False
         self.context = engine.context()
         if workspace is not None:
             self.context.set_device_memory(workspace.data_ptr(), engine.workspace_bytes)
@@ -116,26 +125,59 @@ class _Call:
             written, result = layout.empty(engine.device)
             context.set_tensor_address(name, written.data_ptr())
             results.append(result)
-        stream = torch.cuda.current_stream(engine.device)
-        if stream.cuda_stream:
-            self._enqueue(stream)
-        else:
-            self._enqueue_beside(stream)
+        self._enqueue(torch.cuda.current_stream(engine.device))
         return [layout.to_model(result) for (_, layout), result in zip(self._outputs, results, strict=True)]
 
-    def _enqueue_beside(self, stream: Any) -> None:
+    def _enqueue(self, stream: Any) -> None:
+        """Each kernel after the whole of the one before.
+
+        On GPUs where kernels may start early TensorRT launches some so that they do. They promise to wait for what they
+        need, and some of TensorRT-RTX 1.4's do not: with eight streams busy one output in ten thousand is wrong.
+        """
+        seam = self.engine.seam
+        if seam.is_capturing(stream):
+            graph = seam.graph_under_capture(stream)
+            before = graph_nodes(graph)
+            self._execute(stream)
+            complete(graph, but=before)
+            return
+        if self._whole is not None:
+            self._whole.launch(self._execute, stream)
+            return
+        (self._execute if stream.cuda_stream else self._execute_beside)(stream)
+        if self.engine.may_start_early and not self._looked:
+            self._look(stream)
+            self._looked = True
+
+    def _look(self, stream: Any) -> None:
+        """Whether kernels start early. After a first run, which sets up what must not be set up in a capture."""
+        if not self.capturable(self._own):
+            raise BuildError(
+                "TensorRT says that its work cannot be captured (isStreamCapturable). On this GPU anabranch needs a"
+                " capture to make sure that its kernels wait for each other; use another backend."
+            )
+        whole = self.engine.seam.whole_kernels(self._own)
+        if whole.captured(self._execute):
+            self._whole = whole
+            whole.launch(self._execute, stream)  # again, and whole: what the first run has written is overwritten
+
+    def capturable(self, stream: Any) -> bool:
+        context = self.context
+        return not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(stream.cuda_stream)
+
+    def _execute_beside(self, stream: Any) -> None:
         """For the default stream: on a stream of our own, forked from it and joined to it."""
         # On the default stream TensorRT makes the host wait. What is allocated here is the default stream's, and used
         # between fork and join only.
         self._fork.record(stream)
         self._own.wait_event(self._fork)
         try:
-            self._enqueue(self._own)
+            self._execute(self._own)
         finally:
             self._join.record(self._own)
             stream.wait_event(self._join)
 
-    def _enqueue(self, stream: Any) -> None:
+    def _execute(self, stream: Any) -> None:
         with self.engine.library.complaints() as complaints:
             if not self.context.execute_async_v3(stream.cuda_stream):
                 raise AnabranchError(f"TensorRT did not run: {said(complaints)}")
@@ -158,7 +200,7 @@ class Instance:
         calls = {name: _Call(engine, self.workspace, own) for name, engine in owner.engines.items()}
         # What the graph's code calls by name.
         self._calls = SimpleNamespace(**{n: _picked(c, owner.single[n]) for n, c in calls.items()})
-        self.contexts = [c.context for c in calls.values()]
+        self._all = list(calls.values())
         self.nbytes = size
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -166,10 +208,9 @@ class Instance:
 
     def why_not_captured(self, stream: Any) -> str:
         """After a first run: why this one cannot be captured, or nothing."""
-        for context in self.contexts:
-            if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(stream.cuda_stream):
-                return "TensorRT says that its work cannot be captured (isStreamCapturable)"
-        return ""
+        if all(call.capturable(stream) for call in self._all):
+            return ""
+        return "TensorRT says that its work cannot be captured (isStreamCapturable)"
 
     def private_memory(self) -> list[torch.Tensor]:
         return [] if self.workspace is None else [self.workspace]
