@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anabranch
 from contract.support import PATHS, Chain, Make, Mlp, Rig, on_threads
@@ -269,6 +271,35 @@ def test_clause4_the_engine_is_dropped_with_work_in_flight(rig: Rig, runtime: st
     latch.open()
     s.synchronize()
     assert torch.equal(y, expected)
+    del junk
+
+
+@PATHS
+def test_clause4_the_engine_is_dropped_amid_an_export_with_work_in_flight(
+    rig: Rig, runtime: str, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A garbage collection may come there, and finds modes of PyTorch's under way that make tensors into others."""
+    ignored: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda of: ignored.append(repr(of.exc_value)))
+    source = rig.random(64, 256)
+    model = Mlp().eval().requires_grad_(False).to(rig.device())
+    engine = anabranch.compile(model, [source], runtime=runtime, cuda_graphs=graphs, **rig.defaults)
+    expected = rig.load_kernels(engine, source)
+    rig.build_ahead(engine, contexts=2)
+    sizes = [p.shape for p in model.parameters()]
+    s = rig.stream()
+    latch = rig.latch(s)
+    with rig.module.stream(s):
+        y = engine(source)
+    with FakeTensorMode():
+        del engine, model
+        gc.collect()
+    junk = [torch.full(size, float("nan"), device=rig.device()) for size in sizes for _ in range(20)]
+    rig.module.default_stream().synchronize()
+    latch.open()
+    s.synchronize()
+    assert torch.equal(y, expected)
+    assert not ignored
     del junk
 
 

@@ -49,6 +49,9 @@ class ScratchInstance:
         results: Sequence[torch.Tensor] = self._owner.forward(self._holds, *self._owner.weights, *inputs)
         return results
 
+    def prepare_direct(self) -> None:
+        pass
+
     def why_not_captured(self, stream: Any) -> str:
         return ""
 

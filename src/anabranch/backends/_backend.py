@@ -30,6 +30,12 @@ class Instance(Protocol):
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Queue the run on the current stream, as :data:`Kernels` do."""
 
+    def prepare_direct(self) -> None:
+        """After a first run: get ready for runs outside captures, on that run's stream and in its memory.
+
+        Results of runs outside captures are good from then on only.
+        """
+
     def why_not_captured(self, stream: Any) -> str:
         """After a first run: why runs on ``stream`` cannot be captured into a graph, or nothing."""
 

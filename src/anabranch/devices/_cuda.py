@@ -21,7 +21,7 @@ import torch
 
 from anabranch import _sync
 from anabranch.devices._dependents import complete
-from anabranch.devices._device import Graph, Lane, Latch, Memory
+from anabranch.devices._device import Graph, Lane, Latch, Memory, real_tensors
 from anabranch.devices._graveyard import Graveyard
 from anabranch.errors import AnabranchError, DeviceLost, NotCapturable
 
@@ -352,12 +352,9 @@ class CudaDevice:
                 raise
         return captured, result
 
-    def whole_kernels(self, stream: Any) -> WholeKernels:
-        """To queue a library's work so that no kernel starts before the one ahead of it has ended.
-
-        ``stream``: one of the caller's own, for captures; nothing runs on it.
-        """
-        return WholeKernels(self, stream)
+    def whole_kernels(self, stream: Any, queue: Callable[[Any], None]) -> WholeKernels:
+        """A library's work so that no kernel starts before the one ahead of it has ended."""
+        return WholeKernels(self, stream, queue)
 
     def graph_under_capture(self, stream: Any) -> int:
         """The handle of the graph that the capture on ``stream`` adds to."""
@@ -397,8 +394,9 @@ class CudaDevice:
         reaper = self._reapers[cuda[0].device.index]
         for event in events:
             reaper.wait_event(event)
-        for t in cuda:
-            t.record_stream(reaper)
+        with real_tensors():
+            for t in cuda:
+                t.record_stream(reaper)
 
     def bury(self, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
         self._graveyard.bury(events, remains, then)
@@ -407,7 +405,9 @@ class CudaDevice:
         self._graveyard.reap()
 
     def _query(self, events: Sequence[Any]) -> bool:
-        if self._lost:
+        # Libraries wait for the device when they free code. That ends captures of whatever mode, so not in the midst of
+        # one; of those of other threads nobody knows.
+        if self._lost or torch.cuda.is_current_stream_capturing():
             return False
         # Asking an event is forbidden while a global-mode capture is under way, and would invalidate that capture.
         with self.building():
@@ -479,47 +479,32 @@ def _instantiated(graph: Any) -> _CudaGraph:
 
 
 class WholeKernels:
-    """Queues a library's work with each kernel after the whole of the one before, whatever it was launched for.
+    """A library's work, captured once, with each kernel after the whole of the one before.
 
-    The work is captured, the order of its kernels made complete, and the graph launched. The next time the executable
-    is changed to what is captured then. Threads: one use at a time. Streams: each use has to be ordered after the one
-    before. The host takes as long as the library does to queue its work, and some microseconds a kernel.
+    ``early``: how many kernels would have started before that. Where there are none, nothing is kept, and the library
+    may as well queue its work itself. Threads: one use at a time. Streams: any; each launch has to be ordered after the
+    one before.
     """
 
-    def __init__(self, device: CudaDevice, stream: Any) -> None:
-        self._device, self._stream = device, stream
-        #: The last one is in use. Earlier ones may still be under way.
-        self._executables: list[_CudaGraph] = []
-        weakref.finalize(self, _destroy, self._executables).atexit = False
-
-    def captured(self, queue: Callable[[Any], None]) -> int:
-        """How many kernels might start early in what ``queue`` puts on the stream that it is given. Runs nothing."""
-        with self._device.building():
-            graph, _ = _captured(self._stream, lambda: queue(self._stream))
+    def __init__(self, device: CudaDevice, stream: Any, queue: Callable[[Any], None]) -> None:
+        """``queue`` is to put its work on the stream that it is given, which is ``stream``; nothing runs there."""
+        graphs: list[_CudaGraph] = []
+        weakref.finalize(self, _destroy, graphs).atexit = False
+        with device.building():
+            source, _ = _captured(stream, lambda: queue(stream))
             try:
-                return complete(int(graph))
-            finally:
-                rt.cudaGraphDestroy(graph)
+                self.early = complete(int(source))
+            except BaseException:
+                rt.cudaGraphDestroy(source)
+                raise
+            if self.early:
+                graphs.append(_instantiated(source))
+            else:
+                rt.cudaGraphDestroy(source)
+        self._graphs = graphs
 
-    def launch(self, queue: Callable[[Any], None], stream: Any) -> None:
-        """Do on ``stream`` what ``queue`` would do on the stream that it is given."""
-        with self._device.building():
-            graph, _ = _captured(self._stream, lambda: queue(self._stream))
-            try:
-                complete(int(graph))
-                if not self._executables or not _updated(self._executables[-1], graph):
-                    self._executables.append(_CudaGraph(_ok("cudaGraphInstantiate", rt.cudaGraphInstantiate(graph, 0))))
-            finally:
-                rt.cudaGraphDestroy(graph)
-            self._executables[-1].launch(stream)
-
-
-def _updated(graph: _CudaGraph, source: Any) -> bool:
-    """Whether the executable could be changed to ``source``. Launches that are queued stay what they were."""
-    if rt.cudaGraphExecUpdate(graph.executable, source)[0] == _SUCCESS:
-        return True
-    rt.cudaGetLastError()
-    return False
+    def launch(self, stream: Any) -> None:
+        self._graphs[0].launch(stream)
 
 
 def _destroy(graphs: list[_CudaGraph]) -> None:

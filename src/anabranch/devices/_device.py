@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from anabranch.errors import InputError
 
@@ -174,6 +175,13 @@ class Device(Protocol):
 
     def describe(self, index: int) -> str:
         """The device's name for people."""
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """For finalizers: a garbage collection may come amid an export, whose modes take every tensor for theirs."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 
 import anabranch.sim
 from anabranch import _sync
-from anabranch.devices._device import Graph, Lane, Latch, Memory
+from anabranch.devices._device import Graph, Lane, Latch, Memory, real_tensors
 from anabranch.devices._graveyard import Graveyard
 from anabranch.errors import DeviceLost
 
@@ -258,8 +258,9 @@ class SimDevice:
         reaper = self._reapers[ours[0].device.index]
         for event in events:
             reaper.wait_event(event)
-        for t in ours:
-            t.record_stream(reaper)
+        with real_tensors():
+            for t in ours:
+                t.record_stream(reaper)
 
     def bury(self, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
         self._graveyard.bury(events, remains, then)

@@ -184,6 +184,7 @@ class Instances:
                     run = self._kernels.instance(lane.stream)
                     # What is set up at a first run may wait for the device, or must not happen inside a capture.
                     run(self._examples())
+                    run.prepare_direct()
                 lane.stream.synchronize()
             member = Member(device, run, lane, memory, memory.nbytes(), forget, parts)
         except BaseException:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from anabranch import _sync
 from anabranch.backends._backend import Stateful
 from anabranch.backends.tensorrt._builder import Rejected, check_tensors, said
 from anabranch.backends.tensorrt._compiler import Compiled
@@ -23,6 +24,8 @@ from anabranch.export import Program
 
 #: Bytes that the addresses given to an execution context have to be a multiple of.
 _ALIGNMENT = 256
+#: Held while TensorRT's work is captured, and nothing else is taken meanwhile: one thread at a time.
+_capturing = _sync.lock("TensorRT's captures")
 #: Compute capability from which on a kernel may start before the one ahead of it has ended.
 _STARTS_EARLY = (9, 0)
 
@@ -100,9 +103,8 @@ class _Call:
     def __init__(self, engine: Engine, workspace: torch.Tensor | None, own: Any) -> None:
         self.engine = engine
         self._own, self._fork, self._join = own, torch.Event("cuda"), torch.Event("cuda")
-        #: How it is queued where its kernels would start early, which a look at the first run tells.
-        self._whole: Any = None
-        self._looked = False
+        #: For direct runs, where kernels would start early: the work, and tensors that it reads and writes.
+        self._whole: tuple[Any, list[torch.Tensor], list[torch.Tensor]] | None = None
         self.context = engine.context()
         if workspace is not None:
             self.context.set_device_memory(workspace.data_ptr(), engine.workspace_bytes)
@@ -110,56 +112,68 @@ class _Call:
         self._outputs = list(zip(output_names(len(engine.outputs)), engine.outputs, strict=True))
 
     def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        """Queue it on the current stream."""
-        context, engine = self.context, self.engine
-        entered: list[torch.Tensor] = []
-        for (name, used), layout, x in zip(self._names, engine.inputs, inputs, strict=True):
-            x = layout.to_engine(x)
-            if x.data_ptr() % _ALIGNMENT:
-                x = x.clone()
-            entered.append(x)
-            if used:
-                context.set_tensor_address(name, x.data_ptr())
-        results: list[torch.Tensor] = []
-        for name, layout in self._outputs:
-            written, result = layout.empty(engine.device)
-            context.set_tensor_address(name, written.data_ptr())
-            results.append(result)
-        self._enqueue(torch.cuda.current_stream(engine.device))
-        return [layout.to_model(result) for (_, layout), result in zip(self._outputs, results, strict=True)]
+        """Queue it on the current stream.
 
-    def _enqueue(self, stream: Any) -> None:
-        """Each kernel after the whole of the one before.
-
-        On GPUs where kernels may start early TensorRT launches some so that they do. They promise to wait for what they
-        need, and some of TensorRT-RTX 1.4's do not: with eight streams busy one output in ten thousand is wrong.
+        Each kernel after the whole of the one before: where kernels may start early TensorRT launches some so that they
+        do. They promise to wait for what they need, and some of TensorRT-RTX 1.4's do not: with eight streams busy one
+        output in ten thousand is wrong.
         """
-        seam = self.engine.seam
-        if seam.is_capturing(stream):
-            graph = seam.graph_under_capture(stream)
-            before = graph_nodes(graph)
-            self._execute(stream)
-            complete(graph, but=before)
-            return
-        if self._whole is not None:
-            self._whole.launch(self._execute, stream)
-            return
-        (self._execute if stream.cuda_stream else self._execute_beside)(stream)
-        if self.engine.may_start_early and not self._looked:
-            self._look(stream)
-            self._looked = True
+        engine = self.engine
+        stream = torch.cuda.current_stream(engine.device)
+        entered = [layout.to_engine(x) for layout, x in zip(engine.inputs, inputs, strict=True)]
+        is_capturing = engine.seam.is_capturing(stream)
+        if self._whole is not None and not is_capturing:
+            whole, read, written = self._whole
+            for buffer, x in zip(read, entered, strict=True):
+                buffer.copy_(x)
+            whole.launch(stream)
+            results = [y.clone() for y in written]
+        else:
+            entered = [x.clone() if x.data_ptr() % _ALIGNMENT else x for x in entered]
+            results = self._bind(entered)
+            if is_capturing:
+                self._capture(stream)
+            elif stream.cuda_stream:
+                self._execute(stream)
+            else:
+                self._execute_beside(stream)
+        return [layout.to_model(y) for layout, y in zip(engine.outputs, results, strict=True)]
 
-    def _look(self, stream: Any) -> None:
-        """Whether kernels start early. After a first run, which sets up what must not be set up in a capture."""
-        if not self.capturable(self._own):
+    def prepare_direct(self) -> None:
+        """See :meth:`anabranch.backends.Instance.prepare_direct`."""
+        engine, stream = self.engine, torch.cuda.current_stream(self.engine.device)
+        if not engine.may_start_early:
+            return
+        if not self.capturable(stream):
             raise BuildError(
                 "TensorRT says that its work cannot be captured (isStreamCapturable). On this GPU anabranch needs a"
                 " capture to make sure that its kernels wait for each other; use another backend."
             )
-        whole = self.engine.seam.whole_kernels(self._own)
-        if whole.captured(self._execute):
-            self._whole = whole
-            whole.launch(self._execute, stream)  # again, and whole: what the first run has written is overwritten
+        read = [layout.empty(engine.device)[0] for layout in engine.inputs]
+        written = self._bind(read)
+        with _capturing:
+            whole = engine.seam.whole_kernels(stream, self._execute)
+        if whole.early:
+            self._whole = whole, read, written
+
+    def _bind(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Have it read these, and write new tensors, which are returned."""
+        for (name, used), x in zip(self._names, inputs, strict=True):
+            if used:
+                self.context.set_tensor_address(name, x.data_ptr())
+        results: list[torch.Tensor] = []
+        for name, layout in self._outputs:
+            written, result = layout.empty(self.engine.device)
+            self.context.set_tensor_address(name, written.data_ptr())
+            results.append(result)
+        return results
+
+    def _capture(self, stream: Any) -> None:
+        graph = self.engine.seam.graph_under_capture(stream)
+        before = graph_nodes(graph)
+        with _capturing:
+            self._execute(stream)
+        complete(graph, but=before)
 
     def capturable(self, stream: Any) -> bool:
         context = self.context
@@ -205,6 +219,10 @@ class Instance:
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return self._owner.forward(self._calls, *self._owner.weights, *inputs)
+
+    def prepare_direct(self) -> None:
+        for call in self._all:
+            call.prepare_direct()
 
     def why_not_captured(self, stream: Any) -> str:
         """After a first run: why this one cannot be captured, or nothing."""
