@@ -6,8 +6,9 @@
 
 What follows ``--`` goes to ``anabranch bench``. Each system is called from 8 threads on 8 streams, 500 checked calls
 each, and on one stream. Ours runs as ``compile`` decides in both runtimes, and with and without CUDA graphs in the
-native one; Torch-TensorRT with one engine for all threads in both of its runtimes, with and without CUDA graphs. The
-upscaler gets 270p frames here: 8 x 500 calls at 1080p would take 40 s for each system.
+native one; Torch-TensorRT with one engine for all threads in both of its runtimes, with and without CUDA graphs; and
+private graphs of ours that one thread launches, as what the GPU can do. The upscaler gets 270p frames here: 8 x 500
+calls at 1080p would take 40 s for each system.
 
 Time, estimated from builds and rates of ``bench_h200.json``: on one GPU with 16 cores 150 s of building and 250 s of
 measuring; on two 90 and 130. A peer's deadlock costs another 60 s. Whatever happens the program ends within 570 s:
@@ -49,6 +50,8 @@ GRAPHS, DIRECT = f"{MAIN}-graphs", f"{MAIN}-direct"
 OURS = (MAIN, "anabranch-tensorrt-python", GRAPHS, DIRECT)
 PEER_GRAPHS = ("trt-cpp-graphs-shared", "trt-python-graphs-shared")
 PEERS = ("trt-cpp-shared", "trt-python-shared", *PEER_GRAPHS)
+#: What the GPU does of ours where no host is in the way.
+BOUND = "bound-tensorrt"
 
 STREAMS, CHECKED = 8, 500
 SHARE, ERROR, LATENCY, THROUGHPUT = 95.0, 1.5, 1.0, 4.0
@@ -154,6 +157,11 @@ def _throughput(cells: Cells) -> dict[str, Any]:
     best = max((v for v in (alike, alone) if v is not None), default=None)
     row["theirs_on_any_streams"] = best
     row["ratio_to_any_streams"] = _ratio(ours, best)
+    row["bound"] = bound = median(cells[BOUND], figure) if BOUND in cells else None
+    row["ratio_to_bound"] = _ratio(ours, bound)
+    if row["result"] == FAIL and bound is not None and theirs is not None and bound < THROUGHPUT * theirs:
+        limit = f"the GPU does {number(bound)} at most, {number(bound / theirs)} x theirs"
+        row["why"] = "; ".join(filter(None, (row.get("why"), limit)))
     return row
 
 
@@ -260,7 +268,14 @@ def main(
         chosen = works.split(",") if works else [w for lane in LANES for w in lane]
         for name in chosen:
             find_work(name)  # refused now, not by one lane of two
-        settings = ["--systems", ",".join((*OURS, *PEERS)), "--streams", f"1,{STREAMS}", "--checked", str(CHECKED)]
+        settings = [
+            "--systems",
+            ",".join((*OURS, *PEERS, BOUND)),
+            "--streams",
+            f"1,{STREAMS}",
+            "--checked",
+            str(CHECKED),
+        ]
         settings += ["--rounds", "3", "--seconds", "0.1", "--build-seconds", "240", "--build-share", "0.5"]
         # Half of the patience goes to the slowest's checked calls. One core a call: a GPU's caller computes nothing.
         settings += ["--patience", "60", "--torch-threads", "1", *more]

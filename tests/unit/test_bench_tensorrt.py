@@ -105,6 +105,17 @@ def test_peers_that_are_all_wrong_on_8_streams_are_compared_on_one(program: Modu
     assert (row["theirs"], row["theirs_on_streams"], row["result"]) == (2900.0, 1, "fail")
 
 
+def test_a_missed_throughput_says_whether_the_gpu_is_the_limit(program: ModuleType, cells: dict[str, Any]) -> None:
+    cells["trt-cpp-shared"] = made("trt-cpp-shared", 0.0010, 600.0, 1200.0, 2800.0)
+    assert "why" not in judged(program, cells)["throughput"]
+    cells[program.BOUND] = made(program.BOUND, 0.0012, 300.0, 3000.0, 9600.0)
+    row = judged(program, cells)["throughput"]
+    assert (row["result"], row["bound"], row["ratio_to_bound"]) == ("fail", 9600.0, 0.9375)
+    assert row["why"] == "the GPU does 9,600 at most, 3.43 x theirs"
+    cells[program.BOUND] = made(program.BOUND, 0.0012, 300.0, 3000.0, 12000.0)
+    assert "why" not in judged(program, cells)["throughput"]
+
+
 @pytest.mark.parametrize("kind", ["wrong", "inexact"])
 def test_one_output_of_ours_that_is_not_the_same_bits_fails(
     program: ModuleType, cells: dict[str, Any], kind: str

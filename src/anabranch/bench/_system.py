@@ -132,9 +132,11 @@ class _Bound(Ready):
     note = "replays only; inputs are in place"
 
     def __init__(self, subject: Subject) -> None:
-        self.compiled = torch.compile(subject.model, dynamic=False)
-        super().__init__(self.compiled)
-        self.example = subject.example
+        self._prepare(subject, torch.compile(subject.model, dynamic=False))
+
+    def _prepare(self, subject: Subject, compiled: Any) -> None:
+        super().__init__(compiled)
+        self.compiled, self.example = compiled, subject.example
         self.graphs: list[tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = []
 
     def _capture(self) -> None:
@@ -166,6 +168,20 @@ class _Bound(Ready):
     def launches(self, n: int) -> list[Callable[[], Any]]:
         self.slots(n)
         return [graph.replay for graph, _, _ in self.graphs[:n]]
+
+
+class _TensorRTBound(_Bound):
+    """As :class:`_Bound`, of what the backend ``tensorrt`` makes of it, with an instance for each graph."""
+
+    def __init__(self, subject: Subject) -> None:
+        import anabranch
+
+        engine = anabranch.compile(subject.model, (subject.example,), backend="tensorrt", max_contexts=1)
+        self._prepare(subject, engine)
+
+    def _capture(self) -> None:
+        self.compiled.warm(captures=1)
+        super()._capture()
 
 
 # -- Torch-TensorRT -----------------------------------------------------------------------------------------------
@@ -346,6 +362,16 @@ SYSTEMS: dict[str, System] = {
         System("onnxruntime", "ONNX Runtime", _onnx, ("cpu",), needs=("onnxruntime", "onnxscript"), contiguous=True),
         *_our_systems(),
         System("bound", "graph + buffers per stream, 1 thread", _Bound, ("cuda",), "bound", slow=1),
+        System(
+            "bound-tensorrt",
+            "anabranch tensorrt's graph + buffers per stream, 1 thread",
+            _TensorRTBound,
+            ("cuda",),
+            "bound",
+            needs=(("tensorrt", "tensorrt_rtx"),),
+            slow=1,
+            extra=True,
+        ),
     )
 }
 
