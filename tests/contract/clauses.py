@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -400,6 +401,43 @@ def test_clause6_an_engine_that_goes_inside_a_capture_does_it_no_harm(rig: Rig, 
     g.replay()
     rig.module.synchronize()
     assert torch.equal(y, expected)
+    engine.close()
+
+
+@PATHS
+def test_clause6_compiling_beside_a_strangers_capture_does_it_no_harm(rig: Rig, runtime: str, graphs: bool) -> None:
+    x, source = rig.random(64, 256), rig.random(64)
+    model = Mlp().eval().requires_grad_(False).to(rig.device())
+    g, captured = rig.new_graph(), list[torch.Tensor]()
+    under_way, compiled, errors = threading.Event(), threading.Event(), list[BaseException]()
+
+    def stranger() -> None:
+        try:
+            with rig.capture(g, "global"):
+                captured.append(source * 2)
+                under_way.set()
+                compiled.wait(300)
+                captured.append(captured[0] + 1)
+        except BaseException as e:
+            errors.append(e)
+        finally:
+            under_way.set()
+
+    thread = threading.Thread(target=stranger)
+    thread.start()
+    try:
+        under_way.wait()
+        engine = anabranch.compile(model, [x], runtime=runtime, cuda_graphs=graphs, **rig.defaults)
+        engine.warm(contexts=2)
+        y = engine(x)
+    finally:
+        compiled.set()
+        thread.join()
+    assert not errors, errors[0]
+    g.replay()
+    rig.module.synchronize()
+    assert torch.equal(captured[1], source * 2 + 1)
+    assert torch.equal(y, rig.load_kernels(engine, x))
     engine.close()
 
 

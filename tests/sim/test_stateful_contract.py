@@ -23,6 +23,7 @@ from contract.clauses import (  # noqa: F401  # pytest collects them here
     test_clause4_the_engine_is_dropped_with_work_in_flight,
     test_clause4_what_is_handed_back_is_the_callers,
     test_clause6_an_engine_that_goes_inside_a_capture_does_it_no_harm,
+    test_clause6_compiling_beside_a_strangers_capture_does_it_no_harm,
     test_clause6_random_models_draw_anew_in_a_users_graph,
     test_clause6_two_user_graphs_replay_beside_direct_calls_after_the_engine_is_gone,
     test_clause6_what_a_graph_has_baked_in_is_freed_with_it,

@@ -110,7 +110,8 @@ def compile(
         engine = kind(settings, placed, precision, max_contexts, memory_limit)
         if seam.has_streams:
             # Parameters that were written just before are there for the lane that warms up, and for every later caller.
-            seam.current_stream(index).synchronize()
+            with seam.building():
+                seam.current_stream(index).synchronize()
         engine._primary = engine._specialization(args, keywords)
     return engine
 
@@ -338,7 +339,7 @@ class Engine:
             signature = Signature.of(leaves, structure)
             try:
                 device.reap()
-                with neutral(device, index):
+                with neutral(device, index), device.building():
                     # Not on the caller's own tensors: one that is passed twice, or two that share memory, would be
                     # taken for one input by this call and by all later ones.
                     args, kwargs = pytree.tree_unflatten(signature.empty(self._torch_device), structure)
