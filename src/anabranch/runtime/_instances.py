@@ -189,7 +189,8 @@ class Instances:
             member = Member(device, run, lane, memory, memory.nbytes(), forget, parts)
         except BaseException:
             forget()
-            lane.stream.synchronize()
+            with device.building():
+                lane.stream.synchronize()
             if not parts:
                 raise
             parts.pop()
