@@ -13,13 +13,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Collection
 
-from anabranch.devices._driver import call, graph_edges
+from anabranch.devices._driver import call, graph_edges, has
 
 _PROGRAMMATIC = 1  # CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
 
 
 def early_edges(graph: int) -> list[tuple[int, int, int]]:
     """(from, to, ``CUgraphEdgeData`` as a number) of each edge whose target may start before its source has ended."""
+    if not has("cuGraphGetEdges_v2"):
+        return []  # drivers before CUDA 12.3 capture no such launches
     return [edge for edge in zip(*graph_edges(graph), strict=True) if (edge[2] >> 16) & 0xFF == _PROGRAMMATIC]
 
 

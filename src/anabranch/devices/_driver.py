@@ -21,6 +21,11 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
+def has(name: str) -> bool:
+    """Whether this driver has a function of this name."""
+    return hasattr(_driver(), name)
+
+
 def status(name: str, *arguments: Any) -> int:
     """Call a function of the driver; what it returns."""
     # Plain integers here are handles and sizes, 8 bytes each.

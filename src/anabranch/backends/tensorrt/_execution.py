@@ -170,10 +170,11 @@ class _Call:
 
     def _capture(self, stream: Any) -> None:
         graph = self.engine.seam.graph_under_capture(stream)
-        before = graph_nodes(graph)
+        before = graph_nodes(graph) if self.engine.may_start_early else []
         with _capturing:
             self._execute(stream)
-        complete(graph, but=before)
+        if self.engine.may_start_early:
+            complete(graph, but=set(before))
 
     def capturable(self, stream: Any) -> bool:
         context = self.context
