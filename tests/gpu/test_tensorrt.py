@@ -325,4 +325,4 @@ def test_memory_comes_back_when_an_engine_is_gone(gpu: Gpu, runtime: str) -> Non
     before = allocated()
     for _ in range(3):
         use()
-    assert allocated() <= before
+        assert allocated() <= before

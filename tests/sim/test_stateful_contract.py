@@ -19,7 +19,6 @@ from contract.clauses import (  # noqa: F401  # pytest collects them here
     test_clause3_the_memory_limit_is_kept,
     test_clause4_inputs_are_freed_right_after_the_call,
     test_clause4_outputs_are_ordinary_and_their_own,
-    test_clause4_the_engine_is_dropped_amid_an_export_with_work_in_flight,
     test_clause4_the_engine_is_dropped_with_work_in_flight,
     test_clause4_what_is_handed_back_is_the_callers,
     test_clause6_an_engine_that_goes_inside_a_capture_does_it_no_harm,
