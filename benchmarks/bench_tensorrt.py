@@ -268,14 +268,8 @@ def main(
         chosen = works.split(",") if works else [w for lane in LANES for w in lane]
         for name in chosen:
             find_work(name)  # refused now, not by one lane of two
-        settings = [
-            "--systems",
-            ",".join((*OURS, *PEERS, BOUND)),
-            "--streams",
-            f"1,{STREAMS}",
-            "--checked",
-            str(CHECKED),
-        ]
+        systems = ",".join((*OURS, *PEERS, BOUND))
+        settings = ["--systems", systems, "--streams", f"1,{STREAMS}", "--checked", str(CHECKED)]
         settings += ["--rounds", "3", "--seconds", "0.1", "--build-seconds", "240", "--build-share", "0.5"]
         # Half of the patience goes to the slowest's checked calls. One core a call: a GPU's caller computes nothing.
         settings += ["--patience", "60", "--torch-threads", "1", *more]

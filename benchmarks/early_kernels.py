@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 import anabranch
 from anabranch.backends.tensorrt import library
 from anabranch.bench import find_work
-from anabranch.check import write_json
+from anabranch.check import environment, write_json
 
 THREADS, INPUTS = 8, 8
 #: Calls between two looks at the outputs, which are kept until then.
@@ -139,15 +138,12 @@ def main(name: str, seconds: float, rounds: int, path: Path | None) -> None:
                 rows.append(measure(engine, entered, whole, seconds))
                 print(rows[-1], flush=True)
     about_it = library()
-    environment = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+    where = environment("cuda") | {
         "tensorrt": f"{about_it.name} {about_it.version}",
         "command": f"python benchmarks/early_kernels.py {' '.join(sys.argv[1:])}".rstrip(),
     }
     if path is not None:
-        write_json(path, {"environment": environment, "work": name, "threads": THREADS, "rows": rows})
+        write_json(path, {"environment": where, "work": name, "threads": THREADS, "rows": rows})
 
 
 if __name__ == "__main__":

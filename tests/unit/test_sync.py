@@ -108,7 +108,6 @@ _PLAIN_STATE = {
     ("ContextPool", "_waiters"): "its lock",
     ("ContextPool", "_alive"): "its lock",
     ("Pool", "_alive"): "the build lock; read while no thread builds",
-    ("WholeKernels", "_executables"): "one use at a time",
     ("_Process", "_watched"): "filled when the native runtime is imported, read at the interpreter's exit",
     ("_Process", "_forked"): "read in a forked child only, where there is one thread",
     ("Specialization", "measured"): "written while it is built, by its builder",
