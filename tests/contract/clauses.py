@@ -92,6 +92,10 @@ def test_clause1_the_engines_device_decides_not_the_threads(rig: Rig, runtime: s
     s.synchronize()
     assert torch.equal(y, expected)
     engine.close()
+    del engine
+    gc.collect()
+    rig.seam.reap()
+    assert rig.module.current_device() == 0
 
 
 # -- 2: no stream of its own that a caller could observe -------------------------------------------------------------
@@ -387,6 +391,8 @@ def test_clause6_an_engine_that_goes_inside_a_capture_does_it_no_harm(rig: Rig, 
 def test_clause6_compiling_beside_a_strangers_capture_does_it_no_harm(rig: Rig, runtime: str, graphs: bool) -> None:
     x, source = rig.random(64, 256), rig.random(64)
     model = Mlp().eval().requires_grad_(False).to(rig.device())
+    # What the direct call needs of this thread and stream, as eager's would: libraries' handles, their workspaces.
+    model(x)
     g, captured = rig.new_graph(), list[torch.Tensor]()
     under_way, compiled, errors = threading.Event(), threading.Event(), list[BaseException]()
 

@@ -44,6 +44,8 @@ class ScratchInstance:
     def __del__(self) -> None:
         # As unloading code does, this ends a capture that somebody has under way, unless who frees it allows for that.
         self._own.query()
+        # TensorRT's leave the device current that they were on.
+        torch.accelerator.set_device_index(self._own.device_index)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         results: Sequence[torch.Tensor] = self._owner.forward(self._holds, *self._owner.weights, *inputs)

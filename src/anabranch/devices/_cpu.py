@@ -49,7 +49,7 @@ class CpuDevice:
     def retire(self, events: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
         pass
 
-    def bury(self, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
+    def bury(self, index: int, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
         then()
 
     def reap(self) -> None:

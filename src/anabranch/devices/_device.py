@@ -45,6 +45,8 @@ class Lane(Protocol):
     """
 
     stream: Any
+    #: The device's.
+    index: int
 
     def load_workspaces(self) -> None:
         """Make the calling thread's hidden per-stream workspaces exist, in memory that only this lane uses."""
@@ -148,8 +150,11 @@ class Device(Protocol):
     def retire(self, events: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
         """Let the allocator re-use ``tensors``, once freed, only after ``events``. The host does not wait."""
 
-    def bury(self, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
-        """Keep ``remains`` until ``events`` are done, then call ``then``. Safe in a garbage collection."""
+    def bury(self, index: int, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
+        """Keep ``remains`` until ``events`` are done, then call ``then``. Safe in a garbage collection.
+
+        ``then`` finds device ``index`` current, in whatever thread, and may change that: libraries do where they free.
+        """
 
     def reap(self) -> None:
         """Free what was buried and is done by now. The host does not wait."""

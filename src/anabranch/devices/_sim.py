@@ -262,8 +262,12 @@ class SimDevice:
             for t in ours:
                 t.record_stream(reaper)
 
-    def bury(self, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
-        self._graveyard.bury(events, remains, then)
+    def bury(self, index: int, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
+        def on_its_device() -> None:
+            with self.on_device(index):
+                then()
+
+        self._graveyard.bury(events, remains, on_its_device)
 
     def reap(self) -> None:
         self._graveyard.reap()

@@ -69,7 +69,7 @@ class Context:
 
         def bury(done: Any) -> None:
             forget()
-            device.bury([done], remains, decompose)
+            device.bury(lane.index, [done], remains, decompose)
 
         weakref.finalize(self, bury, self.done).atexit = False
 

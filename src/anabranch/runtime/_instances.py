@@ -47,7 +47,7 @@ class Member:
 
         def bury(done: Any) -> None:
             forget()
-            device.bury([done], remains, decompose)
+            device.bury(lane.index, [done], remains, decompose)
 
         weakref.finalize(self, bury, self.done).atexit = False
 
@@ -189,12 +189,12 @@ class Instances:
             member = Member(device, run, lane, memory, memory.nbytes(), forget, parts)
         except BaseException:
             forget()
-            with device.building():
+            with device.on_device(index), device.building():
                 lane.stream.synchronize()
-            if not parts:
-                raise
-            parts.pop()
-            run = None
+                if not parts:
+                    raise
+                parts.pop()
+                run = None
             device.release_lane(lane)
             device.release_memory(memory)
             raise

@@ -42,7 +42,7 @@ class Engine:
         self._compiled, self.library = compiled, compiled.library
         parts = self._parts = SimpleNamespace(runtime=api.Runtime(compiled.library.logger), config=None, cache=None)
         # As with the remains of contexts: code that is unloaded anyhow ends a capture that somebody has under way.
-        weakref.finalize(self, self.seam.bury, (), None, vars(parts).clear).atexit = False
+        weakref.finalize(self, self.seam.bury, device.index, (), None, vars(parts).clear).atexit = False
         with compiled.library.complaints() as complaints:
             parts.engine = parts.runtime.deserialize_cuda_engine(compiled.engines[name])
         if parts.engine is None:
@@ -170,11 +170,10 @@ class _Call:
 
     def _capture(self, stream: Any) -> None:
         graph = self.engine.seam.graph_under_capture(stream)
-        before = graph_nodes(graph) if self.engine.may_start_early else []
+        strangers = set(graph_nodes(graph))
         with _capturing:
             self._execute(stream)
-        if self.engine.may_start_early:
-            complete(graph, but=set(before))
+        complete(graph, but=strangers)
 
     def capturable(self, stream: Any) -> bool:
         context = self.context
