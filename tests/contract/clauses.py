@@ -204,11 +204,12 @@ def test_clause3_sixty_four_threads_share_one_context(rig: Rig, compiled: Make) 
 
 def test_clause3_the_memory_limit_is_kept(rig: Rig, compiled: Make) -> None:
     x = rig.random(64, 256)
-    # With a limit, as the other: its contexts are in memory that nothing used before, and so are as large as need be.
-    one = compiled(Mlp(), x, cuda_graphs=True, memory_limit=1 << 40).stats().bytes
-    assert one > 0
-    engine = compiled(Mlp(), x, cuda_graphs=True, memory_limit=2 * one)
-    assert engine.warm(contexts=8) == 2
+    with rig.new_lanes():
+        # With a limit, as the other: its contexts are in memory that nothing used before, and as large as need be.
+        one = compiled(Mlp(), x, cuda_graphs=True, memory_limit=1 << 40).stats().bytes
+        assert one > 0
+        engine = compiled(Mlp(), x, cuda_graphs=True, memory_limit=2 * one)
+        assert engine.warm(contexts=8) == 2
     assert engine.stats().bytes <= 2 * one
     none = compiled(Mlp(), x, cuda_graphs=True, memory_limit=one // 2)
     assert none.stats().contexts == 0
@@ -441,10 +442,7 @@ def test_clause6_what_a_graph_has_baked_in_is_freed_with_it(rig: Rig, runtime: s
     g.replay()
     rig.module.synchronize()
     del g
-    gc.collect()
-    rig.seam.reap()
-    gc.collect()
-    assert held - rig.module.memory_allocated() >= size
+    assert rig.comes_true(lambda: held - rig.module.memory_allocated() >= size)
 
 
 def test_clause6_what_cannot_be_captured_raises(rig: Rig, compiled: Make) -> None:

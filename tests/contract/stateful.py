@@ -18,10 +18,26 @@ from torch._prims_common import is_non_overlapping_and_dense_or_false as is_dens
 
 from anabranch import backends
 from anabranch.backends import Options, Stateful
-from anabranch.devices import Device
+from anabranch.devices import Device, get_device
 from anabranch.export import Program
 
 NAME = "stateful"
+
+
+class Code:
+    """What an instance has loaded for itself. It is gone as a library's code is: the host waits for the whole device,
+    and the device that it was on is left current."""
+
+    #: What is loaded.
+    alive: ClassVar[weakref.WeakSet[Code]] = weakref.WeakSet()
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self.alive.add(self)
+
+    def __del__(self) -> None:
+        torch.accelerator.synchronize(self._index)
+        torch.accelerator.set_device_index(self._index)
 
 
 class ScratchInstance:
@@ -32,7 +48,7 @@ class ScratchInstance:
     alive: ClassVar[weakref.WeakSet[ScratchInstance]] = weakref.WeakSet()
 
     def __init__(self, owner: ScratchKernels, own: Any) -> None:
-        self._owner, self._own = owner, own
+        self._owner = owner
         # One piece for all held results: they follow each other in the graph, and each is read before the next.
         self.scratch = torch.empty(owner.nbytes, dtype=torch.uint8, device=owner.device) if owner.nbytes else None
         self.nbytes = owner.nbytes
@@ -40,12 +56,8 @@ class ScratchInstance:
         # What the graph's code calls by name.
         self._holds = SimpleNamespace(**holds)
         self.alive.add(self)
-
-    def __del__(self) -> None:
-        # As unloading code does, this ends a capture that somebody has under way, unless who frees it allows for that.
-        self._own.query()
-        # TensorRT's leave the device current that they were on.
-        torch.accelerator.set_device_index(self._own.device_index)
+        code = [Code(owner.device.index)]
+        weakref.finalize(self, owner.seam.bury_code, owner.device.index, code.clear).atexit = False
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         results: Sequence[torch.Tensor] = self._owner.forward(self._holds, *self._owner.weights, *inputs)
@@ -71,8 +83,6 @@ class _Hold:
         self._fork, self._join = torch.Event(scratch.device.type), torch.Event(scratch.device.type)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        from anabranch.devices import get_device
-
         seam = get_device(self._device.type)
         stream = seam.current_stream(self._device.index)
         if stream.stream_id:
@@ -94,7 +104,7 @@ class ScratchKernels(Stateful):
     """See :class:`anabranch.backends.Stateful`. The first and the last result that can be held is."""
 
     def __init__(self, program: Program, device: torch.device) -> None:
-        self.device = device
+        self.device, self.seam = device, get_device(device.type)
         self.weights = tuple(program.weights)
         self.graph = fx.Graph()
         self.graph.output(self.graph.graph_copy(program.module.graph, {}))
@@ -113,6 +123,7 @@ class ScratchKernels(Stateful):
         self.forward: Any = type(fx.GraphModule(root, self.graph)).forward
 
     def instance(self, own: Any) -> ScratchInstance:
+        self.seam.free_code()
         return ScratchInstance(self, own)
 
     def describe(self) -> list[str]:

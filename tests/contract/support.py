@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -102,6 +104,26 @@ class Rig:
         torch.equal(y, y + 1)  # what tests do with results
         self.module.synchronize()
         return y
+
+    def comes_true(self, condition: Callable[[], bool]) -> bool:
+        """Whether it does, as the device, threads of the driver and the allocator get on with what was dropped."""
+        end = time.monotonic() + 30
+        while not condition() and time.monotonic() < end:
+            gc.collect()
+            self.module.synchronize()
+            self.seam.reap()
+            torch.empty(1, device=self.device())  # PyTorch's allocator looks whether streams are done with its blocks
+        return condition()
+
+    @contextmanager
+    def new_lanes(self) -> Iterator[None]:
+        """Lanes that are new: what threads have allocated on one stays with it, and makes contexts on it larger."""
+        seam: Any = self.seam
+        aside = [lane for lanes in seam._free_lanes.values() for lane in lanes]
+        seam._free_lanes.clear()
+        yield
+        for lane in aside:
+            seam.release_lane(lane)
 
     def build_ahead(self, engine: Any, contexts: int) -> None:
         """Where they cannot be built behind a latch: build the contexts that calls are going to need there."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
+import anabranch
 from contract import stateful
 from contract.clauses import (  # noqa: F401  # pytest collects them here
     same_bits,
@@ -33,7 +36,7 @@ from contract.clauses import (  # noqa: F401  # pytest collects them here
     test_clause8_bad_input_raises_before_device_work_and_the_engine_stays_usable,
     test_clause8_closed_engines_say_so,
 )
-from contract.support import Make, Rig
+from contract.support import PATHS, Make, Mlp, Rig
 
 # The schedule that finds missing waits; the other one is for the backends of `test_device_contract.py`.
 pytestmark = pytest.mark.parametrize("rig", ["lazy"], indirect=True)
@@ -43,6 +46,33 @@ pytestmark = pytest.mark.parametrize("rig", ["lazy"], indirect=True)
 def with_state(rig: Rig) -> None:
     stateful.install(rig.seam)
     rig.defaults = {"backend": stateful.NAME}
+
+
+@PATHS
+def test_code_goes_where_the_host_may_wait(rig: Rig, runtime: str, graphs: bool) -> None:
+    def use() -> anabranch.Engine:
+        model = Mlp().eval().requires_grad_(False).to(rig.device())
+        engine = anabranch.compile(model, [x], runtime=runtime, cuda_graphs=graphs, **rig.defaults)
+        engine(x)
+        rig.module.synchronize()
+        return engine
+
+    x = rig.random(4, 256)
+    rig.seam.free_code()
+    engine = use()
+    loaded = set(map(id, stateful.Code.alive))
+    del engine
+    gc.collect()
+    rig.seam.reap()
+    assert loaded <= set(map(id, stateful.Code.alive))  # nobody waited
+    engine = use()
+    kept = list(stateful.Code.alive)
+    assert len(kept) == len(loaded)  # to make one is to wait anyway
+    del kept
+    engine.close()
+    gc.collect()
+    rig.seam.free_code()
+    assert not stateful.Code.alive
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -23,7 +23,12 @@ class _Inductor:
         weights = tuple(program.weights)
         try:
             # fallback_random: random ops draw what eager would draw from the same generator.
-            with config.patch(fallback_random=program.direct_only is not None):
+            settings: dict[str, object] = {"fallback_random": program.direct_only is not None}
+            if any(x.is_cuda for x in (*weights, *examples)):
+                # A buffer that is written in place, or again, may be a result in the end: a call then has to tell each
+                # kernel that writes to it where its result lies. In a CUDA graph the allocator re-uses memory as well.
+                settings |= {"inplace_buffers": False, "allow_buffer_reuse": False}
+            with config.patch(settings):
                 artifact = standalone_compile(
                     copy.deepcopy(program.module),  # the compiler rewrites the graph; the plan still shows the original
                     [*weights, *examples],

@@ -55,6 +55,12 @@ class CpuDevice:
     def reap(self) -> None:
         pass
 
+    def bury_code(self, index: int, free: Callable[[], None]) -> None:
+        free()
+
+    def free_code(self) -> None:
+        pass
+
     def trim(self) -> None:
         pass
 

@@ -324,6 +324,7 @@ class CudaDevice:
 
     def trim(self) -> None:
         self.reap()
+        self.free_code()
         for pools in list(self._free_memory.values()):
             pools.clear()
         for unused in list(self._free_scratch.values()):
@@ -399,14 +400,24 @@ class CudaDevice:
                 t.record_stream(reaper)
 
     def bury(self, index: int, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
-        def on_its_device() -> None:
-            with self.on_device(index):
-                then()
-
-        self._graveyard.bury(events, remains, on_its_device)
+        self._graveyard.bury(events, remains, self._on_its_device(index, then))
 
     def reap(self) -> None:
         self._graveyard.reap()
+
+    def bury_code(self, index: int, free: Callable[[], None]) -> None:
+        self._graveyard.bury_code(self._on_its_device(index, free))
+
+    def free_code(self) -> None:
+        if not self.lost() and not torch.cuda.is_current_stream_capturing():
+            self._graveyard.free_code()
+
+    def _on_its_device(self, index: int, free: Callable[[], None]) -> Callable[[], None]:
+        def call() -> None:
+            with self.on_device(index):
+                free()
+
+        return call
 
     def _query(self, events: Sequence[Any]) -> bool:
         # Libraries wait for the device when they free code. That ends captures of whatever mode, so not in the midst of

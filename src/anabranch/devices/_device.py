@@ -159,6 +159,16 @@ class Device(Protocol):
     def reap(self) -> None:
         """Free what was buried and is done by now. The host does not wait."""
 
+    def bury_code(self, index: int, free: Callable[[], None]) -> None:
+        """Have the next :meth:`free_code` call ``free``, as :meth:`bury` calls ``then``. Safe in a garbage collection.
+
+        For what a library has loaded: unloading it makes the host wait for the whole device, perhaps with Python's lock
+        held, so that nobody would be left to do what the device waits for.
+        """
+
+    def free_code(self) -> None:
+        """Free what :meth:`bury_code` was given. The host waits for the device. Inside a capture nothing happens."""
+
     def lost(self) -> str | None:
         """Why the device is lost, or None."""
 

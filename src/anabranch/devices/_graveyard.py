@@ -1,7 +1,8 @@
 """Graphs and memory that nobody refers to any more but that queued work may still use.
 
 The host never waits for them. They are looked at again when something is built, trimmed or dropped, and at each garbage
-collection, and freed once their events are done.
+collection, and freed once their events are done. Code that libraries have loaded is apart: it goes only where the host
+may wait.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Graveyard:
         """``freeing``: what to enter while remains are freed, which a garbage collection may do anywhere."""
         self._query, self._freeing = query, freeing
         self._entries: deque[tuple[Sequence[Any], Any, Callable[[], None]]] = _sync.deque_("graveyard")
+        #: What makes the host wait where it is freed.
+        self._code: deque[Callable[[], None]] = _sync.deque_("buried code")
         #: Something else to look at in each reaping.
         self.also: Callable[[], None] = lambda: None
         self._closed = False
@@ -49,6 +52,19 @@ class Graveyard:
         self._entries.append((events, remains, then))
         if not self._closed:
             self.reap()
+
+    def bury_code(self, free: Callable[[], None]) -> None:
+        self._code.append(free)
+
+    def free_code(self) -> None:
+        """What there is by now; the host may wait."""
+        for _ in range(0 if self._closed else len(self._code)):
+            try:
+                free = self._code.popleft()
+            except IndexError:
+                return
+            with self._freeing():
+                free()
 
     def reap(self) -> None:
         if self._closed:

@@ -194,6 +194,7 @@ class SimDevice:
 
     def trim(self) -> None:
         self.reap()
+        self.free_code()
         for index in list(self._free_memory):
             torch.accelerator.synchronize(index)  # as cudaFree does
         for pools in list(self._free_memory.values()):
@@ -263,14 +264,24 @@ class SimDevice:
                 t.record_stream(reaper)
 
     def bury(self, index: int, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
-        def on_its_device() -> None:
-            with self.on_device(index):
-                then()
-
-        self._graveyard.bury(events, remains, on_its_device)
+        self._graveyard.bury(events, remains, self._on_its_device(index, then))
 
     def reap(self) -> None:
         self._graveyard.reap()
+
+    def bury_code(self, index: int, free: Callable[[], None]) -> None:
+        self._graveyard.bury_code(self._on_its_device(index, free))
+
+    def free_code(self) -> None:
+        if not self.lost() and not self.is_capturing(self.current_stream(self.current_index())):
+            self._graveyard.free_code()
+
+    def _on_its_device(self, index: int, free: Callable[[], None]) -> Callable[[], None]:
+        def call() -> None:
+            with self.on_device(index):
+                free()
+
+        return call
 
     def _query(self, events: Sequence[Any]) -> bool:
         if self.lost():

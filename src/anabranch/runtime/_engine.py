@@ -431,12 +431,18 @@ class Engine:
                 raise
 
     def close(self) -> None:
-        """Free everything; calls that are in flight finish, later ones raise ``EngineClosed``. May be repeated."""
+        """Free everything; calls that are in flight finish, later ones raise ``EngineClosed``. May be repeated.
+
+        With the backend ``tensorrt`` the host waits for the device, because freeing TensorRT's code does.
+        """
         self._closed = True
         with process.build_lock:
+            loads_code = any(s.loads_code for s in self._specializations.values())
             self._specializations.clear()
             self._primary = None
             self._model, self._cast = torch.nn.Module(), None
+            if loads_code:
+                self._device.free_code()
 
     def __enter__(self) -> Engine:
         return self

@@ -352,6 +352,11 @@ class Specialization:
                 raise
         return len(self._pool)
 
+    @property
+    def loads_code(self) -> bool:
+        """Whether its backend loads code for each context, so that the host has to wait where one is freed."""
+        return isinstance(self._lowered, Stateful)
+
     def trim(self) -> None:
         """Give up the contexts that are idle; calls in flight keep theirs, and later calls build new ones."""
         self._may_grow = True

@@ -41,8 +41,7 @@ class Engine:
         self.inputs, self.outputs = segment.inputs, segment.outputs
         self._compiled, self.library = compiled, compiled.library
         parts = self._parts = SimpleNamespace(runtime=api.Runtime(compiled.library.logger), config=None, cache=None)
-        # As with the remains of contexts: code that is unloaded anyhow ends a capture that somebody has under way.
-        weakref.finalize(self, self.seam.bury, device.index, (), None, vars(parts).clear).atexit = False
+        weakref.finalize(self, self.seam.bury_code, device.index, vars(parts).clear).atexit = False
         with compiled.library.complaints() as complaints:
             parts.engine = parts.runtime.deserialize_cuda_engine(compiled.engines[name])
         if parts.engine is None:
@@ -105,11 +104,17 @@ class _Call:
         self._own, self._fork, self._join = own, torch.Event("cuda"), torch.Event("cuda")
         #: For direct runs, where kernels would start early: the work, and tensors that it reads and writes.
         self._whole: tuple[Any, list[torch.Tensor], list[torch.Tensor]] | None = None
-        self.context = engine.context()
+        #: The only reference to the execution context, which may outlive this, but not the engine.
+        self._contexts = [engine.context()]
+        weakref.finalize(self, engine.seam.bury_code, engine.device.index, self._contexts.clear).atexit = False
         if workspace is not None:
             self.context.set_device_memory(workspace.data_ptr(), engine.workspace_bytes)
         self._names = [(n, n in engine.used) for n in input_names(len(engine.inputs))]
         self._outputs = list(zip(output_names(len(engine.outputs)), engine.outputs, strict=True))
+
+    @property
+    def context(self) -> Any:
+        return self._contexts[0]
 
     def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         """Queue it on the current stream.
@@ -252,6 +257,8 @@ class TensorRTKernels(Stateful):
         self._lock = threading.Lock()
 
     def instance(self, own: Any) -> Instance:
+        seam: Any = get_device(self.device.type)
+        seam.free_code()  # making one waits for the device anyhow
         with self._lock:
             made = Instance(self, own)
             for engine in self.engines.values():
