@@ -100,6 +100,13 @@ def test_the_best_peer_is_one_that_was_right(content: dict[str, Any]) -> None:
     assert "vs_best_peer" not in content["cells"][4]
 
 
+def test_the_latency_of_a_peer_that_is_wrong_on_one_stream_does_not_count(content: dict[str, Any]) -> None:
+    b = content["cells"][1]
+    b["throughput"]["1"] = {**b["throughput"]["4"], "wrong": 49}
+    assert with_ratios(content)["works"]["relu"]["best_peer"] == {"p50_us": "a", "host_us": "a", "4": "a"}
+    assert strike(b, "p50_us", "peer") == "~~50.0~~ 49 of 480 wrong"
+
+
 def test_without_a_right_peer_there_is_no_ratio(content: dict[str, Any]) -> None:
     del content["cells"][:2]
     del content["cells"][0]["vs_best_peer"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import re
 import shutil
@@ -222,6 +223,16 @@ def test_what_was_built_is_told(cache: Path) -> None:
         assert word in text
     content = json.loads(json.dumps(built.as_dict()))
     assert content["nbytes"] == built.nbytes == sum(e["nbytes"] for e in content["engines"])
+
+
+def test_no_weights_are_kept_when_all_is_built(cache: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval()
+    addresses = {p.data_ptr() for p in model.parameters()}
+    anabranch.build(model, [torch.randn(2, 64)], compute_capability="8.9", cache=cache)
+    del model
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
+    assert not [t for t in tensors if not t.is_sparse and t.layout is torch.strided and t.data_ptr() in addresses]
 
 
 def test_precision_and_keyword_inputs_are_those_of_compile(cache: Path) -> None:

@@ -83,6 +83,9 @@ def export(
             assert program is not None
             # Weights outside the message: one message holds 2 GB at most.
             program.save(str(path), external_data=True)
+            # The exporter's optimizer keeps the last graph that it looked at, and with it all weights, on their device.
+            for value in program.model.graph.initializers.values():
+                value.const_value = None
     except Exception as e:
         raise Unconvertible(f"no ONNX for it: {_innermost(e)}") from None
     return path
