@@ -171,7 +171,7 @@ _EACH = ("trt-*-each",)
 
 def native() -> str:
     """The native runtime beside eager, the best right peers that share an engine or hold one each, and the bound."""
-    content = h200()
+    content = json.loads((RESULTS / "native_h200.json").read_text())
     lines = [
         "| work | host us: eager, ours | latency us: eager, ours | streams | best peer with one engine | best with one"
         " engine a thread; MB | ours; MB | bound | ours / bound |",
@@ -198,15 +198,62 @@ def native() -> str:
     copy = median(frame["anabranch-inductor-native"], "copy_us")
     many = [json.loads(f.read_text())["total"] for f in sorted(RESULTS.glob("many_calls_h200*.json"))]
     where = content["environment"]
+    after = json.loads((RESULTS / "after_h200.json").read_text())
+    others = [
+        f
+        for c in after["cells"]
+        if c["system"].startswith("anabranch") and not c["work"].startswith("relu")
+        for f in c["throughput"].values()
+    ]
     lines += [
         "",
         f"Backend inductor. One call after the other, `relu-4k` takes {ours_us:.1f} us, a copy of its frame {copy:.1f},"
-        f" eager {eager_us:.1f}. {checked:,} outputs of the native runtime were checked, {differed} differed, all of"
-        " them of `mobilenet_v3_large`: [docs/bench.md](docs/bench.md) says how. `benchmarks/many_calls.py`, 16"
-        f" threads, each call with a new input: {sum(m['calls'] for m in many):,} calls in {len(many)} runs,"
+        f" eager {eager_us:.1f}. {checked:,} outputs of the native runtime were checked, {differed} differed; of"
+        f" {' and '.join(f'`{w}`' for w in after['works'])} ([run](benchmarks/results/after_h200.json)), both runtimes,"
+        f" {sum(f['wrong'] + f['inexact'] for f in others)} of {sum(f['checked'] for f in others):,}."
+        f" `benchmarks/many_calls.py`, 16 threads, each call with a new input: {sum(m['calls'] for m in many):,} calls,"
         f" {sum(m['wrong'] for m in many)} wrong. {where['device']}, PyTorch {where['torch']}, {where['date'][:10]}.",
     ]
     return "\n".join(lines)
+
+
+#: Torch-TensorRT with one engine for all threads, as bench_tensorrt.py runs it.
+_PEERS = ("trt-cpp-shared", "trt-cpp-graphs-shared", "trt-python-shared", "trt-python-graphs-shared")
+
+
+def tensorrt() -> str:
+    """The backend tensorrt beside Torch-TensorRT's shared engines: the bars of bench_tensorrt.py."""
+    content = json.loads((RESULTS / "tensorrt_h200.json").read_text())
+    lines = [
+        "| work | wrong of ours: native, Python, graphs, direct | wrong of theirs: C++, C++ graphs, Python, Python"
+        " graphs |"
+        " latency us: ours, theirs with graphs | calls a second, 8 threads: ours, theirs, ratio | what the GPU does |"
+        " error / theirs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for work, bars in content["verdict"]["works"].items():
+        wrong, latency, calls, error = (bars[k] for k in ("wrong", "latency", "throughput", "error"))
+        ours, theirs = ", ".join(wrong["ours"].values()), ", ".join(_short(wrong["theirs"][n]) for n in _PEERS)
+        mark = "" if calls["result"] == "pass" else f" ({calls['result']})"
+        ratio = "both 0" if error["theirs"] == 0 else f"{error['ratio']:.2f}"
+        lines.append(
+            f"| {work} | {_short(ours)} | {theirs} | **{number(latency['ours'])}**, {number(latency['theirs'])} |"
+            f" **{number(calls['ours'])}**, {number(calls['theirs'])}, **{calls['ratio']:.2f}**{mark} |"
+            f" {number(calls['bound'])} | {ratio} |"
+        )
+    results, where = content["verdict"]["results"], content["environment"]
+    rtx, theirs = (where["versions"][name] for name in ("tensorrt-rtx-cu13-bindings", "torch-tensorrt-rtx"))
+    lines += [
+        "",
+        f"Theirs is the best figure with no wrong output behind it. Bars: {results['pass']} passed, {results['fail']}"
+        f" failed, {results['not measured']} not measured. {where['device']}, PyTorch {where['torch']}, TensorRT-RTX"
+        f" {rtx}, Torch-TensorRT {theirs}, {where['date'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    return re.sub(r"8 streams: ", "", re.sub(r"(\d+) of (\d+)", r"\1", text))
 
 
 def _best(content: dict[str, Any], work: str, names: tuple[str, ...], streams: str) -> tuple[str, ...]:
@@ -221,7 +268,7 @@ def _best(content: dict[str, Any], work: str, names: tuple[str, ...], streams: s
 
 SECTIONS = {
     "README.md": {"matrix": matrix, "stale": stale, "bench": bench, "native": native},
-    "docs/bench.md": {"bench-missing": missing, "bench-facts": facts},
+    "docs/bench.md": {"bench-missing": missing, "bench-tensorrt": tensorrt, "bench-facts": facts},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import logging
 import os
@@ -69,6 +70,19 @@ def test_a_network_becomes_one_engine(cache: Cache, dtype: torch.dtype) -> None:
     assert made.flops[0] == made.flops[1] > 0
     (segment,) = made.partition.segments.values()
     assert segment.inputs[0].physical == (1, 64, 64, 3)  # no copy into another layout on the way in
+
+
+@pytest.mark.skipif(library().name != "tensorrt_rtx", reason="says nothing of float32")
+@pytest.mark.parametrize(
+    ("dtype", "tf32", "said"),
+    [(torch.float32, False, True), (torch.float32, True, False), (torch.float16, False, False)],
+)
+def test_what_may_not_be_computed_in_float32_is_told(cache: Cache, dtype: torch.dtype, tf32: bool, said: bool) -> None:
+    target = dataclasses.replace(_ADA, tf32=tf32)
+    for model, has in ((nn.Linear(8, 8), True), (nn.GELU(), False)):
+        program = export_program(model.to(dtype).eval(), (torch.rand(4, 8, dtype=dtype),), {})
+        made = compile_program(library(), program, target, require_full=True, cache=cache)
+        assert any("may compute products and convolutions in TF32" in x for x in made.report()) is (said and has)
 
 
 class Residual(nn.Module):

@@ -57,6 +57,8 @@ class Compiled:
     operators: tuple[int, int]
     #: Floating-point operations of products and convolutions: in engines, and in all.
     flops: tuple[int, int]
+    #: Whether products or convolutions of float32 are in engines that are to compute them in float32.
+    float32: bool
     #: Engines that were in the cache.
     reused: int = 0
     cache: Cache = field(default_factory=Cache)
@@ -70,7 +72,19 @@ class Compiled:
             f"{self.library.name} {self.library.version}: {inside} of {everything} operators{share}, in {n}"
             f" engine{'s' * (n != 1)}{f', {self.reused} from the cache' if self.reused else ''}"
         ]
+        if self.inexact_float32:
+            lines.append(f"  {self.inexact_float32}")
         return lines + [f"  not in TensorRT: {line}" for line in by_reason(self.fallbacks)]
+
+    @property
+    def inexact_float32(self) -> str:
+        """What is to be known of float32 in these engines, or nothing."""
+        if not self.float32 or self.library.keeps_float32:
+            return ""
+        return (
+            f"float32: {self.library.name} may compute products and convolutions in TF32, which is not allowed here:"
+            " off by 1e-3 of the largest value. backend='inductor' computes in float32"
+        )
 
 
 def compile_program(
@@ -150,9 +164,14 @@ def compile_program(
         fallbacks,
         (sum(n.name in inside for n in everything), len(everything)),
         (sum(flops(n) for n in everything if n.name in inside), sum(map(flops, everything))),
+        not target.tf32 and any(n.name in inside and _is_float32(n) and flops(n) for n in everything),
         reused,
         cache,
     )
+
+
+def _is_float32(node: fx.Node) -> bool:
+    return getattr(node.meta.get("val"), "dtype", None) is torch.float32
 
 
 def _device(program: Program) -> torch.device:

@@ -33,6 +33,15 @@ class Library:
         """Whether it can build for a GPU that is not there."""
         return hasattr(self.api, "ComputeCapability")
 
+    @property
+    def keeps_float32(self) -> bool:
+        """Whether it computes in float32 where TF32 is not allowed.
+
+        TensorRT-RTX 1.4 was seen to compute products and convolutions in TF32 nevertheless, on an H200
+        (``benchmarks/results/tensorrt_float32_h200.json``). Other versions of it were not looked at.
+        """
+        return self.name != "tensorrt_rtx"
+
     @contextmanager
     def complaints(self) -> Iterator[list[str]]:
         """The errors that it reports to this thread meanwhile, which are then whoever asked's to pass on."""
