@@ -123,7 +123,6 @@ class ScratchKernels(Stateful):
         self.forward: Any = type(fx.GraphModule(root, self.graph)).forward
 
     def instance(self, own: Any) -> ScratchInstance:
-        self.seam.free_code()
         return ScratchInstance(self, own)
 
     def describe(self) -> list[str]:
@@ -145,7 +144,9 @@ class _Backend:
     name = NAME
 
     def lower(self, program: Program, examples: Sequence[torch.Tensor], options: Options) -> ScratchKernels:
-        return ScratchKernels(program, examples[0].device if examples else program.weights[0].device)
+        made = ScratchKernels(program, examples[0].device if examples else program.weights[0].device)
+        made.seam.free_code()  # not at each instance, as TensorRT: to make one of these waits for nothing
+        return made
 
 
 def install(device: Device) -> None:
