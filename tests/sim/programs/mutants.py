@@ -237,7 +237,7 @@ def context_freed_early() -> None:
     device = ENGINES[1].seam
     bury = type(device).bury
 
-    def at_once(self: Any, events: Any, remains: Any, then: Callable[[], None]) -> None:
+    def at_once(self: Any, index: int, events: Any, remains: Any, then: Callable[[], None]) -> None:
         then()
 
     type(device).bury = at_once
