@@ -48,7 +48,7 @@ class ScratchInstance:
     alive: ClassVar[weakref.WeakSet[ScratchInstance]] = weakref.WeakSet()
 
     def __init__(self, owner: ScratchKernels, own: Any) -> None:
-        self._owner = owner
+        self._owner, self._own = owner, own
         # One piece for all held results: they follow each other in the graph, and each is read before the next.
         self.scratch = torch.empty(owner.nbytes, dtype=torch.uint8, device=owner.device) if owner.nbytes else None
         self.nbytes = owner.nbytes
@@ -58,6 +58,10 @@ class ScratchInstance:
         self.alive.add(self)
         code = [Code(owner.device.index)]
         weakref.finalize(self, owner.seam.bury_code, owner.device.index, code.clear).atexit = False
+
+    def __del__(self) -> None:
+        # Ends a capture that somebody has under way, unless who frees it allows for that.
+        self._own.query()
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         results: Sequence[torch.Tensor] = self._owner.forward(self._holds, *self._owner.weights, *inputs)

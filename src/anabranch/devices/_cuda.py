@@ -21,7 +21,7 @@ import torch
 
 from anabranch import _sync
 from anabranch.devices._dependents import complete
-from anabranch.devices._device import Graph, Lane, Latch, Memory, real_tensors
+from anabranch.devices._device import Graph, Lane, Latch, Memory, on_its_device, real_tensors
 from anabranch.devices._graveyard import Graveyard
 from anabranch.errors import AnabranchError, DeviceLost, NotCapturable
 
@@ -400,28 +400,20 @@ class CudaDevice:
                 t.record_stream(reaper)
 
     def bury(self, index: int, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
-        self._graveyard.bury(events, remains, self._on_its_device(index, then))
+        self._graveyard.bury(events, remains, on_its_device(self, index, then))
 
     def reap(self) -> None:
         self._graveyard.reap()
 
     def bury_code(self, index: int, free: Callable[[], None]) -> None:
-        self._graveyard.bury_code(self._on_its_device(index, free))
+        self._graveyard.bury_code(on_its_device(self, index, free))
 
     def free_code(self) -> None:
         if not self.lost() and not torch.cuda.is_current_stream_capturing():
             self._graveyard.free_code()
 
-    def _on_its_device(self, index: int, free: Callable[[], None]) -> Callable[[], None]:
-        def call() -> None:
-            with self.on_device(index):
-                free()
-
-        return call
-
     def _query(self, events: Sequence[Any]) -> bool:
-        # Libraries wait for the device when they free code. That ends captures of whatever mode, so not in the midst of
-        # one; of those of other threads nobody knows.
+        # Nothing is freed in the midst of a capture, which that might end; of other threads' captures nobody knows.
         if self._lost or torch.cuda.is_current_stream_capturing():
             return False
         # Asking an event is forbidden while a global-mode capture is under way, and would invalidate that capture.

@@ -192,6 +192,16 @@ class Device(Protocol):
         """The device's name for people."""
 
 
+def on_its_device(device: Device, index: int, free: Callable[[], None]) -> Callable[[], None]:
+    """``free``, to be called with device ``index`` current whatever is; what was current is so again afterwards."""
+
+    def call() -> None:
+        with device.on_device(index):
+            free()
+
+    return call
+
+
 @contextmanager
 def real_tensors() -> Iterator[None]:
     """For finalizers: a garbage collection may come amid an export, whose modes take every tensor for theirs."""

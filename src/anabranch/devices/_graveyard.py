@@ -58,7 +58,9 @@ class Graveyard:
 
     def free_code(self) -> None:
         """What there is by now; the host may wait."""
-        for _ in range(0 if self._closed else len(self._code)):
+        if self._closed:
+            return
+        for _ in range(len(self._code)):
             try:
                 free = self._code.popleft()
             except IndexError:

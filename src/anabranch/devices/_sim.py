@@ -13,7 +13,7 @@ import torch
 
 import anabranch.sim
 from anabranch import _sync
-from anabranch.devices._device import Graph, Lane, Latch, Memory, real_tensors
+from anabranch.devices._device import Graph, Lane, Latch, Memory, on_its_device, real_tensors
 from anabranch.devices._graveyard import Graveyard
 from anabranch.errors import DeviceLost
 
@@ -264,24 +264,17 @@ class SimDevice:
                 t.record_stream(reaper)
 
     def bury(self, index: int, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
-        self._graveyard.bury(events, remains, self._on_its_device(index, then))
+        self._graveyard.bury(events, remains, on_its_device(self, index, then))
 
     def reap(self) -> None:
         self._graveyard.reap()
 
     def bury_code(self, index: int, free: Callable[[], None]) -> None:
-        self._graveyard.bury_code(self._on_its_device(index, free))
+        self._graveyard.bury_code(on_its_device(self, index, free))
 
     def free_code(self) -> None:
         if not self.lost() and not self.is_capturing(self.current_stream(self.current_index())):
             self._graveyard.free_code()
-
-    def _on_its_device(self, index: int, free: Callable[[], None]) -> Callable[[], None]:
-        def call() -> None:
-            with self.on_device(index):
-                free()
-
-        return call
 
     def _query(self, events: Sequence[Any]) -> bool:
         if self.lost():

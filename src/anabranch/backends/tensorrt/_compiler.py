@@ -156,22 +156,20 @@ def compile_program(
             f" {library.name} {library.version}: {listed}. Change the model, or let another backend run them:"
             " require_full=False."
         )
+    work = {n: flops(n) for n in everything}
+    within = [n for n in everything if n.name in inside]
     return Compiled(
         library,
         cut,
         engines,
         keys,
         fallbacks,
-        (sum(n.name in inside for n in everything), len(everything)),
-        (sum(flops(n) for n in everything if n.name in inside), sum(map(flops, everything))),
-        not target.tf32 and any(n.name in inside and _is_float32(n) and flops(n) for n in everything),
+        (len(within), len(everything)),
+        (sum(work[n] for n in within), sum(work.values())),
+        not target.tf32 and any(work[n] and getattr(n.meta["val"], "dtype", None) is torch.float32 for n in within),
         reused,
         cache,
     )
-
-
-def _is_float32(node: fx.Node) -> bool:
-    return getattr(node.meta.get("val"), "dtype", None) is torch.float32
 
 
 def _device(program: Program) -> torch.device:

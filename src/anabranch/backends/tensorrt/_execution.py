@@ -257,8 +257,7 @@ class TensorRTKernels(Stateful):
         self._lock = threading.Lock()
 
     def instance(self, own: Any) -> Instance:
-        seam: Any = get_device(self.device.type)
-        seam.free_code()  # making one waits for the device anyhow
+        get_device(self.device.type).free_code()  # making one waits for the device anyhow
         with self._lock:
             made = Instance(self, own)
             for engine in self.engines.values():
