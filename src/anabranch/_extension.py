@@ -55,7 +55,10 @@ def build(name: str, folder: Path, more: Sequence[str] = (), headers: Sequence[P
 
 
 def ahead(name: str, folder: Path) -> Path:
-    """Where a library that came along with the package would be: one for this PyTorch, Python and these sources."""
+    """Where a library that came along with the package would be: one for this PyTorch, Python and these sources.
+
+    It is trusted as the package's Python code is, whoever installed both: it lies beside it.
+    """
     digest = hashlib.sha256()
     for file in sorted((*folder.glob("*.cpp"), *folder.glob("*.h"))):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")

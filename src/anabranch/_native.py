@@ -1,8 +1,9 @@
 """Builds this package's C++ at first use. One function, :func:`build`; it knows nothing of what it builds.
 
 A library is kept in the user's cache under a name made from its sources, the compiler and the flags, so a change in
-any of them builds anew and nothing is ever rebuilt in place. Processes that want to build at once do it one after the
-other, and find what the first one made.
+any of them builds anew. A library that somebody else than the user could have written is not loaded
+(:mod:`anabranch._trust`), but built again in its place. Processes that want to build at once do it one after the other,
+and find what the first one made.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from anabranch import _trust
 from anabranch.errors import BuildError
 
 #: Flags of every build; a caller's flags come after them and win.
@@ -45,7 +47,7 @@ def build(
     compilation and one after it; by default they go to stderr. Safe in many threads and processes at once.
 
     Raises :class:`~anabranch.errors.BuildError` when there is no compiler, when it fails (its output is in the
-    message), or when the cache cannot be written.
+    message), when the cache cannot be written, or when others than the user can write to it.
     """
     say = progress or _to_stderr
     files = sorted({*sources, *headers, *(h for s in sources for h in s.parent.glob("*.h"))})
@@ -57,11 +59,11 @@ def build(
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     target = cache_folder() / f"{name}-{digest.hexdigest()[:20]}{'.so' if shared else ''}"
-    if target.exists():
+    if _is_kept(target):
         return target
 
     try:
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _prepare(target.parent)
         handle, partial = tempfile.mkstemp(prefix=f".{name}-", dir=target.parent)
     except OSError as error:
         raise BuildError(
@@ -70,18 +72,52 @@ def build(
     os.close(handle)
     try:
         with _alone(target.parent):
-            if target.exists():  # another process was building it meanwhile
+            if _is_kept(target, say):  # another process was building it meanwhile
                 return target
             say(f"anabranch: compiling {name} (once for this version; kept in {target.parent})")
             started = time.monotonic()
             # What the compiler writes has another name until it is whole: a reader sees all of it or nothing.
             _compile(name, [*compiler, *options], sources, libraries, partial)
             os.chmod(partial, 0o700)
-            os.replace(partial, target)
+            try:
+                os.replace(partial, target)
+            except OSError as error:
+                raise BuildError(f"cannot write {target} ({error.strerror}); remove what is there") from error
+            why = _trust.objection(target, cache_root())
+            if why:  # a file system that gives files to somebody else, as NFS gives root's to nobody
+                raise BuildError(f"{why}; or set XDG_CACHE_HOME to a folder of your own")
             say(f"anabranch: compiled {name} in {time.monotonic() - started:.1f} s")
     finally:
         Path(partial).unlink(missing_ok=True)
     return target
+
+
+def _is_kept(library: Path, say: Callable[[str], None] | None = None) -> bool:
+    """Whether ``library`` is in the cache and may be loaded; ``say`` gets the reason where it is there and may not."""
+    try:
+        why = _trust.objection(library, cache_root())
+    except OSError:  # not there
+        return False
+    if why and say:
+        say(f"anabranch: not loaded, and compiled anew: {why}")
+    return why is None
+
+
+def _prepare(folder: Path) -> None:
+    """Make the cache's ``folder``, or make sure that only the user can write to it. Raises OSError and BuildError."""
+    root = cache_root()
+    _trust.make_folders(folder, root)
+    with _alone(folder):
+        if _trust.close_folders(folder, root):
+            for file in folder.iterdir():
+                with suppress(IsADirectoryError):
+                    file.unlink(missing_ok=True)
+    why = _trust.folder_objection(folder, root)
+    if why:
+        raise BuildError(
+            f"compiled libraries are not kept where others can exchange them: {why}; or set XDG_CACHE_HOME to a folder "
+            "that only you can write to"
+        )
 
 
 @contextmanager
@@ -117,12 +153,16 @@ def _run(command: Sequence[str], name: str) -> None:
         raise BuildError(f"compiling {name} failed:\n  {shlex.join(command)}\n{done.stderr.strip()[-4000:]}")
 
 
-def cache_folder() -> Path:
-    """Where builds are kept: ``$XDG_CACHE_HOME/anabranch/native``, by default under ``~/.cache``."""
+def cache_root() -> Path:
+    """The folder for all programs' caches: ``$XDG_CACHE_HOME``, by default ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The specification asks to ignore a relative path there.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "anabranch" / "native"
+    return Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+
+
+def cache_folder() -> Path:
+    """Where builds are kept: ``anabranch/native`` in :func:`cache_root`."""
+    return cache_root() / "anabranch" / "native"
 
 
 def _compiler() -> list[str]:

@@ -601,6 +601,34 @@ def test_an_entry_that_is_not_whole_or_not_ours_is_made_anew(
     assert build(model, x, cache=cache).reused == 1
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_an_entry_is_used_only_from_a_folder_that_nobody_else_can_write_to(
+    named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("ANABRANCH_TENSORRT_CACHE", raising=False)
+    cache = Cache(tmp_path / "engines") if named else Cache()
+    cache.store("engine", {"model": 1}, b"content")
+    path = cache.path("engine", {"model": 1})
+    assert cache.load("engine", {"model": 1}) == b"content"
+    assert caplog.text == ""
+    # A folder that was named is looked at alone; in the user's cache, those above it too.
+    for folder in [cache.folder] if named else [cache.folder, cache.folder.parent, tmp_path / "cache"]:
+        before = folder.stat().st_mode
+        folder.chmod(0o770)
+        assert cache.load("engine", {"model": 1}) is None
+        assert f"chmod go-w {folder}" in caplog.text
+        folder.chmod(before)
+    assert cache.load("engine", {"model": 1}) == b"content"
+    path.rename(path.with_suffix(".moved"))
+    path.symlink_to(path.with_suffix(".moved"))
+    assert cache.load("engine", {"model": 1}) is None
+    assert "is a symbolic link" in caplog.text
+    cache.store("engine", {"model": 1}, b"content")
+    assert cache.load("engine", {"model": 1}) == b"content"
+    assert not path.is_symlink()
+
+
 def test_ctrl_c_stops_a_build(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     made = builder._monitor
 

@@ -1,7 +1,8 @@
 """Engines that were built before, by the hash of all that they depend on.
 
 An entry is one file: a line of JSON (what it is for, the SHA-256 of the rest), then the bytes. An engine is machine
-code, so an entry is used only if it is this user's own file, says that it is for exactly what is wanted, and is whole.
+code, so an entry is used only if nobody but this user can have written it (:mod:`anabranch._trust`), it says that it is
+for exactly what is wanted, and it is whole.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import hashlib
 import json
 import logging
 import os
-import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from anabranch._native import cache_folder
+from anabranch import _trust
+from anabranch._native import cache_root
 
 _log = logging.getLogger("anabranch.tensorrt")
 _FORMAT = "anabranch-tensorrt 1"
@@ -24,7 +25,7 @@ _FORMAT = "anabranch-tensorrt 1"
 def folder() -> Path:
     """``$ANABRANCH_TENSORRT_CACHE``, or ``$XDG_CACHE_HOME/anabranch/tensorrt``, by default under ``~/.cache``."""
     given = os.environ.get("ANABRANCH_TENSORRT_CACHE", "")
-    return Path(given) if given else cache_folder().parent / "tensorrt"
+    return Path(given) if given else cache_root() / "anabranch" / "tensorrt"
 
 
 class Cache:
@@ -40,16 +41,16 @@ class Cache:
         """The bytes stored for ``key``; None, with a warning where there is something else, if there are none."""
         path = self.path(kind, key)
         try:
+            why = _trust.objection(path, self._root())
+            if why:
+                self._refuse(path, why)
+                return None
             with path.open("rb") as file:
-                owner = os.fstat(file.fileno())
                 header, content = file.readline(), file.read()
         except FileNotFoundError:
             return None
         except OSError as e:
             self._refuse(path, f"it cannot be read: {e}")
-            return None
-        if owner.st_uid != os.getuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            self._refuse(path, "others than this user can write to it")
             return None
         try:
             said = json.loads(header)
@@ -70,7 +71,7 @@ class Cache:
         header = {"format": _FORMAT, "key": json.loads(_canonical(key)), "sha256": _digest(content)}
         path = self.path(kind, key)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _trust.make_folders(self.folder, self._root())
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".new-", delete=False) as file:
                 try:
                     file.write(json.dumps(header, sort_keys=True).encode() + b"\n" + content)
@@ -85,6 +86,10 @@ class Cache:
     def forget(self, kind: str, key: Mapping[str, object], why: str) -> None:
         """The entry cannot be used after all."""
         self._refuse(self.path(kind, key), why)
+
+    def _root(self) -> Path:
+        """Up to where folders are looked at: a folder that was named is looked at alone."""
+        return cache_root() if self.folder.is_relative_to(cache_root()) else self.folder
 
     def _refuse(self, path: Path, why: str) -> None:
         _log.warning("%s: not used, and made anew: %s", path, why)
