@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "AnabranchError",
     "BuildError",
+    "CannotJudge",
     "DeviceLost",
     "EngineClosed",
     "FlagsChanged",
@@ -33,6 +34,13 @@ class UnsupportedModel(AnabranchError):
 
 class BuildError(AnabranchError):
     """A backend failed to turn the graph into kernels."""
+
+
+class CannotJudge(AnabranchError):
+    """A result that cannot be compared with an expected one; the message names it and says what to return instead.
+
+    Of the tools, not of calls: ``anabranch check`` and ``bench`` end with exit status 2 rather than call it right.
+    """
 
 
 class NotCapturable(AnabranchError):
