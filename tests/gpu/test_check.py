@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from anabranch.check import Case, Options, find_subject, run_check
-from anabranch.check._command import command
+from anabranch.cli._check import command
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graph", "direct"])

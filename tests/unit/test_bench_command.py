@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from anabranch.bench import SYSTEMS, WORKS, Subject, default_systems, default_works, find_system, find_work
 from anabranch.bench import _command as module
+from anabranch.cli._bench import command
 from anabranch.errors import InputError
 
 
@@ -30,7 +31,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def invoke(*args: str) -> Any:
-    return CliRunner().invoke(module.command, args)
+    return CliRunner().invoke(command, args)
 
 
 @pytest.mark.parametrize(

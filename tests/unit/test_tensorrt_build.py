@@ -20,12 +20,12 @@ from torch.nn import functional
 
 import anabranch
 from anabranch import models
-from anabranch.ahead._command import command
 from anabranch.backends.tensorrt import Target, compile_program, library
 from anabranch.backends.tensorrt import _compiler as compiler
 from anabranch.backends.tensorrt._cache import Cache
 from anabranch.backends.tensorrt._layout import Layout
 from anabranch.backends.tensorrt._partition import by_reason
+from anabranch.cli._build import command
 from anabranch.errors import BuildError, InputError
 from anabranch.export import Program, export_program
 from anabranch.runtime._flags import Flags

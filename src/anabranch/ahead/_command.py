@@ -1,4 +1,4 @@
-"""``anabranch build``."""
+"""What ``anabranch build`` does; its options are in ``cli/_build.py``."""
 
 from __future__ import annotations
 
@@ -15,37 +15,12 @@ import torch
 from anabranch.ahead._build import Build, build
 from anabranch.backends.tensorrt import library
 from anabranch.check._case import cases_for, find_subject
-from anabranch.check._command import DTYPES, Shape
 from anabranch.check._report import write_json
 from anabranch.errors import AnabranchError, BuildError, InputError
 from anabranch.export import Input
 
 
-@click.command("build")
-@click.argument("model")
-@click.option("--backend", default="tensorrt", show_default=True, type=click.Choice(["tensorrt"]))
-@click.option("--shape", "shapes", multiple=True, type=Shape(), help="Of the input; several: an engine for each.")
-@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Default: float32.")
-@click.option("--channels-last", is_flag=True, help="Model and input in channels_last memory.")
-@click.option(
-    "--precision", type=click.Choice(["float16", "bfloat16"]), help="As compile(precision=...): compute in that type."
-)
-@click.option("--tf32", is_flag=True, help="For programs that call torch.set_float32_matmul_precision('high').")
-@click.option(
-    "--compute-capability",
-    "capabilities",
-    multiple=True,
-    metavar="8.9",
-    help="Of the GPU that it is for, which need not be here. Default: this machine's.",
-)
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The folder for the engines. Default: where compile() looks on this machine.",
-)
-@click.option("--require-full", is_flag=True, help="Fail where an operator would have to run in PyTorch.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write what was built here.")
-def command(
+def run(
     model: str,
     backend: str,
     shapes: tuple[tuple[int, ...], ...],
@@ -58,18 +33,10 @@ def command(
     require_full: bool,
     json_path: Path | None,
 ) -> None:
-    """Build MODEL's engines ahead of time, into the cache.
-
-    MODEL is relu, upscaler or branches (built in), module:callable, or a .pt2 file. TensorRT-RTX needs no GPU for it.
-    On a machine with that GPU, anabranch.compile(model, inputs, backend="tensorrt") finds the engines, if it compiles
-    the same model for the same inputs with the same versions; docs/tensorrt.md says how to take the cache there.
-
-    Exit status: 0 built, 1 an operator or a network cannot be built (with --require-full: any operator), 2 the build
-    could not be tried, 130 interrupted.
-    """
+    """Build, print what was built, and exit with 1, 2 or 130 where that fails; takes the command's options."""
     options: dict[str, Any] = {
         "backend": backend,
-        "precision": DTYPES[precision] if precision else None,
+        "precision": getattr(torch, precision) if precision else None,
         "require_full": require_full,
         "cache": cache,
     }
@@ -80,7 +47,7 @@ def command(
         _end(str(e), 2)
     try:
         with _tf32_allowed(tf32):
-            for name, make, inputs in _cases(model, [DTYPES[d] for d in dtypes], shapes, channels_last):
+            for name, make, inputs in _cases(model, [getattr(torch, d) for d in dtypes], shapes, channels_last):
                 module = make()  # once: a callable may draw its weights
                 for capability in capabilities or (None,):
                     where = f" for compute capability {capability}" if capability else ""

@@ -1,4 +1,4 @@
-"""``anabranch bench``."""
+"""What ``anabranch bench`` does; its options are in ``cli/_bench.py``."""
 
 from __future__ import annotations
 
@@ -20,73 +20,10 @@ from anabranch.bench._work import WORKS, default_works
 from anabranch.check import write_json
 from anabranch.errors import AnabranchError
 
-#: Options that take all the values up to the next option, as in ``--streams 1 4 16``.
-_MANY = ("--streams", "--systems")
 
-
-class _Command(click.Command):
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        joined: list[str] = []
-        i = 0
-        while i < len(args):
-            joined.append(args[i])
-            if args[i] in _MANY:
-                values: list[str] = []
-                while i + 1 < len(args) and not args[i + 1].startswith("-"):
-                    # Counts end where something else begins, so works may follow them.
-                    if args[i - len(values)] == "--streams" and not args[i + 1].replace(",", "").isdigit():
-                        break
-                    i += 1
-                    values.append(args[i])
-                if values:
-                    joined.append(",".join(values))
-            i += 1
-        return super().parse_args(ctx, joined)
-
-
-def _names(value: str | None) -> list[str]:
-    return [v for v in (value or "").split(",") if v]
-
-
-def _streams(ctx: Any, param: Any, value: str) -> tuple[int, ...]:
-    try:
-        streams = tuple(sorted({int(v) for v in _names(value)}))
-    except ValueError:
-        raise click.BadParameter(f"{value!r}: expected numbers such as 1 4 16") from None
-    if not streams or streams[0] < 1:
-        raise click.BadParameter(f"{value!r}: expected numbers of 1 or more")
-    return streams
-
-
-@click.command("bench", cls=_Command)
-@click.argument("works", nargs=-1, metavar="[WORK]...")
-@click.option("--systems", help="Names, after all WORKs; or module:callable. Default: all that run on the device.")
-@click.option("--streams", default="1,4,16", show_default=True, callback=_streams, help="With a thread each.")
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Default: cuda where there is a GPU.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: float16; float32 on CPU."
-)
-@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
-@click.option("--latencies", default=1, show_default=True, type=click.IntRange(1), help="Of each system in each round.")
-@click.option("--seconds", default=0.2, show_default=True, help="For each figure of each round, about.")
-@click.option(
-    "--checked", type=click.IntRange(2), help="Outputs of each stream checked in the first round. Default: at most 48."
-)
-@click.option("--build-seconds", default=300.0, show_default=True, help="Longest build of one system for one work.")
-@click.option("--limit", default=0.0, help="Seconds for the whole run; what is not done by then is said.")
-@click.option("--build-share", default=0.6, show_default=True, help="Part of --limit after which building ends.")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Works that are built together.")
-@click.option("--cores", default=0, help="Cores that builds use at a time. Default: all.")
-@click.option("--torch-threads", default=0, help="Cores that one call may use on the CPU. Default: PyTorch's choice.")
-@click.option("--patience", default=120.0, show_default=True, help="Seconds after which a measurement counts as hung.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures here.")
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path, dir_okay=False), help="Draw them here (PNG).")
-@click.option("--logs", type=click.Path(path_type=Path, file_okay=False), help="Keep the workers' output here.")
-@click.option("--from", "source", type=click.Path(path_type=Path, exists=True), help="Show this JSON; run nothing.")
-@click.option("--list", "listing", is_flag=True, help="List works and systems.")
-def command(
+def run(
     works: tuple[str, ...],
-    systems: str | None,
+    systems: list[str],
     device: str | None,
     dtype: str | None,
     json_path: Path | None,
@@ -95,11 +32,7 @@ def command(
     listing: bool,
     **settings: Any,
 ) -> None:
-    """Measure every system on every WORK, each in its own process, one at a time; check every output.
-
-    A system with wrong outputs has its figure struck out with the count beside it; one that crashes or hangs is
-    reported with its last words, and the run goes on. WORK is a name (see --list) or module:callable@SHAPE.
-    """
+    """Measure, print tables, and exit with 2 where it cannot be done; takes the command's options."""
     # Piped or in a log there is no window to fit, and figures must not be cut off.
     console = Console() if sys.stdout.isatty() else Console(width=190)
     if listing:
@@ -116,7 +49,7 @@ def command(
             _refuse("--device cuda given, but PyTorch sees no GPU here; use --device cpu")
         options = Options(device, dtype or ("float16" if device == "cuda" else "float32"), json=json_path, **settings)
         try:
-            content = _run(list(works) or default_works(), _names(systems) or default_systems(device), options)
+            content = _run(list(works) or default_works(), systems or default_systems(device), options)
         except AnabranchError as e:
             _refuse(str(e))
     for name in content["works"]:

@@ -1,4 +1,4 @@
-"""``anabranch check``."""
+"""What ``anabranch check`` does; its options are in ``cli/_check.py``."""
 
 from __future__ import annotations
 
@@ -13,56 +13,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from anabranch.backends import BACKENDS
 from anabranch.check._case import cases_for, find_subject
-from anabranch.check._inject import INJECTIONS
 from anabranch.check._report import table, to_json, write_json
 from anabranch.check._run import Options, Row, paths_for, run_check
 from anabranch.errors import AnabranchError
-from anabranch.runtime._engine import DEFAULT_MAX_CONTEXTS, RUNTIMES
 
 #: Elements of the largest default shape on the simulated device, whose kernels are the CPU's.
 _SIMULATED = 1 << 13
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Shape(click.ParamType):  # type: ignore[type-arg]  # generic in click's stubs only
-    """Sizes separated by commas."""
-
-    name = "1,3,5"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        try:
-            shape = tuple(int(n) for n in str(value).split(","))
-        except ValueError:
-            self.fail(
-                f"{value!r} is not a shape; expected sizes separated by commas, such as 1,3,2160,3840", param, ctx
-            )
-        if any(n < 0 for n in shape):
-            self.fail(f"{value!r}: sizes must be 0 or more", param, ctx)
-        return shape
-
-
-@click.command("check")
-@click.argument("model")
-@click.option(
-    "--device",
-    type=click.Choice(["cuda", "cpu", "sim"]),
-    help="Default: cuda where there is a GPU, else cpu. sim, the simulated accelerator, has streams and needs no GPU.",
-)
-@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Default: float32, float16.")
-@click.option("--shape", "shapes", multiple=True, type=Shape(), help="Default: boundary shapes in several layouts.")
-@click.option("--streams", default=8, show_default=True, type=click.IntRange(1))
-@click.option("--threads", default=8, show_default=True, type=click.IntRange(1))
-@click.option("--calls", type=click.IntRange(1), help="For each row of the table. Default: 100; on sim, 16.")
-@click.option("--runtime", default="auto", show_default=True, type=click.Choice(("auto", *RUNTIMES)))
-@click.option("--backend", type=click.Choice(BACKENDS), help="Default: inductor; on sim, eager.")
-@click.option("--graphs/--direct", "cuda_graphs", default=None, help="Force a path. Default: whichever is faster.")
-@click.option("--max-contexts", default=DEFAULT_MAX_CONTEXTS, show_default=True, type=click.IntRange(1))
-@click.option("--inject", type=click.Choice(INJECTIONS), help="Put a known bug back, to see it found.")
-@click.option("--seed", default=0, show_default=True, help="With --device sim: which interleaving.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the rows here.")
-def command(
+def run(
     model: str,
     device: str | None,
     calls: int | None,
@@ -71,13 +31,7 @@ def command(
     json_path: Path | None,
     **settings: Any,
 ) -> None:
-    """Call MODEL's engine on many streams and threads at once and compare every output.
-
-    MODEL is relu, upscaler or branches (built in), module:callable, or a .pt2 file. Concurrent outputs must equal the
-    engine's own serial output bit for bit; the serial output must be near float32 eager. On sim the race checker
-    watches, too, and names what is missing. Exit status: 0 all right, 1 something is wrong, 2 the check could not be
-    made.
-    """
+    """Check, print a table, and exit with 0, 1 or 2; takes the command's options."""
     # The driver maps streams onto 8 hardware queues unless told otherwise, and a held stream would hold those that
     # share its queue: fewer calls would really be in flight. Read when CUDA starts, which is later.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -95,7 +49,7 @@ def command(
     try:
         subject = find_subject(model)
         most = _SIMULATED if device == "sim" else None
-        cases = cases_for(subject, [DTYPES[d] for d in dtypes or ("float32", "float16")], shapes or None, most)
+        cases = cases_for(subject, [getattr(torch, d) for d in dtypes or ("float32", "float16")], shapes or None, most)
         total = len(cases) * len(paths_for(device)) * options.calls
         with Progress(
             TextColumn("{task.description}"),

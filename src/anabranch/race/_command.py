@@ -1,4 +1,4 @@
-"""``anabranch race``."""
+"""What ``anabranch race`` does; its options are in ``cli/_race.py``."""
 
 from __future__ import annotations
 
@@ -9,25 +9,11 @@ from pathlib import Path
 import click
 
 from anabranch.errors import AnabranchError
-from anabranch.race._detector import REPORT_LIMIT, Result, check_trace
+from anabranch.race._detector import Result, check_trace
 
 
-@click.command(name="race", short_help="Judge a trace of stream events: race, stale or clean.")
-@click.argument("trace", metavar="TRACE.jsonl")
-@click.option("--json", "json_path", metavar="FILE", help="Write verdict, counts and reports there (- for stdout).")
-@click.option(
-    "--limit",
-    default=REPORT_LIMIT,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Distinct reports to keep; the rest are counted.",
-)
-def command(trace: str, json_path: str | None, limit: int) -> None:
-    """Judge TRACE.jsonl (- reads stdin): a report for each distinct finding, then a last line that starts with the
-    verdict: race, stale or clean.
-
-    Exit status: 0 clean, 1 race or stale, 2 a malformed or unreadable trace.
-    """
+def run(trace: str, json_path: str | None, limit: int) -> None:
+    """Judge, print the reports, and exit with 0, 1 or 2; takes the command's options."""
     try:
         result = check_trace(sys.stdin.buffer if trace == "-" else trace, report_limit=limit)
     except AnabranchError as error:

@@ -1,4 +1,8 @@
-"""The ``anabranch`` command. Each subcommand lives beside the code it runs and is imported when it is called."""
+"""The ``anabranch`` command: the options of each subcommand, a module each.
+
+What a subcommand does is in the ``_command.py`` beside the code that it runs, and is imported when it runs. So a help
+text and a wrong option need no PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,13 @@ import importlib
 
 import click
 
-#: subcommand -> (module, attribute, one line of help). Kept as text so that `anabranch --help` imports no PyTorch.
+#: subcommand -> (module, attribute, one line of help). Kept as text so that each run imports one of them.
 _COMMANDS = {
-    "bench": ("anabranch.bench._command", "command", "Measure every system on the same work; strike out wrong ones."),
-    "build": ("anabranch.ahead._command", "command", "Build TensorRT engines ahead of time, also without a GPU."),
-    "check": ("anabranch.check._command", "command", "Call an engine on many streams at once; compare every output."),
-    "explore": ("anabranch.explore._command", "command", "Run a program under every interleaving; give a verdict."),
-    "race": ("anabranch.race._command", "command", "Judge a trace of stream events: race, stale or clean."),
+    "bench": ("anabranch.cli._bench", "command", "Measure every system on the same work; strike out wrong ones."),
+    "build": ("anabranch.cli._build", "command", "Build TensorRT engines ahead of time, also without a GPU."),
+    "check": ("anabranch.cli._check", "command", "Call an engine on many streams at once; compare every output."),
+    "explore": ("anabranch.cli._explore", "command", "Run a program under every interleaving; give a verdict."),
+    "race": ("anabranch.cli._race", "command", "Judge a trace of stream events: race, stale or clean."),
 }
 
 

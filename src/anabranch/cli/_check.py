@@ -1,0 +1,44 @@
+"""The options of ``anabranch check``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from anabranch.cli._options import DTYPES, Shape
+
+
+@click.command("check")
+@click.argument("model")
+@click.option(
+    "--device",
+    type=click.Choice(["cuda", "cpu", "sim"]),
+    help="Default: cuda where there is a GPU, else cpu. sim, the simulated accelerator, has streams and needs no GPU.",
+)
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), help="Default: float32, float16.")
+@click.option("--shape", "shapes", multiple=True, type=Shape(), help="Default: boundary shapes in several layouts.")
+@click.option("--streams", default=8, show_default=True, type=click.IntRange(1))
+@click.option("--threads", default=8, show_default=True, type=click.IntRange(1))
+@click.option("--calls", type=click.IntRange(1), help="For each row of the table. Default: 100; on sim, 16.")
+@click.option("--runtime", default="auto", show_default=True, type=click.Choice(["auto", "native", "python"]))
+@click.option(
+    "--backend", type=click.Choice(["inductor", "eager", "tensorrt"]), help="Default: inductor; on sim, eager."
+)
+@click.option("--graphs/--direct", "cuda_graphs", default=None, help="Force a path. Default: whichever is faster.")
+@click.option("--max-contexts", default=16, show_default=True, type=click.IntRange(1))
+@click.option("--inject", type=click.Choice(["stale-stream"]), help="Put a known bug back, to see it found.")
+@click.option("--seed", default=0, show_default=True, help="With --device sim: which interleaving.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the rows here.")
+def command(**given: Any) -> None:
+    """Call MODEL's engine on many streams and threads at once and compare every output.
+
+    MODEL is relu, upscaler or branches (built in), module:callable, or a .pt2 file. Concurrent outputs must equal the
+    engine's own serial output bit for bit; the serial output must be near float32 eager. On sim the race checker
+    watches, too, and names what is missing. Exit status: 0 all right, 1 something is wrong, 2 the check could not be
+    made.
+    """
+    from anabranch.check._command import run
+
+    run(**given)
