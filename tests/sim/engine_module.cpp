@@ -6,6 +6,7 @@
 
 #include "../../src/anabranch/cpp/device.h"
 #include "anabranch/engine.h"
+#include "documented.h"
 
 namespace py = pybind11;
 
@@ -24,6 +25,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_private_device", [](uintptr_t api) {
     anabranch::set_private_device(reinterpret_cast<const anabranch::runtime::DeviceApi*>(api));
   });
+  m.def("documented", &documented::without_a_file);
   py::register_exception<anabranch::InputError>(m, "InputError");
   py::register_exception<anabranch::NotCapturable>(m, "NotCapturable");
   using Unlocked = py::call_guard<py::gil_scoped_release>;

@@ -144,3 +144,9 @@ def test_inputs_of_another_device_are_refused(rig: Rig, core: Any, program: Path
         engine.run([rig.random(8, 64)])
     (y,) = engine.run([rig.random(8, 64, index=1)])
     assert y.device.index == 1
+
+
+def test_the_engine_without_a_file_that_the_docs_make(core: Any) -> None:
+    weight, x = torch.randn(32, 64), torch.randn(8, 64)
+    (y,) = core.documented(weight, x)
+    assert torch.equal(y, torch.nn.functional.gelu(torch.nn.functional.linear(x, weight), approximate="tanh"))

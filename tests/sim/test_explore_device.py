@@ -85,12 +85,14 @@ def test_a_call_must_not_wait_for_the_device(program: str, message: str, monkeyp
         assert message in verdict.failure.message
 
 
-def test_the_example_fails_without_its_wait_and_not_with_it() -> None:
+def test_the_example_fails_with_a_stale_stream_and_not_with_an_engine() -> None:
     sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    import missing_wait
+    import any_stream
+    import stale_stream
 
     from anabranch.sim import explore
 
-    assert explore(missing_wait.main).oracles == {"race"}
-    assert explore(missing_wait.main, oracles=["values"]).oracles == {"values"}
-    assert explore(missing_wait.repaired).kind == "exhaustive"
+    assert explore(stale_stream.main).oracles == {"race", "poison"}
+    verdict = explore(stale_stream.main, oracles=["values"], reference=torch.ones(1, 3, 5))
+    assert verdict.oracles == {"values"}
+    assert explore(any_stream.main).kind == "exhaustive"

@@ -1,4 +1,4 @@
-"""``benchmarks/bench.py`` and ``benchmarks/readme.py``: lanes become one run, and pages quote what lies in results."""
+"""``benchmarks/bench.py`` and ``benchmarks/tables.py``: lanes become one run, and pages quote what lies in results."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_lane_that_wrote_nothing_is_said_and_an_earlier_file_not_taken_for_it(
 @pytest.mark.parametrize("page", ["README.md", "docs/bench.md"])
 def test_each_section_has_its_markers(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    for name in load("readme").SECTIONS[page]:
+    for name in load("tables").SECTIONS[page]:
         assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
 
 

@@ -1,6 +1,6 @@
 """The benchmark: every system does the same work in one run, each in its own process; wrong outputs are struck out."""
 
-from anabranch.bench._report import strike, summary, table
+from anabranch.bench._report import overview, strike, summary, table
 from anabranch.bench._run import Options, run_bench
 from anabranch.bench._system import SYSTEMS, Ready, Subject, System, default_systems, find_system
 from anabranch.bench._work import WORKS, Work, default_works, find_work
@@ -17,6 +17,7 @@ __all__ = [
     "default_works",
     "find_system",
     "find_work",
+    "overview",
     "run_bench",
     "strike",
     "summary",

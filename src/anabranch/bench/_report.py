@@ -1,4 +1,4 @@
-"""What a run is shown as: ratios, struck-out figures, the table in the terminal, and the README's tables."""
+"""What a run is shown as: ratios, struck-out figures, the table in the terminal, and the tables of the docs."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def most(
 
 
 def summary(content: Content) -> str:
-    """The README's tables, in Markdown: the best right peer against ours; then who was wrong."""
+    """Every work with the best right peer, ours and the bound, in Markdown; then a table of the wrong systems."""
     lines = [
         "| work | latency, us: best right peer | ours | ratio | calls/s: best right peer; streams | ours; streams"
         " | ratio | bound; streams |",
@@ -208,6 +208,57 @@ def summary(content: Content) -> str:
         lines.append("| " + " | ".join(parts) + " |")
     lines += ["", *_wrong_lines(content), *_origin(content)]
     return "\n".join(lines)
+
+
+def overview(content: Content) -> str:
+    """The README's table, in Markdown: a line a work, with the best right peer, ours, their ratio, and our errors.
+
+    A ratio below 1 is a loss. The last column counts every output of ours that was wrong, in all of our systems.
+    """
+    lines = [
+        "| work | latency, us: best right peer | ours | ratio | calls/s: best right peer | ours | ratio | wrong outputs"
+        " of ours |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in content["works"]:
+        parts = [name]
+        for more in (False, True):
+            peer, ours = (
+                most(content, name, family) if more else _best(content, name, "p50_us", family)
+                for family in ("peer", "ours")
+            )
+            parts += [
+                f"{number(peer[0])} ({_product(content, peer[1])})" if peer else "none",
+                number(ours[0]) if ours else "none",
+                _against(ours, peer, more_is_better=more),
+            ]
+        mine = [
+            c for c in content["cells"] if c["work"] == name and content["systems"][c["system"]]["family"] == "ours"
+        ]
+        rows = [wrong(cell, n, "ours") for cell in mine for n in cell["throughput"]]
+        # The concurrent outputs of such a cell are compared with a serial one that is wrong itself.
+        rows += [(1, 1) for cell in mine if cell.get("serially_wrong")]
+        parts.append(f"{sum(bad for bad, _ in rows):,} of {sum(checked for _, checked in rows):,}")
+        lines.append("| " + " | ".join(parts) + " |")
+    where, settings = content["environment"], content["settings"]
+    lines += [
+        "",
+        f"{where['device']}, PyTorch {where['torch']}, {settings['dtype']}, batch 1, {where['date'][:10]}. With a"
+        " ratio above 1 ours is faster, below 1 slower. Calls/s: the best of"
+        f" {_listed(settings['streams'])} streams.",
+    ]
+    return "\n".join(lines)
+
+
+def _product(content: Content, cell: CellData) -> str:
+    """A peer's name without its set-up: "Torch-TensorRT" for every runtime and mode of it."""
+    label: str = content["systems"][cell["system"]]["label"]
+    return label.split(" C++")[0].split(" Python")[0]
+
+
+def _listed(values: Sequence[Any]) -> str:
+    *first, last = map(str, values)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _against(ours: tuple[Any, ...] | None, peer: tuple[Any, ...] | None, more_is_better: bool) -> str:

@@ -1,4 +1,7 @@
-"""Writes the tables of the README and the docs from ``benchmarks/results``. ``--check`` only compares."""
+"""Writes the table of the README and those of ``docs/bench.md`` from the files in ``benchmarks/results``.
+
+``--check`` writes nothing and fails where a page differs from what the files hold.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from anabranch.bench import summary
+from anabranch.bench import overview, summary
 from anabranch.bench._report import median, most, number, strike
 
 ROOT = Path(__file__).parents[1]
@@ -50,15 +53,22 @@ def stale() -> str:
     return "\n".join(lines)
 
 
-def bench() -> str:
+def speed() -> str:
+    """The README's table: the best peer that was right against ours, a line a work."""
+    content = h200()
+    assert len(content["works"]) <= 9, "the README has room for nine works"
+    return overview(content)
+
+
+def everyone() -> str:
     """The benchmark on a GPU: the best peer that was right against ours, and who was wrong."""
     content = h200()
     where = content["environment"]
-    most = max(load["load_before"][0] for load in where["lanes"])
+    load = max(lane["load_before"][0] for lane in where["lanes"])
     lines = [
-        f"[benchmarks/results/bench_h200.json](benchmarks/results/bench_h200.json), `{where['command']}`:"
-        f" {where['cores']} cores, load at most {most:.1f} before. {sum('latency' in c for c in content['cells'])} of"
-        f" {len(content['cells'])} cells have figures; docs/bench.md says which have not, and why.",
+        f"[bench_h200.json](../benchmarks/results/bench_h200.json), made by `{where['command']}` on {where['cores']}"
+        f" cores with a load of at most {load:.1f} before. {sum('latency' in c for c in content['cells'])} of"
+        f" {len(content['cells'])} cells have figures; the next table names the others.",
         "",
         summary(content),
     ]
@@ -204,8 +214,8 @@ def native() -> str:
         "",
         f"Backend inductor. One call after the other, `relu-4k` takes {ours_us:.1f} us, a copy of its frame {copy:.1f},"
         f" eager {eager_us:.1f}. {checked:,} outputs of the native runtime were checked, {differed} differed; of"
-        f" {' and '.join(f'`{w}`' for w in after['works'])} ([run](benchmarks/results/after_h200.json)), both runtimes,"
-        f" {sum(f['wrong'] + f['inexact'] for f in others)} of {sum(f['checked'] for f in others):,}."
+        f" {' and '.join(f'`{w}`' for w in after['works'])} ([run](../benchmarks/results/after_h200.json)), both"
+        f" runtimes, {sum(f['wrong'] + f['inexact'] for f in others)} of {sum(f['checked'] for f in others):,}."
         f" `benchmarks/many_calls.py`, 16 threads, each call with a new input: {sum(m['calls'] for m in many):,} calls,"
         f" {sum(m['wrong'] for m in many)} wrong. {where['device']}, PyTorch {where['torch']}, {where['date'][:10]}.",
     ]
@@ -258,8 +268,16 @@ def _best(content: dict[str, Any], work: str, names: tuple[str, ...], streams: s
 
 
 SECTIONS = {
-    "README.md": {"matrix": matrix, "stale": stale, "bench": bench, "native": native},
-    "docs/bench.md": {"bench-missing": missing, "bench-tensorrt": tensorrt, "bench-facts": facts},
+    "README.md": {"bench": speed},
+    "docs/bench.md": {
+        "matrix": matrix,
+        "stale": stale,
+        "bench": everyone,
+        "bench-missing": missing,
+        "native": native,
+        "bench-tensorrt": tensorrt,
+        "bench-facts": facts,
+    },
 }
 
 
@@ -280,7 +298,7 @@ def main() -> None:
             if "--check" not in sys.argv:
                 file.write_text(text, encoding="utf-8")
     if "--check" in sys.argv:
-        sys.exit(f"{', '.join(stale_pages)}: run benchmarks/readme.py" if stale_pages else 0)
+        sys.exit(f"{', '.join(stale_pages)}: run python benchmarks/tables.py" if stale_pages else 0)
 
 
 if __name__ == "__main__":
