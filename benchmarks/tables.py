@@ -281,8 +281,9 @@ SECTIONS = {
 }
 
 
-def main() -> None:
-    stale_pages = []
+def changed() -> dict[Path, str]:
+    """The pages that differ from what the results hold, with the text that they should have."""
+    pages = {}
     for page, sections in SECTIONS.items():
         file = ROOT / page
         before = text = file.read_text(encoding="utf-8")
@@ -294,11 +295,17 @@ def main() -> None:
                 flags=re.S,
             )
         if text != before:
-            stale_pages.append(page)
-            if "--check" not in sys.argv:
-                file.write_text(text, encoding="utf-8")
+            pages[file] = text
+    return pages
+
+
+def main() -> None:
+    pages = changed()
     if "--check" in sys.argv:
-        sys.exit(f"{', '.join(stale_pages)}: run python benchmarks/tables.py" if stale_pages else 0)
+        names = ", ".join(str(page.relative_to(ROOT)) for page in pages)
+        sys.exit(f"{names}: run python benchmarks/tables.py" if pages else 0)
+    for page, text in pages.items():
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

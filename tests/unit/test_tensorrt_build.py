@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -301,20 +300,6 @@ def test_compile_without_a_gpu_names_the_command(x: anabranch.Input) -> None:
     # What is named there is a command as it should be.
     with command.make_context("build", ["relu", *arguments]) as context:
         assert context.params["capabilities"] == ("8.9",)
-
-
-ROOT = Path(__file__).parents[2]
-COMMANDS = [
-    line.partition("#")[0].replace("\\\n", " ").split()
-    for page in ("README.md", "docs/tensorrt.md")
-    for line in re.findall(r"^anabranch build ((?:.*\\\n)*.*)$", (ROOT / page).read_text(encoding="utf-8"), re.M)
-]
-
-
-@pytest.mark.parametrize("arguments", COMMANDS, ids=range(len(COMMANDS)))
-def test_the_commands_in_the_docs_are_as_they_should_be(arguments: list[str]) -> None:
-    with command.make_context("build", list(arguments)) as context:
-        assert context.params["capabilities"]
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
