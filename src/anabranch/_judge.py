@@ -30,7 +30,19 @@ from torch.utils import _pytree as pytree
 
 from anabranch.errors import CannotJudge
 
-__all__ = ["Pair", "Rounding", "differences", "pair", "relative_error", "tensors", "unequal", "wrong"]
+__all__ = [
+    "Pair",
+    "Rounding",
+    "describe",
+    "differences",
+    "numbers",
+    "pair",
+    "relative_error",
+    "sharing",
+    "tensors",
+    "unequal",
+    "wrong",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +98,7 @@ def differences(
     found, pairs = pair(actual, expected, rounding=rounding, strides=strides)
     if not found:
         given = tensors(inputs)
-        found += _alias_differences(pairs, given, given if expected_inputs is None else tensors(expected_inputs))
+        found += sharing(pairs, given, given if expected_inputs is None else tensors(expected_inputs))
     for p in pairs:
         line = _element_difference(p, rounding, rounding is None if signed_zeros is None else signed_zeros, nan_bits)
         found += [line] if line else []
@@ -237,11 +249,8 @@ def _a(value: Any) -> str:
     if isinstance(value, bool | int | float | complex | str | torch.dtype):
         return f"the {type(value).__name__} {value!r}"
     kind = type(value)
-    return (
-        f"a {kind.__qualname__}"
-        if kind.__module__ in ("builtins", "torch")
-        else f"a {kind.__module__}.{kind.__qualname__}"
-    )
+    name = kind.__qualname__ if kind.__module__ in ("builtins", "torch") else f"{kind.__module__}.{kind.__qualname__}"
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def _number_bits(value: float | complex) -> tuple[Any, ...]:
@@ -296,10 +305,11 @@ def _strides(x: torch.Tensor) -> list[int]:
 # -- shared memory ----------------------------------------------------------------------------------------------------
 
 
-def _alias_differences(
+def sharing(
     pairs: Sequence[Pair], inputs: Sequence[torch.Tensor], expected_inputs: Sequence[torch.Tensor]
 ) -> list[str]:
-    """Outputs that are fresh and should not be, or the other way round; and those at another place in the memory."""
+    """Outputs that share memory with an input or another output and should not, or the other way round; and those at
+    another place in that memory. Reads no elements."""
     if len(inputs) != len(expected_inputs):
         raise ValueError(f"{len(inputs)} inputs given and {len(expected_inputs)} expected_inputs; expected as many")
     found = []
@@ -388,6 +398,13 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor
     return error.nan_to_num(nan=math.inf, posinf=math.inf).amax()
 
 
+def numbers(x: torch.Tensor) -> torch.Tensor:
+    """A floating or complex tensor in a dtype that arithmetic is there for, the parts of complex numbers in a last
+    dimension; an integer or boolean one as it is."""
+    x = _real(x)
+    return _widened(x) if x.is_floating_point() else x
+
+
 def _real(x: torch.Tensor) -> torch.Tensor:
     """With the parts of a complex tensor in a last dimension, and without bits that postpone a conjugate or a minus."""
     x = x.detach().resolve_conj().resolve_neg()
@@ -410,26 +427,32 @@ def _scale(expected: torch.Tensor) -> torch.Tensor:
 
 def _element_difference(p: Pair, rounding: Rounding | None, signed_zeros: bool, nan_bits: bool) -> str:
     """In words; empty where the elements are right."""
-    name, actual, expected = p
+    _, actual, expected = p
     if rounding is None:
         mask = unequal(actual, expected, nan_bits=nan_bits)
         if not signed_zeros and _real(actual).is_floating_point():
             mask &= ~((_widened(_real(actual)) == 0) & (_widened(_real(expected)) == 0))
     else:
         mask = wrong(actual, expected, rounding.of(expected.dtype), signed_zeros=signed_zeros)
-    count = int(mask.sum())
-    if not count:
+    if not bool(mask.any()):
         return ""
-    first = tuple(int(n) for n in mask.nonzero()[0])
-    got, wanted = (_real(x)[first].item() for x in (actual, expected))
-    parts = 2 if actual.is_complex() else 1
-    where = f"element {first[: len(first) - 1 if parts == 2 else len(first)]}"
-    if parts == 2:
-        where += f", {'imaginary' if first[-1] else 'real'} part"
-    text = f"{name} differs in {count} of {mask.numel()} {'parts' if parts == 2 else 'elements'};"
-    text += f" the first is {where}: {got!r}, expected {wanted!r}"
+    text = describe(p, mask)
     if rounding is not None and math.isfinite(error := float(relative_error(actual, expected))) and error:
         text += f"; largest relative error {error:.1e}, at most {rounding.of(expected.dtype):.1e} allowed"
+    return text
+
+
+def describe(p: Pair, mask: torch.Tensor) -> str:
+    """The elements where ``mask`` (as :func:`unequal` returns it) is true, in words; there is one at least."""
+    name, actual, expected = p
+    first = tuple(int(n) for n in mask.nonzero()[0])
+    got, wanted = (_real(x)[first].item() for x in (actual, expected))
+    parts = "parts" if actual.is_complex() else "elements"
+    where = f"element {first[:-1] if actual.is_complex() else first}"
+    if actual.is_complex():
+        where += f", {'imaginary' if first[-1] else 'real'} part"
+    text = f"{name} differs in {int(mask.sum())} of {mask.numel()} {parts};"
+    text += f" the first is {where}: {got!r}, expected {wanted!r}"
     kinds = _kinds(actual, expected, mask)
     return f"{text} ({', '.join(kinds)})" if kinds else text
 

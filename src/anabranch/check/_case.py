@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from anabranch._exit import described
 from anabranch.errors import InputError
 from anabranch.models import BUILTIN
 
@@ -52,6 +53,17 @@ class Case:
     def nbytes(self) -> int:
         return self.dtype.itemsize * math.prod(self.shape)
 
+    def refuse_too_large(self, device: torch.device) -> None:
+        """Raise :class:`~anabranch.errors.InputError` where inputs, results and what they are compared with do not fit
+        into the memory that is free: the system would end the process, or page for hours."""
+        needed = 4 * max(self.nbytes, 4 * math.prod(self.shape))
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
+        if needed > free:
+            raise InputError(
+                f"an input of {self.shape_name} {self.dtype_name} is {self.nbytes / 1e9:,.1f} GB; the check needs"
+                f" {needed / 1e9:,.1f} GB for it, and {free / 1e9:,.1f} GB are free on {device}; give a smaller --shape"
+            )
+
     def empty(self, device: torch.device) -> torch.Tensor:
         """An uninitialized input of this layout, on the current stream."""
         if self.layout == "channels_last":
@@ -62,6 +74,15 @@ class Case:
             n = self.nbytes // self.dtype.itemsize
             return torch.empty(n + 1, dtype=self.dtype, device=device)[1:].view(self.shape)
         return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+
+def _available_memory() -> int:
+    """Bytes of main memory that can be had."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 62  # not Linux: PyTorch's allocator will say
 
 
 def find_subject(model: str) -> Subject:
@@ -76,17 +97,27 @@ def find_subject(model: str) -> Subject:
         raise InputError(
             f"model {model!r} given; expected one of {', '.join(BUILTIN)}, module:callable, or a .pt2 file"
         )
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise InputError(
+            f"model {model!r}: {module_name!r} is no module's name; expected module:callable, such as"
+            " package.module:make, with the module on PYTHONPATH"
+        )
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as e:
         raise InputError(f"model {model!r}: {e}. Expected module:callable with the module on PYTHONPATH.") from e
+    except (Exception, SystemExit) as e:
+        raise InputError(f"model {model!r}: importing {module_name} raised {described(e)}") from e
     if not callable(factory):
         raise InputError(
             f"model {model!r} is a {type(factory).__name__}; expected a callable that returns an nn.Module"
         )
 
     def make() -> torch.nn.Module:
-        made = factory()
+        try:
+            made = factory()
+        except (Exception, SystemExit) as e:
+            raise InputError(f"model {model!r}: {attribute}() raised {described(e)}") from e
         if not isinstance(made, torch.nn.Module):
             raise InputError(f"{model} returned a {type(made).__name__}; expected an nn.Module")
         return made.eval().requires_grad_(False)

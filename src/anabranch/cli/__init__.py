@@ -7,8 +7,12 @@ text and a wrong option need no PyTorch.
 from __future__ import annotations
 
 import importlib
+import sys
+from typing import Any
 
 import click
+
+from anabranch import _exit
 
 #: subcommand -> (module, attribute, one line of help). Kept as text so that each run imports one of them.
 _COMMANDS = {
@@ -21,6 +25,16 @@ _COMMANDS = {
 
 
 class _Lazy(click.Group):
+    def main(self, *args: Any, standalone_mode: bool = True, **more: Any) -> Any:
+        """Run it; unless ``standalone_mode`` is off, exit with a status, which ``_exit.run`` says more about."""
+        start: Any = super().main
+        if not standalone_mode:
+            return start(*args, standalone_mode=False, **more)
+        given = args[0] if args else more.get("args")
+        words = list(sys.argv[1:] if given is None else given)
+        name = f"anabranch {words[0]}" if words and words[0] in _COMMANDS else "anabranch"
+        _exit.run(name, lambda: start(*args, standalone_mode=False, **more))
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(_COMMANDS)
 

@@ -30,6 +30,14 @@ from anabranch.cli._options import DTYPES, Shape
 @click.option("--max-contexts", default=16, show_default=True, type=click.IntRange(1))
 @click.option("--inject", type=click.Choice(["stale-stream"]), help="Put a known bug back, to see it found.")
 @click.option("--seed", default=0, show_default=True, help="With --device sim: which interleaving.")
+@click.option("--boundary/--no-boundary", default=True, help="Compare with eager at NaN, infinities and zeros, too.")
+@click.option(
+    "--patience",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds without any progress, builds included, after which the check gives up.",
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the rows here.")
 def command(**given: Any) -> None:
     """Call MODEL's engine on many streams and threads at once and compare every output.

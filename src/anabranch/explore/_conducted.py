@@ -23,7 +23,8 @@ def conducted(scheduler: Scheduler) -> Iterator[Conductor]:
 
     Work that is still queued on the device then stays queued. Threads: one such block at a time in a process, not
     inside an exploration. Raises :class:`~anabranch.explore.ExploreError` where nothing can go on any more; the threads
-    that are stuck stay so, as daemons.
+    that are stuck stay so, as daemons. Where the calling thread is itself stuck in the device, through which nothing
+    can be raised, the process ends with that line on stderr and exit status 2; with 130 where it was interrupted there.
     """
     if _conductor.active is not None:
         raise ExploreError("a conducted block inside another, or inside an exploration")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
+from anabranch._exit import INTERRUPTED, NOT_JUDGED, give_up
 from anabranch.explore._dependence import GIVE, NEED, WRITE, Step, Touch
 from anabranch.explore._errors import ExploreError, ReplayDiverged
 from anabranch.explore._run import End, Failure
@@ -245,7 +246,14 @@ class Conductor:
         assert core is not None
         if self.watch is not None and kind in ("sync", "query"):
             self.watch(kind, label)
-        self.point(kind, label, touches, ready=(lambda: core.all_done(needs)) if needs else None)
+        try:
+            self.point(kind, label, touches, ready=(lambda: core.all_done(needs)) if needs else None)
+        except (ExploreError, KeyboardInterrupt) as e:
+            if not self._in_process:
+                raise
+            # Nothing can be raised through the device that called this, and nothing can go on without it.
+            interrupted = isinstance(e, KeyboardInterrupt)
+            give_up("anabranch", "interrupted" if interrupted else str(e), INTERRUPTED if interrupted else NOT_JUDGED)
 
     def point(
         self,
