@@ -6,18 +6,18 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from anabranch.bench._report import notes, table
+from anabranch.bench._report import notes, status, table
 from anabranch.bench._run import Options, run_bench
 from anabranch.bench._system import SYSTEMS, default_systems
 from anabranch.bench._work import WORKS, default_works
-from anabranch.check import write_json
+from anabranch.check import refuse_unwritable, write_json
 from anabranch.errors import AnabranchError
 
 
@@ -41,8 +41,14 @@ def run(
         for system in SYSTEMS.values():
             console.print(f"{system.name:26} {system.label} ({', '.join(system.devices)})", highlight=False)
         return
+    for path in (json_path if source is None else None, plot_path):
+        if path is not None:
+            try:
+                refuse_unwritable(path)
+            except AnabranchError as e:
+                _refuse(str(e))
     if source is not None:
-        content = json.loads(source.read_text(encoding="utf-8"))
+        content = _read(source)
     else:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device == "cuda" and not torch.cuda.is_available():
@@ -65,6 +71,18 @@ def run(
             plot(content, plot_path)
         except AnabranchError as e:
             _refuse(str(e))
+    sys.exit(status(content))
+
+
+def _read(source: Path) -> dict[str, Any]:
+    """What an earlier run wrote."""
+    try:
+        content: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+        if not {"works", "systems", "cells", "settings"} <= content.keys():
+            raise ValueError("it has no works, systems, cells and settings")
+    except (OSError, ValueError, AttributeError) as e:
+        _refuse(f"{source} is no file that --json wrote: {str(e) or type(e).__name__}")
+    return content
 
 
 def _run(works: list[str], systems: list[str], options: Options) -> dict[str, Any]:
@@ -93,6 +111,6 @@ def _run(works: list[str], systems: list[str], options: Options) -> dict[str, An
         )
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     click.echo(f"anabranch bench: {message}", err=True)
     sys.exit(2)

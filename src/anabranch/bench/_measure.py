@@ -20,18 +20,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
+from anabranch._judge import Pair, numbers, pair, relative_error, sharing, tensors, unequal, wrong
 from anabranch.bench._statistics import percentile
 from anabranch.bench._system import Call, NotReady, Ready, Subject, System
 from anabranch.bench._work import Work
 from anabranch.check import float32_exactly
+from anabranch.errors import CannotJudge
 
 #: Inputs in turn; two calls in flight on neighbouring threads never have the same one.
 INPUTS = 8
 #: As few as that takes, where one has more elements than this: each has a reference beside it.
 _FEW_INPUTS, _LARGE = 3, 10_000_000
 #: A serial output this far from float32 eager (relative to its largest magnitude) is wrong, unless eager PyTorch in
-#: the same dtype is itself off by a quarter of that or more: some networks amplify rounding.
+#: the same dtype is itself off by a quarter of that or more: some networks amplify rounding. Integers and booleans are
+#: as one of the two, or wrong; NaN and infinities are where float32 eager has them.
 ALLOWED = {torch.float16: 0.05, torch.bfloat16: 0.2, torch.float32: 0.01}
 #: A concurrent output this far from the system's own serial one is wrong. Nearer, but not the same bits, is "inexact":
 #: peers may choose another algorithm in another thread, and do not promise bits.
@@ -67,11 +71,13 @@ class Meter:
         few = math.prod(work.shape_on(self.device.type)) > _LARGE
         self.inputs = [self._input(i) for i in range(_FEW_INPUTS if few else INPUTS)]
         self.subject = Subject(work, model, self.inputs[0].clone(memory_format=layout), streams, deadline)
+        #: Memory that later calls read.
+        self.held = {x.untyped_storage().data_ptr() for x in (*self.inputs, *model.parameters(), *model.buffers())}
         self.ready: Ready | None = None
         self.streams: list[Any] = []
         self.threads: list[_Thread] = []
-        self.references: list[torch.Tensor] = []
-        self.scales: list[float] = []
+        #: What the system's own serial call returned for each input.
+        self.references: list[Any] = []
         self.close = CLOSE[dtype]
         self.allowed = ALLOWED[dtype]
         #: Threads that have made their first calls, and how long the slowest of them took to.
@@ -100,9 +106,11 @@ class Meter:
             call = self.ready.slots(1)[0]
             with self._on(0):
                 for x in self.inputs:
-                    self.references.append(call(x).clone())
+                    self.references.append(_cloned(call(x)))
                     self._sync(0)
             error = self._error()
+            if self.system.family == "ours" and self._unlike_eager(first):
+                error = math.inf
         del first
         return {
             "build_s": called - start,
@@ -114,36 +122,80 @@ class Meter:
         }
 
     def _error(self) -> float:
-        """Largest error of the serial outputs against float32 eager, relative to the largest magnitude there."""
+        """Largest error of the serial outputs against float32 eager, relative to the largest magnitude there; infinite
+        where no bound could accept one.
+
+        Raises :class:`~anabranch.errors.CannotJudge` where right could not be told from wrong."""
         worst = rounding = 0.0
         reference = self._float32.to(self.device)
         # One run an input does not repay a search for the fastest algorithm.
         flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
         with flags, float32_exactly(), torch.no_grad():
             for x, y in zip(self.inputs, self.references, strict=True):
-                expected = reference(x.float())
-                difference = (y.float() - expected).abs().max().item()
-                scale = max(expected.abs().max().item(), 1e-12)
-                worst = max(worst, difference / scale) if difference == difference else float("inf")
-                if self.dtype is torch.float32:
+                wide, eager = reference(x.float()), self.subject.model(x)
+                if self._form(y, eager):
+                    worst = math.inf
                     continue
-                plain = (self.subject.model(x).float() - expected).abs().max().item() / scale
-                rounding = max(rounding, plain) if plain == plain else rounding
+                wides = tensors(wide)
+                for i, (actual, plain) in enumerate(zip(tensors(y), tensors(eager), strict=True)):
+                    # Where a shape depends on data there may be no counterpart.
+                    expected = wides[i] if len(wides) > i and wides[i].shape == plain.shape else plain
+                    if numbers(actual).is_floating_point():
+                        worst = max(worst, float(relative_error(actual, expected)))
+                        off = float(relative_error(plain, expected))
+                        rounding = max(rounding, off) if self.dtype is not torch.float32 and off < 1 else rounding
+                    elif bool((unequal(actual, plain) & unequal(actual, expected.to(actual.dtype))).any()):
+                        worst = math.inf
         self.allowed = max(self.allowed, 4 * rounding)
-        self.scales = [max(y.abs().max().item(), 1e-12) for y in self.references]
-        # Two outputs that are nearer to each other than what passes as close could be exchanged unnoticed.
-        for i, y in enumerate(self.references):
-            other = self.references[(i + 1) % len(self.inputs)]
-            if y.shape == other.shape:
-                apart = (y.float() - other.float()).abs().max().item() / max(
-                    self.scales[i], self.scales[(i + 1) % len(self.inputs)]
-                )
-                self.close = min(self.close, apart / 4)
+        self._can_judge()
         del reference
         self._float32 = None  # type: ignore[assignment]
         if self.cuda:
             torch.cuda.empty_cache()
         return worst
+
+    def _form(self, y: Any, expected: Any) -> list[str]:
+        """What differs but for elements and strides: of other systems in the tensors only, of ours in everything.
+
+        Other systems are called through wrappers that may flatten a nest."""
+        if self.system.family != "ours":
+            y, expected = tensors(y), tensors(expected)
+        return pair(y, expected, strides=False)[0]
+
+    def _unlike_eager(self, y: Any) -> list[str]:
+        """How the result for the first input differs from eager's in types, layout and shared memory."""
+        x = self.inputs[0]
+        found, pairs = pair(y, self.subject.model(x))
+        held = [x, *self.subject.model.parameters(), *self.subject.model.buffers()]
+        found = found or sharing(pairs, held, held)
+        for line in found:
+            print(f"unlike eager: {line}", flush=True)
+        return found
+
+    def _can_judge(self) -> None:
+        """Two outputs that are nearer to each other than what passes as close could be exchanged unnoticed."""
+        varied = False
+        for i, y in enumerate(self.references):
+            other = self.references[(i + 1) % len(self.inputs)]
+            found, pairs = pair(tensors(y), tensors(other), strides=False)
+            varied |= bool(found)
+            for p in pairs:
+                if not bool(unequal(p.actual, p.expected).any()):
+                    continue
+                if numbers(p.actual).is_floating_point():
+                    apart = min(
+                        float(relative_error(p.actual, p.expected)), float(relative_error(p.expected, p.actual))
+                    )
+                    varied |= apart > 0
+                    self.close = min(self.close, apart / 4) if apart > 0 else self.close
+                else:
+                    varied = True
+        if not varied:
+            nan = all(bool(numbers(x).isnan().all()) for y in self.references for x in tensors(y))
+            what = "NaN everywhere" if nan else "the same for every input"
+            raise CannotJudge(
+                f"its outputs are {what}, so that a wrong one could not be told; give another work or shape"
+            )
 
     def warm(self, counts: Sequence[int], seconds: float) -> dict[str, Any]:
         """Each thread's first calls, for as many of ``counts`` as the system serves, while others are still built.
@@ -317,19 +369,23 @@ class Meter:
             for i in range(len(calls)):
                 self._sync(i)
 
-    def _judge(self, y: torch.Tensor, k: int, tally: torch.Tensor) -> None:
+    def _judge(self, y: Any, k: int, tally: torch.Tensor) -> None:
         """Count on the current stream, without the host: wrong, right but for rounding, all zero. Then poison."""
         expected = self.references[k]
-        if y.shape != expected.shape or y.dtype != expected.dtype:
+        if self._form(y, expected):
             tally[0] += 1
             return
-        difference = (y.float() - expected.float()).abs().amax()
-        wrong = ~(difference <= self.close * self.scales[k])  # so that NaN is wrong
-        inexact = (difference > 0) & ~wrong
-        zero = wrong & ~(y != 0).any()
-        tally += torch.stack([wrong, inexact, zero])
+        outputs = [Pair("", a, e) for a, e in zip(tensors(y), tensors(expected), strict=True) if a.numel()]
+        if outputs:
+            bad = torch.stack([wrong(p.actual, p.expected, self.close).any() for p in outputs]).any()
+            other = torch.stack([unequal(p.actual, p.expected).any() for p in outputs]).any()
+            zeros = torch.stack([_lost(p) for p in outputs]).any()
+            tally += torch.stack([bad, other & ~bad, bad & zeros])
         with torch.inference_mode():
-            y.fill_(float("nan"))
+            for p in outputs:
+                # Not what later calls read: an input or a parameter that was handed back.
+                if p.actual.untyped_storage().data_ptr() not in self.held:
+                    _poison(p.actual)
 
     def _each(self, who: Sequence[int], work: Callable[[int], Any]) -> float:
         """``work(i)`` for each ``i``, in its thread, all starting together; seconds until the last one's end."""
@@ -375,6 +431,26 @@ class Meter:
     def _synchronize(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
+
+
+def _cloned(value: Any) -> Any:
+    """The same nest with tensors of its own: a later call may write to what was returned."""
+    return pytree.tree_map_only(torch.Tensor, lambda x: x.clone(), value)
+
+
+def _lost(p: Pair) -> torch.Tensor:
+    """Whether nothing but zeros came where something else was expected."""
+    y, e = numbers(p.actual), numbers(p.expected)
+    return ~(y != 0).any() & (e != 0).any()
+
+
+def _poison(x: torch.Tensor) -> None:
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        return  # one element for many cannot be written
+    if x.dtype is torch.bool:
+        x.logical_not_()
+    else:
+        x.fill_(math.nan if x.is_floating_point() or x.is_complex() else torch.iinfo(x.dtype).max)
 
 
 class _Thread:

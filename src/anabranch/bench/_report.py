@@ -8,7 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
+from anabranch._exit import NOT_JUDGED, RIGHT, WRONG
 from anabranch.bench._statistics import ratio
+from anabranch.errors import CannotJudge
 
 #: Struck-out figures that a summary lists one by one.
 _MOST_ROWS = 12
@@ -147,6 +149,20 @@ def notes(content: Content) -> list[str]:
         for n, why in cell.get("without", {}).items():
             lines.append(f"{where}, {n} streams: {why}")
     return lines
+
+
+def status(content: Content) -> int:
+    """The exit status of a run: 1 where an output was wrong, 2 where a system's outputs could not be judged or nothing
+    was measured, else 0. What crashed, hung or was not built in time is a result, and said as one."""
+    cells = content["cells"]
+    family = {name: about["family"] for name, about in content["systems"].items()}
+    for cell in cells:
+        figures = cell["throughput"] or ["1"]
+        if cell.get("serially_wrong") or any(wrong(cell, n, family[cell["system"]])[0] for n in figures):
+            return WRONG
+    unjudged = any(CannotJudge.__name__ in c.get("reason", "") for c in cells)
+    measured = not cells or any(c["status"] == "ok" for c in cells)
+    return RIGHT if measured and not unjudged else NOT_JUDGED
 
 
 def _best(

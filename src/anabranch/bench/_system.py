@@ -20,7 +20,7 @@ import torch
 from anabranch.bench._work import Work, installed
 from anabranch.errors import InputError
 
-Call = Callable[[torch.Tensor], torch.Tensor]
+Call = Callable[[torch.Tensor], Any]
 
 
 @dataclass
@@ -268,8 +268,9 @@ def _onnx(subject: Subject) -> Ready:
     )
     name = session.get_inputs()[0].name
 
-    def call(x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+    def call(x: torch.Tensor) -> Any:
+        outputs = [torch.from_numpy(y) for y in session.run(None, {name: x.numpy()})]
+        return outputs[0] if len(outputs) == 1 else outputs
 
     return Ready(call)
 
