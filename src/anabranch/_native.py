@@ -150,7 +150,10 @@ def _compile(name: str, compiler: list[str], sources: Sequence[Path], libraries:
 def _run(command: Sequence[str], name: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise BuildError(f"compiling {name} failed:\n  {shlex.join(command)}\n{done.stderr.strip()[-4000:]}")
+        raise BuildError(
+            f"compiling {name} failed; expected a compiler for C++20. Name one in CXX. The command and what it said:\n"
+            f"  {shlex.join(command)}\n{done.stderr.strip()[-4000:]}"
+        )
 
 
 def cache_root() -> Path:
@@ -185,7 +188,9 @@ def _compiler() -> list[str]:
 def _version(compiler: list[str]) -> str:
     done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise BuildError(f"{shlex.join(compiler)} --version failed: {done.stderr.strip()[-400:]}")
+        raise BuildError(
+            f"{shlex.join(compiler)} --version failed: {done.stderr.strip()[-400:]}; name a C++ compiler in CXX"
+        )
     return done.stdout
 
 

@@ -179,7 +179,8 @@ def _build(name: str, signature: Signature, program: Program, target: Any, requi
         # Not compiled for any one shape: compile() runs such a model as PyTorch's operators.
         if require_full:
             raise BuildError(
-                f"require_full=True given, and backend 'tensorrt' does not run this model: {program.direct_only}"
+                f"require_full=True given, and backend 'tensorrt' does not run this model: {program.direct_only}."
+                " Leave require_full out to have PyTorch run it."
             )
         count = sum(n.op == "call_function" for n in program.module.graph.nodes)
         return Build(*common, (), (0, count), (0, 0), (f"the whole model, which is {program.direct_only}",))

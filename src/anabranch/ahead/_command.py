@@ -61,7 +61,7 @@ def run(
     except AnabranchError as e:
         _end(str(e), 2)
     except KeyboardInterrupt:
-        _end("interrupted; engines that were finished before are in the cache, and nothing unfinished is", 130)
+        _end("interrupted; finished engines are in the cache. Run the command again to build the others", 130)
     if json_path:
         write_json(json_path, {"builds": [b.as_dict() for b in built], "nbytes": sum(b.nbytes for b in built)})
 

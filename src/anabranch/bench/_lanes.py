@@ -71,7 +71,9 @@ def _lane(
 def merge(parts: Sequence[dict[str, Any]], command: str) -> dict[str, Any]:
     """Lanes of one call, or several calls, as one run. A work that is in several parts comes from the last of them."""
     if any(list(part["systems"]) != list(parts[0]["systems"]) for part in parts):
-        raise click.ClickException("the files hold different systems: ratios would not compare alike")
+        raise click.ClickException(
+            "the files hold different systems, so ratios cannot be compared; give files of runs with the same systems"
+        )
     lanes: list[dict[str, Any]] = []
     for part in parts:
         where = part["environment"]

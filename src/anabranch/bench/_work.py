@@ -210,7 +210,7 @@ def find_work(name: str) -> Work:
     if name in WORKS:
         work = WORKS[name]
         if work.needs and not installed(work.needs):
-            raise InputError(f"work {name!r} needs {work.needs}, which is not installed")
+            raise InputError(f"work {name!r} needs {work.needs}, which is not installed: pip install {work.needs}")
         return work
     model, _, shape = name.partition("@")
     if ":" not in model or not shape:
@@ -218,5 +218,5 @@ def find_work(name: str) -> Work:
     try:
         sizes = tuple(int(n) for n in shape.split(","))
     except ValueError:
-        raise InputError(f"work {name!r}: {shape!r} is not a shape such as 1,3,224,224") from None
+        raise InputError(f"work {name!r}: {shape!r} is not a shape; expected one such as 1,3,224,224") from None
     return Work(name, model, find_subject(model).make, sizes)

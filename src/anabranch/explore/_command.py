@@ -60,7 +60,9 @@ def run(
     except AnabranchError as error:
         _refuse(str(error))
     except Exception as error:
-        _refuse(f"{program} cannot be imported: {type(error).__name__}: {error}")
+        _refuse(
+            f"{program} cannot be imported: {type(error).__name__}: {error}. Expected a program that python can import."
+        )
     _write(verdict, json_path, trace_path)
     click.echo(verdict.report())
     sys.exit(_STATUS[verdict.kind])
@@ -96,7 +98,7 @@ def _write(verdict: Verdict, json_path: str | None, trace_path: str | None) -> N
         elif json_path is not None:
             Path(json_path).write_text(json.dumps(verdict.to_dict(), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        _refuse(f"{error.filename} cannot be written: {error.strerror}")
+        _refuse(f"{error.filename} cannot be written: {error.strerror}; give another path")
     except ValueError as error:
         click.echo(f"anabranch explore: {error}", err=True)
 

@@ -27,7 +27,7 @@ def conducted(scheduler: Scheduler) -> Iterator[Conductor]:
     can be raised, the process ends with that line on stderr and exit status 2; with 130 where it was interrupted there.
     """
     if _conductor.active is not None:
-        raise ExploreError("a conducted block inside another, or inside an exploration")
+        raise ExploreError("conducted() was called inside another conducted block or an exploration; call it outside")
     main = threading.current_thread()
 
     def finish(end: End) -> NoReturn:

@@ -86,15 +86,17 @@ def explore(
     same schedule, :class:`~anabranch.explore.ExploreError` for arguments that make no sense.
     """
     if _conductor.active is not None:
-        raise ExploreError("an exploration inside another, or inside a conducted block")
+        raise ExploreError("explore() was called inside another exploration or a conducted block; call it outside")
     wanted = frozenset(oracles)
     if unknown := wanted - set(_oracles.ORACLES):
-        raise ExploreError(f"no oracle {', '.join(sorted(unknown))}; there are {', '.join(_oracles.ORACLES)}")
+        raise ExploreError(f"oracle {', '.join(sorted(unknown))} given; expected some of {', '.join(_oracles.ORACLES)}")
     if schedules < 1 or steps < 1:
-        raise ExploreError(f"schedules={schedules}, steps={steps} given; each must be 1 or more")
+        raise ExploreError(f"schedules={schedules}, steps={steps} given; expected 1 or more of each")
     if isinstance(scheduler, str):
         if scheduler != "exhaustive":
-            raise ExploreError(f"scheduler {scheduler!r} given; only 'exhaustive' goes by its name, others are objects")
+            raise ExploreError(
+                f"scheduler {scheduler!r} given; expected 'exhaustive' or a scheduler, such as anabranch.sim.random(0)"
+            )
         scheduler = schedulers.exhaustive()
     began = time.monotonic()
     tally = _Tally(progress, keep_going)

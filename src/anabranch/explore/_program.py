@@ -25,10 +25,10 @@ def load(target: str) -> Callable[..., Any]:
     found = _module(module_name)
     for part in (qualname or "main").split("."):
         if not hasattr(found, part):
-            raise ExploreError(f"{module_name} has no function {qualname or 'main'!r}")
+            raise ExploreError(f"{module_name} has no function {qualname or 'main'!r}; give PROGRAM:FUNCTION")
         found = getattr(found, part)
     if not callable(found):
-        raise ExploreError(f"{target} is {type(found).__name__}, not a function")
+        raise ExploreError(f"{target} is {type(found).__name__}; expected a function")
     return found
 
 
@@ -44,7 +44,7 @@ def _module(name: str) -> Any:
             raise
     path = Path(name).resolve()
     if not path.is_file():
-        raise ExploreError(f"{name}: no such file")
+        raise ExploreError(f"{name}: no such file; expected program.py or module:function")
     # As when Python runs a script: what lies beside it can be imported.
     root, dotted = path.parent, path.stem
     while (root / "__init__.py").exists():
@@ -101,7 +101,7 @@ def parse(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError) as error:
-        raise ExploreError(f"{text!r} is not a Python literal") from error
+        raise ExploreError(f"{text!r} given; expected a Python literal, such as (3,)") from error
 
 
 def replay_command(

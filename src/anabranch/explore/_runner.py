@@ -292,7 +292,10 @@ def _unpack(answer: bytes, seconds: float) -> Run:
     try:
         end, steps, enabled, pending, found, digest, trace = marshal.loads(answer)
     except (EOFError, ValueError, TypeError) as error:
-        raise ExploreError("a run's answer was cut short; is there memory enough for two processes?") from error
+        raise ExploreError(
+            "the process of a schedule ended in the middle of its answer; expected memory for two copies of the"
+            " program. Free memory and run it again."
+        ) from error
     return Run(
         [Step(*step) for step in steps],
         [frozenset(actors) for actors in enabled],

@@ -22,6 +22,8 @@ def parse(text: str) -> list[str]:
     for part in text.strip().split("-") if text.strip() else ():
         found = _PART.fullmatch(part.strip())
         if found is None:
-            raise ExploreError(f"{part!r} in the schedule is not an actor with a count, such as T0*12 or s1")
+            raise ExploreError(
+                f"{part!r} in the schedule is not an actor with a count; expected one such as T0*12 or s1"
+            )
         actors += [found[1]] * int(found[2] or 1)
     return actors

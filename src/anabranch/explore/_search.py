@@ -59,7 +59,10 @@ from anabranch.explore._dependence import History, Step, dependent
 from anabranch.explore._errors import NotDeterministic
 from anabranch.explore._run import Run
 
-_WHY = "The program depends on something besides the schedule: time, random numbers, addresses, the order of a set"
+_WHY = (
+    "Expected a program that depends on the schedule alone. Remove what else it depends on: time, random numbers,"
+    " addresses, the order of a set."
+)
 
 Sleep = dict[str, Step]
 """actor -> its next step, which was covered already."""

@@ -76,7 +76,9 @@ class Verdict:
     def save_trace(self, path: str | Path) -> None:
         """Write the trace of the failing (or only) schedule, for ``anabranch race``. Raises ValueError without one."""
         if self.run is None or not self.run.trace:
-            raise ValueError(f"{self} has no trace: only a failing schedule's, or that of a single one, is kept")
+            raise ValueError(
+                f"{self} has no trace; only a failing schedule or a single one keeps it. Replay one schedule."
+            )
         Path(path).write_bytes(self.run.trace)
 
     def to_dict(self) -> dict[str, Any]:

@@ -274,13 +274,16 @@ def _flatten(exported: ExportedProgram, originals: Mapping[str, torch.Tensor]) -
                 node.replace_all_uses_with(spec.arg.value) if node.users else None
                 gm.graph.erase_node(node)
             else:
-                raise UnsupportedModel(f"input {spec.arg.name!r} is a {type(spec.arg).__name__}, not a tensor")
+                raise UnsupportedModel(
+                    f"input {spec.arg.name!r} is a {type(spec.arg).__name__}; expected a tensor or a constant"
+                )
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             name = str(spec.target)
             weights[node] = (name, originals.get(name, tensors[name]))
         else:
             raise UnsupportedModel(
-                f"the model uses {spec.target!r}, a {spec.kind.name.lower()}; an engine's graph takes tensors only"
+                f"the model uses {spec.target!r}, a {spec.kind.name.lower()}; expected tensors only. Hold it"
+                " outside the model."
             )
 
     direct_only, data_dependent = _uncapturable(gm.graph)

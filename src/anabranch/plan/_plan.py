@@ -99,20 +99,26 @@ class Plan:
     def __post_init__(self) -> None:
         names = {b.name for b in self.buffers}
         if len(names) != len(self.buffers):
-            raise ValueError(f"plan {self.name!r}: buffer names are not unique")
+            raise ValueError(f"plan {self.name!r}: buffer names are not unique; give each buffer a name of its own")
         order = {s.name: i for i, s in enumerate(self.steps)}
         if len(order) != len(self.steps):
-            raise ValueError(f"plan {self.name!r}: step names are not unique")
+            raise ValueError(f"plan {self.name!r}: step names are not unique; give each step a name of its own")
         for s in self.steps:
             if s.lane not in self.lanes:
-                raise ValueError(f"step {s.name!r}: lane {s.lane!r} is not one of {', '.join(self.lanes)}")
+                raise ValueError(
+                    f"step {s.name!r}: lane {s.lane!r} is not one of {', '.join(self.lanes)}; name one of them"
+                )
             for a in (*s.reads, *s.writes):
                 if a.buffer not in names:
-                    raise ValueError(f"step {s.name!r}: buffer {a.buffer!r} is not in the plan")
+                    raise ValueError(
+                        f"step {s.name!r}: buffer {a.buffer!r} is not in the plan; add it, or name another"
+                    )
         for e in self.edges:
             for end in (e.before, e.after):
                 if end not in order:
-                    raise ValueError(f"edge {e.before!r} -> {e.after!r}: step {end!r} is not in the plan")
+                    raise ValueError(
+                        f"edge {e.before!r} -> {e.after!r}: step {end!r} is not in the plan; add it, or name another"
+                    )
             if order[e.before] >= order[e.after]:
                 raise ValueError(f"edge {e.before!r} -> {e.after!r}: a wait must be issued after its record")
 

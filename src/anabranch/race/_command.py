@@ -19,14 +19,14 @@ def run(trace: str, json_path: str | None, limit: int) -> None:
     except AnabranchError as error:
         _fail(f"{trace}: {error}")
     except OSError as error:
-        _fail(f"{trace}: cannot be read: {error.strerror}")
+        _fail(f"{trace}: cannot be read: {error.strerror}; give a trace file, or - for standard input")
     if json_path is not None:
         text = json.dumps(result.to_dict(), indent=1)
         if json_path != "-":
             try:
                 Path(json_path).write_text(text + "\n", encoding="utf-8")
             except OSError as error:
-                _fail(f"{json_path}: cannot be written: {error.strerror}")
+                _fail(f"{json_path}: cannot be written: {error.strerror}; give another path")
         else:
             click.echo(text)
     for report in result.reports:

@@ -208,7 +208,8 @@ def _device(model: Any, inputs: Any) -> torch.device:
     devices = {torch.device(d.type, seam.index(d)) if seam.has_streams else d for d, seam in seams.items()}
     if len(devices) > 1:
         raise InputError(
-            f"inputs on several devices given ({', '.join(sorted(map(str, devices)))}); an engine runs on one"
+            f"inputs on several devices given ({', '.join(sorted(map(str, devices)))}); an engine runs on one."
+            " Move them to one device."
         )
     return devices.pop()
 
@@ -369,7 +370,7 @@ class Engine:
             raise EngineClosed(f"{self!r} was closed; compile a new one")
         if self._generation != process.generation:
             raise EngineClosed(
-                f"{self!r} belongs to the parent of this forked process, whose device memory is not to be had here."
+                f"{self!r} belongs to the parent of this forked process, whose device memory this process cannot use."
                 " Compile in the child, or start children with multiprocessing's 'spawn'."
             )
         lost = self._device.lost()

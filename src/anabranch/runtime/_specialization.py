@@ -159,7 +159,7 @@ class Specialization:
         if full and self.backend != self.settings.backend and not self.program.is_empty:
             raise BuildError(
                 f"require_full=True given, and backend {self.settings.backend!r} does not run this model:"
-                f" {self.program.direct_only}"
+                f" {self.program.direct_only}. Leave require_full out to have PyTorch run it."
             )
         self._lowered = get_backend(self.backend).lower(self.program, examples, Options(full, flags.tf32))
         run = of_one(self._lowered, own)
@@ -197,7 +197,9 @@ class Specialization:
             if not reason and isinstance(self._lowered, Stateful):
                 reason = run.why_not_captured(lane.stream)
                 if reason and settings.cuda_graphs:
-                    raise BuildError(f"cuda_graphs=True given, and this model cannot be captured: {reason}")
+                    raise BuildError(
+                        f"cuda_graphs=True given, and this model cannot be captured: {reason}. Leave cuda_graphs out."
+                    )
             if reason:
                 return False, reason
             context = self._first_context()
@@ -499,7 +501,9 @@ class Specialization:
             results = kernels(self._canonical(inputs))
             if self.settings.flags.unchanged():
                 return results
-        raise FlagsChanged("numerics flags kept changing during a call: another thread sets them back and forth")
+        raise FlagsChanged(
+            "numerics flags changed again and again during a call, in another thread; set them once, before the calls"
+        )
 
     def _run_direct(self, inputs: Sequence[torch.Tensor], stream: Any) -> Sequence[torch.Tensor]:
         event = self._last_uses.get(stream.stream_id)

@@ -83,7 +83,10 @@ class Engine:
             how = self._parts.config or self.api.ExecutionContextAllocationStrategy.USER_MANAGED
             made = self._parts.engine.create_execution_context(how)
         if made is None:
-            raise BuildError(f"TensorRT makes no execution context: {said(complaints)}")
+            raise BuildError(
+                f"TensorRT could not make an execution context: {said(complaints)}. Free device memory, or use another"
+                " backend."
+            )
         return made
 
     def keep_kernels(self) -> None:
@@ -199,7 +202,9 @@ class _Call:
     def _execute(self, stream: Any) -> None:
         with self.engine.library.complaints() as complaints:
             if not self.context.execute_async_v3(stream.cuda_stream):
-                raise AnabranchError(f"TensorRT did not run: {said(complaints)}")
+                raise AnabranchError(
+                    f"TensorRT could not run the engine: {said(complaints)}. Compile it again, or with another backend."
+                )
 
 
 class Instance:

@@ -1,0 +1,442 @@
+"""What each error text of the package says, for ``test_error_texts.py``.
+
+``TEXTS`` has, by file, an entry for each text: three pieces of it, or two.
+
+    ("CXX is {given}, and there is no such program", "name a C++17 compiler", "unset it")
+     what was given                                  what was expected        what to do
+
+Where what was expected is what to do ("expected one of 'inductor', 'eager'"), one piece is enough for both. Pieces are
+quoted as they stand in the source, ``{expression}`` for what is put in at run time; in C++ ``{}``.
+
+``INTERNAL`` has the texts that no caller sees alone, each with the reason.
+"""
+
+from __future__ import annotations
+
+#: Classes of exceptions that never reach a caller, whatever their text.
+CAUGHT = {
+    "Rejected": "the reason of a fallback, which explain() shows",
+    "Unconvertible": "the reason of a fallback, which explain() shows",
+    "_Unreadable": "the reason why calls copy their inputs, which explain() shows",
+    "_Unbindable": "the reason why calls copy their inputs, which explain() shows",
+    "_Untranslatable": "the reason why calls are queued from Python, which explain() shows",
+    "NotReady": "a cell of the benchmark's table",
+    "_TooSlow": "a cell of the benchmark's table",
+}
+
+INTERNAL = {
+    "src/anabranch/__init__.py": [("has no attribute", "Python's own text")],
+    "src/anabranch/backends/tensorrt/_cache.py": [
+        ("it is for something else", "a warning; the entry is built again"),
+        ("it is damaged", "a warning; the entry is built again"),
+        ("it cannot be read", "a warning; the entry is built again"),
+        ("no entry of this cache", "a warning; the entry is built again"),
+    ],
+    "src/anabranch/cpp/_save.py": [
+        ("which is a {type(value).__name__}", "a part of the text about the operator's argument"),
+        ("which program files do not know", "a part of the text about the operator's argument"),
+    ],
+    "src/anabranch/cpp/engine.cpp": [
+        ("is given where the schema says", "a part of the text about the step"),
+        ("arguments given, the schema has", "a part of the text about the step"),
+        ("given, which has no default", "a part of the text about the step"),
+        ("given, and so far there are", "a part of the text about the step"),
+        ("a step without a name takes", "a part of the text about the step"),
+        ("a list is given for", "a part of the text about the step"),
+        ("making a stream failed with code", "CUDA's own code, at a call that fails only on a lost device"),
+    ],
+    "src/anabranch/devices/_cpu.py": [
+        ("the CPU has no", "the runtime asks a device without streams for none of these"),
+    ],
+    "src/anabranch/devices/_cuda.py": [
+        ("cudaGraphLaunch", "CUDA's own error"),
+        ("failed: {", "CUDA's own error"),
+    ],
+    "src/anabranch/devices/_driver.py": [("failed with CUDA driver error", "CUDA's own error")],
+    "src/anabranch/explore/_locks.py": [
+        ("timeout value must be", "Python's own text"),
+        ("cannot join current thread", "Python's own text"),
+        ("can't specify a timeout", "Python's own text"),
+        ("cannot release un-acquired lock", "Python's own text"),
+        ("'timeout' must be", "Python's own text"),
+    ],
+    "src/anabranch/explore/_schedulers.py": [
+        ("of the script is one of", "the search turns it into NotDeterministic"),
+        ("step after {len(self._steps)} others was", "the search turns it into NotDeterministic"),
+    ],
+    "src/anabranch/explore/_shared.py": [("object has no attribute", "Python's own text")],
+    "src/anabranch/race/_detector.py": [
+        ("no memory for a race detector", "the process has no memory left"),
+        ("no memory for the reports", "the process has no memory left"),
+    ],
+    "src/anabranch/runtime/_engine.py": [("{e} Compiled so far", "the text of another error, with an addition")],
+    "src/anabranch/runtime/_core/allocations.cpp": [
+        ("this log of allocations is", "a rule between the package's own functions"),
+        ("a profiler watches this thread", "the reason why calls copy their inputs, which explain() shows"),
+        ("ends on the thread that began it", "a rule between the package's own functions"),
+    ],
+    "src/anabranch/runtime/_core/program.cpp": [
+        ("arguments, given", "a rule between the package's own functions"),
+        ("the program takes {} tensors", "a rule between the package's own functions"),
+    ],
+    "src/anabranch/runtime/_core/python.cpp": [
+        ("expected a torch.Event", "a rule between the package's own functions"),
+        ("the slot is in other hands", "a rule between the package's own functions"),
+    ],
+    "src/anabranch/sim/_core/backend.cpp": [("not an address of device memory", "PyTorch gives none")],
+    "src/anabranch/sim/_core/bindings.cpp": [
+        ("there is no stream", "a rule between the package's own functions"),
+        ("no capture {} is under way", "a rule between the package's own functions"),
+    ],
+    "src/anabranch/sim/_core/machine.cpp": [
+        ("of sim:{} does not exist", "PyTorch makes no such stream"),
+        ("has nothing that can run", "a rule between the package's own functions"),
+        ("was made to fail", "a fault that a test planted"),
+    ],
+    "src/anabranch/sim/_core/memory.cpp": [("the host has no {} bytes", "the process has no memory left")],
+    "src/anabranch/sim/_core/ops.cpp": [
+        ("its CPU kernel returned", "PyTorch's meta kernel and its CPU kernel differ"),
+        ("Expected all tensors to be on the same device", "PyTorch's own text"),
+        ("device type for generator", "PyTorch's own text"),
+        ("indices should be either on cpu", "PyTorch's own text"),
+    ],
+    "src/anabranch/sim/_core/random.cpp": [("device type for generator", "PyTorch's own text")],
+    "src/anabranch/sim/_core/views.cpp": [
+        ("Trying to resize storage", "PyTorch's own text"),
+        ("Only dense CPU tensors can be pinned", "PyTorch's own text"),
+        ("Unsupported memory format", "PyTorch's own text"),
+    ],
+}
+
+TEXTS: dict[str, list[tuple[str, ...]]] = {
+    "src/anabranch/_judge.py": [
+        ("{len(inputs)} inputs given and {len(expected_inputs)} expected_inputs", "expected as many"),
+        ("the output holds itself", "nested too deeply", "return its tensors in a list"),
+        ("{name} is an array of Python objects", "return a tensor"),
+        ("{name} is {kinds[1]}", "whose elements cannot be compared", "return {_instead(kinds[1])}"),
+        ("{name} is a set of tensors", "which has no order", "return a list or a dict"),
+        ("{name} is {_a(expected)}", "which cannot be compared", "return tensors, numbers, strings"),
+    ],
+    "src/anabranch/_native.py": [
+        ("found no compiler (looked for c++, g++, clang++)", "compiles its C++ core at first use", "install one"),
+        ("{why}", "not kept where others can exchange them", "set XDG_CACHE_HOME to a folder that only you can write"),
+        ("compiling {name} failed", "expected a compiler for C++20", "Name one in CXX"),
+        ("CXX is {given}", "name a C++17 compiler", "unset it"),
+        ("{shlex.join(compiler)} --version failed", "name a C++ compiler in CXX"),
+        ("cannot write to {target.parent}", "a folder that you can write to", "set XDG_CACHE_HOME"),
+        ("{why}", "a folder of your own", "set XDG_CACHE_HOME"),
+        ("cannot write {target}", "remove what is there"),
+    ],
+    "src/anabranch/ahead/_build.py": [
+        ("backend={backend} given, which {which}", "expected 'tensorrt'"),
+        ("precision={precision} given", "expected None, torch.float16 or torch.bfloat16"),
+        ("parameters are on several devices ({", "expected one", "Call model.to('cpu')"),
+        ("could not be kept in {cache.folder}", "Make room there", "give another folder as cache"),
+        ("compute capability {given} given", "expected one such as 8.9"),
+        ("engines cannot be kept in {folder}: {why}", "Give a folder that you can write to"),
+        ("does not run this model: {program.direct_only}", "require_full=True", "Leave require_full out"),
+        ("no compute capability given", "Give the one of the GPU that engines are for"),
+    ],
+    "src/anabranch/ahead/_command.py": [
+        ("{option} given with {model}", "an exported program keeps its own", "Export it so"),
+        ("interrupted", "finished engines are in the cache", "Run the command again"),
+    ],
+    "src/anabranch/backends/_backend.py": [("backend {name} given", "expected one of {")],
+    "src/anabranch/backends/_inductor.py": [
+        ("Inductor could not compile the model: {type(e).__name__}: {e}", "backend='eager' runs it"),
+    ],
+    "src/anabranch/backends/tensorrt/_builder.py": [
+        ("builds engines only for a GPU that is there", "needs TensorRT-RTX", "pip install tensorrt-rtx"),
+        ("compute capability {", "builds ahead of time for {", "On a machine with that GPU, compile() builds"),
+    ],
+    "src/anabranch/backends/tensorrt/_compiler.py": [
+        ("{len(fallbacks)} of {len(everything)} operators cannot run", "require_full=True given", "Change the model"),
+    ],
+    "src/anabranch/backends/tensorrt/_execution.py": [
+        ("could not make an execution context: {said(complaints)}", "Free device memory", "use another backend"),
+        ("TensorRT says that its work cannot be captured", "needs a capture", "use another backend"),
+        ("could not run the engine: {said(complaints)}", "Compile it again, or with another backend"),
+    ],
+    "src/anabranch/backends/tensorrt/_library.py": [
+        ("which cannot be imported here ({", "needs TensorRT", "Do: pip install"),
+        ("ANABRANCH_TENSORRT={wanted} is set", "expected one of {"),
+    ],
+    "src/anabranch/bench/_command.py": [("--device cuda given", "PyTorch sees no GPU here", "use --device cpu")],
+    "src/anabranch/bench/_lanes.py": [
+        ("no lane wrote a result", "see {"),
+        ("the files hold different systems", "give files of runs with the same systems"),
+    ],
+    "src/anabranch/bench/_plot.py": [("--plot needs matplotlib", "pip install")],
+    "src/anabranch/bench/_system.py": [
+        ("system {name} given", "expected one of {"),
+        ("system {name}: {e}", "Expected module:callable with the module on PYTHONPATH"),
+    ],
+    "src/anabranch/bench/_work.py": [
+        ("work {name} given", "expected one of {"),
+        ("which is not installed", "work {name} needs {work.needs}", "pip install {work.needs}"),
+        ("{shape} is not a shape", "expected one such as 1,3,224,224"),
+    ],
+    "src/anabranch/check/_case.py": [
+        ("model {model} given", "expected one of {"),
+        ("model {model} is a {type(factory).__name__}", "expected a callable that returns an nn.Module"),
+        ("{path}: takes {len(example)} inputs", "check needs a program of one tensor input"),
+        ("model {subject.name} has no default shapes", "give --shape"),
+        ("model {model}: {e}", "Expected module:callable with the module on PYTHONPATH"),
+        ("{model} returned a {type(made).__name__}", "expected an nn.Module"),
+    ],
+    "src/anabranch/check/_command.py": [
+        ("--device cuda given", "PyTorch sees no GPU here", "use --device cpu"),
+        ("--inject {options.inject}", "device 'cpu' has no streams", "Run it with --device sim"),
+    ],
+    "src/anabranch/check/_run.py": [
+        ("--inject {options.inject} needs streams", "device {options.device} has none", "use --device cuda"),
+        ("calls did not return within", "while their streams were held"),
+    ],
+    "src/anabranch/cli/_bench.py": [
+        ("{value}", "expected numbers of 1 or more"),
+        ("{value}", "expected numbers such as 1 4 16"),
+    ],
+    "src/anabranch/cli/_options.py": [
+        ("{value}", "sizes must be 0 or more"),
+        ("{value} is not a shape", "expected sizes separated by commas"),
+    ],
+    "src/anabranch/cpp/_save.py": [
+        ("output {position} is a parameter that nothing else uses", "return a copy of it"),
+        ("no path given", "expected save_program(model, inputs, path)"),
+        ("{engine} runs kernels of {first.backend}", "only Python can launch", "give save_program the model itself"),
+        ("the model cannot be saved for C++: {flat}", "docs/cpp.md says what C++ lacks", "Engines in Python run it"),
+        ("the model's {name} is a {what}", "files hold plain tensors", "Engines in Python run it"),
+        ("{what} is {dtype}", "which program files do not know", "Engines in Python run it"),
+        ("output {position} is {output.value}", "in C++ results are tensors", "Engines in Python run it"),
+        ("output {position} is a view of {whose}", "return a copy of it (.clone())"),
+        ("the model calls {step.name}", "no operator of PyTorch itself", "Engines in Python run it"),
+        ("inputs, kwargs or precision given with an engine", "which has its own", "leave them out"),
+        ("{target} cannot be written ({e})", "give a path that can"),
+        ("{step.name} ({", "takes {e}", "Engines in Python run it"),
+    ],
+    "src/anabranch/cpp/engine.cpp": [
+        ("{}", "engines in C++ run on cpu and cuda", "give one of these"),
+        ("{}, and the PyTorch in this process has no CUDA", "Link one that has", "or give cpu"),
+        ("{}, and there are {} such devices", "give one of them, or cpu"),
+        ("{} is undefined", "expected {}", "Pass a tensor"),
+        ("{} is on {}", "this engine runs on {}", "or load another engine there"),
+        ("{} has layout {}", "expected Strided", "Pass x.to_dense()"),
+        ("{} is a lazy conjugate", "expected its values in memory", "Pass x.resolve_conj()"),
+        ("{} stands in for another tensor", "expected a plain one with memory", "Pass x.clone()"),
+        ("{} is {}", "this engine takes {}", "save a program for yours"),
+        ("{} is no plain tensor with memory", "expected one", "Pass w.clone()"),
+        ("{} is on {}", "this engine runs on {}", "Pass w.to("),
+        ("{} does not fit into its storage", "expected a storage of all of its elements", "Pass w.clone()"),
+        ("sizes {} of an input given", "each must be 0 or more"),
+        ("{} strides of an input given, and {} sizes", "give as many, or none"),
+        ("step {} of the program ({", "what the operator's schema says", "Give each step"),
+        ("{} inputs given", "this engine takes {}"),
+        ("input {} requires grad", "engines run inference only", "Pass x.detach()"),
+        ("its stream is under capture", "engines in C++ cannot take part in", "Call the engine outside the capture"),
+    ],
+    "src/anabranch/cpp/file.cpp": [
+        ("the dtype {}", "not known to this version", "Save it with the anabranch"),
+        ("the memory format {}", "not known to this version", "Save it with the anabranch"),
+        ("an argument of kind {}", "not known to this version", "Save it with the anabranch"),
+        ("format version {} given", "this build reads version {}", "Save it with the anabranch"),
+        ("{}: cannot be opened ({})", "Expected a file that anabranch.cpp.save_program wrote"),
+        ("{}: is no program file ({})", "Expected a file that anabranch.cpp.save_program wrote"),
+        ("{}: is no program file (its content", "Expected a file that anabranch.cpp.save_program wrote"),
+        ("{}: is damaged ({})", "Save it again"),
+        ("{}: is damaged (something is missing)", "Save it again"),
+    ],
+    "src/anabranch/devices/_cuda.py": [
+        ("cuda-bindings, which is not installed here", "CUDA engines need the package", "Do: pip install"),
+        ("was invalidated before this call", "something was done that CUDA forbids", "Begin the capture again without"),
+        ("the GPU reported an error that lasts", "now raises DeviceLost", "Start a new process"),
+    ],
+    "src/anabranch/devices/_device.py": [
+        ("device {kind} given", "engines run on 'cuda', 'cpu' or 'sim'", "Move the model and its inputs there"),
+    ],
+    "src/anabranch/devices/_sim.py": [
+        ("queued work failed on the simulated device: {lost}", "now raises DeviceLost", "until anabranch.sim.reset()"),
+    ],
+    "src/anabranch/explore/_command.py": [
+        ("--args {arguments} is {type(args).__name__}", "expected a tuple"),
+        ("{program} cannot be imported: {type(error).__name__}: {error}", "Expected a program that python can import"),
+        ("{error.filename} cannot be written: {error.strerror}", "give another path"),
+    ],
+    "src/anabranch/explore/_conducted.py": [
+        ("conducted() was called inside another conducted block", "call it outside"),
+    ],
+    "src/anabranch/explore/_explore.py": [
+        ("explore() was called inside another exploration", "call it outside"),
+        ("oracle {', '.join(sorted(unknown))} given", "expected some of {"),
+        ("schedules={schedules}, steps={steps} given", "expected 1 or more of each"),
+        ("scheduler {scheduler} given", "expected 'exhaustive' or a scheduler"),
+    ],
+    "src/anabranch/explore/_program.py": [
+        ("{target} is {type(found).__name__}", "expected a function"),
+        ("{name}: no such file", "expected program.py or module:function"),
+        ("{module_name} has no function {", "give PROGRAM:FUNCTION"),
+        ("{text} given", "expected a Python literal"),
+        ("there is no module {name}", "expected program.py or module:function"),
+    ],
+    "src/anabranch/explore/_runner.py": [
+        ("ended in the middle of its answer", "expected memory for two copies", "Free memory and run it again"),
+    ],
+    "src/anabranch/explore/_schedule.py": [("{part} in the schedule is not an actor", "expected one such as T0*12")],
+    "src/anabranch/explore/_schedulers.py": [
+        ("of the schedule is one of {self._actors[index]}", "these can: {can}", "replay it with that one"),
+    ],
+    "src/anabranch/explore/_search.py": [
+        ("ended after {len(run.steps)} steps", "Expected a program that depends on the schedule alone", "Remove what"),
+        (
+            "was {before.label} and is now {step.label}",
+            "Expected a program that depends on the schedule",
+            "Remove what",
+        ),
+        ("before step {index} these could go on", "Expected a program that depends on the schedule", "Remove what"),
+    ],
+    "src/anabranch/explore/_verdict.py": [
+        ("{self} has no trace", "only a failing schedule or a single one keeps it", "Replay one schedule"),
+    ],
+    "src/anabranch/export/_program.py": [
+        ("output {value.name} is a view of {root.name}", "whose shape depends on another tensor", "return a copy"),
+        ("does not accept these inputs ({", "Expected inputs that model(*inputs) runs on", "try that first"),
+        ("the model changes {target} in place ({what})", "an engine is immutable", "Make it an output of the model"),
+        ("torch.export cannot capture this model: {first}", "An engine needs a graph", "torch.cond expresses"),
+        ("the model uses {spec.target}", "expected tensors only", "Hold it outside the model"),
+        ("input {spec.arg.name} is a {type(spec.arg).__name__}", "expected a tensor or a constant"),
+    ],
+    "src/anabranch/export/_signature.py": [
+        ("input {position} is a {kind.__name__}", "expected tensors, numbers, strings", "Register other containers"),
+        ("input {position} is a {kind.__name__}", "expected a plain torch.Tensor"),
+        ("Input shape {self.shape} given", "sizes must be 0 or more"),
+        ("Input shape {self.shape} given", "which needs {rank} sizes", "give as many"),
+        ("input {position} is on {x.device}", "this engine runs on {device}", "Pass x.to("),
+        ("input {position} requires grad", "engines run inference only", "Pass x.detach()"),
+        ("input {position} has layout {x.layout}", "expected torch.strided", "Pass x.to_dense()"),
+        ("input {position} is a lazy conjugate", "expected its values in memory", "Pass x.resolve_conj()"),
+    ],
+    "src/anabranch/models.py": [
+        ("upscaler(channels={channels}, convs={convs}, scale={scale})", "scale must be at least 2"),
+    ],
+    "src/anabranch/plan/_plan.py": [
+        ("buffer {self.name}: kind is {self.kind}", "expected one of {"),
+        ("buffer {self.name}", "nbytes and offset must not be negative"),
+        ("buffer names are not unique", "give each buffer a name of its own"),
+        ("step names are not unique", "give each step a name of its own"),
+        ("step {s.name}: lane {s.lane}", "is not one of {", "name one of them"),
+        ("edge {e.before} -> {e.after}", "a wait must be issued after its record"),
+        ("step {s.name}: buffer {a.buffer}", "is not in the plan", "add it, or name another"),
+        ("edge {e.before} -> {e.after}: step {end}", "is not in the plan", "add it, or name another"),
+    ],
+    "src/anabranch/race/_command.py": [
+        ("{trace}: cannot be read: {error.strerror}", "give a trace file, or - for standard input"),
+        ("{json_path}: cannot be written: {error.strerror}", "give another path"),
+    ],
+    "src/anabranch/race/_core/detector.cpp": [
+        ("found an empty string", "expected a buffer's name"),
+        ("found {}", 'expected "{}" to be {} in'),
+        ("found {}", 'expected "do" to name an event'),
+        ('found "{}"', 'expected "do" to be one of stream, alias, op'),
+        ("found {}", 'expected either "on" (a stream or an event) or "device"'),
+    ],
+    "src/anabranch/race/_core/event.cpp": [
+        ('found "{}" twice', "expected each field once"),
+        ("found {} at column {}", "expected {}"),
+    ],
+    "src/anabranch/race/_core/order.cpp": [
+        ("found {} streams and {} threads", "expected a trace whose clocks fit in 1 GiB"),
+    ],
+    "src/anabranch/race/_detector.py": [("{error}", "expected an event of plain JSON data")],
+    "src/anabranch/runtime/_core/cuda.cpp": [
+        (
+            "the CUDA libraries of this process have no {}",
+            "expected those that PyTorch needs",
+            "Update the NVIDIA driver",
+        ),
+    ],
+    "src/anabranch/runtime/_engine.py": [
+        ("backend={backend} given", "expected None or one of {"),
+        ("runtime={runtime} given", "expected 'auto'"),
+        ("precision={precision} given", "expected None, torch.float16 or torch.bfloat16"),
+        ("max_contexts={max_contexts} given", "expected at least 1"),
+        ("memory_limit={memory_limit} given", "expected bytes, 0 or more, or None"),
+        ("the model and its inputs are on the CPU", "expected them on a CUDA device", "anabranch build MODEL"),
+        ("backend={given} given", "expected one of {"),
+        ("inputs is a single {type(inputs).__name__}", "expected a list: inputs=[x]"),
+        ("model is a {type(model).__name__}", "expected an nn.Module, an exported program or the path"),
+        ("inputs on several devices given ({", "an engine runs on one", "Move them to one device"),
+        ("backend='tensorrt' given with inputs for CUDA", "PyTorch sees no GPU here", "anabranch build MODEL"),
+        ("compile was called inside a CUDA graph capture", "compile first, then capture"),
+        ("{path}: cannot be loaded as an exported program", "Expected a file written by torch.export.save"),
+        ("the model's {name} is on {t.device}", "its inputs are on {device}", "call model.to("),
+        ("its input signature was not compiled before", "cannot be done there", "Call engine.warm(...) first"),
+        ("{self} was closed", "compile a new one"),
+        ("belongs to the parent of this forked process", "this process cannot use", "Compile in the child"),
+        ("the device was lost earlier in this process: {lost}", "Start a new process"),
+        ("numerics flags changed since compile: {", "cannot be compiled under the engine's flags", "Set them back"),
+    ],
+    "src/anabranch/runtime/_specialization.py": [
+        ("numerics flags changed again and again", "set them once, before the calls"),
+        ("does not run this model: {self.program.direct_only}", "require_full=True given", "Leave require_full out"),
+        ("the model is {self.program.direct_only}", "needs the host to look at results", "Call the engine outside"),
+        (
+            "no execution context of {self.backend} is left",
+            "each captured graph keeps one",
+            "call engine.warm(captures=N)",
+        ),
+        ("numerics flags changed since compile: {", "would not give the engine's bits", "Set them back"),
+        ("does not run on inputs like these ({", "Expected inputs that model(*inputs) runs on", "try that first"),
+        ("this model cannot be captured: {reason}", "cuda_graphs=True given", "Leave cuda_graphs out"),
+    ],
+    "src/anabranch/sim/_core/backend.cpp": [
+        ("querying an event that was recorded inside a capture", "record it again outside first"),
+        ("synchronizing an event that was recorded inside a capture", "record it again outside first"),
+        ("time is not modelled, so events measure none", "measure on a GPU"),
+    ],
+    "src/anabranch/sim/_core/bindings.cpp": [
+        ("not on {}", "launch takes tensors on sim"),
+        ("sim: launch", "takes tensors of one device"),
+        ("capture mode {} given", "expected global, thread_local or relaxed"),
+        ("policy {} given", "expected fifo, lazy or random"),
+    ],
+    "src/anabranch/sim/_core/capture.cpp": [
+        ("the legacy default stream cannot be captured", "capture on a torch.Stream"),
+        ("stream {} is under capture already", "end that capture first"),
+        ("stream {} is not under capture", "begin one first"),
+        ("the capture began on {}, not on {}", "end it there"),
+        ("the capture was invalidated: {}", "begin it again without that"),
+        ("the capture has unjoined work on {}", "make {} wait for it before the capture ends"),
+        ("launching a graph inside a capture", "is not modelled", "launch it after the capture"),
+    ],
+    "src/anabranch/sim/_core/copy.cpp": [
+        ("not {} to {}", "sim copies strided tensors only", "use x.to_dense()"),
+        ("sim cannot copy between {} and {}", "copy to the CPU first"),
+        ("not {}", "one element expected"),
+    ],
+    "src/anabranch/sim/_core/machine.cpp": [
+        ("recorded inside a capture which has ended", "record it again"),
+        ("the legacy default stream cannot enter a capture", "use a torch.Stream"),
+        ("sim: {}", "expected events of one capture", "Record and wait in the same one"),
+        ("sim: {} (on CUDA: error 905", "record it inside the capture"),
+        ("device error in queued work: {}", "anabranch.sim.reset() clears it"),
+    ],
+    "src/anabranch/sim/_core/memory.cpp": [
+        ("{} bytes asked for, {} of {} held", "free tensors", "raise anabranch.sim.core.limit"),
+    ],
+    "src/anabranch/sim/_core/random.cpp": [
+        ("the state of a generator", "is 16 bytes on the CPU"),
+        ("there is no device sim:{}", "expected 0 to {}"),
+    ],
+    "src/anabranch/sim/_core/threads.cpp": [
+        ("there is no device sim:{}", "expected 0 to {}"),
+        ("{} is not permitted while a stream is under capture", "do it before or after the capture"),
+        ("{} waited 60 s", "a latch which nobody opens", "open it in another thread"),
+    ],
+    "src/anabranch/sim/_core/views.cpp": [
+        ("not {}", "sim has strided tensors only", "use torch.strided"),
+        ("set_ of a tensor on {}", "with a storage on {}", "give a storage on the same device"),
+        ("record_stream with a stream of {}", "give a stream of sim"),
+    ],
+    "src/anabranch/sim/_graph.py": [
+        ("this graph was not captured", "use `with anabranch.sim.graph(g):` first"),
+    ],
+}
