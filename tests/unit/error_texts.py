@@ -182,15 +182,23 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("{path}: takes {len(example)} inputs", "check needs a program of one tensor input"),
         ("model {subject.name} has no default shapes", "give --shape"),
         ("model {model}: {e}", "Expected module:callable with the module on PYTHONPATH"),
+        ("model {model}: {module_name} is no module's name", "expected module:callable"),
+        ("importing {module_name} raised {described(e)}", "Expected a module that can be imported"),
+        ("{attribute}() raised {described(e)}", "Expected a call without arguments that returns an nn.Module"),
+        ("an input of {self.shape_name} {self.dtype_name} is {", "the check needs {", "give a smaller --shape"),
         ("{model} returned a {type(made).__name__}", "expected an nn.Module"),
     ],
     "src/anabranch/check/_command.py": [
         ("--device cuda given", "PyTorch sees no GPU here", "use --device cpu"),
         ("--inject {options.inject}", "device 'cpu' has no streams", "Run it with --device sim"),
+        ("{model} called sys.exit({e.code})", "expected a model that returns"),
     ],
+    "src/anabranch/check/_report.py": [("{path} cannot be written: {e.strerror}", "name another file")],
     "src/anabranch/check/_run.py": [
+        ("eager PyTorch gives two results for one input", "no output can be compared", "Check it without"),
+        ("the model raises where it gets {", "Expected a model of one tensor", "give a --shape and a --dtype"),
         ("--inject {options.inject} needs streams", "device {options.device} has none", "use --device cuda"),
-        ("calls did not return within", "while their streams were held"),
+        ("calls did not return within", "a call must not wait for the device"),
     ],
     "src/anabranch/cli/_bench.py": [
         ("{value}", "expected numbers of 1 or more"),
@@ -254,7 +262,11 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("device {kind} given", "engines run on 'cuda', 'cpu' or 'sim'", "Move the model and its inputs there"),
     ],
     "src/anabranch/devices/_sim.py": [
-        ("queued work failed on the simulated device: {lost}", "now raises DeviceLost", "until anabranch.sim.reset()"),
+        (
+            "queued work failed on the simulated device: {lost}",
+            "raises DeviceLost",
+            "until you call anabranch.sim.reset()",
+        ),
     ],
     "src/anabranch/explore/_command.py": [
         ("--args {arguments} is {type(args).__name__}", "expected a tuple"),
@@ -324,8 +336,8 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("step names are not unique", "give each step a name of its own"),
         ("step {s.name}: lane {s.lane}", "is not one of {", "name one of them"),
         ("edge {e.before} -> {e.after}", "a wait must be issued after its record"),
-        ("step {s.name}: buffer {a.buffer}", "is not in the plan", "add it, or name another"),
-        ("edge {e.before} -> {e.after}: step {end}", "is not in the plan", "add it, or name another"),
+        ("step {s.name}: buffer {a.buffer}", "is not in the plan", "add it"),
+        ("edge {e.before} -> {e.after}: step {end}", "is not in the plan", "add it"),
     ],
     "src/anabranch/race/_command.py": [
         ("{trace}: cannot be read: {error.strerror}", "give a trace file, or - for standard input"),
@@ -423,7 +435,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("{} bytes asked for, {} of {} held", "free tensors", "raise anabranch.sim.core.limit"),
     ],
     "src/anabranch/sim/_core/random.cpp": [
-        ("the state of a generator", "is 16 bytes on the CPU"),
+        ("the state of a generator is 16 bytes on the CPU", "give what get_state() returned"),
         ("there is no device sim:{}", "expected 0 to {}"),
     ],
     "src/anabranch/sim/_core/threads.cpp": [

@@ -107,7 +107,9 @@ def find_subject(model: str) -> Subject:
     except (ImportError, AttributeError) as e:
         raise InputError(f"model {model!r}: {e}. Expected module:callable with the module on PYTHONPATH.") from e
     except (Exception, SystemExit) as e:
-        raise InputError(f"model {model!r}: importing {module_name} raised {described(e)}") from e
+        raise InputError(
+            f"model {model!r}: importing {module_name} raised {described(e)}. Expected a module that can be imported."
+        ) from e
     if not callable(factory):
         raise InputError(
             f"model {model!r} is a {type(factory).__name__}; expected a callable that returns an nn.Module"
@@ -117,7 +119,10 @@ def find_subject(model: str) -> Subject:
         try:
             made = factory()
         except (Exception, SystemExit) as e:
-            raise InputError(f"model {model!r}: {attribute}() raised {described(e)}") from e
+            raise InputError(
+                f"model {model!r}: {attribute}() raised {described(e)}. Expected a call without arguments that"
+                " returns an nn.Module."
+            ) from e
         if not isinstance(made, torch.nn.Module):
             raise InputError(f"{model} returned a {type(made).__name__}; expected an nn.Module")
         return made.eval().requires_grad_(False)

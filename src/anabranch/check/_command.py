@@ -80,7 +80,7 @@ def run(
     except AnabranchError as e:
         refuse("anabranch check", e)
     except SystemExit as e:
-        refuse("anabranch check", f"{model} called sys.exit({e.code!r})")
+        refuse("anabranch check", f"{model} called sys.exit({e.code!r}); expected a model that returns")
     injected = f", with {options.inject} injected" if options.inject else ""
     title = f"{subject.name} on {device}: {options.streams} streams, {options.threads} threads{injected}"
     console.print(table(rows, title, watched=device == "sim"))

@@ -524,7 +524,10 @@ class Bench:
         futures = [self.workers.submit(work, w) for w in range(workers)]
         _, pending = concurrent.futures.wait(futures, timeout=_PATIENCE)
         if pending and self.device.has_streams:
-            raise RuntimeError(f"calls did not return within {_PATIENCE:.0f} s while their streams were held")
+            raise RuntimeError(
+                f"calls did not return within {_PATIENCE:.0f} s while their streams were held; a call must not wait for"
+                " the device"
+            )
         errors = [e for future in futures if (e := future.exception()) is not None]
         # Threads that waited for the one that failed say nothing about why.
         for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):

@@ -45,7 +45,7 @@ c10::Device checked(c10::Device device) {
   auto given = "device " + device.str() + " given";
   if (device.is_cpu()) return c10::Device(c10::kCPU);
   if (!device.is_cuda() && !(device.is_privateuseone() && other_api)) {
-    throw InputError(given + "; engines in C++ run on cpu and cuda, give one of these");
+    throw InputError(given + "; engines in C++ run on cpu and cuda");
   }
   auto* guard = c10::impl::hasDeviceGuardImpl(device.type()) ? c10::impl::getDeviceGuardImpl(device.type()) : nullptr;
   if (!guard) {
@@ -282,8 +282,7 @@ void check(const at::Tensor& x, size_t i, const Input& expected, c10::Device dev
                      " is a lazy conjugate, negative or zero; expected its values in memory. Pass"
                      " x.resolve_conj().resolve_neg().");
   }
-  if (is_stand_in(x))
-    throw InputError(name + " stands in for another tensor; expected a plain one with memory. Pass x.clone().");
+  if (is_stand_in(x)) throw InputError(name + " stands in for another tensor; expected a plain one with memory");
   if (x.scalar_type() != expected.dtype || x.sizes() != c10::IntArrayRef(expected.sizes)) {
     Input given{x.scalar_type(), x.sizes().vec(), {}};
     throw InputError(name + " is " + given.str() + "; this engine takes " + expected.str() +
@@ -311,15 +310,13 @@ struct Engine::Impl {
       auto name = "weight " + std::to_string(i);
       auto& w = weights[i];
       if (!w.defined() || w.layout() != c10::kStrided || is_stand_in(w)) {
-        throw InputError(name + " is no plain tensor with memory; expected one. Pass w.clone().");
+        throw InputError(name + " is no plain tensor with memory");
       }
       if (w.device() != device) {
         throw InputError(name + " is on " + w.device().str() + "; this engine runs on " + device.str() +
                          ". Pass w.to(\"" + device.str() + "\").");
       }
-      if (runtime::extent(w).second > w.storage().nbytes())
-        throw InputError(name +
-                         " does not fit into its storage; expected a storage of all of its elements. Pass w.clone().");
+      if (runtime::extent(w).second > w.storage().nbytes()) throw InputError(name + " does not fit into its storage");
       spec.weights.push_back(w.detach());
     }
     build(program);
@@ -393,8 +390,7 @@ struct Engine::Impl {
         builder.append(step);
       } catch (std::exception& e) {
         throw InputError("step " + std::to_string(i) + " of the program (" + (step.name.empty() ? "pick" : step.name) +
-                         (step.overload.empty() ? "" : "." + step.overload) + "): " + first_line(e) +
-                         ". Give each step what the operator's schema says.");
+                         (step.overload.empty() ? "" : "." + step.overload) + "): " + first_line(e));
       }
     }
     std::vector<int64_t> computed;

@@ -290,8 +290,8 @@ class SimDevice:
         lost = self.lost()
         if lost and not isinstance(error, DeviceLost):
             raise DeviceLost(
-                f"queued work failed on the simulated device: {lost}. Every engine on it now raises DeviceLost, until"
-                " anabranch.sim.reset()."
+                f"queued work failed on the simulated device: {lost}. Every engine on it raises DeviceLost until you"
+                " call anabranch.sim.reset()."
             ) from error
 
     def native_api(self, core: Any) -> int:

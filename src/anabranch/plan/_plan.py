@@ -110,15 +110,11 @@ class Plan:
                 )
             for a in (*s.reads, *s.writes):
                 if a.buffer not in names:
-                    raise ValueError(
-                        f"step {s.name!r}: buffer {a.buffer!r} is not in the plan; add it, or name another"
-                    )
+                    raise ValueError(f"step {s.name!r}: buffer {a.buffer!r} is not in the plan; add it")
         for e in self.edges:
             for end in (e.before, e.after):
                 if end not in order:
-                    raise ValueError(
-                        f"edge {e.before!r} -> {e.after!r}: step {end!r} is not in the plan; add it, or name another"
-                    )
+                    raise ValueError(f"edge {e.before!r} -> {e.after!r}: step {end!r} is not in the plan; add it")
             if order[e.before] >= order[e.after]:
                 raise ValueError(f"edge {e.before!r} -> {e.after!r}: a wait must be issued after its record")
 

@@ -121,8 +121,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     bool done;
     {
       Lock lock;
-      TORCH_CHECK(!e.capture,
-                  "sim: querying an event that was recorded inside a capture; record it again outside first");
+      TORCH_CHECK(!e.capture, "sim: querying an event that was recorded inside a capture");
       touched = ask();
       done = Machine::done(e.deps);
       if (done) saw(e);
@@ -138,8 +137,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     Deps deps;
     {
       Lock lock;
-      TORCH_CHECK(!e.capture,
-                  "sim: synchronizing an event that was recorded inside a capture; record it again outside first");
+      TORCH_CHECK(!e.capture, "sim: synchronizing an event that was recorded inside a capture");
       deps = e.deps;
     }
     synchronize(deps, ("synchronize " + e.id).c_str());
@@ -157,7 +155,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     delete static_cast<Event*>(event);
   }
   double elapsedTime(void*, void*, const c10::DeviceIndex) const override {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, "sim: time is not modelled, so events measure none; measure on a GPU");
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "sim: time is not modelled, so events measure none");
   }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& s) const override {
     auto q = queue(s);

@@ -92,7 +92,7 @@ const at::Generator& default_generator(int device) {
       made->push_back(at::make_generator<SimGenerator>(d, "var:rng" + std::to_string(d)));
     return made;
   }();
-  TORCH_CHECK(device < kDevices, "sim: there is no device sim:", device, "; expected 0 to ", kDevices - 1);
+  TORCH_CHECK(device < kDevices, "sim: there is no device sim:", device);
   return (*all)[static_cast<size_t>(device < 0 ? current_device() : device)];
 }
 
