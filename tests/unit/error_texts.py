@@ -32,6 +32,7 @@ INTERNAL = {
         ("it cannot be read", "a warning; the entry is built again"),
         ("no entry of this cache", "a warning; the entry is built again"),
     ],
+    "src/anabranch/bench/_command.py": [("it has no works", "a part of the text about the file")],
     "src/anabranch/cpp/_save.py": [
         ("which is a {type(value).__name__}", "a part of the text about the operator's argument"),
         ("which program files do not know", "a part of the text about the operator's argument"),
@@ -161,7 +162,11 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("which cannot be imported here ({", "needs TensorRT", "Do: pip install"),
         ("ANABRANCH_TENSORRT={wanted} is set", "expected one of {"),
     ],
-    "src/anabranch/bench/_command.py": [("--device cuda given", "PyTorch sees no GPU here", "use --device cpu")],
+    "src/anabranch/bench/_command.py": [
+        ("--device cuda given", "PyTorch sees no GPU here", "use --device cpu"),
+        ("{source} is no file that --json wrote", "give one"),
+    ],
+    "src/anabranch/bench/_measure.py": [("its outputs are {what}", "could not be told", "give another work or shape")],
     "src/anabranch/bench/_lanes.py": [
         ("no lane wrote a result", "see {"),
         ("the files hold different systems", "give files of runs with the same systems"),

@@ -81,7 +81,7 @@ def _read(source: Path) -> dict[str, Any]:
         if not {"works", "systems", "cells", "settings"} <= content.keys():
             raise ValueError("it has no works, systems, cells and settings")
     except (OSError, ValueError, AttributeError) as e:
-        _refuse(f"{source} is no file that --json wrote: {str(e) or type(e).__name__}")
+        _refuse(f"{source} is no file that --json wrote: {str(e) or type(e).__name__}; give one")
     return content
 
 
