@@ -291,7 +291,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("{target} is {type(found).__name__}", "expected a function"),
         ("{name}: no such file", "expected program.py or module:function"),
         ("{module_name} has no function {", "give PROGRAM:FUNCTION"),
-        ("{text} given", "expected a Python literal"),
+        ("{text} is not a Python literal", "expected one such as (3,)"),
         ("there is no module {name}", "expected program.py or module:function"),
     ],
     "src/anabranch/explore/_runner.py": [

@@ -16,11 +16,11 @@ from anabranch import _exit
 
 #: subcommand -> (module, attribute, one line of help). Kept as text so that each run imports one of them.
 _COMMANDS = {
-    "bench": ("anabranch.cli._bench", "command", "Measure every system on the same work; strike out wrong ones."),
-    "build": ("anabranch.cli._build", "command", "Build TensorRT engines ahead of time, also without a GPU."),
+    "bench": ("anabranch.cli._bench", "command", "Measure all systems on the same work, and check their outputs."),
+    "build": ("anabranch.cli._build", "command", "Build TensorRT engines ahead of time. A GPU is not needed."),
     "check": ("anabranch.cli._check", "command", "Call an engine on many streams at once; compare every output."),
-    "explore": ("anabranch.cli._explore", "command", "Run a program under every interleaving; give a verdict."),
-    "race": ("anabranch.cli._race", "command", "Judge a trace of stream events: race, stale or clean."),
+    "explore": ("anabranch.cli._explore", "command", "Run a program under every order of its threads and streams."),
+    "race": ("anabranch.cli._race", "command", "Find races in a trace of stream events."),
 }
 
 
@@ -54,4 +54,4 @@ class _Lazy(click.Group):
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="anabranch")
 def main() -> None:
-    """Compile PyTorch models once, call them correctly from any stream; and find stream bugs anywhere."""
+    """Check, build and measure inference engines for PyTorch; find missing waits in programs with streams."""

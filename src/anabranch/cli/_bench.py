@@ -52,23 +52,31 @@ def _streams(ctx: Any, param: Any, value: str) -> tuple[int, ...]:
 @click.option(
     "--systems",
     callback=_names,
-    help="Names, after all WORKs; or module:callable. Default: all that run on the device.",
+    help="Names, or module:callable; give them after the WORKs. Default: all that run on the device.",
 )
-@click.option("--streams", default="1,4,16", show_default=True, callback=_streams, help="With a thread each.")
+@click.option(
+    "--streams", default="1,4,16", show_default=True, callback=_streams, help="How many streams; each has a thread."
+)
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Default: cuda where there is a GPU.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float16; float32 on CPU.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
-@click.option("--latencies", default=1, show_default=True, type=click.IntRange(1), help="Of each system in each round.")
-@click.option("--seconds", default=0.2, show_default=True, help="For each figure of each round, about.")
 @click.option(
-    "--checked", type=click.IntRange(2), help="Outputs of each stream checked in the first round. Default: at most 48."
+    "--latencies", default=1, show_default=True, type=click.IntRange(1), help="How often each round measures a latency."
 )
-@click.option("--build-seconds", default=300.0, show_default=True, help="Longest build of one system for one work.")
-@click.option("--limit", default=0.0, help="Seconds for the whole run; what is not done by then is said.")
-@click.option("--build-share", default=0.6, show_default=True, help="Part of --limit after which building ends.")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Works that are built together.")
-@click.option("--cores", default=0, help="Cores that builds use at a time. Default: all.")
-@click.option("--torch-threads", default=0, help="Cores that one call may use on the CPU. Default: PyTorch's choice.")
+@click.option("--seconds", default=0.2, show_default=True, help="Time to measure one figure in one round.")
+@click.option(
+    "--checked", type=click.IntRange(2), help="Outputs of each stream to check in the first round. Default: at most 48."
+)
+@click.option(
+    "--build-seconds", default=300.0, show_default=True, help="Longest time to build one system for one work."
+)
+@click.option("--limit", default=0.0, help="Seconds for the whole run. The result names what was not done.")
+@click.option("--build-share", default=0.6, show_default=True, help="The part of --limit after which no build begins.")
+@click.option(
+    "--batch", default=1, show_default=True, type=click.IntRange(1), help="How many works are built together."
+)
+@click.option("--cores", default=0, help="Cores for builds. Default: all.")
+@click.option("--torch-threads", default=0, help="Cores for one call on the CPU. Default: PyTorch chooses.")
 @click.option("--patience", default=120.0, show_default=True, help="Seconds after which a measurement counts as hung.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures here.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path, dir_okay=False), help="Draw them here (PNG).")
@@ -78,8 +86,8 @@ def _streams(ctx: Any, param: Any, value: str) -> tuple[int, ...]:
 def command(**given: Any) -> None:
     """Measure every system on every WORK, each in its own process, one at a time; check every output.
 
-    A system with wrong outputs has its figure struck out with the count beside it; one that crashes or hangs is
-    reported with its last words, and the run goes on. WORK is a name (see --list) or module:callable@SHAPE.
+    The figures of a system with wrong outputs are struck out. A system that crashes or hangs is reported with the last
+    lines of its output, and the run goes on. WORK is a name (see --list) or module:callable@SHAPE.
     """
     from anabranch.bench._command import run
 

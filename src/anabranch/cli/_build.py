@@ -13,19 +13,25 @@ from anabranch.cli._options import DTYPES, Shape
 @click.command("build")
 @click.argument("model")
 @click.option("--backend", default="tensorrt", show_default=True, type=click.Choice(["tensorrt"]))
-@click.option("--shape", "shapes", multiple=True, type=Shape(), help="Of the input; several: an engine for each.")
-@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), help="Default: float32.")
-@click.option("--channels-last", is_flag=True, help="Model and input in channels_last memory.")
 @click.option(
-    "--precision", type=click.Choice(["float16", "bfloat16"]), help="As compile(precision=...): compute in that type."
+    "--shape", "shapes", multiple=True, type=Shape(), help="Shape of the input. Give several for an engine each."
 )
-@click.option("--tf32", is_flag=True, help="For programs that call torch.set_float32_matmul_precision('high').")
+@click.option(
+    "--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), help="Type of the input. Default: float32."
+)
+@click.option("--channels-last", is_flag=True, help="Put the model and the input in channels_last memory.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float16", "bfloat16"]),
+    help="Compute in this type, as compile(precision=...) does.",
+)
+@click.option("--tf32", is_flag=True, help="Allow TF32, as torch.set_float32_matmul_precision('high') does.")
 @click.option(
     "--compute-capability",
     "capabilities",
     multiple=True,
     metavar="8.9",
-    help="Of the GPU that it is for, which need not be here. Default: this machine's.",
+    help="Compute capability of the GPU to build for. Default: that of this machine.",
 )
 @click.option(
     "--cache",
@@ -33,7 +39,12 @@ from anabranch.cli._options import DTYPES, Shape
     help="The folder for the engines. Default: where compile() looks on this machine.",
 )
 @click.option("--require-full", is_flag=True, help="Fail where an operator would have to run in PyTorch.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write what was built here.")
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a list of what was built to this file.",
+)
 def command(**given: Any) -> None:
     """Build MODEL's engines ahead of time, into the cache.
 

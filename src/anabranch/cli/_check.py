@@ -21,24 +21,28 @@ from anabranch.cli._options import DTYPES, Shape
 @click.option("--shape", "shapes", multiple=True, type=Shape(), help="Default: boundary shapes in several layouts.")
 @click.option("--streams", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--threads", default=8, show_default=True, type=click.IntRange(1))
-@click.option("--calls", type=click.IntRange(1), help="For each row of the table. Default: 100; on sim, 16.")
+@click.option("--calls", type=click.IntRange(1), help="Calls for each row of the table. Default: 100; on sim, 16.")
 @click.option("--runtime", default="auto", show_default=True, type=click.Choice(["auto", "native", "python"]))
 @click.option(
     "--backend", type=click.Choice(["inductor", "eager", "tensorrt"]), help="Default: inductor; on sim, eager."
 )
-@click.option("--graphs/--direct", "cuda_graphs", default=None, help="Force a path. Default: whichever is faster.")
+@click.option(
+    "--graphs/--direct", "cuda_graphs", default=None, help="Always, or never, use CUDA graphs. Default: what is faster."
+)
 @click.option("--max-contexts", default=16, show_default=True, type=click.IntRange(1))
-@click.option("--inject", type=click.Choice(["stale-stream"]), help="Put a known bug back, to see it found.")
-@click.option("--seed", default=0, show_default=True, help="With --device sim: which interleaving.")
-@click.option("--boundary/--no-boundary", default=True, help="Compare with eager at NaN, infinities and zeros, too.")
+@click.option("--inject", type=click.Choice(["stale-stream"]), help="Put a known bug back, to show that it is found.")
+@click.option("--seed", default=0, show_default=True, help="With --device sim: the seed of the schedule.")
+@click.option("--boundary/--no-boundary", default=True, help="Compare with eager for NaN, infinities and zeros, too.")
 @click.option(
     "--patience",
     default=600.0,
     show_default=True,
     type=click.FloatRange(min=0, min_open=True),
-    help="Seconds without any progress, builds included, after which the check gives up.",
+    help="Give up after so many seconds without progress, builds included.",
 )
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the rows here.")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the rows to this file."
+)
 def command(**given: Any) -> None:
     """Call MODEL's engine on many streams and threads at once and compare every output.
 

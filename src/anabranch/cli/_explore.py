@@ -9,7 +9,7 @@ import click
 ORACLES = ("values", "race", "poison", "deadlock", "host-wait")
 
 
-@click.command("explore", short_help="Run a program under every interleaving, or many; say what that came to.")
+@click.command("explore", short_help="Run a program under every order of its threads and streams.")
 @click.argument("program", metavar="PROGRAM.py[:FUNCTION]")
 @click.option(
     "--scheduler",
@@ -18,26 +18,32 @@ ORACLES = ("values", "race", "poison", "deadlock", "host-wait")
     type=click.Choice(["exhaustive", "random", "pct", "fifo", "lazy"]),
 )
 @click.option(
-    "--seed", default=0, show_default=True, help="Of random and pct: the first; each schedule takes the next."
+    "--seed", default=0, show_default=True, help="First seed of random and pct; each schedule takes the next one."
 )
-@click.option("--depth", default=3, show_default=True, type=click.IntRange(1), help="Of pct: orderings a bug needs.")
-@click.option("--schedules", default=5000, show_default=True, type=click.IntRange(1), help="At most so many.")
-@click.option("--steps", default=20_000, show_default=True, type=click.IntRange(1), help="Of one schedule, at most.")
-@click.option("--no-reduce", is_flag=True, help="exhaustive: try equivalent schedules, too.")
-@click.option("--replay", "replayed", metavar="SCHEDULE", help="Run just this one.")
-@click.option("--args", "arguments", metavar="LITERAL", help="What FUNCTION is called with: a Python tuple.")
-@click.option("--reference", metavar="FUNCTION|LITERAL", help="What it must return, if it returns something.")
-@click.option("--oracle", "oracles", multiple=True, type=click.Choice(ORACLES), help="Only these. Default: all.")
+@click.option(
+    "--depth", default=3, show_default=True, type=click.IntRange(1), help="For pct: how many orderings a bug needs."
+)
+@click.option("--schedules", default=5000, show_default=True, type=click.IntRange(1), help="The most schedules to run.")
+@click.option(
+    "--steps", default=20_000, show_default=True, type=click.IntRange(1), help="The most steps of one schedule."
+)
+@click.option("--no-reduce", is_flag=True, help="For exhaustive: run equivalent schedules, too.")
+@click.option("--replay", "replayed", metavar="SCHEDULE", help="Run only this schedule.")
+@click.option("--args", "arguments", metavar="LITERAL", help="Arguments of FUNCTION: a Python tuple.")
+@click.option("--reference", metavar="FUNCTION|LITERAL", help="What FUNCTION must return.")
+@click.option(
+    "--oracle", "oracles", multiple=True, type=click.Choice(ORACLES), help="Use only these oracles. Default: all."
+)
 @click.option("--keep-going", is_flag=True, help="Do not stop at the first failure.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the verdict there (- for stdout).")
 @click.option("--trace", "trace_path", metavar="FILE", help="Write the failing schedule's trace, for anabranch race.")
 def command(**given: Any) -> None:
     """Run FUNCTION (main, unless it is given) of PROGRAM.py, or of module:FUNCTION, under one schedule after another.
-    What a failure was, with the command that replays it, comes first; the last line is the verdict.
+    A failure is reported with the command that replays it. The last line is the verdict.
 
-    Exit status: 0 exhaustive (every schedule was tried, none failed); 1 failed; 2 the exploration could not be made,
-    or a replayed schedule does not fit; 3 bounded (none failed, but a limit came before every schedule was tried: that
-    is no success). A replay that does not fail, and any scheduler but exhaustive, end with 3.
+    Exit status: 0 exhaustive: every schedule was tried and none failed; 1 failed; 2 the exploration could not run, or a
+    replayed schedule does not fit the program; 3 bounded: none failed, but not every schedule was tried. Replays that do
+    not fail, and all schedulers but exhaustive, end with 3.
     """
     from anabranch.explore._command import run
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 
-@click.command(name="race", short_help="Judge a trace of stream events: race, stale or clean.")
+@click.command(name="race", short_help="Find races in a trace of stream events.")
 @click.argument("trace", metavar="TRACE.jsonl")
 @click.option("--json", "json_path", metavar="FILE", help="Write verdict, counts and reports there (- for stdout).")
 @click.option(
@@ -15,10 +15,10 @@ import click
     default=1000,
     show_default=True,
     type=click.IntRange(min=0),
-    help="Distinct reports to keep; the rest are counted.",
+    help="How many different reports to keep; the rest are counted.",
 )
 def command(**given: Any) -> None:
-    """Judge TRACE.jsonl (- reads stdin): a report for each distinct finding, then a last line that starts with the
+    """Find races in TRACE.jsonl (- reads standard input). Each finding gets a report. The last line starts with the
     verdict: race, stale or clean.
 
     Exit status: 0 clean, 1 race or stale, 2 a malformed or unreadable trace.

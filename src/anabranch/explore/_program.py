@@ -101,7 +101,7 @@ def parse(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError) as error:
-        raise ExploreError(f"{text!r} given; expected a Python literal, such as (3,)") from error
+        raise ExploreError(f"{text!r} is not a Python literal; expected one such as (3,)") from error
 
 
 def replay_command(
