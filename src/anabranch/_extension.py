@@ -31,23 +31,29 @@ def flags(name: str) -> list[str]:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         # PyTorch's own headers have some.
         "-Wno-unused-parameter",
+        # Its headers then include the operators that they use, not all of them.
+        "-DAT_PER_OPERATOR_HEADERS",
         *(f"-isystem{h}" for h in headers),
         # For which PyTorch: the flags above, which hold its folder, need not differ between two versions.
         f'-DANABRANCH_FOR="{version}"',
     ]
 
 
-def build(name: str, folder: Path, more: Sequence[str] = (), headers: Sequence[Path] = ()) -> Path:
+def build(
+    name: str, folder: Path, more: Sequence[str] = (), headers: Sequence[Path] = (), beside: Sequence[str] = ()
+) -> Path:
     """Where the module's library is, compiled from the ``*.cpp`` of ``folder`` if need be.
 
-    ``more`` are flags, which come last and win; ``headers`` are those outside ``folder`` that the sources include.
+    ``more`` are flags, which come last and win; ``headers`` are those outside ``folder`` that the sources include;
+    ``beside`` names the sources that are a translation unit of their own.
 
     Raises :class:`~anabranch.errors.BuildError` where there is no compiler.
     """
     libraries = cpp_extension.TORCH_LIB_PATH
     return _native.build(
         name,
-        sorted(folder.glob("*.cpp")),
+        [source for source in sorted(folder.glob("*.cpp")) if source.name not in beside],
+        beside=[folder / source for source in beside],
         flags=[*flags(name), *more],
         libraries=[f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"],
         headers=headers,
@@ -66,11 +72,13 @@ def ahead(name: str, folder: Path) -> Path:
     return folder.parent / "_ahead" / f"{name}-{version}-{digest.hexdigest()[:20]}.so"
 
 
-def build_ahead(name: str, folder: Path, target: Path, more: Sequence[str] = ()) -> Path:
+def build_ahead(
+    name: str, folder: Path, target: Path, more: Sequence[str] = (), beside: Sequence[str] = ()
+) -> Path:
     """Compile for a package that is being made, whose copy of ``folder``'s parent is ``target``."""
     path = target / "_ahead" / ahead(name, folder).name
     path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(build(name, folder, more), path)
+    shutil.copyfile(build(name, folder, more, beside=beside), path)
     return path
 
 

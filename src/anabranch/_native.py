@@ -34,6 +34,7 @@ def build(
     name: str,
     sources: Sequence[Path],
     *,
+    beside: Sequence[Path] = (),
     flags: Sequence[str] = (),
     libraries: Sequence[str] = (),
     headers: Sequence[Path] = (),
@@ -41,6 +42,9 @@ def build(
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Compile ``sources`` and return the path of the library (or, with ``shared=False``, of the program).
+
+    The sources are compiled as one translation unit, so that headers which they share are read once: names in their
+    anonymous namespaces must differ. Those of ``beside`` are a second unit, compiled at the same time.
 
     ``libraries`` are the linker's arguments. Returns at once when an equal build is in the cache. Headers beside the
     sources (``*.h``) and those of ``headers`` count as sources for that comparison. ``progress`` gets one line before a
@@ -50,11 +54,13 @@ def build(
     message), when the cache cannot be written, or when others than the user can write to it.
     """
     say = progress or _to_stderr
-    files = sorted({*sources, *headers, *(h for s in sources for h in s.parent.glob("*.h"))})
+    units = [unit for unit in (sources, beside) if unit]
+    own = [source for unit in units for source in unit]
+    files = sorted({*own, *headers, *(h for s in own for h in s.parent.glob("*.h"))})
     compiler = _compiler()
     options = [*BASE_FLAGS, *(["-shared"] if shared else []), *flags]
     digest = hashlib.sha256()
-    for part in (*compiler, _version(compiler), *options, *libraries, sysconfig.get_platform()):
+    for part in (*compiler, _version(compiler), *options, *libraries, sysconfig.get_platform(), str(len(sources))):
         digest.update(part.encode() + b"\0")
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
@@ -77,7 +83,7 @@ def build(
             say(f"anabranch: compiling {name} (once for this version; kept in {target.parent})")
             started = time.monotonic()
             # What the compiler writes has another name until it is whole: a reader sees all of it or nothing.
-            _compile(name, [*compiler, *options], sources, libraries, partial)
+            _compile(name, [*compiler, *options], units, libraries, partial)
             os.chmod(partial, 0o700)
             try:
                 os.replace(partial, target)
@@ -133,13 +139,16 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _compile(name: str, compiler: list[str], sources: Sequence[Path], libraries: Sequence[str], target: str) -> None:
+def _compile(
+    name: str, compiler: list[str], units: Sequence[Sequence[Path]], libraries: Sequence[str], target: str
+) -> None:
     with tempfile.TemporaryDirectory(prefix="anabranch-") as folder:
-        objects = [str(Path(folder) / f"{i}.o") for i in range(len(sources))]
-        commands = [
-            [*(word for word in compiler if word != "-shared"), "-c", str(source), "-o", made]
-            for source, made in zip(sources, objects, strict=True)
-        ]
+        objects = [str(Path(folder) / f"{i}.o") for i in range(len(units))]
+        commands = []
+        for unit, made in zip(units, objects, strict=True):
+            included = [word for source in unit for word in ("-include", str(source.absolute()))]
+            options = [word for word in compiler if word != "-shared"]
+            commands.append([*options, *included, "-c", "-x", "c++", os.devnull, "-o", made])
         # A compiler is a process of its own: threads do to run several.
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             for _ in pool.map(_run, commands, [name] * len(commands)):

@@ -13,6 +13,8 @@ from anabranch.errors import BuildError
 
 FOLDER = Path(__file__).parent / "_core"
 NAME = "anabranch_runtime"
+#: What speaks to Python. pybind11's headers take as long as all others.
+BESIDE = ("allocations.cpp", "python.cpp")
 
 
 def flags() -> list[str]:
@@ -28,12 +30,12 @@ def build() -> Path:
     came_along = _extension.ahead(NAME, FOLDER)
     if came_along.exists() and not os.environ.get("ANABRANCH_NATIVE_FLAGS"):
         return came_along
-    return _extension.build(NAME, FOLDER, flags())
+    return _extension.build(NAME, FOLDER, flags(), beside=BESIDE)
 
 
 def build_ahead(target: Path) -> Path:
     """Compile into a package that is being made: ``target`` is its copy of this module's folder."""
-    return _extension.build_ahead(NAME, FOLDER, target, flags())
+    return _extension.build_ahead(NAME, FOLDER, target, flags(), BESIDE)
 
 
 @cache

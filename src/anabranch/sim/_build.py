@@ -12,6 +12,8 @@ from anabranch import _extension
 
 FOLDER = Path(__file__).parent / "_core"
 NAME = "anabranch_sim"
+#: What includes PyTorch's operators. The others need few of its headers, but Python's and pybind11's.
+BESIDE = ("autocast.cpp", "copy.cpp", "infer.cpp", "ops.cpp", "random.cpp", "shapes.cpp", "twins.cpp", "views.cpp")
 #: What the native runtime asks of a device.
 SEAM = Path(anabranch.runtime.__file__).parent / "_core" / "device.h"
 
@@ -23,7 +25,8 @@ def build() -> Path:
 
     Raises :class:`~anabranch.errors.BuildError` where there is no compiler.
     """
-    return _extension.build(NAME, FOLDER, ["-O1", *os.environ.get("ANABRANCH_SIM_FLAGS", "").split()], [SEAM])
+    more = ["-O1", *os.environ.get("ANABRANCH_SIM_FLAGS", "").split()]
+    return _extension.build(NAME, FOLDER, more, [SEAM], BESIDE)
 
 
 @cache

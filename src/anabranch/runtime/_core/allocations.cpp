@@ -12,10 +12,8 @@ namespace anabranch::runtime {
 
 namespace profiler = torch::profiler::impl;
 
-namespace {
-
 /// The nodes of a graph that grows.
-class Steps {
+class AllocationLog::Steps {
  public:
   explicit Steps(std::uint64_t graph) : graph_(reinterpret_cast<void*>(graph)) {
     if (graph_ == nullptr) {
@@ -54,8 +52,6 @@ class Steps {
   bool in_order_ = true;
   std::vector<void*> nodes_;
 };
-
-}  // namespace
 
 // A profiler's state, not merely a MemoryReportingInfoBase: PyTorch casts what it finds in this slot to
 // ProfilerStateBase without asking (profilerEnabled() does, which Inductor's launchers call while any thread is being

@@ -36,6 +36,7 @@ class AllocationLog {
   std::vector<AllocationEvent> end();
 
  private:
+  class Steps;
   class Reporter;
 
   std::shared_ptr<Reporter> reporter_;

@@ -1,6 +1,5 @@
 #include "program.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/core/List.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/InferenceMode.h>
@@ -8,6 +7,12 @@
 #include <algorithm>
 #include <optional>
 #include <set>
+
+// Declared here as in <ATen/autocast_mode.h>, which brings all of PyTorch's operators along: seconds of compiling.
+namespace at::autocast {
+TORCH_API bool is_autocast_enabled(at::DeviceType device_type);
+TORCH_API void set_autocast_enabled(at::DeviceType device_type, bool enabled);
+}  // namespace at::autocast
 
 namespace anabranch::runtime {
 

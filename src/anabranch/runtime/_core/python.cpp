@@ -6,7 +6,6 @@
 #include <torch/csrc/Event.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <ATen/core/grad_mode.h>
@@ -19,6 +18,11 @@
 #include "call.h"
 
 namespace py = pybind11;
+
+// Declared here as in <torch/csrc/jit/python/pybind_utils.h>, which brings TorchScript along: seconds of compiling.
+namespace torch::jit {
+TORCH_PYTHON_API c10::IValue toIValue(py::handle obj, const c10::TypePtr& type, std::optional<int32_t> N);
+}  // namespace torch::jit
 
 namespace anabranch::runtime {
 

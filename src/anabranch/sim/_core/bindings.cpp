@@ -1,5 +1,5 @@
 // The module that Python sees. What it offers is private to the package; anabranch.sim is the public face.
-#include <ATen/ATen.h>
+#include <ATen/ops/from_blob.h>
 #include <pthread.h>
 #include <torch/csrc/utils/pybind.h>
 

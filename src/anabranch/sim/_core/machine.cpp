@@ -54,7 +54,7 @@ Dep latest(const QueuePtr& queue) {
   return {queue, queue->pushed, queue->last};
 }
 
-std::string quoted(const std::string& text) {
+std::string json_string(const std::string& text) {
   return '"' + text + '"';
 }
 }  // namespace
@@ -76,7 +76,7 @@ QueuePtr Machine::new_stream(int device, bool blocking) {
   queue->actor = "s" + std::to_string(queue->id) + (device ? "d" + std::to_string(device) : "");
   streams_[{device, queue->id}] = queue;
   if (tracing) {
-    emit(R"({"do":"stream","stream":)" + quoted(queue->actor) + R"(,"kind":")" +
+    emit(R"({"do":"stream","stream":)" + json_string(queue->actor) + R"(,"kind":")" +
          (blocking ? "blocking" : "nonblocking") + R"(","device":)" + std::to_string(device) + "}");
   }
   return queue;
@@ -188,7 +188,7 @@ void Machine::record(Event& event, const QueuePtr& queue) {
   } else {
     event.deps = frontier(queue);
   }
-  log(queue, R"({"do":"record","event":")" + event.id + R"(","stream":)" + quoted(queue->trace_name()));
+  log(queue, R"({"do":"record","event":")" + event.id + R"(","stream":)" + json_string(queue->trace_name()));
 }
 
 void Machine::wait(const Event& event, const QueuePtr& queue) {
@@ -223,7 +223,7 @@ void Machine::wait(const Event& event, const QueuePtr& queue) {
       if (dep.queue != queue) add(queue->waits, dep);
     }
   }
-  log(queue, R"({"do":"wait","event":")" + event.id + R"(","stream":)" + quoted(queue->trace_name()));
+  log(queue, R"({"do":"wait","event":")" + event.id + R"(","stream":)" + json_string(queue->trace_name()));
 }
 
 int64_t Machine::new_latch() {
@@ -360,9 +360,9 @@ std::string Machine::describe(const std::vector<Range>& ranges, bool write) {
 
 void Machine::log(const QueuePtr& queue, const std::string& line) {
   if (!tracing) return;
-  std::string whole = line + R"(,"thread":)" + quoted(thread_name());
+  std::string whole = line + R"(,"thread":)" + json_string(thread_name());
   auto where = source();
-  if (!where.empty()) whole += R"(,"source":)" + quoted(where);
+  if (!where.empty()) whole += R"(,"source":)" + json_string(where);
   whole += '}';
   if (queue && queue->capture) {
     queue->capture->trace += whole + '\n';
@@ -373,7 +373,7 @@ void Machine::log(const QueuePtr& queue, const std::string& line) {
 
 void Machine::trace_op(const Op& op, const QueuePtr& queue) {
   if (!tracing) return;
-  log(queue, R"({"do":"op","name":)" + quoted(op.name) + R"(,"stream":)" + quoted(queue->trace_name()) +
+  log(queue, R"({"do":"op","name":)" + json_string(op.name) + R"(,"stream":)" + json_string(queue->trace_name()) +
                  R"(,"reads":)" + describe(op.ranges, false) + R"(,"writes":)" + describe(op.ranges, true));
 }
 

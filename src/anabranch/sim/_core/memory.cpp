@@ -11,7 +11,7 @@ namespace anabranch::sim {
 
 namespace {
 constexpr size_t kGranule = 512;
-constexpr size_t kWorkspace = 512;
+constexpr size_t kWorkspaceBytes = 512;
 
 void fill(char* data, size_t bytes) {
   auto* words = reinterpret_cast<uint16_t*>(data);
@@ -134,7 +134,7 @@ Block* Machine::block_of(uintptr_t address) {
 
 Block* Machine::workspace(const QueuePtr& queue) {
   auto& block = workspaces_[{queue->device, queue->id}];
-  if (!block) block = allocate(kWorkspace, queue, current_pool(), "workspace of " + queue->actor);
+  if (!block) block = allocate(kWorkspaceBytes, queue, current_pool(), "workspace of " + queue->actor);
   return block;
 }
 
