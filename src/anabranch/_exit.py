@@ -117,6 +117,24 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+def refuse_unwritable(path: Path, *, parents: bool = False) -> None:
+    """Raise :class:`~anabranch.errors.InputError` where a file cannot be written there, before any work is done for it.
+
+    ``parents``: its folders are made, as they will be when it is written."""
+    from anabranch.errors import InputError
+
+    there = path.exists()
+    try:
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as e:
+        raise InputError(f"{path} cannot be written: {e.strerror}; name another file") from e
+
+
 def give_up(name: str, message: str, status: int = NOT_JUDGED) -> NoReturn:
     """End the process now, from any thread, with a line. For where nothing can be raised, or nobody would catch it."""
     if sys.stderr is not None and sys.stderr.isatty():

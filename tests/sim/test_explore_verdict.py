@@ -152,7 +152,7 @@ def test_a_replay_that_does_not_fit() -> None:
     assert issubclass(ReplayDiverged, AnabranchError)
     done = _run(f"{PROGRAMS}:lost_update", "--replay", "T0.7")
     assert done.exit_code == 2
-    assert "another program, or of another version" in done.output
+    assert "another program or another version of it" in done.output
 
 
 def test_a_replay_may_end_early() -> None:

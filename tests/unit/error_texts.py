@@ -54,6 +54,7 @@ INTERNAL = {
         ("failed: {", "CUDA's own error"),
     ],
     "src/anabranch/devices/_driver.py": [("failed with CUDA driver error", "CUDA's own error")],
+    "src/anabranch/explore/_explore.py": [("the program returned what cannot", "before the text of _judge.py")],
     "src/anabranch/explore/_locks.py": [
         ("timeout value must be", "Python's own text"),
         ("cannot join current thread", "Python's own text"),
@@ -110,6 +111,7 @@ INTERNAL = {
 }
 
 TEXTS: dict[str, list[tuple[str, ...]]] = {
+    "src/anabranch/_exit.py": [("{path} cannot be written: {e.strerror}", "name another file")],
     "src/anabranch/_judge.py": [
         ("{len(inputs)} inputs given and {len(expected_inputs)} expected_inputs", "expected as many"),
         ("the output holds itself", "nested too deeply", "return its tensors in a list"),
@@ -141,6 +143,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/ahead/_command.py": [
         ("{option} given with {model}", "an exported program keeps its own", "Export it so"),
         ("interrupted", "finished engines are in the cache", "Run the command again"),
+        ("{model} called sys.exit({e.code})", "give a model that returns tensors"),
     ],
     "src/anabranch/backends/_backend.py": [("backend {name} given", "expected one of {")],
     "src/anabranch/backends/_inductor.py": [
@@ -198,7 +201,6 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("--inject {options.inject}", "device 'cpu' has no streams", "Run it with --device sim"),
         ("{model} called sys.exit({e.code})", "expected a model that returns"),
     ],
-    "src/anabranch/check/_report.py": [("{path} cannot be written: {e.strerror}", "name another file")],
     "src/anabranch/check/_run.py": [
         ("eager PyTorch gives two results for one input", "no output can be compared", "Check it without"),
         ("the model raises where it gets {", "Expected a model of one tensor", "give a --shape and a --dtype"),
@@ -276,7 +278,6 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/explore/_command.py": [
         ("--args {arguments} is {type(args).__name__}", "expected a tuple"),
         ("{program} cannot be imported: {type(error).__name__}: {error}", "Expected a program that python can import"),
-        ("{error.filename} cannot be written: {error.strerror}", "give another path"),
     ],
     "src/anabranch/explore/_conducted.py": [
         ("conducted() was called inside another conducted block", "call it outside"),
@@ -346,7 +347,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "src/anabranch/race/_command.py": [
         ("{trace}: cannot be read: {error.strerror}", "give a trace file, or - for standard input"),
-        ("{json_path}: cannot be written: {error.strerror}", "give another path"),
+        ("{trace}: has no events", "there is nothing to judge", "expected one JSON object a line"),
     ],
     "src/anabranch/race/_core/detector.cpp": [
         ("found an empty string", "expected a buffer's name"),

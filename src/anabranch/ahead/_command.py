@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 import torch
 
+from anabranch._exit import refuse_unwritable
 from anabranch.ahead._build import Build, build
 from anabranch.backends.tensorrt import library
 from anabranch.check._case import cases_for, find_subject
@@ -42,6 +43,8 @@ def run(
     }
     built: list[Build] = []
     try:
+        if json_path:
+            refuse_unwritable(json_path, parents=True)
         library()
     except AnabranchError as e:
         _end(str(e), 2)
@@ -60,6 +63,8 @@ def run(
         _end(str(e), 1)
     except AnabranchError as e:
         _end(str(e), 2)
+    except SystemExit as e:
+        _end(f"{model} called sys.exit({e.code!r}); give a model that returns tensors", 2)
     except KeyboardInterrupt:
         _end("interrupted; finished engines are in the cache. Run the command again to build the others", 130)
     if json_path:

@@ -13,11 +13,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from anabranch._exit import refuse_unwritable
 from anabranch.bench._report import notes, status, table
 from anabranch.bench._run import Options, run_bench
 from anabranch.bench._system import SYSTEMS, default_systems
 from anabranch.bench._work import WORKS, default_works
-from anabranch.check import refuse_unwritable, write_json
+from anabranch.check import write_json
 from anabranch.errors import AnabranchError
 
 
@@ -44,7 +45,7 @@ def run(
     for path in (json_path if source is None else None, plot_path):
         if path is not None:
             try:
-                refuse_unwritable(path)
+                refuse_unwritable(path, parents=True)
             except AnabranchError as e:
                 _refuse(str(e))
     if source is not None:

@@ -1,7 +1,7 @@
 """The reported bug's test, as a tool: many calls in flight on many streams, each compared with the serial result."""
 
 from anabranch.check._case import Case, Subject, cases_for, find_subject
-from anabranch.check._report import environment, refuse_unwritable, table, to_json, write_json
+from anabranch.check._report import environment, table, to_json, write_json
 from anabranch.check._run import Bench, Options, Row, float32_exactly, run_check
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "environment",
     "find_subject",
     "float32_exactly",
-    "refuse_unwritable",
     "run_check",
     "table",
     "to_json",

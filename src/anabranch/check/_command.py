@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from anabranch._exit import NOT_JUDGED, RIGHT, WRONG, Patience, refuse
+from anabranch._exit import NOT_JUDGED, RIGHT, WRONG, Patience, refuse, refuse_unwritable
 from anabranch.check._case import cases_for, find_subject
-from anabranch.check._report import refuse_unwritable, table, to_json, write_json
+from anabranch.check._report import table, to_json, write_json
 from anabranch.check._run import Options, Row, paths_for, run_check
 from anabranch.errors import AnabranchError
 
@@ -50,7 +50,7 @@ def run(
     console = Console() if sys.stdout.isatty() else Console(width=120)
     try:
         if json_path:
-            refuse_unwritable(json_path)
+            refuse_unwritable(json_path, parents=True)
         subject = find_subject(model)
         most = _SIMULATED if device == "sim" else None
         cases = cases_for(subject, [getattr(torch, d) for d in dtypes or ("float32", "float16")], shapes or None, most)

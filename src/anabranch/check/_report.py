@@ -16,7 +16,6 @@ from rich.table import Table
 from anabranch._version import __version__
 from anabranch.check._run import Row
 from anabranch.devices import get_device
-from anabranch.errors import InputError
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -44,19 +43,6 @@ def to_json(rows: Sequence[Row], device: str, **more: Any) -> dict[str, Any]:
         "environment": environment(device),
         **more,
     }
-
-
-def refuse_unwritable(path: Path) -> None:
-    """Raise :class:`~anabranch.errors.InputError` where :func:`write_json` could not write, before any work is done."""
-    there = path.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8"):
-            pass
-        if not there:
-            path.unlink()
-    except OSError as e:
-        raise InputError(f"{path} cannot be written: {e.strerror}; name another file") from e
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -88,6 +88,9 @@ def command(**given: Any) -> None:
 
     The figures of a system with wrong outputs are struck out. A system that crashes or hangs is reported with the last
     lines of its output, and the run goes on. WORK is a name (see --list) or module:callable@SHAPE.
+
+    Exit status: 0 all outputs that were checked are right (crashes and slow builds are results), 1 an output is wrong,
+    2 outputs cannot be judged, nothing was measured, or the run could not begin, 130 interrupted.
     """
     from anabranch.bench._command import run
 

@@ -48,8 +48,10 @@ def command(**given: Any) -> None:
 
     MODEL is relu, upscaler or branches (built in), module:callable, or a .pt2 file. Concurrent outputs must equal the
     engine's own serial output bit for bit; the serial output must be near float32 eager. On sim the race checker
-    watches, too, and names what is missing. Exit status: 0 all right, 1 something is wrong, 2 the check could not be
-    made.
+    watches, too, and names what is missing.
+
+    Exit status: 0 all outputs are right, 1 an output is wrong or the race checker found something, 2 the outputs cannot
+    be judged (they say nothing, or cannot be compared) or the check could not run, 130 interrupted.
     """
     from anabranch.check._command import run
 

@@ -41,9 +41,10 @@ def command(**given: Any) -> None:
     """Run FUNCTION (main, unless it is given) of PROGRAM.py, or of module:FUNCTION, under one schedule after another.
     A failure is reported with the command that replays it. The last line is the verdict.
 
-    Exit status: 0 exhaustive: every schedule was tried and none failed; 1 failed; 2 the exploration could not run, or
-    a replayed schedule does not fit the program; 3 bounded: none failed, but not every schedule was tried. Replays
-    that do not fail, and all schedulers but exhaustive, end with 3.
+    Exit status: 0 exhaustive: every schedule was tried and none failed; 1 failed; 2 the exploration could not run, what
+    the program returns cannot be compared, or a replayed schedule does not fit the program; 3 bounded: none failed, but
+    not every schedule was tried. Replays that do not fail, and all schedulers but exhaustive, end with 3; 130
+    interrupted.
     """
     from anabranch.explore._command import run
 

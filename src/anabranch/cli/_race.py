@@ -21,7 +21,8 @@ def command(**given: Any) -> None:
     """Find races in TRACE.jsonl (- reads standard input). Each finding gets a report. The last line starts with the
     verdict: race, stale or clean.
 
-    Exit status: 0 clean, 1 race or stale, 2 a malformed or unreadable trace.
+    Exit status: 0 clean, 1 race or stale, 2 the trace is malformed, empty or unreadable, 130
+    interrupted.
     """
     from anabranch.race._command import run
 

@@ -11,7 +11,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from anabranch.errors import AnabranchError
+from anabranch._exit import refuse_unwritable
+from anabranch.errors import AnabranchError, InputError
 from anabranch.explore import _program
 from anabranch.explore import _schedulers as schedulers
 from anabranch.explore._explore import explore, observed
@@ -38,13 +39,16 @@ def run(
 ) -> None:
     """Explore, print the verdict, and exit with 0 to 3; takes the command's options."""
     try:
+        for path in (json_path, trace_path):
+            if path not in (None, "-"):
+                refuse_unwritable(Path(path))
         # What the program makes as it is imported must be observable.
         with observed():
             fn = _program.load(program)
             expected = _reference(reference, program)
         args = _program.parse(arguments) if arguments is not None else ()
         if not isinstance(args, tuple):
-            _refuse(f"--args {arguments!r} is {type(args).__name__}; expected a tuple, such as '(3,)'")
+            raise InputError(f"--args {arguments!r} is {type(args).__name__}; expected a tuple, such as '(3,)'")
         with _Bar(1 if replayed is not None else limits["schedules"]) as bar:
             verdict = explore(
                 fn,
@@ -59,7 +63,7 @@ def run(
             )
     except AnabranchError as error:
         _refuse(str(error))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _refuse(
             f"{program} cannot be imported: {type(error).__name__}: {error}. Expected a program that python can import."
         )
@@ -90,17 +94,16 @@ def _reference(text: str | None, program: str) -> Any:
 
 
 def _write(verdict: Verdict, json_path: str | None, trace_path: str | None) -> None:
-    try:
-        if trace_path is not None:
+    if trace_path is not None:
+        try:
             verdict.save_trace(trace_path)
-        if json_path == "-":
-            click.echo(json.dumps(verdict.to_dict(), indent=1))
-        elif json_path is not None:
-            Path(json_path).write_text(json.dumps(verdict.to_dict(), indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        _refuse(f"{error.filename} cannot be written: {error.strerror}; give another path")
-    except ValueError as error:
-        click.echo(f"anabranch explore: {error}", err=True)
+        except ValueError as error:
+            click.echo(f"anabranch explore: {error}", err=True)
+    text = json.dumps(verdict.to_dict(), indent=1)
+    if json_path == "-":
+        click.echo(text)
+    elif json_path is not None:
+        Path(json_path).write_text(text + "\n", encoding="utf-8")
 
 
 class _Bar:

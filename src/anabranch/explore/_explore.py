@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from anabranch import _sync
+from anabranch.errors import CannotJudge
 from anabranch.explore import _conductor, _locks, _oracles, _program, _schedule
 from anabranch.explore import _schedulers as schedulers
 from anabranch.explore._conductor import Core
 from anabranch.explore._errors import ExploreError, ReplayDiverged
 from anabranch.explore._run import Run
-from anabranch.explore._runner import Program, Runner, snapshot
+from anabranch.explore._runner import UNJUDGED, Program, Runner, snapshot
 from anabranch.explore._schedulers import Scheduler
 from anabranch.explore._search import Search, Unreduced, diverged
 from anabranch.explore._verdict import Verdict
@@ -40,6 +41,9 @@ class _Tally:
         """True if it ends the exploration."""
         if run.end == "diverged":
             raise ReplayDiverged(run.failures[0].message)
+        for failure in run.failures:
+            if failure.oracle == UNJUDGED:
+                raise CannotJudge(f"the program returned what cannot be compared: {failure.message}")
         self.runs += 1
         self.cut += run.end == "cut"
         self.too_long += run.end == "steps"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
+from anabranch import _judge
 from anabranch.explore._run import Failure
 from anabranch.race import Detector
 
@@ -25,8 +26,11 @@ class Result(NamedTuple):
 
 
 def collect(value: Any, core: Any) -> Result:
-    """Fetch the returned pytree; every queue is empty by now."""
+    """Fetch the returned pytree; every queue is empty by now.
+
+    Raises :class:`~anabranch.errors.CannotJudge` for a tensor that cannot be compared."""
     leaves, spec = pytree.tree_flatten(value)
+    _judge.tensors([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
     poisoned = [_poisoned(leaf, core) for leaf in leaves]
     return Result(
         [leaf.detach().cpu() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], str(spec), poisoned
@@ -56,18 +60,19 @@ def outcome(result: Result | None, failures: Sequence[Failure], end: str) -> str
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    flat = tensor.contiguous().flatten()
+    flat = tensor.resolve_conj().resolve_neg().contiguous().flatten()
     return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
 
 
 def values(result: Result, reference: Result) -> Failure | None:
-    """Compare bit for bit (NaN equals NaN)."""
+    """Compare bit for bit: -0.0 is not 0.0; NaN equals NaN, whatever its payload."""
     if result.structure != reference.structure:
         return Failure("values", f"returned {result.structure}, the reference is {reference.structure}")
     for index, (got, wanted) in enumerate(zip(result.leaves, reference.leaves, strict=True)):
         where = f"output {index}" if len(result.leaves) > 1 else "the output"
         if not isinstance(wanted, torch.Tensor) or not isinstance(got, torch.Tensor):
-            if got is not wanted and got != wanted:
+            same = isinstance(got, float | complex) and isinstance(wanted, float | complex)
+            if got is not wanted and got != wanted and not (same and not _judge.differences(got, wanted)):
                 return Failure("values", f"{where} is {got!r}, the reference is {wanted!r}")
             continue
         if got.shape != wanted.shape or got.dtype != wanted.dtype:
@@ -75,15 +80,14 @@ def values(result: Result, reference: Result) -> Failure | None:
                 "values",
                 f"{where} is {got.dtype} {tuple(got.shape)}, the reference is {wanted.dtype} {tuple(wanted.shape)}",
             )
-        same = got == wanted
-        if got.is_floating_point():
-            same |= got.isnan() & wanted.isnan()
-        if not bool(same.all()):
-            at = tuple(int(n) for n in (~same).nonzero()[0])
-            detail = "; all zeros" if not bool(got.any()) else ""
+        different = _judge.unequal(got, wanted)
+        if bool(different.any()):
+            at = tuple(int(n) for n in different.nonzero()[0][: got.dim()])
+            detail = "" if bool(_judge.unequal(got, torch.zeros_like(got)).any()) else "; all zeros"
             return Failure(
                 "values",
-                f"{where} differs from the reference in {int((~same).sum())} of {got.numel()} elements{detail};"
+                f"{where} differs from the reference in {int(different.sum())} of {different.numel()}"
+                f" {'parts' if got.is_complex() else 'elements'}{detail};"
                 f" the first is {at}: {got[at].item()!r}, not {wanted[at].item()!r}",
             )
     return None

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from anabranch.errors import CannotJudge
 from anabranch.explore import _locks, _oracles
 from anabranch.explore._conductor import Conductor, Core, Picks, child_names, local, plain
 from anabranch.explore._dependence import Step
@@ -28,6 +29,8 @@ from anabranch.explore._oracles import Result
 from anabranch.explore._run import End, Failure, Run
 from anabranch.race import Detector
 
+#: Of a run whose result no oracle can compare: no finding, but the end of the exploration.
+UNJUDGED = "unjudged"
 #: Seconds without a step after which a schedule counts as hung.
 PATIENCE = 30.0
 _HEADER = struct.Struct("<Q")
@@ -223,6 +226,9 @@ def _conduct(program: Program, scheduler: Picks, out: int, board: mmap.mmap, kee
             local.actor = None
             local.plain = 1
             answer = _judge(program, conductor, end, returned, keep_trace)
+        except CannotJudge as error:
+            failure = Failure(UNJUDGED, str(error))
+            answer = _pack(conductor, "complete", [failure], failure.message, b"")
         except BaseException:
             failure = Failure("error", "the run could not be judged:\n" + traceback.format_exc())
             answer = _pack(conductor, "complete", [failure], failure.message, b"")
@@ -263,6 +269,8 @@ def _judge(program: Program, conductor: Conductor, end: End, returned: list[Any]
             failures.append(Failure("error", f"the device is lost: {lost}"))
         elif returned:
             result = _oracles.collect(returned[0], core)
+        elif program.reference is not None and not failures:
+            failures.append(Failure("values", "the program ended with sys.exit and returned nothing"))
     if "race" in program.oracles and trace:
         failures += _found(_oracles.race(trace, captures))
     if result is not None:
