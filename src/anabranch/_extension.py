@@ -72,9 +72,7 @@ def ahead(name: str, folder: Path) -> Path:
     return folder.parent / "_ahead" / f"{name}-{version}-{digest.hexdigest()[:20]}.so"
 
 
-def build_ahead(
-    name: str, folder: Path, target: Path, more: Sequence[str] = (), beside: Sequence[str] = ()
-) -> Path:
+def build_ahead(name: str, folder: Path, target: Path, more: Sequence[str] = (), beside: Sequence[str] = ()) -> Path:
     """Compile for a package that is being made, whose copy of ``folder``'s parent is ``target``."""
     path = target / "_ahead" / ahead(name, folder).name
     path.parent.mkdir(parents=True, exist_ok=True)
