@@ -1,5 +1,5 @@
 # PYTHON=... chooses the Python: for `install`, the one that .venv is made with; for `test-gpu`, the one that runs.
-.PHONY: help install demo test check test-gpu clean
+.PHONY: help install demo test test-all check test-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -20,6 +20,10 @@ demo: install ## See the bug and the cure on a simulated GPU, check on the CPU, 
 test: install ## Run the linters, the type checker and the tests that need no GPU
 	@scripts/check
 	@scripts/test
+
+test-all: install ## Run every test that needs no GPU, the slow ones too, and write benchmarks/results/test_all.json
+	@scripts/check
+	@scripts/test --all
 
 check: install ## Run the linters and the type checker only
 	@scripts/check

@@ -1,8 +1,15 @@
 """Test tiers: a tier is the first folder under ``tests/``, named for what it needs (``unit``, ``race``, ``gpu``, ...).
 
-- A whole tier that collects fewer tests than ``tests/tiers.json`` says fails the run. Tests vanish in silence: an
-  import guarded too well, a file that no longer matches ``test_*.py``, a parametrization over an empty list. A run of
-  single files, ``-k``, ``--lf`` or ``--deselect`` is not checked. ``scripts/tiers`` writes the file.
+- ``make test`` runs on every push and leaves out what is marked ``slow``; ``make test-all`` runs everything. A test
+  that is too long for a push has a shorter twin that is not marked: fewer schedules, fewer seconds, one runtime of two.
+- ``tests/tiers.json`` says of each tier how many tests it has (``tests``), how many of them a push runs (``push``), and
+  how many seconds of CPU time these may take (``budget``; ``budget_all``: all of them). ``scripts/tiers`` writes the
+  counts; the budgets are set by hand.
+- A whole tier that collects fewer tests than that fails the run. Tests vanish in silence: an import guarded too well, a
+  file that no longer matches ``test_*.py``, a parametrization over an empty list, a mark too many. A run of single
+  files, ``-k``, ``--lf`` or ``--deselect`` is not checked.
+- Each run ends with what each tier took and its 20 slowest tests. Over budget is printed loudly; it is no failure,
+  because machines differ.
 - Tests under ``tests/gpu`` carry the ``gpu`` mark without saying so. Without a CUDA device they are skipped, with the
   reason; with ``ANABRANCH_REQUIRE_GPU=1`` they fail instead, so that a GPU host cannot pass by skipping.
 """
@@ -11,12 +18,20 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 REQUIRE_GPU = "ANABRANCH_REQUIRE_GPU"
-_COUNTS = pytest.StashKey[dict[str, int]]()
+SLOWEST = 20
+_COUNTS = pytest.StashKey[dict[str, dict[str, int]]]()
+_CLOCK = pytest.StashKey[float]()
+#: CPU seconds by test.
+_spent: defaultdict[str, float] = defaultdict(float)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,22 +41,93 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--evidence", metavar="FILE", help="write what was run, where, and how it ended, as JSON")
 
 
+# -- what tests take ---------------------------------------------------------------------------------------------------
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of all children that it has waited for."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Each report carries the CPU time since the last one: of setup, call and teardown, in this process."""
+    outcome: Any = yield
+    now = _cpu_seconds()
+    outcome.get_result().cpu = now - item.config.stash[_CLOCK]
+    item.config.stash[_CLOCK] = now
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    item.config.stash[_CLOCK] = _cpu_seconds()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    # With pytest-xdist this runs in each worker and in the process that gathers; the numbers come along in the report.
+    _spent[report.nodeid] += getattr(report, "cpu", 0.0)
+
+
+def _tier_of(nodeid: str) -> str | None:
+    """The tier of a test by its id: ``tests/TIER/file.py::name``; None for a file directly in ``tests``."""
+    folders = nodeid.split("::")[0].split("/")
+    return folders[1] if len(folders) > 2 else None
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return
+    _write_evidence(terminalreporter, config)
+    if not _spent:
+        return
+    tiers: dict[str, list[float]] = defaultdict(list)
+    for nodeid, seconds in _spent.items():
+        tiers[_tier_of(nodeid) or "."].append(seconds)
+    whole = _whole_tiers(config, _tests(config))
+    committed = _committed(config)
+    key = "budget" if "not slow" in (config.option.markexpr or "") else "budget_all"
+    terminalreporter.section("CPU seconds of this process and its children")
+    for tier, seconds in sorted(tiers.items()):
+        budget = committed.get(tier, {}).get(key)
+        line = f"{tier:8} {sum(seconds):7.1f} s in {len(seconds)} tests"
+        terminalreporter.line(line + (f", budget {budget} s" if budget is not None else ""))
+        if budget is not None and sum(seconds) > budget and (whole is None or tier in whole):
+            over = f"OVER BUDGET: tests/{tier} took {sum(seconds):.0f} s of CPU time, tests/tiers.json allows {budget}"
+            terminalreporter.line(
+                f"*** {over}. Make tests cheaper, or mark one `slow` beside a shorter twin. ***", red=True
+            )
+    terminalreporter.line(f"The {SLOWEST} slowest:")
+    for nodeid, seconds in sorted(_spent.items(), key=lambda entry: -entry[1])[:SLOWEST]:
+        terminalreporter.line(f"{seconds:7.1f} s  {nodeid}")
+
+
+def _write_evidence(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """``--evidence FILE``: what was run where, and how it ended, for benchmarks/results."""
     target = config.getoption("--evidence")
-    if not target or hasattr(config, "workerinput"):
+    if not target:
         return
     import torch
 
     from anabranch.check import environment
 
-    counts = {kind: len(terminalreporter.getreports(kind)) for kind in ("passed", "failed", "error", "skipped")}
-    names = sorted(r.nodeid for r in terminalreporter.getreports("passed"))
-    skipped = {r.nodeid: str(r.longrepr[-1]) for r in terminalreporter.getreports("skipped")}
+    reports = {kind: terminalreporter.getreports(kind) for kind in ("passed", "failed", "error", "skipped")}
     command = "python -m " + " ".join(["pytest", *config.invocation_params.args])
-    where = {**environment("cuda"), "gpus": torch.cuda.device_count(), "command": command}
-    content = {**counts, "environment": where, "skips": skipped, "tests": names}
+    gpu = torch.cuda.is_available()
+    where = {**environment("cuda" if gpu else "cpu"), "gpus": torch.cuda.device_count(), "command": command}
+    content = {
+        **{kind: len(found) for kind, found in reports.items()},
+        "cpu_seconds": round(sum(_spent.values()), 1),
+        "environment": where,
+        "failures": sorted(r.nodeid for kind in ("failed", "error") for r in reports[kind]),
+        "skips": {r.nodeid: str(r.longrepr[-1]) for r in reports["skipped"]},
+        "tests": sorted(r.nodeid for r in reports["passed"]),
+    }
     Path(target).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+# -- how many there are ------------------------------------------------------------------------------------------------
 
 
 def _tests(config: pytest.Config) -> Path:
@@ -57,13 +143,15 @@ def _tier(path: Path, tests: Path) -> str | None:
 # First, before `-k` and `-m` deselect: a tier is counted as it is in the files, and only then is the choice made.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    counts: dict[str, int] = {}
+    counts: dict[str, dict[str, int]] = {}
     for item in items:
         tier = _tier(item.path, _tests(config))
-        if tier is not None:
-            counts[tier] = counts.get(tier, 0) + 1
         if tier == "gpu":
             item.add_marker(pytest.mark.gpu)
+        if tier is not None:
+            count = counts.setdefault(tier, {"tests": 0, "push": 0})
+            count["tests"] += 1
+            count["push"] += not (item.get_closest_marker("slow") or item.get_closest_marker("gpu"))
     config.stash[_COUNTS] = counts
 
 
@@ -74,25 +162,35 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     # With pytest-xdist each worker collects too; the session that the user sees is the one that judges.
     if session.testsfailed or hasattr(config, "workerinput"):
         return
-    file = tests / "tiers.json"
     whole = _whole_tiers(config, tests)
-    committed: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
+    committed = _committed(config)
     if config.getoption("--write-tiers"):
-        # A tier that this run did not ask for keeps its number; one whose folder is gone is dropped.
+        # A tier that this run did not ask for keeps its numbers; one whose folder is gone is dropped.
         kept = {tier: n for tier, n in committed.items() if whole is not None and tier not in whole}
-        asked = {tier: n for tier, n in counts.items() if whole is None or tier in whole}
-        file.write_text(json.dumps(dict(sorted({**kept, **asked}.items())), indent=2) + "\n")
+        asked = {t: {**committed.get(t, {}), **n} for t, n in counts.items() if whole is None or t in whole}
+        text = json.dumps(dict(sorted({**kept, **asked}.items())), indent=2)
+        (tests / "tiers.json").write_text(text + "\n")
         return
     options = ("keyword", "deselect", "ignore", "ignore_glob", "lf")
     if any(getattr(config.option, option, None) for option in options):
         return
+    nothing = {"tests": 0, "push": 0}
     for tier, expected in committed.items():
-        found = counts.get(tier, 0)
-        if (whole is None or tier in whole) and found < expected:
-            raise pytest.UsageError(
-                f"tests/{tier} has {found} tests, tests/tiers.json says {expected}: tests are missing. "
-                "If they were removed on purpose, run scripts/tiers and commit the file."
-            )
+        found = counts.get(tier, nothing)
+        if whole is not None and tier not in whole:
+            continue
+        for what in nothing:
+            if found[what] < expected[what]:
+                where = f"tests/{tier} has {found[what]} {'tests' if what == 'tests' else 'tests for a push'}"
+                raise pytest.UsageError(
+                    f"{where}, tests/tiers.json says {expected[what]}: tests are missing. "
+                    "If that is on purpose, run scripts/tiers and commit the file."
+                )
+
+
+def _committed(config: pytest.Config) -> dict[str, dict[str, int]]:
+    file = _tests(config) / "tiers.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _whole_tiers(config: pytest.Config, tests: Path) -> set[str] | None:

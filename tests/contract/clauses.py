@@ -1,6 +1,8 @@
 """The stream contract's clauses, for whatever device the tier's ``rig`` is. Each test is named after its clause.
 
-``tests/gpu`` runs them on CUDA and ``tests/sim`` on the simulated device, by importing what is here.
+``tests/gpu`` runs them on CUDA and ``tests/sim`` on the simulated device: ``from contract.clauses import *`` takes all
+of them, so that a new one is tested everywhere. What a module leaves out it deletes, with the reason in its
+``LEFT_OUT``. A module names the backends of clause 7 in a fixture ``backend``.
 """
 
 from __future__ import annotations
@@ -493,8 +495,10 @@ def test_clause6_random_models_draw_anew_in_a_users_graph(rig: Rig, compiled: Ma
 # -- 7: the same bits everywhere -------------------------------------------------------------------------------------
 
 
-def same_bits(rig: Rig, compiled: Make, backend: str, dtype: torch.dtype) -> None:
-    """Clause 7; each tier makes tests of it, as the backends differ."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_clause7_the_same_bits_on_every_path_stream_thread_and_context(
+    rig: Rig, compiled: Make, backend: str, dtype: torch.dtype
+) -> None:
     x = rig.random(65, 256, dtype=dtype)
     graph = compiled(Mlp(), x, cuda_graphs=True, backend=backend)
     direct = compiled(Mlp(), x, cuda_graphs=False, backend=backend)
@@ -635,3 +639,6 @@ def test_clause8_closed_engines_say_so(rig: Rig, compiled: Make) -> None:
     engine.close()
     with pytest.raises(anabranch.EngineClosed, match="compile a new one"):
         engine(x)
+
+
+__all__ = sorted(name for name in dict(globals()) if name.startswith("test_"))

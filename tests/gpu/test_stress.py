@@ -63,6 +63,7 @@ def test_a_pools_size_can_be_asked_for_however_often(gpu: Gpu) -> None:
     assert (sys.getrefcount(first), sys.getrefcount(second)) == before
 
 
+@pytest.mark.clause(5)
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("graphs", [True, None], ids=["graph", "auto"])
 def test_sixty_four_threads_make_their_first_call_at_once(
@@ -220,6 +221,7 @@ def _run(code: str, **variables: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.clause(5)
 @PATHS
 def test_interpreter_exit_with_work_in_flight_is_clean(runtime: str, graphs: bool) -> None:
     code = """
@@ -237,6 +239,7 @@ print("end")
     assert "terminate" not in done.stderr
 
 
+@pytest.mark.clause(5)
 @PATHS
 def test_a_forked_child_is_refused_and_both_end_cleanly(runtime: str, graphs: bool) -> None:
     code = """
@@ -279,6 +282,7 @@ for _ in range(3):
     assert done.stdout.count("other") <= 1  # the synchronize of the first round is not ours
 
 
+@pytest.mark.clause(5)
 def test_thread_exit_leaves_its_contexts_to_others(gpu: Gpu, compiled: Make) -> None:
     x = gpu.random(4, 256)
     engine = compiled(Mlp(), x, cuda_graphs=True, max_contexts=2)

@@ -177,9 +177,10 @@ def test_freed_memory_is_reported(asan: Path) -> None:
     found(asan, CHECK, "AddressSanitizer: heap-use-after-free", "calls early_free=1 errors=4")
 
 
-def test_an_unchecked_hint_is_reported() -> None:
-    driver = program("pool-driver-unchecked-hint", CORE, [*THREAD, "-DANABRANCH_MUTANT_UNCHECKED_HINT"])
-    found(driver, RACE, "ThreadSanitizer: data race", "calls threads=12 contexts=2 jitter=6")
+def test_an_unchecked_hint_is_reported(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The one defect of `planted.h` that this driver can reach.
+    monkeypatch.setenv("ANABRANCH_PLANTED", "unchecked hint")
+    found(planted, RACE, "ThreadSanitizer: data race", "calls threads=12 contexts=2 jitter=6")
 
 
 class Defect(NamedTuple):
@@ -380,9 +381,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text["sync.h"] = text["sync.h"].replace(
         "#include <atomic>", "#include <sched.h>\n#include <atomic>\nextern int planted;"
     )
-    for file in ("pool.cpp", "pool.h", "sync.cpp", "sync.h"):
+    for file in ("pool.cpp", "pool.h", "sync.cpp", "sync.h", "planted.h"):
         (core / file).write_text(text[file], encoding="utf-8")
-    return program("pool-driver-planted", core, [*THREAD, "-DPLANTED"])
+    return program("pool-driver-planted", core, [*THREAD, "-DPLANTED", "-DANABRANCH_PLANTED"])
 
 
 @pytest.mark.parametrize("name", DEFECTS)

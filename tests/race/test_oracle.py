@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
 import race_generator
 import race_oracle
 from hypothesis import given, settings
@@ -12,8 +13,6 @@ from hypothesis import strategies as st
 
 from anabranch.errors import TraceError
 from anabranch.race import Detector
-
-TRACES = 20_000
 
 
 def _verdict(lines: list[str]) -> str:
@@ -25,26 +24,28 @@ def _verdict(lines: list[str]) -> str:
         return "malformed"
 
 
-def test_agrees_on_20000_random_traces() -> None:
+@pytest.mark.parametrize("traces", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_agrees_on_random_traces(traces: int) -> None:
     rng = random.Random(20261122)
     seen: Counter[str] = Counter()
-    for _ in range(TRACES):
+    for _ in range(traces):
         lines = race_generator.trace(rng)
         expected = race_oracle.judge(lines)
         assert _verdict(lines) == expected, "\n".join(lines)
         seen[expected] += 1
     # A generator that made only easy traces would prove nothing.
-    assert TRACES - seen["malformed"] >= TRACES / 2
-    assert seen["race"] >= TRACES / 3
-    assert min(seen["clean"], seen["stale"], seen["malformed"]) >= TRACES / 20
+    assert traces - seen["malformed"] >= traces / 2
+    assert seen["race"] >= traces / 3
+    assert min(seen["clean"], seen["stale"], seen["malformed"]) >= traces / 20
     print(dict(seen))
 
 
-def test_agrees_on_every_event_of_longer_traces() -> None:
+@pytest.mark.parametrize("traces", [300, pytest.param(1_500, marks=pytest.mark.slow)])
+def test_agrees_on_every_event_of_longer_traces(traces: int) -> None:
     """Not only the verdict: the same events race, and the same events are stale, also after the first finding."""
     rng = random.Random(47)
     racing = quiet = 0
-    for _ in range(1_500):
+    for _ in range(traces):
         trace = [e for _ in range(rng.randrange(1, 6)) for e in race_generator.events(rng)]
         oracle, detector = race_oracle.Oracle(), Detector(report_limit=0)
         before = (0, 0)
@@ -59,7 +60,7 @@ def test_agrees_on_every_event_of_longer_traces() -> None:
             before = now
             racing += found[0]
             quiet += not found[0]
-    assert min(racing, quiet) > 5_000
+    assert min(racing, quiet) > traces * 5_000 / 1_500
     print(racing, quiet)
 
 

@@ -89,9 +89,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.path.name.startswith(_EXPLORER))
 
 
-@pytest.fixture(params=["lazy", "random"])
+# lazy runs only what a host thread waits for, and so is the one that finds waits that are missing.
+@pytest.fixture(params=["lazy", pytest.param("random", marks=pytest.mark.slow)])
 def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sim]:
-    # lazy runs only what a host thread waits for, and so is the one that finds waits that are missing.
     rig = Sim(request.param, zlib.crc32(request.node.nodeid.encode()))
     monkeypatch.setattr(type(rig.seam), "event", lambda seam: rig.event())
     yield rig

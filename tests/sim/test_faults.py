@@ -225,12 +225,14 @@ def test_signals_while_calls_are_made(rig: Any, compiled: Make) -> None:
 # -- threads and processes that end -----------------------------------------------------------------------------------
 
 
+@pytest.mark.clause(5)
 def test_threads_that_end_leave_their_contexts_to_others(rig: Any, scenes: Callable[..., Scene]) -> None:
     scene = scenes(contexts=2)
     faults.threads_that_end(scene)
     assert scene.engine.stats().captures <= 2, "contexts were lost with the threads that had used them"
 
 
+@pytest.mark.clause(5)
 @pytest.mark.usefixtures("unobserved")
 def test_a_fork_while_other_threads_are_in_calls(rig: Any, compiled: Make) -> None:
     scene = Scene(rig, compiled, [rig.stream() for _ in range(3)], contexts=2)

@@ -1,7 +1,7 @@
-"""Broken builds of the native runtime: the explorer finds each, by the race checker alone and by wrong values alone.
+"""A native runtime with defects: the explorer finds each, by the race checker alone and by wrong values alone.
 
-A fault is planted by a compiler flag, so each has a build and a process of its own. Their repaired twin is the runtime
-itself, on the same programs: ``test_runtime.py``.
+One build has all of them (``planted.h``), in a process of its own, and each exploration turns one on. With none turned
+on the same build passes the exhaustive search.
 """
 
 from __future__ import annotations
@@ -18,61 +18,69 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-#: The flag, the program of ``programs/engines.py`` that shows it, and what the race checker says.
+#: What turns it on, the program of ``programs/engines.py`` that shows it, and what the race checker says.
 MUTANTS = {
     "the last use is not recorded": (
-        "NO_RECORD",
+        "no record",
         "streams2_threads1_calls3_contexts1",
         r"stream `B` has waited for no work of stream `A`",
     ),
     "no wait for the last use": (
-        "NO_WAIT",
+        "no wait",
         "streams2_threads1_calls3_contexts1",
         r"stream `B` has waited for no work of stream `A`",
     ),
     "given back before its last use is recorded": (
-        "LATE_RECORD",
+        "late record",
         "streams2_threads2_calls2_contexts1",
         r"stream `[AB]` has waited for (no work of stream|stream) `[AB]`",
     ),
     "taken by a hint without a look at whose it is": (
-        "UNCHECKED_HINT",
+        "unchecked hint",
         "streams2_threads2_calls2_contexts1",
         r"stream `[AB]` has waited for (no work of stream|stream) `[AB]`",
     ),
 }
 
 _FIND = """
-import json, sys
+import json, os, sys
 sys.path.insert(0, "tests/sim/programs")
 import engines
 from anabranch.sim import explore
 
+def explored(planted, program, oracle):
+    os.environ["ANABRANCH_PLANTED"] = planted
+    verdict = explore(getattr(engines, program), args=("native",), oracles=[oracle] if oracle else ("race", "values"))
+    return str(verdict), sorted(verdict.oracles), verdict.report()
+
 found = {}
-for oracle in ("race", "values"):
-    verdict = explore(getattr(engines, sys.argv[1]), args=("native",), oracles=[oracle])
-    found[oracle] = (str(verdict), sorted(verdict.oracles), verdict.report())
-print(json.dumps({"found": found, "streams": [f"s{s.stream_id}" for s in engines.STREAMS]}))
+for planted, program in json.loads(sys.argv[1]):
+    found[planted] = {oracle: explored(planted, program, oracle) for oracle in ("race", "values")}
+programs = sorted({program for _, program in json.loads(sys.argv[1])})
+clean = {program: explored("", program, None) for program in programs}
+print(json.dumps({"found": found, "clean": clean, "streams": [f"s{s.stream_id}" for s in engines.STREAMS]}))
 """
 
 
-def explored(flag: str, program: str) -> Any:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    if flag:
-        environment["ANABRANCH_NATIVE_FLAGS"] = f"-DANABRANCH_MUTANT_{flag}"
-    done = subprocess.run(
-        [sys.executable, "-c", _FIND, program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+@pytest.fixture(scope="module")
+def explored() -> Any:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "src"),
+        "ANABRANCH_NATIVE_FLAGS": "-DANABRANCH_PLANTED",
+    }
+    asked = json.dumps([(planted, program) for planted, program, _ in MUTANTS.values()])
+    command = [sys.executable, "-c", _FIND, asked]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_is_found_by_races_and_by_values(name: str) -> None:
-    flag, program, diagnostic = MUTANTS[name]
-    result = explored(flag, program)
-    names = dict(zip(result["streams"], "ABC", strict=True))
-    for oracle, (verdict, oracles, report) in result["found"].items():
+def test_is_found_by_races_and_by_values(explored: Any, name: str) -> None:
+    planted, _, diagnostic = MUTANTS[name]
+    names = dict(zip(explored["streams"], "ABC", strict=True))
+    for oracle, (verdict, oracles, report) in explored["found"][planted].items():
         assert verdict.startswith("failed("), f"by {oracle}: {verdict}"
         assert oracles == [oracle]
         if oracle == "race":
@@ -82,7 +90,13 @@ def test_is_found_by_races_and_by_values(name: str) -> None:
             assert "expected" in report
 
 
-def test_the_flags_of_the_mutants_are_in_the_sources() -> None:
-    # A flag that no source knows would make a build without a fault.
+def test_with_nothing_planted_the_same_build_passes(explored: Any) -> None:
+    assert explored["clean"]
+    for program, (verdict, _, report) in explored["clean"].items():
+        assert verdict.startswith("exhaustive("), f"{program}: {report}"
+
+
+def test_the_names_are_those_in_the_sources() -> None:
+    # A name that no source knows would plant nothing, and one that no test knows would never be turned on.
     text = "".join(p.read_text() for p in (ROOT / "src/anabranch/runtime/_core").glob("*.cpp"))
-    assert set(re.findall(r"ANABRANCH_MUTANT_(\w+)", text)) == {flag for flag, _, _ in MUTANTS.values()}
+    assert set(re.findall(r'planted\("([^"]+)"\)', text)) == {planted for planted, _, _ in MUTANTS.values()}

@@ -57,10 +57,11 @@ def test_a_context_for_fewer_threads_than_call(engines: Any, runtime: str) -> No
 
 
 @pytest.mark.parametrize("runtime", ["python", "native"])
-def test_three_threads_on_three_streams(engines: Any, runtime: str) -> None:
+@pytest.mark.parametrize("schedules", [300, pytest.param(5000, marks=pytest.mark.slow)])
+def test_three_threads_on_three_streams(engines: Any, runtime: str, schedules: int) -> None:
     from anabranch.sim import explore, random
 
     program = engines.streams3_threads3_calls2_contexts2
-    verdict = explore(program, args=(runtime,), scheduler=random(0), schedules=5000)
+    verdict = explore(program, args=(runtime,), scheduler=random(0), schedules=schedules)
     assert not verdict.failed, verdict.report()
-    assert str(verdict) == "bounded(5000 schedules, 5000)"
+    assert str(verdict) == f"bounded({schedules} schedules, {schedules})"

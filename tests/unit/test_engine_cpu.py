@@ -258,6 +258,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
+@pytest.mark.clause(7)
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("new_signature", [False, True], ids=["compiled", "new signature"])
 def test_modes_around_a_call_change_nothing(mode: str, new_signature: bool) -> None:
@@ -436,6 +437,7 @@ def test_compiling_touches_no_process_wide_flag(backend: str, monkeypatch: pytes
 # -- threads ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.clause(7)
 @both_backends
 def test_sixteen_threads_get_the_bits_of_serial_calls(backend: str) -> None:
     engine = build(Net().eval(), torch.randn(2, 3, 9, 7), backend=backend)
@@ -608,6 +610,7 @@ def test_the_weights_go_with_the_engine(how: str, backend: str) -> None:
     assert weight() is None
 
 
+@pytest.mark.clause(4)
 def test_outputs_outlive_the_engine() -> None:
     engine = build(nn.Hardtanh(), torch.randn(50))
     x = torch.randn(50) * 3
@@ -662,6 +665,7 @@ def held_by_another_thread(lock: Any) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.clause(5)
 def test_an_engine_works_in_a_forked_child() -> None:
     model = nn.Linear(3, 4).eval()
     engine = build(model, torch.randn(2, 3))
@@ -699,6 +703,7 @@ def test_a_lock_held_at_the_fork_does_not_hang_the_child(runtime: str, which: st
     assert status == 0
 
 
+@pytest.mark.clause(5)
 def test_the_interpreter_exits_with_threads_still_calling(run_python: Any, runtime: str) -> None:
     done = run_python(
         """

@@ -107,6 +107,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
 }
 
 
+@pytest.mark.clause(8)
 @pytest.mark.parametrize("case", list(BAD_CALLS))
 def test_a_bad_call_is_refused_by_name_and_the_engine_stays_usable(
     case: str, model: nn.Module, engine: anabranch.Engine, caplog: pytest.LogCaptureFixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,19 @@ pytest_plugins = ["pytester"]
 
 CONFTEST = Path(__file__).parents[1] / "conftest.py"
 TWO_TESTS = "def test_one(): pass\ndef test_two(): pass\n"
+ONE_OF_TWO = "import pytest\ndef test_one(): pass\n@pytest.mark.slow\ndef test_two(): pass\n"
+
+
+def tier(tests: int, push: int, **budgets: int) -> dict[str, int]:
+    return {"tests": tests, "push": push, **budgets}
+
+
+def commit(suite: pytest.Pytester, **tiers: dict[str, int]) -> None:
+    (suite.path / "tests/tiers.json").write_text(json.dumps(tiers))
+
+
+def committed(suite: pytest.Pytester) -> Any:
+    return json.loads((suite.path / "tests/tiers.json").read_text())
 
 
 @pytest.fixture
@@ -20,11 +34,11 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # twenty small runs: other plugins only cost time
     tests = pytester.mkdir("tests")
     (tests / "conftest.py").write_text(CONFTEST.read_text())
-    for tier in ("unit", "gpu"):
-        (tests / tier).mkdir()
-        (tests / tier / f"test_{tier}.py").write_text(TWO_TESTS)
-    (tests / "tiers.json").write_text('{"gpu": 2, "unit": 2}')
-    pytester.makeini("[pytest]\ntestpaths = tests\nmarkers = gpu\naddopts = --strict-markers -ra")
+    for name in ("unit", "gpu"):
+        (tests / name).mkdir()
+        (tests / name / f"test_{name}.py").write_text(TWO_TESTS)
+    commit(pytester, gpu=tier(2, 0), unit=tier(2, 2))
+    pytester.makeini("[pytest]\ntestpaths = tests\nmarkers =\n  gpu\n  slow\naddopts = --strict-markers -ra")
     stub = pytester.mkdir("stub")
     (stub / "torch.py").write_text("class version: cuda = '13.0'\nclass cuda:\n    is_available = staticmethod(bool)\n")
     monkeypatch.setenv("PYTHONPATH", str(stub))
@@ -35,8 +49,8 @@ def run(suite: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     return suite.runpytest_subprocess("-p", "no:cacheprovider", *arguments)
 
 
-def lose_a_test(suite: pytest.Pytester, tier: str) -> None:
-    (suite.path / "tests" / tier / f"test_{tier}.py").write_text("def test_one(): pass\n")
+def lose_a_test(suite: pytest.Pytester, name: str) -> None:
+    (suite.path / "tests" / name / f"test_{name}.py").write_text("def test_one(): pass\n")
 
 
 def test_a_complete_suite_passes(suite: pytest.Pytester) -> None:
@@ -116,11 +130,38 @@ def test_a_marked_test_outside_the_gpu_tier_skips_too(suite: pytest.Pytester) ->
 
 
 def test_write_tiers(suite: pytest.Pytester) -> None:
-    file = suite.path / "tests/tiers.json"
-    file.write_text('{"gone": 3, "unit": 9}')
+    commit(suite, gone=tier(3, 3), unit=tier(9, 9, budget=7))
     (suite.path / "tests/unit/test_more.py").write_text(TWO_TESTS)
     assert run(suite, "--write-tiers", "--collect-only", "-q").ret == 0
-    assert json.loads(file.read_text()) == {"gpu": 2, "unit": 4}
+    assert committed(suite) == {"gpu": tier(2, 0), "unit": tier(4, 4, budget=7)}
     lose_a_test(suite, "gpu")
     assert run(suite, "--write-tiers", "--collect-only", "-q", "tests/unit").ret == 0
-    assert json.loads(file.read_text()) == {"gpu": 2, "unit": 4}
+    assert committed(suite) == {"gpu": tier(2, 0), "unit": tier(4, 4, budget=7)}
+
+
+@pytest.mark.parametrize("arguments", [[], ["-m", "not slow"]])
+def test_a_test_that_no_push_runs_any_more_fails(suite: pytest.Pytester, arguments: list[str]) -> None:
+    (suite.path / "tests/unit/test_unit.py").write_text(ONE_OF_TWO)
+    result = run(suite, *arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*tests/unit has 1 tests for a push, tests/tiers.json says 2*scripts/tiers*"])
+
+
+BURNS = "import time\ndef test_burns():\n    while time.process_time() < 1.6: pass\ndef test_two(): pass\n"
+
+
+def test_what_tiers_took_is_told_and_over_budget_is_loud_and_no_failure(suite: pytest.Pytester) -> None:
+    commit(suite, gpu=tier(2, 0, budget=0), unit=tier(2, 2, budget=1, budget_all=50))
+    (suite.path / "tests/unit/test_unit.py").write_text(BURNS)
+    result = run(suite, "-m", "not gpu and not slow")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(
+        [
+            "unit * s in 2 tests, budget 1 s",
+            "*OVER BUDGET: tests/unit took * allows 1*",
+            "* s  tests/unit/*::test_burns",
+        ]
+    )
+    result = run(suite, "-m", "not gpu")  # everything, which may take longer
+    result.stdout.fnmatch_lines(["unit * s in 2 tests, budget 50 s"])
+    result.stdout.no_fnmatch_line("*OVER BUDGET*")

@@ -8,6 +8,8 @@
 
 #include <cstring>
 
+#include "planted.h"
+
 namespace anabranch::runtime {
 
 namespace {
@@ -168,10 +170,8 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Buil
         throw;
       }
       pool.release(grant.slot, ref.id);
-#ifdef ANABRANCH_MUTANT_LATE_RECORD
-      // Planted for the tests of the tests: the next user's wait may bind to the record before this one.
-      context.done->record(stream);
-#endif
+      // The next user's wait may bind to the record before this one.
+      if (planted("late record")) context.done->record(stream);
       counters_->add(Counters::kCalls);
       counters_->add(Counters::kGraphCalls);
       return Outcome::kDone;
@@ -229,9 +229,7 @@ Specialization::Outcome Specialization::finish_direct(Tensors& results) {
 // is never destroyed: a handle that died may have been given to a new stream.
 void Specialization::launch(Context& context, bool again, const at::Tensor* inputs, const c10::Stream& stream,
                             const StreamRef& ref, const Regions& regions) {
-#ifdef ANABRANCH_MUTANT_NO_WAIT
-  again = true;  // planted for the tests of the tests: as if every stream were the last one
-#endif
+  if (planted("no wait")) again = true;  // as if every stream were the last one
   if (!again || !api_->is_lasting || !api_->is_lasting(ref)) wait(*context.done, stream, ref);
   c10::SmallVector<const void*, 8> buffers;
   Tensors read;  // what is read where the caller has it, or a copy that kernels can read
@@ -266,9 +264,7 @@ void Specialization::launch(Context& context, bool again, const at::Tensor* inpu
       check("copying a result", api_->copy(regions[r].data, context.results[r], layout->bytes(r), ref));
     }
   }
-#if !defined(ANABRANCH_MUTANT_NO_RECORD) && !defined(ANABRANCH_MUTANT_LATE_RECORD)
-  record(*context.done, stream, ref);
-#endif
+  if (!planted("no record") && !planted("late record")) record(*context.done, stream, ref);
 }
 
 // An event comes to be, and PyTorch takes notice of it, at its first record.

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "planted.h"
+
 namespace anabranch::runtime {
 
 // -- Limits ----------------------------------------------------------------------------------------------------------
@@ -68,11 +70,10 @@ bool Pool::change(Slot& slot, int64_t from, Slot::State state) {
 Slot* Pool::by_hint(int64_t stream) {
   auto& h = hint(serial_, stream);
   if (h.pool != serial_ || h.stream != stream) return nullptr;
-#ifdef ANABRANCH_MUTANT_UNCHECKED_HINT
-  // Planted for the tests of the tests: the slot is taken without a look at whose it is.
-  h.slot->word_.poke(Slot::word(Slot::kTaken, stream));
-  return h.slot;
-#endif
+  if (planted("unchecked hint")) {  // the slot is taken without a look at whose it is
+    h.slot->word_.poke(Slot::word(Slot::kTaken, stream));
+    return h.slot;
+  }
   return change(*h.slot, Slot::word(Slot::kIdle, stream), Slot::kTaken) ? h.slot : nullptr;
 }
 
