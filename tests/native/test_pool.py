@@ -377,7 +377,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, (name, defect) in enumerate(DEFECTS.items(), 1):
         for old, new in defect.changes:
             assert text[defect.file].count(old) == 1, f"{name}: where is {old!r}?"
-            text[defect.file] = text[defect.file].replace(old, re.sub(r"\bON\b", f"(planted == {number})", new))
+            text[defect.file] = text[defect.file].replace(old, re.sub(r"\bON\b", f"(::planted == {number})", new))
     text["sync.h"] = text["sync.h"].replace(
         "#include <atomic>", "#include <sched.h>\n#include <atomic>\nextern int planted;"
     )

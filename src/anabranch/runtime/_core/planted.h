@@ -1,6 +1,6 @@
 // Defects that the tests plant, to see that they are found. `planted(name)` is true in a build with `ANABRANCH_PLANTED`
-// while the environment variable of that name says `name`: one build has all defects, and each run turns one on. In every
-// other build it is a constant false, and the compiler leaves nothing of it.
+// while the environment variable of that name says `name`: one build has all defects, and each run turns one on. In
+// every other build it is a constant false, and the compiler leaves nothing of it.
 #pragma once
 
 #ifdef ANABRANCH_PLANTED
@@ -17,7 +17,9 @@ inline bool planted(const char* name) {
   return on && !std::strcmp(on, name);
 }
 #else
-constexpr bool planted(const char*) { return false; }
+constexpr bool planted(const char*) {
+  return false;
+}
 #endif
 
 }  // namespace anabranch::runtime
