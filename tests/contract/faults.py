@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import anabranch
@@ -135,13 +136,19 @@ def is_named(error: BaseException) -> bool:
 Plant = Callable[[int], Any]
 
 
-def campaign(scene: Scene, plant: Plant, *, before: Callable[[], Any] = lambda: None, new: bool = False) -> int:
-    """Let the first place of a call fail, then the second, and so on, until there is none that could; how many failed.
+#: Which places of a call a campaign makes fail: each, or on a push each seventh.
+EVERY = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+
+
+def campaign(
+    scene: Scene, plant: Plant, *, before: Callable[[], Any] = lambda: None, new: bool = False, every: int = 1
+) -> int:
+    """Let the first place of a call fail, then the next of each ``every``, until there is none that could; the last.
 
     ``plant(n)`` is a context manager that makes the n-th place fail, and yields what says in the end whether it did.
     ``before`` comes ahead of each call; ``new``: each call has a signature that was not compiled before.
     """
-    for nth in itertools.count(1):
+    for nth in itertools.count(1, every):
         before()
         call, *later = scene.prepare(rows=4 + nth if new else 4)
         error: BaseException | None = None
@@ -158,7 +165,7 @@ def campaign(scene: Scene, plant: Plant, *, before: Callable[[], Any] = lambda: 
         scene.check([call, *later])
         if not fault.fired:
             assert error is None, f"nothing was made to fail, and yet: {error!r}"
-            return nth - 1
+            return max(nth - every, 0)
         if new:
             # What failed can be had later.
             with scene.rig.module.stream(call.stream):

@@ -186,6 +186,14 @@ def on_threads(n: int, work: Any) -> None:
         raise errors[0]
 
 
+def in_time(work: Callable[[], Any], seconds: float = 10) -> bool:
+    """Run ``work`` in a thread; whether it ends within ``seconds``, so that a deadlock fails its test."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
 Make = Callable[..., Any]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from contract import faults, stateful
-from contract.faults import Planted, Scene, campaign, interrupt_at
+from contract.faults import EVERY, Planted, Scene, campaign, interrupt_at
 from contract.support import Make, Mlp
 
 # Nothing runs but what is waited for: work that a fault left behind stays in the way as long as it can.
@@ -128,10 +128,11 @@ def test_a_call_that_builds_a_context(rig: Any, scenes: Callable[..., Scene], ki
     assert scene.engine.warm(contexts=2) == 2, "an earlier failure is held against later builds"
 
 
+@EVERY
 @pytest.mark.parametrize("kind", ["alloc", "launch", "capture", "end of capture"])
-def test_a_first_call(rig: Any, scenes: Callable[..., Scene], kind: str) -> None:
+def test_a_first_call(rig: Any, scenes: Callable[..., Scene], kind: str, every: int) -> None:
     scene = scenes(contexts=4)
-    assert campaign(scene, device(rig, kind), before=scene.drop, new=True) >= 1
+    assert campaign(scene, device(rig, kind), before=scene.drop, new=True, every=every) >= 1
 
 
 def test_a_capture_that_another_operation_invalidates(
@@ -181,35 +182,43 @@ def test_a_context_whose_end_nothing_tells_is_never_used_again(rig: Any, runtime
 # -- interrupts: of what is Python ------------------------------------------------------------------------------------
 
 
+@EVERY
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_a_warm_call_interrupted_at_each_place(
-    rig: Any, runtime: str, scenes: Callable[..., Scene], error: type[BaseException]
+    rig: Any, runtime: str, scenes: Callable[..., Scene], error: type[BaseException], every: int
 ) -> None:
     scene = scenes(contexts=1)
     plant = lambda nth: interrupt_at(nth, error)  # noqa: E731
-    places = campaign(scene, plant, before=lambda: scene.engine.warm())
+    places = campaign(scene, plant, before=lambda: scene.engine.warm(), every=every)
     # Of the native runtime's call nothing is Python: there is no place where it could be interrupted.
     assert places == 0 if runtime == "native" else places > 20
 
 
-def test_a_direct_call_interrupted_at_each_place(rig: Any, runtime: str, scenes: Callable[..., Scene]) -> None:
+@EVERY
+def test_a_direct_call_interrupted_at_each_place(
+    rig: Any, runtime: str, scenes: Callable[..., Scene], every: int
+) -> None:
     # The flags are looked at before and after.
-    assert campaign(scenes(graphs=False), interrupt_at) > (0 if runtime == "native" else 20)
+    assert campaign(scenes(graphs=False), interrupt_at, every=every) > (0 if runtime == "native" else 20)
 
 
-def builds_interrupted_at_each_place(scene: Scene) -> None:
-    assert campaign(scene, interrupt_at, before=scene.drop) > 40
+def builds_interrupted_at_each_place(scene: Scene, every: int) -> None:
+    assert campaign(scene, interrupt_at, before=scene.drop, every=every) > 40
     faults.nobody_holds_the_build_lock()
     scene.drop()
     assert scene.engine.warm(contexts=2) == 2
 
 
-def test_a_call_that_builds_a_context_interrupted_at_each_place(rig: Any, scenes: Callable[..., Scene]) -> None:
-    builds_interrupted_at_each_place(scenes(contexts=2))
+@EVERY
+def test_a_call_that_builds_a_context_interrupted_at_each_place(
+    rig: Any, scenes: Callable[..., Scene], every: int
+) -> None:
+    builds_interrupted_at_each_place(scenes(contexts=2), every)
 
 
-def test_the_same_with_plain_containers(rig: Any, plain: None, scenes: Callable[..., Scene]) -> None:
-    builds_interrupted_at_each_place(scenes(contexts=2))
+@EVERY
+def test_the_same_with_plain_containers(rig: Any, plain: None, scenes: Callable[..., Scene], every: int) -> None:
+    builds_interrupted_at_each_place(scenes(contexts=2), every)
 
 
 # Of the native runtime, and with its contexts built ahead: a signal in the middle of a build may come between two
@@ -323,20 +332,22 @@ class TestWithState:
         scene.drop()
         assert scene.engine.warm(contexts=2) == 2, "an earlier failure is held against later builds"
 
+    @EVERY
     @pytest.mark.parametrize("runtime", ["python"])
     @pytest.mark.parametrize("kind", ["alloc"])
-    def test_a_first_call(self, rig: Any, scenes: Callable[..., Scene], kind: str) -> None:
+    def test_a_first_call(self, rig: Any, scenes: Callable[..., Scene], kind: str, every: int) -> None:
         scene = scenes(graphs=False, contexts=2)
-        assert campaign(scene, device(rig, kind), before=scene.drop, new=True) >= 1
+        assert campaign(scene, device(rig, kind), before=scene.drop, new=True, every=every) >= 1
 
+    @EVERY
     @pytest.mark.parametrize("kind", ["alloc", "launch", "record", "wait"])
-    def test_a_call_in_a_capture(self, rig: Any, compiled: Make, kind: str) -> None:
+    def test_a_call_in_a_capture(self, rig: Any, compiled: Make, kind: str, every: int) -> None:
         gc.collect()
         before = len(stateful.ScratchInstance.alive)
         x = rig.random(4, faults.WIDTH)
         engine = compiled(Mlp(faults.WIDTH), x, cuda_graphs=False)
         expected = rig.load_kernels(engine, x)
-        for nth in range(1, 100):
+        for nth in range(1, 100, every):
             engine.warm(captures=1)
             graph, error = rig.new_graph(), None
             with rig.capture(graph):
@@ -362,11 +373,12 @@ class TestWithState:
                 break
         assert nth > 1
 
+    @EVERY
     @pytest.mark.parametrize("runtime", ["python"])
     @pytest.mark.parametrize("kind", ["alloc", "launch"])
-    def test_warming_for_captures(self, rig: Any, scenes: Callable[..., Scene], kind: str) -> None:
+    def test_warming_for_captures(self, rig: Any, scenes: Callable[..., Scene], kind: str, every: int) -> None:
         scene = scenes(graphs=False)
-        for nth in range(1, 100):
+        for nth in range(1, 100, every):
             scene.drop()
             failed = False
             with device(rig, kind)(nth) as planted:
@@ -382,29 +394,32 @@ class TestWithState:
                 break
         assert nth > 1
 
+    @EVERY
     @pytest.mark.parametrize("runtime", ["python"])
     @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
     def test_a_warm_direct_call_interrupted_at_each_place(
-        self, rig: Any, scenes: Callable[..., Scene], error: type[BaseException]
+        self, rig: Any, scenes: Callable[..., Scene], error: type[BaseException], every: int
     ) -> None:
-        assert campaign(scenes(graphs=False), lambda nth: interrupt_at(nth, error)) > 20
+        assert campaign(scenes(graphs=False), lambda nth: interrupt_at(nth, error), every=every) > 20
         nothing_is_free_twice(rig)
 
+    @EVERY
     @pytest.mark.parametrize("runtime", ["python"])
     def test_a_direct_call_that_builds_an_instance_interrupted_at_each_place(
-        self, rig: Any, scenes: Callable[..., Scene]
+        self, rig: Any, scenes: Callable[..., Scene], every: int
     ) -> None:
         scene = scenes(graphs=False, contexts=2)
-        assert campaign(scene, interrupt_at, before=scene.drop) > 40
+        assert campaign(scene, interrupt_at, before=scene.drop, every=every) > 40
         nothing_is_free_twice(rig)
         scene.drop()
         assert scene.engine.warm(contexts=2) == 2
 
+    @EVERY
     @pytest.mark.parametrize("runtime", ["python"])
     def test_a_call_that_builds_a_context_interrupted_at_each_place(
-        self, rig: Any, scenes: Callable[..., Scene]
+        self, rig: Any, scenes: Callable[..., Scene], every: int
     ) -> None:
-        builds_interrupted_at_each_place(scenes(contexts=2))
+        builds_interrupted_at_each_place(scenes(contexts=2), every)
         nothing_is_free_twice(rig)
 
     def test_an_error_that_is_kept_keeps_no_later_call_waiting(self, rig: Any, scenes: Callable[..., Scene]) -> None:

@@ -17,6 +17,20 @@ SRC = Path(__file__).resolve().parents[2] / "src"
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+# First, so that the tiers are counted with these marks.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a push both runtimes are tested with the backend eager; Inductor, which takes seconds, with the native one."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if (
+            item.path.parent == Path(__file__).parent
+            and "inductor" in item.name
+            and parameters.get("runtime") == "python"
+        ):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     """Random inputs that differ from test to test and are the same in each run."""
