@@ -8,7 +8,8 @@ help: ## List the targets
 install: ## Create .venv with pinned dependencies; quick when it is there already
 	@scripts/install
 
-demo: install ## See the bug and the cure on a simulated GPU, check on the CPU, upscale a video
+demo: ## See the bug and the cure on a simulated GPU, check on the CPU, upscale a video
+	@scripts/install demo
 	@echo "The reported bug, put back into the engine, on a simulated accelerator:"
 	@.venv/bin/anabranch check relu --device sim --dtype float16 --shape 1,3,5 --calls 16 --inject stale-stream; \
 	    test $$? = 1 || { echo "make demo: the injected bug was not found" >&2; exit 1; }
