@@ -12,7 +12,7 @@ PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. ``output`` is the ``text`` block that follows a ``sh`` block at once: what its command prints."""
+    """A fenced block. A ``console`` block is a command after ``$``, and the ``output`` that it prints."""
 
     page: str
     line: int
@@ -30,25 +30,28 @@ def blocks() -> list[Block]:
     for page in PAGES:
         name = str(page.relative_to(ROOT))
         text = page.read_text(encoding="utf-8")
-        for match in re.finditer(r"^```(\w*)\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", text, re.M | re.S):
-            language, body, output = match.groups()
-            if language != "sh" and output is not None:  # that text block stands for itself
-                output = None
+        for match in re.finditer(r"^```(\w*)\n(.*?)^```\n", text, re.M | re.S):
+            language, body = match.groups()
             line = text.count("\n", 0, match.start()) + 1
             assert language, f"{name}:{line}: a code block without a language"
+            output = None
+            if language == "console":
+                first, _, output = body.partition("\n")
+                assert first.startswith("$ "), f"{name}:{line}: {first}"
+                body = first[2:]
             found.append(Block(name, line, language, body, output))
     return found
 
 
 def commands() -> list[tuple[str, str]]:
-    """``(where, command)`` of each line of a ``sh`` block and of each command in running text.
+    """``(where, command)`` of each line of a ``sh`` block, of a ``console`` block, and of each command in running text.
 
     A command in running text is a code span that begins with ``anabranch``, ``python`` or ``make``, unless it has a
     word in capitals, which stands for something else.
     """
     found = []
     for block in blocks():
-        if block.language == "sh":
+        if block.language in ("sh", "console"):
             lines = block.text.replace("\\\n", " ").splitlines()
             found += [(str(block), line.strip()) for line in lines if line.strip()]
     for page in PAGES:

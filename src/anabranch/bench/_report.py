@@ -232,8 +232,8 @@ def overview(content: Content) -> str:
     A ratio below 1 is a loss. The last column counts every output of ours that was wrong, in all of our systems.
     """
     lines = [
-        "| work | latency, us: best right peer | ours | ratio | calls/s: best right peer | ours | ratio | wrong outputs"
-        " of ours |",
+        "| work | latency, us: best right peer | anabranch | ratio | calls/s: best right peer | anabranch | ratio |"
+        " wrong outputs of anabranch |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in content["works"]:
@@ -260,7 +260,7 @@ def overview(content: Content) -> str:
     lines += [
         "",
         f"{where['device']}, PyTorch {where['torch']}, {settings['dtype']}, batch 1, {where['date'][:10]}. With a"
-        " ratio above 1 ours is faster, below 1 slower. Calls/s: the best of"
+        " ratio above 1 anabranch is faster, below 1 slower. Calls/s: the best of"
         f" {_listed(settings['streams'])} streams.",
     ]
     return "\n".join(lines)
