@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,15 +75,25 @@ for path in (anabranch.sim.core.__file__, _library.load().__file__):
     assert done.stdout.split() == ["True", "True"], done.stdout + done.stderr
 
 
+#: On a push, under sanitizers: calls that wait, free, hand back and capture, in graphs and direct.
+WITNESSES = "native and lazy and (starts_after or freed_right_after or in_flight or handed_back or user_graphs)"
+
+
+def everything(*tests: str, name: str) -> Any:
+    return pytest.param(list(tests), id=name, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "tests",
     [
-        ["tests/sim/test_ops.py"],
-        ["tests/sim/test_device_seam.py", "tests/sim/test_device_contract.py", "-k", "not python"],
-        ["tests/sim/test_faults.py", "-k", "not python and not first_call and not WithState"],
-        ["tests/sim/test_mutants.py", "-k", "exhaustive"],
+        pytest.param(["tests/sim/test_device_contract.py", "-k", WITNESSES], id="witnesses"),
+        everything("tests/sim/test_ops.py", name="ops"),
+        everything(
+            "tests/sim/test_device_seam.py", "tests/sim/test_device_contract.py", "-k", "not python", name="device"
+        ),
+        everything("tests/sim/test_faults.py", "-k", "not python and not first_call and not WithState", name="faults"),
+        everything("tests/sim/test_mutants.py", "-k", "exhaustive", name="explorer"),
     ],
-    ids=["ops", "device", "faults", "explorer"],
 )
 def test_the_suite_is_clean(environment: dict[str, str], tests: list[str]) -> None:
     done = subprocess.run(

@@ -50,17 +50,32 @@ class Mixed(nn.Module):
         return self.linear(z.permute(0, 2, 3, 1)), z.median(1).values.double() * 2
 
 
+def _slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def build(model: nn.Module, *inputs: torch.Tensor, cache: Cache, full: bool = False) -> Any:
     program = export_program(model.eval(), inputs, {})
     return compile_program(library(), program, _ADA, require_full=full, cache=cache)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """One for all tests but those of the cache itself: what an earlier test has built need not be built again."""
+    return Cache(tmp_path_factory.mktemp("shared") / "engines")
+
+
 @pytest.fixture
-def cache(tmp_path: Path) -> Cache:
+def own_cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "engines")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.fixture(autouse=True)
+def _equal_weights() -> None:
+    torch.manual_seed(58)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, _slow(torch.bfloat16), _slow(torch.float32)])
 def test_a_network_becomes_one_engine(cache: Cache, dtype: torch.dtype) -> None:
     model = models.branches().to(dtype)
     x = torch.rand(1, 3, 64, 64).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -423,7 +438,14 @@ _ALSO = [torch.float16, torch.bfloat16]
 
 
 @pytest.mark.usefixtures("seeded")
-@pytest.mark.parametrize(("name", "dtype"), [(n, d) for n in _EVERY_DAY for d in _DTYPES.get(n, _ALSO)])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if dtype is torch.float16 else pytest.mark.slow)
+        for name in _EVERY_DAY
+        for dtype in _DTYPES.get(name, _ALSO)
+    ],
+)
 def test_models_of_every_day_are_one_engine(cache: Cache, name: str, dtype: torch.dtype) -> None:
     make, x = _EVERY_DAY[name]
     made = build(make().to(dtype), x.to(dtype) if x.is_floating_point() else x, cache=cache, full=True)
@@ -562,43 +584,43 @@ def test_a_zero_point_that_is_not_zero_is_named(cache: Cache) -> None:
     assert len(made.fallbacks) == 2
 
 
-def test_an_equal_model_is_found_in_the_cache_and_another_is_not(cache: Cache) -> None:
+def test_an_equal_model_is_found_in_the_cache_and_another_is_not(own_cache: Cache) -> None:
     x = torch.rand(2, 8)
     torch.manual_seed(0)
     model = nn.Linear(8, 8)
-    first = build(model, x, cache=cache)
-    assert (first.reused, build(model, x, cache=cache).reused) == (0, 1)
-    assert build(model, torch.rand(3, 8), cache=cache).reused == 0
+    first = build(model, x, cache=own_cache)
+    assert (first.reused, build(model, x, cache=own_cache).reused) == (0, 1)
+    assert build(model, torch.rand(3, 8), cache=own_cache).reused == 0
     with torch.no_grad():
         model.bias[0] += 1
-    assert build(model, x, cache=cache).reused == 0
+    assert build(model, x, cache=own_cache).reused == 0
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "open to others", "no header"])
+@pytest.mark.parametrize("damage", ["flipped", "foreign", *map(_slow, ("cut", "open to others", "no header"))])
 def test_an_entry_that_is_not_whole_or_not_ours_is_made_anew(
-    cache: Cache, damage: str, caplog: pytest.LogCaptureFixture
+    own_cache: Cache, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, x = nn.Linear(8, 8), torch.rand(2, 8)
-    build(model, x, cache=cache)
-    (entry,) = cache.folder.glob("engine-*")
+    build(model, x, cache=own_cache)
+    (entry,) = own_cache.folder.glob("engine-*")
     content = entry.read_bytes()
     if damage == "cut":
         entry.write_bytes(content[:-10])
     elif damage == "flipped":
         entry.write_bytes(content[:-10] + bytes([content[-10] ^ 1]) + content[-9:])
     elif damage == "foreign":
-        build(nn.Linear(8, 8), x, cache=cache)
-        other = next(p for p in cache.folder.glob("engine-*") if p != entry)
+        build(nn.Linear(8, 8), x, cache=own_cache)
+        other = next(p for p in own_cache.folder.glob("engine-*") if p != entry)
         entry.write_bytes(other.read_bytes())
     elif damage == "open to others":
         entry.chmod(0o666)
     else:
         entry.write_bytes(b"\x00" * 100)
     with caplog.at_level(logging.WARNING, "anabranch.tensorrt"):
-        assert build(model, x, cache=cache).reused == 0
+        assert build(model, x, cache=own_cache).reused == 0
     assert str(entry) in caplog.text
     entry.chmod(0o600)
-    assert build(model, x, cache=cache).reused == 1
+    assert build(model, x, cache=own_cache).reused == 1
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -629,7 +651,7 @@ def test_an_entry_is_used_only_from_a_folder_that_nobody_else_can_write_to(
     assert not path.is_symlink()
 
 
-def test_ctrl_c_stops_a_build(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_a_build(own_cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     made = builder._monitor
 
     def monitor(api: Any, progress: Any, interrupted: Any) -> Any:
@@ -646,15 +668,15 @@ def test_ctrl_c_stops_a_build(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(builder, "_monitor", monitor)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        build(models.upscaler(), torch.rand(1, 3, 32, 32), cache=cache)
+        build(models.upscaler(), torch.rand(1, 3, 32, 32), cache=own_cache)
     assert signal.getsignal(signal.SIGINT) is before
-    assert not list(cache.folder.glob("engine-*"))
+    assert not list(own_cache.folder.glob("engine-*"))
 
 
-def test_a_gpu_that_cannot_be_built_for_ahead_is_named(cache: Cache) -> None:
+def test_a_gpu_that_cannot_be_built_for_ahead_is_named(own_cache: Cache) -> None:
     program = export_program(nn.Linear(8, 8).eval(), (torch.rand(2, 8),), {})
     with pytest.raises(InputError, match=r"compute capability 9\.9 given.*8\.9"):
-        compile_program(library(), program, Target((9, 9), ahead=True), require_full=False, cache=cache)
+        compile_program(library(), program, Target((9, 9), ahead=True), require_full=False, cache=own_cache)
 
 
 def test_without_a_gpu_the_error_says_so() -> None:

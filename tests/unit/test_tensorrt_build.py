@@ -58,12 +58,19 @@ class Recurrent(nn.Module):
 
 
 def make_mixed() -> nn.Module:
+    torch.manual_seed(58)
     return Mixed()
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "engines"
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests: what an earlier one has built need not be built again."""
+    return tmp_path_factory.mktemp("shared") / "engines"
+
+
+@pytest.fixture(autouse=True)
+def _equal_weights() -> None:
+    torch.manual_seed(58)
 
 
 @pytest.fixture
@@ -104,12 +111,14 @@ def strides(program: Program) -> dict[str, Any]:
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], torch.dtype, bool]] = {
     "relu": (models.relu, (1, 3, 5), torch.float16, False),
     "branches, channels last": (models.branches, (1, 3, 64, 64), torch.float16, True),
-    "mixed, channels last": (Mixed, (1, 3, 16, 16), torch.float32, True),
+    "mixed, channels last": (make_mixed, (1, 3, 16, 16), torch.float32, True),
     "recurrent": (Recurrent, (2, 3, 8), torch.float32, False),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if "branches" in case else ()) for case in CASES]
+)
 def test_a_machine_with_the_gpu_finds_what_was_built_without_one(
     cache: Path, case: str, request: pytest.FixtureRequest
 ) -> None:
@@ -201,7 +210,9 @@ def test_the_cache_of_one_machine_serves_another(cache: Path, tmp_path: Path, mo
 
 
 def test_what_was_built_is_told(cache: Path) -> None:
-    built = anabranch.build(Mixed().eval(), [anabranch.Input((1, 3, 16, 16))], compute_capability=(8, 9), cache=cache)
+    built = anabranch.build(
+        make_mixed().eval(), [anabranch.Input((1, 3, 16, 16))], compute_capability=(8, 9), cache=cache
+    )
     assert len(built.engines) == 2
     assert built.flops[0] == built.flops[1] > 0
     assert built.operators[1] - built.operators[0] == len(built.fallbacks) == 1
