@@ -86,12 +86,13 @@ _factories = _PLAIN
 #: Every class that was declared with :func:`atomics`, and which attributes.
 _atomics: list[tuple[type, tuple[str, ...]]] = []
 _listeners: list[Callable[[Factories], None]] = []
+_renewals: list[Callable[[], None]] = []
 
 
 def install(factories: Factories | None) -> None:
     """Make what is made from now on with ``factories`` (None: the plain ones), which hears of all :func:`atomics`.
 
-    What was made before stays as it is; see ``process.renew_locks`` for the locks of the process.
+    What was made before stays as it is; see :func:`renew` for what a process has one of.
     """
     global _factories
     _factories = factories or _PLAIN
@@ -105,6 +106,20 @@ def on_install(listener: Callable[[Factories], None]) -> None:
     """Call ``listener`` with the factories now and whenever others are installed."""
     _listeners.append(listener)
     listener(_factories)
+
+
+def renew() -> None:
+    """Make what a process has one of (its build lock, say) anew, with the factories that are installed now.
+
+    Nothing may hold any of it, in any thread.
+    """
+    for make in _renewals:
+        make()
+
+
+def on_renew(make: Callable[[], None]) -> None:
+    """Have :func:`renew` call ``make``, which makes such objects anew."""
+    _renewals.append(make)
 
 
 def lock(name: str) -> threading.Lock:

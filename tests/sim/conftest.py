@@ -24,12 +24,12 @@ class Sim(Rig):
 
     def __init__(self, policy: str, seed: int) -> None:
         import anabranch.sim
-        from anabranch.devices import _sim
+        from anabranch.sim import _device
 
         super().__init__()
         self.core = anabranch.sim.core
         self.core.policy(policy, seed)
-        self.graph_class = _sim._SimGraph
+        self.graph_class = _device._SimGraph
         # PyTorch's own class cannot be changed, as torch.cuda.Event can.
         self.event_class = type("Event", (torch.Event,), {})
 

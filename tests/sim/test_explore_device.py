@@ -70,19 +70,38 @@ def test_what_a_query_answers_is_an_outcome(streams: Any) -> None:
 
 @pytest.mark.parametrize(
     ("program", "message"),
-    [("waits", "waits for the device"), ("asks", "queries the device"), ("builds", ""), ("outside", "")],
+    [
+        ("waits", "waits for the device"),
+        ("asks", "queries the device"),
+        ("waits_at_last", "waits for the device"),
+        ("builds", ""),
+        ("outside", ""),
+    ],
 )
-def test_a_call_must_not_wait_for_the_device(program: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_must_not_wait_for_the_device(program: str, message: str) -> None:
     from programs import hostwait
 
-    from anabranch.explore import _hostwait
-
-    monkeypatch.setattr(_hostwait, "_RUNTIME", str(Path(hostwait.__file__)))
     verdict = explore(getattr(hostwait, program))
     assert verdict.failed == bool(message)
     if verdict.failure is not None:
         assert verdict.failure.oracle == "host-wait"
         assert message in verdict.failure.message
+        assert ", at hostwait.py:" in verdict.failure.message
+
+
+@pytest.mark.parametrize("runtime", ["python", "native"])
+def test_an_engines_call_that_waits_is_found_and_one_that_builds_may_wait(runtime: str) -> None:
+    from programs import hostwait
+
+    verdict = explore(hostwait.in_a_call_of, args=(runtime,), scheduler=fifo(), reference=hostwait.X.cpu() * 2)
+    assert verdict.oracles == {"host-wait"}
+    assert verdict.failure is not None
+    assert "waits for the device" in verdict.failure.message
+    assert ", at hostwait.py:" in verdict.failure.message
+    reference = hostwait.X[:2].cpu()
+    verdict = explore(hostwait.in_a_call_that_builds, args=(runtime,), scheduler=fifo(), reference=reference)
+    assert not verdict.failed, verdict.report()
+    assert verdict.steps > 0
 
 
 def test_the_example_fails_with_a_stale_stream_and_not_with_an_engine() -> None:

@@ -170,7 +170,7 @@ def test_the_devices_say_what_a_forked_child_has() -> None:
     assert get_device("cpu").survives_fork
     source = (PACKAGE / "devices" / "_cuda.py").read_text()
     assert "survives_fork = False" in source
-    source = (PACKAGE / "devices" / "_sim.py").read_text()
+    source = (PACKAGE / "sim" / "_device.py").read_text()
     assert "survives_fork = True" in source
 
 

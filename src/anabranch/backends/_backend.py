@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from anabranch.errors import BuildError
 from anabranch.export import Program
 
 #: ``kernels(inputs) -> computed tensors``: queues its work on the calling thread's current stream and allocates from
@@ -82,17 +80,6 @@ class Backend(Protocol):
 
         Raises :class:`~anabranch.errors.BuildError` with the compiler's message.
         """
-
-
-_MODULES = {"inductor": "_inductor", "eager": "_eager", "tensorrt": "tensorrt"}
-BACKENDS = tuple(_MODULES)
-
-
-def get_backend(name: str) -> Backend:
-    if name not in _MODULES:
-        raise BuildError(f"backend {name!r} given; expected one of {', '.join(map(repr, BACKENDS))}")
-    backend: Backend = importlib.import_module(f"anabranch.backends.{_MODULES[name]}").BACKEND
-    return backend
 
 
 def of_one(kernels: Kernels | Stateful, own: Any) -> Kernels | Instance:

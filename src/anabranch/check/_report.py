@@ -14,13 +14,13 @@ import torch
 from rich.table import Table
 
 from anabranch._version import __version__
+from anabranch.check._device import find_device
 from anabranch.check._run import Row
-from anabranch.devices import get_device
 
 
 def environment(device: str) -> dict[str, Any]:
     """Where and when a figure was measured."""
-    seam = get_device(device)
+    seam = find_device(device)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": seam.describe(seam.index(torch.device(device))),

@@ -38,9 +38,9 @@ from anabranch._judge import (
 )
 from anabranch.check._boundary import Boundary, boundary
 from anabranch.check._case import Case, Subject
+from anabranch.check._device import find_device
 from anabranch.check._inject import StaleStream
 from anabranch.check._watch import Watch, interleaved
-from anabranch.devices import get_device
 from anabranch.errors import CannotJudge, InputError
 from anabranch.runtime import Engine, compile
 
@@ -131,7 +131,7 @@ def tolerance(dtype: torch.dtype) -> float:
 def paths_for(device: str) -> tuple[str, ...]:
     """``main``: the main stream; ``fresh``: a new custom stream for each call; ``rotate``: one thread, all streams in
     turn; ``threads``: each thread on streams of its own."""
-    return ("main", "fresh", "rotate", "threads") if get_device(device).has_streams else ("main", "threads")
+    return ("main", "fresh", "rotate", "threads") if find_device(device).has_streams else ("main", "threads")
 
 
 @contextmanager
@@ -152,7 +152,7 @@ def run_check(
     progress: Callable[[Row | None, int], None] = lambda row, calls: None,
 ) -> list[Row]:
     """Check every case along every path. ``progress(row, calls)`` hears of finished calls, and of finished rows."""
-    device = get_device(options.device)
+    device = find_device(options.device)
     if options.inject and not device.has_streams:
         raise InputError(
             f"--inject {options.inject} needs streams, and device {options.device!r} has none; use --device cuda"
@@ -187,7 +187,7 @@ class Bench:
         self, subject: Subject, case: Case, options: Options, workers: concurrent.futures.ThreadPoolExecutor
     ) -> None:
         self.case, self.options, self.workers = case, options, workers
-        self.device = get_device(options.device)
+        self.device = find_device(options.device)
         self.index = self.device.index(torch.device(options.device))
         self.torch_device = torch.device(options.device, self.index) if self.device.has_streams else torch.device("cpu")
         case.refuse_too_large(self.torch_device)

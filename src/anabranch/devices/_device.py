@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-
-from anabranch.errors import InputError
 
 
 class Graph(Protocol):
@@ -207,23 +204,3 @@ def real_tensors() -> Iterator[None]:
     """For finalizers: a garbage collection may come amid an export, whose modes take every tensor for theirs."""
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         yield
-
-
-@functools.cache
-def get_device(kind: str) -> Device:
-    """The device implementation for a ``torch.device.type``."""
-    if kind == "cuda":
-        from anabranch.devices._cuda import CudaDevice
-
-        return CudaDevice()
-    if kind == "cpu":
-        from anabranch.devices._cpu import CpuDevice
-
-        return CpuDevice()
-    if kind == "sim":
-        from anabranch.devices._sim import SimDevice
-
-        return SimDevice()
-    raise InputError(
-        f"device {kind!r} given; engines run on 'cuda', 'cpu' or 'sim'. Move the model and its inputs there."
-    )

@@ -11,8 +11,9 @@ from typing import NoReturn
 
 from anabranch.explore import _conductor
 from anabranch.explore._conductor import Conductor, local
+from anabranch.explore._device import device
 from anabranch.explore._errors import ExploreError
-from anabranch.explore._explore import device, observed
+from anabranch.explore._explore import observed
 from anabranch.explore._run import End
 from anabranch.explore._schedulers import Scheduler
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -12,12 +11,13 @@ from anabranch import _sync
 from anabranch.errors import CannotJudge
 from anabranch.explore import _conductor, _locks, _oracles, _program, _schedule
 from anabranch.explore import _schedulers as schedulers
-from anabranch.explore._conductor import Core
+from anabranch.explore._device import device
 from anabranch.explore._errors import ExploreError, ReplayDiverged
 from anabranch.explore._run import Run
 from anabranch.explore._runner import UNJUDGED, Program, Runner, snapshot
 from anabranch.explore._schedulers import Scheduler
 from anabranch.explore._search import Search, Unreduced, diverged
+from anabranch.explore._shared import Factories
 from anabranch.explore._verdict import Verdict
 
 SCHEDULES = 5000
@@ -204,21 +204,12 @@ def _plural(schedules: int) -> str:
     return f"{schedules} schedule{'s' * (schedules != 1)}"
 
 
-def device() -> Core | None:
-    """The simulated device's core, if `anabranch.sim` was imported."""
-    sim = sys.modules.get("anabranch.sim")
-    core: Core | None = getattr(sim, "core", None)
-    return core
-
-
 class observed:
     """Context: locks, threads and the runtime's shared state that are made meanwhile are observable."""
 
     def __enter__(self) -> None:
         self._patched = _locks.patched()
         self._patched.__enter__()
-        from anabranch.explore._shared import Factories
-
         self._before = _sync._factories
         if not isinstance(self._before, Factories):
             _sync.install(Factories())

@@ -6,37 +6,38 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anabranch import _activity
 from anabranch.explore._run import Failure
-from anabranch.runtime import _library
 
 if TYPE_CHECKING:
     from anabranch.explore._conductor import Conductor
 
-_RUNTIME = str(Path(__file__).parent.parent / "runtime") + "/"
-#: Functions of the runtime in which waiting is allowed: they build, warm or close.
-_BUILDING = frozenset({"build", "warm", "close", "trim", "_specialization"})
+#: Of this package's code, a report names the runtime's; the rest waits on its behalf, as PyTorch does.
+_NAMED = "anabranch.runtime"
+_SKIPPED = ("anabranch", "torch", "contextlib")
 
 
 class HostWaits:
-    """Looks at the stack of a thread that syncs or queries; only then, so that it costs nothing elsewhere."""
+    """Asks what a thread is doing that syncs or queries; only then, so that it costs nothing elsewhere."""
 
     def __init__(self, conductor: Conductor) -> None:
         self._conductor = conductor
 
     def __call__(self, kind: str, label: str) -> None:
-        frame = sys._getframe(2)
-        called, where = False, ""
-        while frame is not None:
-            code = frame.f_code
-            if code.co_filename.startswith(_RUNTIME):
-                if code.co_name in _BUILDING or code.co_name.startswith("_build"):
-                    return
-                where = where or f"{Path(code.co_filename).name}:{frame.f_lineno}"
-                called = called or code.co_name == "__call__"
-            frame = frame.f_back  # type: ignore[assignment]
-        called = called or (_library.load.cache_info().currsize > 0 and _library.load().in_call())
-        if called:
-            word = "queries" if kind == "query" else "waits for"
-            self._conductor.failures.append(
-                Failure("host-wait", f"a call {word} the device on the host ({label}, at {where})")
-            )
+        if not _activity.in_call() or _activity.is_building():
+            return
+        word = "queries" if kind == "query" else "waits for"
+        self._conductor.failures.append(
+            Failure("host-wait", f"a call {word} the device on the host ({label}, at {_where()})")
+        )
+
+
+def _where() -> str:
+    """File and line of the innermost code that is the runtime's or its user's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if module.startswith(_NAMED) or module.partition(".")[0] not in _SKIPPED:
+            break
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from anabranch import _sync
+from anabranch import _activity, _sync
 from anabranch.devices import Device
 
 
@@ -65,6 +65,7 @@ class _Process:
         code that aborts the process. So the exit waits for calls under way, and no new one starts.
         """
         thread = threading.get_ident()
+        _activity.begin_call()
         self._inside.add(thread)  # before the look at _exiting: either we see it, or at_exit() sees us
         if self._exiting and threading.current_thread() is not threading.main_thread():
             self._inside.discard(thread)
@@ -73,6 +74,7 @@ class _Process:
     def leave(self) -> None:
         """The call that this thread entered has ended."""
         self._inside.discard(threading.get_ident())
+        _activity.end_call()
 
     def watch(self, close: Callable[[], None], under_way: Callable[[], int]) -> None:
         """Calls that do not come by :meth:`enter`: ``close`` sends new ones there, ``under_way`` counts the others."""
@@ -94,6 +96,7 @@ class _Process:
 process = _Process()
 os.register_at_fork(after_in_child=process.after_fork)
 atexit.register(process.at_exit)
+_sync.on_renew(process.renew_locks)
 
 
 @contextmanager

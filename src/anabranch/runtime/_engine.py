@@ -12,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from anabranch import _sync
+from anabranch import _activity, _sync
 from anabranch.backends import BACKENDS
 from anabranch.devices import Device, get_device
 from anabranch.errors import AnabranchError, DeviceLost, EngineClosed, FlagsChanged, InputError, NotCapturable
@@ -326,7 +326,7 @@ class Engine:
                 "this call is inside a CUDA graph capture, and its input signature was not compiled before, which"
                 f" cannot be done there. Call engine.warm(...) first. Compiled: {self._known()}"
             )
-        with process.build_lock:
+        with process.build_lock, _activity.building():
             found = self._specializations.get(key)
             if found is not None:
                 return found
@@ -422,7 +422,7 @@ class Engine:
         does not allow it while other code in the process captures a CUDA graph or allocates from a pool of its own.
         """
         self._check_usable()
-        with process.build_lock, self._device.building():
+        with process.build_lock, self._device.building(), _activity.building():
             for specialization in list(self._specializations.values()):
                 specialization.trim()
             try:
@@ -437,7 +437,7 @@ class Engine:
         With the backend ``tensorrt`` the host waits for the device, because freeing TensorRT's code does.
         """
         self._closed = True
-        with process.build_lock:
+        with process.build_lock, _activity.building():
             loads_code = any(s.loads_code for s in self._specializations.values())
             self._specializations.clear()
             self._primary = None

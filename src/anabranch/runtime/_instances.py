@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from anabranch import _sync
+from anabranch import _activity, _sync
 from anabranch.backends import Instance, Stateful
 from anabranch.devices import Device, Lane, Memory
 from anabranch.runtime._build import neutral, process
@@ -176,7 +176,7 @@ class Instances:
         parts: list[Any] = [None]
         forget = (lambda: None) if reservation is None else reservation.cancel
         try:
-            with neutral(device, index), device.building():
+            with neutral(device, index), device.building(), _activity.building():
                 # In memory of the lane's own: it stays when the instance's memory goes to another owner.
                 if self._workspaces:
                     lane.load_workspaces()
@@ -189,7 +189,7 @@ class Instances:
             member = Member(device, run, lane, memory, memory.nbytes(), forget, parts)
         except BaseException:
             forget()
-            with device.on_device(index), device.building():
+            with device.on_device(index), device.building(), _activity.building():
                 lane.stream.synchronize()
                 if not parts:
                     raise

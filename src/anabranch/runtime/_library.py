@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from anabranch import _extension, _sync
+from anabranch import _activity, _extension, _sync
 from anabranch.errors import BuildError
 
 FOLDER = Path(__file__).parent / "_core"
@@ -43,6 +43,7 @@ def load() -> ModuleType:
     """The runtime's module. Raises as :func:`build` does."""
     core = _extension.load(NAME, build())
     _sync.on_install(lambda factories: core.observe(factories.observer()))
+    _activity.also_in_call(core.in_call)
     return core
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from anabranch import _sync
+from anabranch import _activity, _sync
 from anabranch.backends import Instance, Kernels, Options, Stateful, get_backend, of_one
 from anabranch.devices import Device
 from anabranch.errors import BuildError, FlagsChanged, InputError, NotCapturable
@@ -303,7 +303,7 @@ class Specialization:
             if not taken[0]:
                 reservation.cancel()
                 return None
-            with neutral(self._device, self._index), self._device.building():
+            with neutral(self._device, self._index), self._device.building(), _activity.building():
                 return self._build_reserved(reservation)
         except Exception as e:
             # The call can do without: it runs direct. So do later ones, until trim() or warm() ask for contexts again.
@@ -330,14 +330,14 @@ class Specialization:
         callers' graphs.
         """
         if isinstance(self._kernels, Instances):
-            with process.build_lock:
+            with process.build_lock, _activity.building():
                 self._kernels.prepare_spare(captures)
                 if not self.uses_graphs:
                     return self._kernels.prepare(contexts)
         if not self.uses_graphs:
             return 0
         self._may_grow = True
-        with process.build_lock, neutral(self._device, self._index), self._device.building():
+        with process.build_lock, neutral(self._device, self._index), self._device.building(), _activity.building():
             self._check_flags()
             try:
                 while len(self._pool) < contexts:

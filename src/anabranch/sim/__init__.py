@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch.utils.backend_registration import generate_methods_for_privateuse1_backend, rename_privateuse1_backend
 
-from anabranch import _sync
+import anabranch.runtime  # noqa: F401  # loaded here once, and not in the process of each schedule
+from anabranch import _sync, devices
 from anabranch.explore import Verdict, exhaustive, explore, fifo, lazy, pct, random, replay
+from anabranch.explore import _device as explored
 from anabranch.explore._shared import Factories
-from anabranch.runtime._build import process
 from anabranch.sim import _module
+from anabranch.sim._device import SimDevice
 from anabranch.sim._graph import Graph, graph
 from anabranch.sim._module import Event, Stream
 
@@ -27,10 +29,12 @@ core = _module.core
 rename_privateuse1_backend("sim")
 torch._register_device_module("sim", _module)
 generate_methods_for_privateuse1_backend()
+devices.register("sim", SimDevice)
+explored.register(core)
 # What the runtime's threads share is observable in this process from here on; in threads that no explorer conducts it
 # behaves as ever.
 _sync.install(Factories())
-process.renew_locks()
+_sync.renew()
 os.register_at_fork(before=core.before_fork, after_in_parent=core.after_fork)
 
 

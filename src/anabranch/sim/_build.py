@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-import anabranch.runtime
 from anabranch import _extension
 
 FOLDER = Path(__file__).parent / "_core"
@@ -15,7 +14,7 @@ NAME = "anabranch_sim"
 #: What includes PyTorch's operators. The others need few of its headers, but Python's and pybind11's.
 BESIDE = ("autocast.cpp", "copy.cpp", "infer.cpp", "ops.cpp", "random.cpp", "shapes.cpp", "twins.cpp", "views.cpp")
 #: What the native runtime asks of a device.
-SEAM = Path(anabranch.runtime.__file__).parent / "_core" / "device.h"
+SEAM = Path(__file__).parents[1] / "runtime" / "_core" / "device.h"
 
 
 def build() -> Path:

@@ -1,4 +1,4 @@
-"""The simulated accelerator behind the seam: what ``_cuda.py`` does, on a machine that runs only when it is stepped.
+"""The simulated accelerator behind the seam: as ``devices/_cuda.py``, on a machine that runs only when it is stepped.
 
 Host memory is the device's memory, so a forked child has a copy of all of it and may go on using what it inherited.
 """
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-import anabranch.sim
 from anabranch import _sync
 from anabranch.devices._device import Graph, Lane, Latch, Memory, on_its_device, real_tensors
 from anabranch.devices._graveyard import Graveyard
 from anabranch.errors import DeviceLost
+from anabranch.sim import _module
 
-_core: Any = anabranch.sim.core
+_core: Any = _module.core
 
 
 class _OnStream:
@@ -81,7 +81,7 @@ class _SimLane:
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.stream = anabranch.sim.Stream(index)
+        self.stream = _module.Stream(index)
         self.hidden = _SimMemory(index)
 
     def load_workspaces(self) -> None:
@@ -151,7 +151,7 @@ class SimDevice:
             _core.exchange_device(before)
 
     def stream(self, index: int) -> Any:
-        return anabranch.sim.Stream(index)
+        return _module.Stream(index)
 
     def latch(self) -> Latch:
         return _SimLatch()
@@ -250,7 +250,7 @@ class SimDevice:
 
     def prepare_retire(self, index: int) -> None:
         if index not in self._reapers:
-            self._reapers.setdefault(index, anabranch.sim.Stream(index))
+            self._reapers.setdefault(index, _module.Stream(index))
 
     def retire(self, events: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
         ours = [t for t in tensors if t.device.type == self.kind]
