@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import anabranch
 from anabranch import _activity
+from anabranch.devices import get_device
+from contract import stateful
 
-from .streams import SIM, A
+from .streams import SIM, A, B
 
 
 def waits() -> None:
@@ -72,8 +76,17 @@ ENGINES = {
     runtime: anabranch.compile(Waiting().to(SIM), [X], backend="eager", runtime=runtime, cuda_graphs=False)
     for runtime in ("python", "native")
 }
-SILENT = {
-    runtime: anabranch.compile(torch.nn.ReLU().to(SIM), [X], backend="eager", runtime=runtime, cuda_graphs=False)
+stateful.install(get_device("sim"))
+
+
+def silent(runtime: str, backend: str, graphs: bool) -> Any:
+    model = torch.nn.ReLU().to(SIM)
+    return anabranch.compile(model, [X], backend=backend, runtime=runtime, cuda_graphs=graphs, max_contexts=2)
+
+
+#: Each has one context, or one instance.
+GROWING = {
+    runtime: {"contexts": silent(runtime, "eager", True), "instances": silent(runtime, stateful.NAME, False)}
     for runtime in ("python", "native")
 }
 
@@ -84,8 +97,19 @@ def in_a_call_of(runtime: str) -> torch.Tensor:
     return result
 
 
-def in_a_call_that_builds(runtime: str) -> torch.Tensor:
-    """A signature that was not seen before is compiled in the call: that waits, for its own stream."""
+def in_a_call_that_compiles(runtime: str) -> torch.Tensor:
+    """A signature that was not seen before is compiled in the call."""
     with torch.no_grad():
-        result: torch.Tensor = SILENT[runtime](X[:2])
+        result: torch.Tensor = GROWING[runtime]["contexts"](X[:2])
+    return result
+
+
+def in_a_call_that_builds(runtime: str, what: str) -> torch.Tensor:
+    """The second call finds the one context in use, and builds another."""
+    engine = GROWING[runtime][what]
+    with torch.no_grad():
+        with A:
+            engine(X)
+        with B:
+            result: torch.Tensor = engine(X)
     return result
