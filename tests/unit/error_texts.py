@@ -145,7 +145,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("interrupted", "finished engines are in the cache", "Run the command again"),
         ("{model} called sys.exit({e.code})", "give a model that returns tensors"),
     ],
-    "src/anabranch/backends/_backend.py": [("backend {name} given", "expected one of {")],
+    "src/anabranch/backends/_registry.py": [("backend {name} given", "expected one of {")],
     "src/anabranch/backends/_inductor.py": [
         ("Inductor could not compile the model: {type(e).__name__}: {e}", "backend='eager' runs it"),
     ],
@@ -265,15 +265,9 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("was invalidated before this call", "something was done that CUDA forbids", "Begin the capture again without"),
         ("the GPU reported an error that lasts", "now raises DeviceLost", "Start a new process"),
     ],
-    "src/anabranch/devices/_device.py": [
+    "src/anabranch/devices/_registry.py": [
         ("device {kind} given", "engines run on 'cuda', 'cpu' or 'sim'", "Move the model and its inputs there"),
-    ],
-    "src/anabranch/devices/_sim.py": [
-        (
-            "queued work failed on the simulated device: {lost}",
-            "raises DeviceLost",
-            "until you call anabranch.sim.reset()",
-        ),
+        ("device 'sim' given", "needs the module anabranch.sim", "Do: import anabranch.sim"),
     ],
     "src/anabranch/explore/_command.py": [
         ("--args {arguments} is {type(args).__name__}", "expected a tuple"),
@@ -453,6 +447,13 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("not {}", "sim has strided tensors only", "use torch.strided"),
         ("set_ of a tensor on {}", "with a storage on {}", "give a storage on the same device"),
         ("record_stream with a stream of {}", "give a stream of sim"),
+    ],
+    "src/anabranch/sim/_device.py": [
+        (
+            "queued work failed on the simulated device: {lost}",
+            "raises DeviceLost",
+            "until you call anabranch.sim.reset()",
+        ),
     ],
     "src/anabranch/sim/_graph.py": [
         ("this graph was not captured", "use `with anabranch.sim.graph(g):` first"),

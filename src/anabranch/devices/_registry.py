@@ -35,7 +35,7 @@ def get_device(kind: str) -> Device:
     if kind in _makers:
         return _makers[kind]()
     if kind == "sim":
-        raise InputError("device 'sim' given, and this process has no simulated device; import anabranch.sim first")
+        raise InputError("device 'sim' given, which needs the module anabranch.sim. Do: import anabranch.sim")
     raise InputError(
         f"device {kind!r} given; engines run on 'cuda', 'cpu' or 'sim'. Move the model and its inputs there."
     )
