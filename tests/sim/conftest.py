@@ -84,7 +84,17 @@ class Sim(Rig):
 _EXPLORER = ("test_explore_", "test_mutants", "test_runtime", "test_native_mutants")
 
 
+# First, so that the tiers are counted with these marks.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        # Kernels with state: building and direct calls are Python in both runtimes, and the contract's clauses have a
+        # push of their own for each runtime, with kernels that have none.
+        seldom = {"TestWithState": "native", "test_stateful_contract": "python"}
+        for part, seldom_by in seldom.items():
+            if part in item.nodeid and parameters.get("runtime") == seldom_by:
+                item.add_marker(pytest.mark.slow)
     # The explorer forks for each schedule, which costs by the memory that the process holds: its tests come first.
     items.sort(key=lambda item: not item.path.name.startswith(_EXPLORER))
 

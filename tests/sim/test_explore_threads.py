@@ -170,7 +170,7 @@ def _depends_on_what_ran_before() -> None:
 
 
 def test_a_program_that_depends_on_something_else_is_refused() -> None:
-    with pytest.raises(NotDeterministic, match="besides the schedule"):
+    with pytest.raises(NotDeterministic, match="depends on the schedule alone"):
         explore(_depends_on_what_ran_before)
 
 

@@ -51,7 +51,13 @@ def clone(tmp_path: Path) -> Path:
 @pytest.fixture
 def install(clone: Path) -> Callable[..., tuple[int, str, list[str]]]:
     """Runs the script: its exit status, what it wrote, and which of the steps below were asked for, in order."""
-    steps = {"torch==": "torch", "base.txt": "base", "dev.txt": "dev", "scripts/compile": "compile", "editable": "package"}
+    steps = {
+        "torch==": "torch",
+        "base.txt": "base",
+        "dev.txt": "dev",
+        "scripts/compile": "compile",
+        "editable": "package",
+    }
 
     def run(*arguments: str) -> tuple[int, str, list[str]]:
         (clone / "asked").write_text("", encoding="utf-8")
@@ -140,12 +146,18 @@ def test_a_compilation_that_is_ended_leaves_nothing_behind(tmp_path: Path) -> No
         encoding="utf-8",
     )
     compiler.chmod(0o700)
-    environment = {**os.environ, "CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "CXX": str(compiler),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "TMPDIR": str(tmp_path),
+    }
     job = subprocess.Popen([sys.executable, ROOT / "scripts/compile"], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     started = tmp_path / "started"
     while not started.exists() or len(started.read_text().split()) < 2:  # both units of the simulator
-        assert job.poll() is None and time.monotonic() < deadline
+        assert job.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(job.pid, signal.SIGTERM)
     assert job.wait(60) == 1
