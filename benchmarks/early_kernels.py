@@ -92,7 +92,7 @@ def measure(engine: Any, inputs: list[torch.Tensor], whole: bool, seconds: float
                     y.fill_(float("nan"))
                 calls += KEPT
                 off = (kept.float() - expected[which].float()).abs().flatten(1).amax(1)
-                off = torch.where(off.isnan(), torch.inf, off)
+                off = torch.where(off.isfinite(), off, torch.inf)
                 different += (off > 0).sum()
                 worst = torch.maximum(worst, (off / scales[which]).max())
                 caller.stream.synchronize()

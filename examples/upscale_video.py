@@ -5,8 +5,9 @@
 
 Frames go through three stages: decode -> a ring of slots, each with one frame in flight -> encode. On CUDA every slot
 has its own stream; on the CPU every slot is a task of a thread pool. All slots call the same engine, and nothing here
-synchronizes anything for the engine's sake: a call is ordered on its slot's stream like any PyTorch operation. Sampled
-frames are then compared with the plain float32 model, and a frame that differs too much makes the exit status 1.
+synchronizes anything for the engine's sake: a call is ordered on its slot's stream like any PyTorch operation.
+Each frame is checked for NaN and infinities, which pixels do not show. Sampled frames are compared with the float32
+model. A frame that is wrong makes the exit status 1; a model that gives no finite picture itself makes it 2.
 
 The output has the frames in order at the input's average rate, without sound.
 """
@@ -51,10 +52,12 @@ Engine = Callable[[torch.Tensor], torch.Tensor]
 
 class Done(NamedTuple):
     """An upscaled frame: source ``(H, W, 3)`` and result ``(2H, 2W, 3)``, uint8 RGB. ``result`` may be a slot's own
-    buffer: it is valid until the next frame is asked for."""
+    buffer: it is valid until the next frame is asked for. ``finite``: the engine's picture had no NaN and no infinity.
+    """
 
     source: np.ndarray
     result: np.ndarray
+    finite: bool = True
 
 
 # --- pixels <-> the model's floats; both run on the device where the pixels are --------------------------------------
@@ -117,6 +120,7 @@ class CudaSlot:
         self._copied_out = torch.cuda.Event(blocking=True)  # the waiting host sleeps, and leaves a core to the codec
         self._host_in = torch.empty(height, width, 3, dtype=torch.uint8, pin_memory=True)
         self._host_out = torch.empty(2 * height, 2 * width, 3, dtype=torch.uint8, pin_memory=True)
+        self._finite = torch.empty((), dtype=torch.bool, pin_memory=True)
         self._source: np.ndarray | None = None
 
     def submit(self, frame: np.ndarray) -> None:
@@ -126,12 +130,13 @@ class CudaSlot:
             pixels = self._host_in.to(self._device, non_blocking=True)
             upscaled = self._engine(to_floats(pixels, self._dtype))
             self._host_out.copy_(to_pixels(upscaled), non_blocking=True)
+            self._finite.copy_(upscaled.isfinite().all(), non_blocking=True)
             self._copied_out.record()
 
     def finish(self) -> Done:
         self._copied_out.synchronize()
         assert self._source is not None
-        return Done(self._source, self._host_out.numpy())
+        return Done(self._source, self._host_out.numpy(), bool(self._finite))
 
 
 class CpuSlot:
@@ -146,7 +151,7 @@ class CpuSlot:
 
     def _upscale(self, frame: np.ndarray) -> Done:
         upscaled = self._engine(to_floats(torch.from_numpy(frame), self._dtype))
-        return Done(frame, to_pixels(upscaled).contiguous().numpy())
+        return Done(frame, to_pixels(upscaled).contiguous().numpy(), bool(upscaled.isfinite().all()))
 
     def finish(self) -> Done:
         assert self._result is not None
@@ -174,6 +179,12 @@ def in_flight(frames: Iterable[np.ndarray], slots: list[CudaSlot] | list[CpuSlot
 # --- verification -----------------------------------------------------------------------------------------------------
 
 
+class NotVerified(click.ClickException):
+    """There is nothing by which a right frame could be told from a wrong one."""
+
+    exit_code = 2
+
+
 class Sample:
     """Keeps copies of about evenly spaced frames of a video whose length is not known: at most ``2 * wanted``."""
 
@@ -188,7 +199,7 @@ class Sample:
                 self._stride *= 2
             # After thinning, this frame may be off the wider stride.
             if self._seen % self._stride == 0:
-                self._kept.append(Done(done.source, done.result.copy()))
+                self._kept.append(Done(done.source, done.result.copy(), done.finite))
         self._seen += 1
 
     def frames(self) -> list[Done]:
@@ -197,10 +208,18 @@ class Sample:
 
 
 def compare(sample: list[Done], model: torch.nn.Module, device: torch.device) -> tuple[int, float]:
-    """Run the float32 model on the sampled sources: the largest difference in levels, and the lowest PSNR in dB."""
+    """Run the float32 model on the sampled sources: the largest difference in levels, and the lowest PSNR in dB.
+
+    A frame of another size, or one that is not finite, differs by all 255 levels."""
     worst, lowest = 0, math.inf
     for done in sample:
-        expected = to_pixels(model(to_floats(torch.from_numpy(done.source).to(device), torch.float32))).cpu().numpy()
+        picture = model(to_floats(torch.from_numpy(done.source).to(device), torch.float32))
+        if not picture.isfinite().all():
+            raise NotVerified("the float32 model itself gives NaN or infinities: nothing can be verified with it")
+        expected = to_pixels(picture).cpu().numpy()
+        if done.result.shape != expected.shape or not done.finite:
+            worst, lowest = 255, 0.0
+            continue
         difference = np.abs(expected.astype(np.int16) - done.result)
         worst = max(worst, int(difference.max()))
         noise = float(np.square(difference, dtype=np.float64).mean())
@@ -308,7 +327,7 @@ def main(
             slots = [CpuSlot(engine, dtype, workers) for _ in range(streams)]
 
         sample = Sample(verify)
-        count = 0
+        count = not_finite = 0
         total = min((known for known in (video.frames, frames) if known), default=None)
         bar = Progress(
             TextColumn("Upscaling"),
@@ -325,6 +344,7 @@ def main(
                 writer.mux(output.encode(av.VideoFrame.from_ndarray(done.result, format="rgb24")))
                 sample.offer(done)
                 count += 1
+                not_finite += not done.finite
                 bar.update(task, advance=1, rate=count / (time.perf_counter() - began))
             writer.mux(output.encode(None))
         seconds = time.perf_counter() - began
@@ -348,6 +368,8 @@ def main(
     for row in rows.items():
         table.add_row(*row)
     console.print(table)
+    if not_finite:
+        raise click.ClickException(f"{not_finite} of {count} frames have NaN or infinities; expected none")
     if not good:
         raise click.ClickException(
             f"a frame differs from the float32 model by {worst} levels of 255; at most {TOLERANCE[dtype_name]} expected"

@@ -35,6 +35,8 @@ __all__ = [
     "Rounding",
     "describe",
     "differences",
+    "error",
+    "identical",
     "numbers",
     "pair",
     "relative_error",
@@ -380,6 +382,30 @@ def wrong(actual: torch.Tensor, expected: torch.Tensor, bound: float, *, signed_
     return far
 
 
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """:func:`relative_error` on the host, which waits; quick where all elements are finite."""
+    a, e = _real(actual), _real(expected)
+    if a.numel() and a.is_floating_point():
+        a, e = _widened(a), _widened(e)
+        if a.dtype != e.dtype:
+            a, e = a.double(), e.double()
+        # One pass each, and none where something is not finite: the sums and the largest value then are not, either.
+        largest = e.abs().amax()
+        far = (a - e).abs().amax()
+        if bool(largest.isfinite() & far.isfinite()):
+            return float(far / largest.clamp_min(torch.finfo(e.dtype).tiny))
+    return float(relative_error(actual, expected))
+
+
+def identical(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether all bits of two tensors of one dtype and shape are the same; the host waits."""
+    a, e = _real(actual), _real(expected)
+    if a.dtype is torch.bool:
+        return torch.equal(a, e)
+    bits = _BITS[a.element_size()]
+    return torch.equal(a.contiguous().view(bits), e.contiguous().view(bits))
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """The largest distance from an expected element relative to the largest finite expected magnitude, as a tensor of
     no dimension on the current stream. Infinite where :func:`wrong` would not accept an element at any bound. 0 for
@@ -428,6 +454,8 @@ def _scale(expected: torch.Tensor) -> torch.Tensor:
 def _element_difference(p: Pair, rounding: Rounding | None, signed_zeros: bool, nan_bits: bool) -> str:
     """In words; empty where the elements are right."""
     _, actual, expected = p
+    if identical(actual, expected):
+        return ""
     if rounding is None:
         mask = unequal(actual, expected, nan_bits=nan_bits)
         if not signed_zeros and _real(actual).is_floating_point():
@@ -445,7 +473,11 @@ def _element_difference(p: Pair, rounding: Rounding | None, signed_zeros: bool, 
 def describe(p: Pair, mask: torch.Tensor) -> str:
     """The elements where ``mask`` (as :func:`unequal` returns it) is true, in words; there is one at least."""
     name, actual, expected = p
-    first = tuple(int(n) for n in mask.nonzero()[0])
+    flat = int(mask.flatten().to(torch.uint8).argmax())
+    first: tuple[int, ...] = ()
+    for size in reversed(mask.shape):
+        flat, index = divmod(flat, size)
+        first = (index, *first)
     got, wanted = (_real(x)[first].item() for x in (actual, expected))
     parts = "parts" if actual.is_complex() else "elements"
     where = f"element {first[:-1] if actual.is_complex() else first}"

@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anabranch
-from contract.support import PATHS, Chain, Make, Mlp, Rig, on_threads
+from contract.support import PATHS, Chain, Make, Mlp, Rig, assert_same, on_threads
 
 # -- 1: ordered on the caller's current stream, looked up at every call ----------------------------------------------
 
@@ -42,8 +42,8 @@ def test_clause1_starts_after_the_callers_queued_work(rig: Rig, compiled: Make, 
     assert not done.query()
     latch.open()
     s.synchronize()
-    assert torch.equal(y, expected)
-    assert torch.equal(z, expected + 1)
+    assert_same(y, expected)
+    assert_same(z, expected + 1)
 
 
 @PATHS
@@ -62,7 +62,7 @@ def test_clause1_the_stream_is_looked_up_at_every_call(rig: Rig, compiled: Make,
     latch.open()
     rig.module.synchronize()
     for y, e in zip(outputs, expected, strict=True):
-        assert torch.equal(y, e)
+        assert_same(y, e)
 
 
 @PATHS
@@ -92,7 +92,7 @@ def test_clause1_the_engines_device_decides_not_the_threads(rig: Rig, runtime: s
     assert not done.query()
     latch.open()
     s.synchronize()
-    assert torch.equal(y, expected)
+    assert_same(y, expected)
     engine.close()
     del engine
     gc.collect()
@@ -137,10 +137,10 @@ def test_clause3_a_held_stream_holds_no_other_call(rig: Rig, compiled: Make, gra
     with rig.module.stream(s2):
         y2 = engine(x2)
     s2.synchronize()  # would never return if the second call waited for the first
-    assert torch.equal(y2, expected2)
+    assert_same(y2, expected2)
     latch.open()
     s1.synchronize()
-    assert torch.equal(y1, expected1)
+    assert_same(y1, expected1)
 
 
 def test_clause3_sharing_a_context_waits_on_the_device_and_asks_no_event(rig: Rig, compiled: Make) -> None:
@@ -162,7 +162,7 @@ def test_clause3_sharing_a_context_waits_on_the_device_and_asks_no_event(rig: Ri
     latch.open()
     rig.module.synchronize()
     for y, e in zip(outputs, expected, strict=True):
-        assert torch.equal(y, e)
+        assert_same(y, e)
     assert engine.stats().waits - waits == 4
     assert engine.stats().contexts == 1
 
@@ -181,10 +181,10 @@ def test_clause3_only_the_held_one_waits_for_the_least_recently_used_context(rig
     with rig.module.stream(third):
         z = engine(x)  # takes the context of `free`, which was used longest ago
     third.synchronize()
-    assert torch.equal(z, expected)
+    assert_same(z, expected)
     latch.open()
     held.synchronize()
-    assert torch.equal(y, expected)
+    assert_same(y, expected)
 
 
 def test_clause3_sixty_four_threads_share_one_context(rig: Rig, compiled: Make) -> None:
@@ -200,7 +200,7 @@ def test_clause3_sixty_four_threads_share_one_context(rig: Rig, compiled: Make) 
 
     on_threads(64, work)
     rig.module.synchronize()
-    assert all(torch.equal(y, e) for y, e in zip(outputs, expected, strict=True))
+    assert_same(outputs, expected)
     assert engine.stats().contexts == 1
 
 
@@ -216,7 +216,7 @@ def test_clause3_the_memory_limit_is_kept(rig: Rig, compiled: Make) -> None:
     none = compiled(Mlp(), x, cuda_graphs=True, memory_limit=one // 2)
     assert none.stats().contexts == 0
     assert "memory_limit" in none.explain()
-    assert torch.equal(none(x), engine(x))
+    assert_same(none(x), engine(x))
 
 
 # -- 4: outputs are ordinary tensors of the caller; inputs and engine may go at once ---------------------------------
@@ -235,7 +235,7 @@ def test_clause4_outputs_are_ordinary_and_their_own(rig: Rig, compiled: Make, gr
     y1.requires_grad_().sum().backward()
     y2 = engine(x2)
     rig.module.synchronize()
-    assert torch.equal(y1, kept)
+    assert_same(y1, kept)
     assert not torch.equal(y1, y2)
 
 
@@ -256,7 +256,7 @@ def test_clause4_inputs_are_freed_right_after_the_call(rig: Rig, compiled: Make,
     assert block in [j.data_ptr() for j in junk]
     latch.open()
     s.synchronize()
-    assert torch.equal(y, expected)
+    assert_same(y, expected)
 
 
 @PATHS
@@ -285,7 +285,7 @@ def test_clause4_the_engine_is_dropped_with_work_in_flight(
     rig.module.default_stream().synchronize()
     latch.open()
     s.synchronize()
-    assert torch.equal(y, expected)
+    assert_same(y, expected)
     assert not ignored
     del junk
 
@@ -316,9 +316,9 @@ def test_clause4_what_is_handed_back_is_the_callers(rig: Rig, compiled: Make, gr
         assert out["x"] is z
         assert out["view"].data_ptr() == z[1:].data_ptr()
         assert out["y"].untyped_storage().data_ptr() == out["part"].untyped_storage().data_ptr()
-        assert torch.equal(out["y"], z * out["weight"])
-        assert torch.equal(out["part"], out["y"][:, :2])
-        assert torch.equal(out["wide"], out["y"][:1].expand(3, 256))
+        assert_same(out["y"], z * out["weight"])
+        assert_same(out["part"], out["y"][:, :2])
+        assert_same(out["wide"], out["y"][:1].expand(3, 256))
         assert out["wide"].stride() == (0, 1)
 
 
@@ -357,10 +357,10 @@ def test_clause6_two_user_graphs_replay_beside_direct_calls_after_the_engine_is_
                 for k in range(100):
                     x.copy_(sources[k % 16])
                     g.replay()
-                    assert torch.equal(y, expected[k % 16]), f"graph {i}, replay {k}"
+                    assert_same(y, expected[k % 16], f"graph {i}, replay {k}")
             else:
                 for k in range(100):
-                    assert torch.equal(other(sources[(k + i) % 16]), expected[(k + i) % 16])
+                    assert_same(other(sources[(k + i) % 16]), expected[(k + i) % 16])
 
     on_threads(6, work)
     other.close()
@@ -386,7 +386,7 @@ def test_clause6_an_engine_that_goes_inside_a_capture_does_it_no_harm(rig: Rig, 
     y.fill_(float("nan"))
     g.replay()
     rig.module.synchronize()
-    assert torch.equal(y, expected)
+    assert_same(y, expected)
     engine.close()
 
 
@@ -424,8 +424,8 @@ def test_clause6_compiling_beside_a_strangers_capture_does_it_no_harm(rig: Rig, 
     assert not errors, errors[0]
     g.replay()
     rig.module.synchronize()
-    assert torch.equal(captured[1], source * 2 + 1)
-    assert torch.equal(y, rig.load_kernels(engine, x))
+    assert_same(captured[1], source * 2 + 1)
+    assert_same(y, rig.load_kernels(engine, x))
     engine.close()
 
 
@@ -465,8 +465,8 @@ def test_clause6_what_cannot_be_captured_raises(rig: Rig, compiled: Make) -> Non
         y = known(x)  # the capture is still good
     g.replay()
     rig.module.synchronize()
-    assert torch.equal(y, expected)
-    assert torch.equal(data(x), x[x > 0])
+    assert_same(y, expected)
+    assert_same(data(x), x[x > 0])
 
 
 def test_clause6_random_models_draw_anew_in_a_users_graph(rig: Rig, compiled: Make) -> None:
@@ -482,7 +482,7 @@ def test_clause6_random_models_draw_anew_in_a_users_graph(rig: Rig, compiled: Ma
     torch.manual_seed(3)
     drawn = engine(x)
     torch.manual_seed(3)
-    assert torch.equal(drawn, x + torch.rand_like(x))
+    assert_same(drawn, x + torch.rand_like(x))
     g = rig.new_graph()
     with rig.capture(g):
         y = engine(x)
@@ -503,12 +503,12 @@ def test_clause7_the_same_bits_on_every_path_stream_thread_and_context(
     graph = compiled(Mlp(), x, cuda_graphs=True, backend=backend)
     direct = compiled(Mlp(), x, cuda_graphs=False, backend=backend)
     expected = rig.load_kernels(graph, x)
-    assert torch.equal(direct(x), expected)
+    assert_same(direct(x), expected)
     g = rig.new_graph()
     with rig.capture(g):
         y = direct(x)
     g.replay()
-    assert torch.equal(y, expected)
+    assert_same(y, expected)
     strided = torch.stack([x, x], -1)[..., 0]
     misaligned = torch.empty(x.numel() + 1, dtype=dtype, device=rig.device())[1:].view_as(x).copy_(x)
     outputs: list[Any] = [None] * 16
@@ -520,7 +520,9 @@ def test_clause7_the_same_bits_on_every_path_stream_thread_and_context(
     rig.module.synchronize()
     on_threads(16, work)
     rig.module.synchronize()
-    assert all(torch.equal(y, expected) for ys in outputs for y in ys)
+    for ys in outputs:
+        for y in ys:
+            assert_same(y, expected)
 
 
 def test_clause7_flags_are_frozen_at_compile(rig: Rig, compiled: Make) -> None:
@@ -532,13 +534,13 @@ def test_clause7_flags_are_frozen_at_compile(rig: Rig, compiled: Make) -> None:
     expected = rig.load_kernels(graph, x)
     try:
         rig.fast_matmul(True)
-        assert torch.equal(graph(x), expected)  # its graph is frozen
+        assert_same(graph(x), expected)  # its graph is frozen
         with pytest.raises(anabranch.FlagsChanged, match="matmul"):
             direct(x)
-        assert torch.equal(relu(x), x.relu())  # reads no flag
+        assert_same(relu(x), x.relu())  # reads no flag
     finally:
         rig.fast_matmul(False)
-    assert torch.equal(direct(x), expected)
+    assert_same(direct(x), expected)
 
 
 def test_clause7_autocast_and_inference_mode_of_the_caller_change_nothing(rig: Rig, compiled: Make) -> None:
@@ -546,9 +548,9 @@ def test_clause7_autocast_and_inference_mode_of_the_caller_change_nothing(rig: R
     engine = compiled(Mlp(), x, cuda_graphs=False)
     expected = rig.load_kernels(engine, x)
     with torch.autocast(rig.kind, dtype=torch.float16):
-        assert torch.equal(engine(x), expected)
+        assert_same(engine(x), expected)
     with torch.inference_mode(), torch.autocast(rig.kind, dtype=torch.bfloat16):
-        assert torch.equal(engine(x), expected)
+        assert_same(engine(x), expected)
 
 
 # -- 8: errors ------------------------------------------------------------------------------------------------------
@@ -582,7 +584,7 @@ def test_clause8_bad_input_raises_before_device_work_and_the_engine_stays_usable
                 with pytest.raises(anabranch.InputError):
                     engine(*args)
     assert rig.module.memory_allocated() == allocated
-    assert torch.equal(engine(x), expected)
+    assert_same(engine(x), expected)
 
 
 # Of the Python runtime: each of its steps is a method that can be made to raise. `faults.py` has the same for both
@@ -626,7 +628,7 @@ def test_clause8_an_error_inside_a_call_leaves_no_half_used_context(
         y = engine(x)
     latch.open()
     rig.module.synchronize()
-    assert torch.equal(y, expected)
+    assert_same(y, expected)
     rig.seam.reap()
     gc.collect()
     assert engine.stats().contexts <= 1

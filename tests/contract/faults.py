@@ -22,8 +22,9 @@ import pytest
 import torch
 
 import anabranch
+from anabranch._judge import differences
 from anabranch.runtime._build import process
-from contract.support import Make, Mlp, Rig, on_threads
+from contract.support import ROUNDING, Make, Mlp, Rig, assert_same, on_threads
 
 WIDTH = 64
 RUNTIME = str(Path(anabranch.__file__).parent / "runtime") + "/"
@@ -56,7 +57,7 @@ class Call:
         self._latch.open()
         self.stream.synchronize()
         if self.output is not None:
-            torch.testing.assert_close(self.output, self.expected, rtol=1e-5, atol=1e-6)
+            assert_same(self.output, self.expected, rounding=ROUNDING)
 
 
 class Scene:
@@ -257,7 +258,7 @@ def signals(scene: Scene, seconds: float) -> None:
             except KeyboardInterrupt:
                 armed[0] = False
                 hits += 1
-            if y is not None and not torch.allclose(y, expected, rtol=1e-5, atol=1e-6):
+            if y is not None and differences(y, expected, rounding=ROUNDING):
                 wrong.append(y)
     finally:
         armed[0] = False
@@ -303,6 +304,6 @@ def none_starves(scene: Scene, threads: int = 64, calls: int = 40) -> int:
     scene.rig.module.synchronize()
     assert finished == [calls] * threads
     for y in outputs:
-        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+        assert_same(y, expected, rounding=ROUNDING)
     assert scene.engine.stats().contexts == scene.contexts
     return max(overtaken)

@@ -13,10 +13,22 @@ import pytest
 import torch
 
 import anabranch
+from anabranch._judge import Rounding, differences
 from anabranch.devices import get_device
 
 #: Both keep one contract.
 RUNTIMES = ("native", "python")
+
+
+#: Between two runs of the same float32 operators that may take other kernels.
+ROUNDING = Rounding()
+
+
+def assert_same(actual: Any, expected: Any, about: str = "", *, rounding: Rounding | None = None) -> None:
+    """Both are the same in structure, types, dtypes, shapes, strides and every element: bit for bit, or within
+    ``rounding``. The host waits for both."""
+    found = differences(actual, expected, rounding=rounding)
+    assert not found, "\n".join([about, *found]).strip()
 
 
 class Mlp(torch.nn.Module):
@@ -102,6 +114,8 @@ class Rig:
         torch.full_like(x, float("nan")).copy_(x)
         y = engine(x)
         torch.equal(y, y + 1)  # what tests do with results
+        differences(y, y + 1)
+        differences(y, y + 1, rounding=ROUNDING)
         self.module.synchronize()
         return y
 

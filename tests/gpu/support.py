@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from contract.support import PATHS, Chain, Make, Mlp, Rig, on_threads
+from contract.support import PATHS, Chain, Make, Mlp, Rig, assert_same, on_threads
 
-__all__ = ["PATHS", "Chain", "Gpu", "Make", "Mlp", "on_threads"]
+__all__ = ["PATHS", "Chain", "Gpu", "Make", "Mlp", "assert_same", "on_threads"]
 
 
 class Gpu(Rig):

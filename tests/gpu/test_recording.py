@@ -13,7 +13,7 @@ from torch import Tensor
 from anabranch.devices import get_device
 from anabranch.export import TensorSpec
 from anabranch.runtime._build import neutral
-from gpu.support import Chain, Gpu, Make
+from gpu.support import Chain, Gpu, Make, assert_same
 
 Kernels = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -120,7 +120,7 @@ def test_one_kernel_runs_without_a_graph(record: Recorder) -> None:
     assert buffers(r) == {0, 1}
     x = of(1, 3, 5, dtype=torch.half) - 0.5
     for direct in (False, True):
-        assert torch.equal(run(r, [x], direct)[0], torch.relu(x))
+        assert_same(run(r, [x], direct)[0], torch.relu(x))
 
 
 def test_results_are_those_of_the_inputs_that_are_given(record: Recorder) -> None:
@@ -132,7 +132,7 @@ def test_results_are_those_of_the_inputs_that_are_given(record: Recorder) -> Non
         x, y = of(64, 64), of(64, 64)
         results.append((run(r, [x, y]), [x * y + 1, y - x]))
     for got, wanted in results:
-        assert all(map(torch.equal, got, wanted))
+        assert_same(list(got), list(wanted))
 
 
 def test_two_views_of_one_storage_share_one_in_the_result_too(record: Recorder) -> None:
@@ -145,8 +145,8 @@ def test_two_views_of_one_storage_share_one_in_the_result_too(record: Recorder) 
     assert r.storages == (8 * 100 * 4,)
     x = of(8, 100)
     a, b = run(r, [x])
-    assert torch.equal(a, x[:4] * 2)
-    assert torch.equal(b, x[2:] * 2)
+    assert_same(a, x[:4] * 2)
+    assert_same(b, x[2:] * 2)
     assert a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
@@ -155,7 +155,7 @@ def test_matrix_products_with_workspaces(record: Recorder) -> None:
     r = record(lambda i: [torch.relu(i[0] @ i[1])], [x, y], workspaces=True)
     assert not isinstance(r, str), r
     x, y = of(64, 8192, dtype=torch.half), of(8192, 64, dtype=torch.half)
-    assert torch.equal(run(r, [x, y])[0], torch.relu(x @ y))
+    assert_same(run(r, [x, y])[0], torch.relu(x @ y))
 
 
 def test_inputs_need_no_better_alignment_than_a_calls_have(record: Recorder) -> None:
@@ -164,7 +164,7 @@ def test_inputs_need_no_better_alignment_than_a_calls_have(record: Recorder) -> 
     assert r.alignment == 16
     x = of(1004)[4:]
     assert x.data_ptr() % 32 == 16
-    assert torch.equal(run(r, [x])[0], x + 1)
+    assert_same(run(r, [x])[0], x + 1)
 
 
 def test_garbage_in_the_padding_of_parameters(record: Recorder) -> None:
@@ -172,7 +172,7 @@ def test_garbage_in_the_padding_of_parameters(record: Recorder) -> None:
     r = record(lambda i: [torch.relu(i[0]).clamp(0.25, 0.5)], [of(100, dtype=torch.half)])
     assert not isinstance(r, str), r
     x = of(100, dtype=torch.half)
-    assert torch.equal(run(r, [x])[0], x.clamp(0.25, 0.5))
+    assert_same(run(r, [x])[0], x.clamp(0.25, 0.5))
 
 
 def test_an_input_that_nothing_reads(record: Recorder) -> None:
@@ -188,7 +188,7 @@ def test_tensors_without_elements(record: Recorder) -> None:
     x = of(8)
     empty, y = run(r, [of(0, 4), x])
     assert empty.shape == (0, 4)
-    assert torch.equal(y, x + 1)
+    assert_same(y, x + 1)
 
 
 # -- what is not --------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_the_trap(record: Recorder) -> None:
     assert any(a.overlaps(b) for a in r.capture.outputs for b in blocks if b.nbytes > a.nbytes)
     x = of(1 << 14)
     got = run(r, [x])
-    assert all(map(torch.equal, got, into_the_trap([x])))
+    assert_same(list(got), list(into_the_trap([x])))
 
 
 def test_bound_all_the_same_the_trap_would_be_seen(record: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_an_output_that_is_a_weight_is_copied_out(record: Recorder) -> None:
     assert not isinstance(r, str), r
     assert r.table.bound == (True, False)
     x = of(8)
-    assert all(map(torch.equal, run(r, [x]), [x + w, w]))
+    assert_same(list(run(r, [x])), [x + w, w])
 
 
 def test_copies_that_touch_inputs_or_outputs(record: Recorder) -> None:
@@ -295,7 +295,7 @@ def test_further_captures_hold_and_do_not_disturb_each_other(record: Recorder) -
             results.append(run(r, [x])[0])
     torch.cuda.synchronize()
     for got, x in zip(results, inputs, strict=True):
-        assert torch.equal(got, kernels([x])[0])
+        assert_same(got, kernels([x])[0])
 
 
 def test_a_further_capture_of_another_program_does_not_hold(record: Recorder) -> None:
@@ -317,7 +317,7 @@ def test_a_compiled_model(gpu: Gpu, compiled: Make, record: Recorder, backend: s
     assert 0 in buffers(r)
     assert all(r.table.bound)
     y = gpu.random(32, 32)
-    assert torch.equal(run(r, [y])[0], s._kernels([y])[0])
+    assert_same(run(r, [y])[0], s._kernels([y])[0])
 
 
 # -- the log of allocations ---------------------------------------------------------------------------------------

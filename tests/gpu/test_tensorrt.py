@@ -15,7 +15,7 @@ from anabranch.backends.tensorrt import library
 from anabranch.bench import find_work
 from anabranch.devices._dependents import early_edges
 from anabranch.devices._driver import graph_edges
-from gpu.support import Gpu, Make, on_threads
+from gpu.support import Gpu, Make, assert_same, on_threads
 
 pytestmark = pytest.mark.skipif(
     not any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")),
@@ -117,7 +117,7 @@ def test_the_default_stream_is_a_stream_like_others(gpu: Gpu, compiled: Make, gr
         copy = result.clone()
         source.fill_(float("nan"))
         result.fill_(float("nan"))
-        assert torch.equal(copy, y)
+        assert_same(copy, y)
 
 
 @WAYS
@@ -154,10 +154,10 @@ def test_several_calls_of_several_engines_in_several_captures(gpu: Gpu, compiled
         with torch.cuda.stream(streams[2]):
             beside = engine(inputs[turn % 4])
         torch.cuda.synchronize()
-        assert torch.equal(beside, expected[turn % 4])
+        assert_same(beside, expected[turn % 4])
         for i in range(2):
             for k in range(2):
-                assert torch.equal(outputs[i][k], expected[(turn + i + k) % 4]), (turn, i, k)
+                assert_same(outputs[i][k], expected[(turn + i + k) % 4], f"{turn}, {i}, {k}")
 
 
 def early_convolutions(gpu: Gpu) -> tuple[nn.Module, list[torch.Tensor]]:
@@ -200,7 +200,7 @@ def test_every_kernel_waits_for_the_whole_of_the_one_before(gpu: Gpu, compiled: 
     y.fill_(float("nan"))
     mine.replay()
     torch.cuda.synchronize()
-    assert torch.equal(y, expected + 1.0)
+    assert_same(y, expected + 1.0)
 
 
 @pytest.mark.parametrize(("graphs", "calls"), [(True, 2500), (False, 200)], ids=["graph", "direct"])

@@ -13,7 +13,7 @@ import torch
 
 from anabranch import _extension, cpp
 from anabranch.runtime import _library
-from contract.support import Mlp, Rig, on_threads
+from contract.support import Mlp, Rig, assert_same, on_threads
 
 pytestmark = pytest.mark.usefixtures("rig")
 
@@ -60,7 +60,7 @@ def test_calls_from_threads_on_streams_of_their_own(rig: Rig, core: Any, program
     on_threads(3, work)
     for i in range(3):
         for x, y in zip(inputs[i], results[i], strict=True):
-            assert torch.equal(y, expected(x).cpu())
+            assert_same(y, expected(x).cpu())
     assert engine.calls() == 15
 
 
@@ -78,7 +78,7 @@ def test_a_call_is_ordered_on_the_current_stream(rig: Rig, core: Any, program: P
     rig.run_what_can()
     latch.open()
     with rig.module.stream(stream):
-        assert torch.equal(copy.cpu(), expected(value).cpu())
+        assert_same(copy.cpu(), expected(value).cpu())
 
 
 @pytest.mark.parametrize("freed_by", ["the engine", "the caller"])
@@ -104,7 +104,7 @@ def test_weights_are_freed_after_their_last_use_on_each_stream(
         latch.open()
     for x, y, stream in zip(values, results, streams, strict=True):
         stream.synchronize()
-        assert torch.equal(y.cpu(), expected(x).cpu())
+        assert_same(y.cpu(), expected(x).cpu())
     del junk
 
 
@@ -132,8 +132,8 @@ def test_inside_a_capture_a_call_is_refused_and_the_capture_stays_good(
         y.copy_(x)
     graph.replay()
     rig.module.synchronize()
-    assert torch.equal(y.cpu(), x.cpu())
-    assert torch.equal(engine.run([x])[0].cpu(), expected(x).cpu())
+    assert_same(y.cpu(), x.cpu())
+    assert_same(engine.run([x])[0].cpu(), expected(x).cpu())
 
 
 def test_inputs_of_another_device_are_refused(rig: Rig, core: Any, program: Path) -> None:
@@ -149,4 +149,4 @@ def test_inputs_of_another_device_are_refused(rig: Rig, core: Any, program: Path
 def test_the_engine_without_a_file_that_the_docs_make(core: Any) -> None:
     weight, x = torch.randn(32, 64), torch.randn(8, 64)
     (y,) = core.documented(weight, x)
-    assert torch.equal(y, torch.nn.functional.gelu(torch.nn.functional.linear(x, weight), approximate="tanh"))
+    assert_same(y, torch.nn.functional.gelu(torch.nn.functional.linear(x, weight), approximate="tanh"))

@@ -15,7 +15,7 @@ import torch
 
 from contract import faults, stateful
 from contract.faults import EVERY, Planted, Scene, campaign, interrupt_at
-from contract.support import Make, Mlp
+from contract.support import Make, Mlp, assert_same
 
 # Nothing runs but what is waited for: work that a fault left behind stays in the way as long as it can.
 lazily = pytest.mark.parametrize("rig", ["lazy"], indirect=True)
@@ -369,7 +369,7 @@ class TestWithState:
             assert error is None or faults.is_named(error), error
             graph.replay()
             rig.module.synchronize()
-            assert torch.equal(y, expected)
+            assert_same(y, expected)
             del graph, y
             gc.collect()
             rig.seam.reap()

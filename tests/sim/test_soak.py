@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from contract.support import ROUNDING, assert_same
+
 
 class Net(torch.nn.Module):
     def __init__(self) -> None:
@@ -62,7 +64,7 @@ def test_eight_threads(seconds: float) -> None:
                     for i, stream, results in batch:
                         with stream:
                             for y, e in zip(results, expected[i], strict=True):
-                                torch.testing.assert_close(y.cpu(), e, rtol=0, atol=1e-6)
+                                assert_same(y.cpu(), e, rounding=ROUNDING)
                     calls[thread] += len(batch)
         except BaseException as e:
             errors.append(e)

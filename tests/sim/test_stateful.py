@@ -16,7 +16,7 @@ import torch
 import anabranch
 from contract import stateful
 from contract.stateful import ScratchInstance
-from contract.support import PATHS, Make, Mlp, Rig, on_threads
+from contract.support import PATHS, Make, Mlp, Rig, assert_same, on_threads
 
 #: Those that other tests of this process keep: programs for the explorer make engines when they are imported.
 _others: list[ScratchInstance] = []
@@ -64,11 +64,11 @@ def test_each_graph_of_a_caller_has_an_instance(rig: Rig, compiled: Make, graphs
             x.copy_(source)
             graph.replay()
     streams[2].synchronize()  # waits for none of the others
-    assert torch.equal(captures[2][2], expected[2])
+    assert_same(captures[2][2], expected[2])
     latch.open()
     rig.module.synchronize()
     for (_, _, y), e in zip(captures, expected, strict=True):
-        assert torch.equal(y, e)
+        assert_same(y, e)
 
 
 def test_a_capture_without_a_spare_instance_is_refused_by_name_and_stays_good(rig: Rig, compiled: Make) -> None:
@@ -84,14 +84,14 @@ def test_a_capture_without_a_spare_instance_is_refused_by_name_and_stays_good(ri
         y = other(x)
     graph.replay()
     rig.module.synchronize()
-    assert torch.equal(y, expected)
-    assert torch.equal(engine(x), expected)  # direct calls have their own
+    assert_same(y, expected)
+    assert_same(engine(x), expected)  # direct calls have their own
     engine.warm()
     graph, x2, y = captured(rig, engine, x)
     x2.copy_(x)
     graph.replay()
     rig.module.synchronize()
-    assert torch.equal(y, expected)
+    assert_same(y, expected)
     del kept
 
 
@@ -115,7 +115,8 @@ def test_calls_of_one_capture_share_an_instance_on_a_stream_and_not_between_stre
         assert spare.spare == 0
     graph.replay()
     rig.module.synchronize()
-    assert all(torch.equal(y, expected) for y in (first, second, third, fourth))
+    for y in (first, second, third, fourth):
+        assert_same(y, expected)
 
 
 def test_an_instance_in_a_graph_goes_with_the_graph(rig: Rig, compiled: Make) -> None:
@@ -158,10 +159,10 @@ def test_many_threads_call_and_capture(rig: Rig, compiled: Make, graphs: bool) -
                 for k in range(20):
                     x.copy_(sources[(i + k) % 16])
                     graph.replay()
-                    assert torch.equal(y, expected[(i + k) % 16])
+                    assert_same(y, expected[(i + k) % 16])
             else:
                 for k in range(20):
-                    assert torch.equal(engine(sources[(i + k) % 16]), expected[(i + k) % 16])
+                    assert_same(engine(sources[(i + k) % 16]), expected[(i + k) % 16])
 
     on_threads(12, work)
     assert len(kernels) <= 3
@@ -182,7 +183,8 @@ def test_threads_wait_for_the_one_instance_that_is_being_built(rig: Rig, compile
 
     on_threads(8, work)
     rig.module.synchronize()
-    assert all(torch.equal(y, expected) for y in outputs)
+    for y in outputs:
+        assert_same(y, expected)
     assert instances(rig) == 1
 
 

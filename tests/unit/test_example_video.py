@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,8 +104,18 @@ def test_inductor(example: ModuleType, tiny: Path, tmp_path: Path) -> None:
     assert "3: ok" in result.output
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (torch.zeros_like, "differs from the float32 model by 180 levels"),
+        (lambda y: y + 0.1, "differs from the float32 model by 2"),
+        (lambda y: y * float("nan"), "9 of 9 frames have NaN or infinities"),
+        (lambda y: torch.where(y > 0.7, float("inf"), y), "1 of 9 frames have NaN or infinities"),
+    ],
+    ids=["zeros", "brighter", "NaN", "an infinity"],
+)
 def test_a_wrong_frame_makes_the_exit_status_1(
-    example: ModuleType, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    example: ModuleType, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, words: str
 ) -> None:
     compile_right = example.anabranch.compile
 
@@ -115,15 +126,26 @@ def test_a_wrong_frame_makes_the_exit_status_1(
             warm, close = engine.warm, engine.close
 
             def __call__(self, x: torch.Tensor) -> torch.Tensor:
-                return torch.zeros_like(engine(x))
+                return change(engine(x))
 
         return Wrong()
 
     monkeypatch.setattr(example.anabranch, "compile", compile_wrong)
     result = run(example, tiny, tmp_path / "out.mp4", "--device", "cpu", "--backend", "eager")
     assert result.exit_code == 1
-    assert "WRONG" in result.output
-    assert "differs from the float32 model by 180 levels" in result.output
+    assert words in result.output
+
+
+def test_frames_that_cannot_be_verified_are_not_called_right(example: ModuleType) -> None:
+    source = np.full((4, 6, 3), 100, dtype=np.uint8)
+    right = example.to_pixels(example.upscaler()(example.to_floats(torch.from_numpy(source), torch.float32))).numpy()
+    device = torch.device("cpu")
+    assert example.compare([example.Done(source, right)], example.upscaler(), device) == (0, math.inf)
+    assert example.compare([example.Done(source, right[:-1])], example.upscaler(), device) == (255, 0.0)
+    assert example.compare([example.Done(source, right, False)], example.upscaler(), device) == (255, 0.0)
+    with pytest.raises(example.NotVerified, match="nothing can be verified") as refused:
+        example.compare([example.Done(source, right)], lambda x: x * float("nan"), device)
+    assert refused.value.exit_code == 2
 
 
 def test_kind_errors(example: ModuleType, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

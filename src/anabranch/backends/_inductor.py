@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from anabranch.backends._backend import Kernels, Options
+from anabranch.backends._faults import avoid
 from anabranch.errors import BuildError
 from anabranch.export import Program
 
@@ -29,8 +30,10 @@ class _Inductor:
                 # kernel that writes to it where its result lies. In a CUDA graph the allocator re-uses memory as well.
                 settings |= {"inplace_buffers": False, "allow_buffer_reuse": False}
             with config.patch(settings):
+                module = copy.deepcopy(program.module)  # it is rewritten; the plan still shows the original
+                avoid(module)
                 artifact = standalone_compile(
-                    copy.deepcopy(program.module),  # the compiler rewrites the graph; the plan still shows the original
+                    module,
                     [*weights, *examples],
                     dynamic_shapes="from_example_inputs",
                 )

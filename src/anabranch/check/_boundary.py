@@ -12,7 +12,7 @@ import torch
 
 from anabranch._judge import Pair, Rounding, describe, numbers, pair, unequal, wrong
 
-#: Elements of an input beyond which each value is tried once, not twice.
+#: Elements of an input beyond which the values are tried together.
 _LARGE = 1 << 20
 #: Lines of a sort that are kept.
 _MOST = 8
@@ -66,7 +66,8 @@ def boundary(
 
 
 def _inputs(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Of the same strides as ``x``, with every third element replaced, then all of them."""
+    """Of the same strides as ``x``, with every third element replaced, then all of them. A large input is tried once,
+    with all values in turn: the same operators on a smaller one show more."""
     info = torch.finfo(x.dtype)
     values = {
         "NaN": float("nan"),
@@ -81,11 +82,16 @@ def _inputs(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         f"{-info.tiny / 4:.4g}": -info.tiny / 4,
     }
     place = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    if x.numel() > _LARGE:
+        mixed = x
+        for turn, value in enumerate(values.values()):
+            mixed = mixed.masked_fill(place % (2 * len(values)) == turn, value)
+        yield "input with all of these values", torch.empty_like(x).copy_(mixed)
+        return
     for name, value in values.items():
         if x.numel() > 1:
             yield f"input with {name} here and there", torch.empty_like(x).copy_(x.masked_fill(place % 3 == 0, value))
-        if x.numel() <= _LARGE:
-            yield f"input all {name}", torch.empty_like(x).fill_(value)
+        yield f"input all {name}", torch.empty_like(x).fill_(value)
 
 
 def _compare(found: Boundary, name: str, actual: Any, expected: Any, wide: Any) -> None:

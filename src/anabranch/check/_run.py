@@ -28,9 +28,10 @@ from anabranch._judge import (
     Rounding,
     describe,
     differences,
+    error,
+    identical,
     numbers,
     pair,
-    relative_error,
     sharing,
     tensors,
     unequal,
@@ -217,6 +218,8 @@ class Bench:
         self._all_streams = [self.device.stream(self.index) for _ in range(count)]
         self.streams, self.threads = self._all_streams, options.threads
         self.engine.warm(contexts=min(options.max_contexts, options.streams))
+        #: Shares memory with nothing.
+        self._nothing = torch.empty(1, device=self.torch_device)
         #: The first result that was looked at, and whether another one differed from it.
         self._first: Any = None
         self._varied = False
@@ -322,11 +325,15 @@ class Bench:
         for i in range(n):
             source = self._source()
             x = self._input(source)
+            if not self.device.has_streams:
+                source = self._nothing  # calls there are made with the same input again
             one = _Serial(source, x, self.engine(x))
             self._synchronize()
             if i % self.options.reference_every == 0:
                 self._compare_with_eager(row, one)
                 self._synchronize()
+            if self.device.has_streams and not sharing(pair(one.result, one.result)[1], [x], [self._nothing]):
+                one = _Serial(source, self._nothing, one.result)  # the input is not needed any more
             made.append(one)
         return made
 
@@ -336,16 +343,23 @@ class Bench:
         found, pairs = pair(one.result, eager, rounding=Rounding())
         row.problem(*(found or sharing(pairs, inputs, inputs)))
         told = {line.partition(" differs")[0] for line in row.problems}  # of each output once
-        wide = {p.name: p.expected for p in pair(one.result, self.reference(one.x), dtypes=False, strides=False)[1]}
+        if self.case.dtype is torch.float32:
+            wide: dict[str, torch.Tensor] = {}  # eager is the reference
+        else:
+            float32 = pair(one.result, self.reference(one.x), dtypes=False, strides=False)[1]
+            wide = {p.name: p.expected for p in float32}
         for name, actual, expected in pairs:
+            same = identical(actual, expected)
+            if same and name not in wide:
+                continue
             # What has no counterpart in float32 has a shape that depends on data.
             reference = wide.get(name, expected)
             if actual.is_floating_point() or actual.is_complex():
-                error = float(relative_error(actual, reference))
-                if error > row.tolerance and name not in told:
+                off = error(actual, reference)
+                if off > row.tolerance and name not in told:
                     row.problem(describe(Pair(name, actual, reference), wrong(actual, reference, row.tolerance)))
-                row.max_error = max(row.max_error, error)
-                row.eager_error = max(row.eager_error, float(relative_error(expected, reference)))
+                row.max_error = max(row.max_error, off)
+                row.eager_error = max(row.eager_error, off if same else error(expected, reference))
                 continue
             differs = unequal(actual, reference)
             bad = int((differs & unequal(actual, expected)).sum())
@@ -455,7 +469,7 @@ class Bench:
     def _round_cpu(self, row: Row, path: str, n: int, hold: bool) -> None:
         """The same without streams: threads are held at a barrier, so that their calls start together."""
         serial = self._serial(row, n)
-        inputs = [self._input(s.source) for s in serial]
+        inputs = [s.x for s in serial]
         outputs: list[Any] = [None] * n
         threads = 1 if path == "main" else self.threads
         lock = threading.Lock()
@@ -530,8 +544,8 @@ class Bench:
             )
         errors = [e for future in futures if (e := future.exception()) is not None]
         # Threads that waited for the one that failed say nothing about why.
-        for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
-            raise error
+        for raised in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+            raise raised
 
     # -- timing -------------------------------------------------------------------------------------------------
 
@@ -599,7 +613,7 @@ def _float32(model: torch.nn.Module, subject: Subject) -> torch.nn.Module:
 
 @dataclass(frozen=True)
 class _Serial:
-    """A call that was made when nothing else ran."""
+    """A call that was made when nothing else ran. ``x`` is its input, if it is needed later on."""
 
     source: torch.Tensor
     x: torch.Tensor
@@ -632,8 +646,13 @@ def _far(actual: torch.Tensor, expected: torch.Tensor, bound: float) -> torch.Te
 
 
 def _vary(first: Any, other: Any) -> bool:
-    """Whether two results differ at all."""
-    return bool(differences(first, other, signed_zeros=False, strides=False))
+    """Whether two results differ at all, but for the signs of zeros."""
+    found, pairs = pair(first, other, strides=False)
+    return bool(found) or any(
+        not identical(p.actual, p.expected)
+        and bool((unequal(p.actual, p.expected) & ((numbers(p.actual) != 0) | (numbers(p.expected) != 0))).any())
+        for p in pairs
+    )
 
 
 def _verdict(result: Any, reference: Any, device: torch.device) -> torch.Tensor:
@@ -653,6 +672,8 @@ def _verdict(result: Any, reference: Any, device: torch.device) -> torch.Tensor:
 
 
 def _flags(p: Pair) -> torch.Tensor:
+    if p.actual.device.type == "cpu" and identical(p.actual, p.expected):
+        return torch.zeros(3, dtype=torch.bool)
     other = unequal(p.actual, p.expected, nan_bits=True).any()
     y, r = numbers(p.actual), numbers(p.expected)
     if not y.is_floating_point():

@@ -1,0 +1,43 @@
+"""Engines of the backend ``inductor`` give eager's values where Inductor alone does not; see ``docs/use.md``."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import anabranch
+from anabranch._judge import differences
+
+
+class Faulty(torch.nn.Module):
+    """Operators that Inductor gets wrong, in one graph: a compile costs seconds."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, n: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            "times zero": x * 0,
+            "zero times": 0 * y,
+            "integers times zero": n * 0,
+            "floor division": x // y,
+            "by a number": x // 0.1,
+            "by a negative number": torch.floor_divide(x, -3),
+            "by zero": torch.div(x, 0.0, rounding_mode="floor"),
+            "of integers": n // 3,
+            "of integers by a float": torch.div(n, 0.3, rounding_mode="floor"),
+            "broadcast": x[:, None] // y[:3],
+        }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+def test_values_are_eagers(dtype: torch.dtype) -> None:
+    special = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 0.5, -6.0, 0.3, 7.0, -2.5]
+    x = torch.tensor(special, dtype=dtype).repeat_interleave(len(special))
+    y = torch.tensor(special, dtype=dtype).flip(0).repeat(len(special))
+    x = torch.cat([x, torch.randn(500, generator=torch.Generator().manual_seed(5)).to(dtype) * 9])
+    y = torch.cat([y, torch.randn(500, generator=torch.Generator().manual_seed(6)).to(dtype)])
+    n = torch.arange(-20, 20)
+    model = Faulty()
+    with anabranch.compile(model, [x, y, n], backend="inductor") as engine:
+        found = differences(engine(x, y, n), model(x, y, n), signed_zeros=False, strides=False)
+    assert not found, "\n".join(found)
