@@ -26,12 +26,16 @@ class Faulty(torch.nn.Module):
             "of integers": n // 3,
             "of integers by a float": torch.div(n, 0.3, rounding_mode="floor"),
             "broadcast": x[:, None] // y[:3],
+            "remainder": x % y,
+            "remainder by a number": x % 0.7,
+            "remainder of integers by a float": n % -0.7,
+            "remainder of integers": n % 3,
         }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_values_are_eagers(dtype: torch.dtype) -> None:
-    special = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 0.5, -6.0, 0.3, 7.0, -2.5]
+    special = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 0.5, -6.0, 0.3, 0.7, -2.5, torch.finfo(dtype).max]
     x = torch.tensor(special, dtype=dtype).repeat_interleave(len(special))
     y = torch.tensor(special, dtype=dtype).flip(0).repeat(len(special))
     x = torch.cat([x, torch.randn(500, generator=torch.Generator().manual_seed(5)).to(dtype) * 9])

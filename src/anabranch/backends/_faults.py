@@ -23,7 +23,9 @@ def avoid(module: fx.GraphModule) -> None:
         if node.target in (_aten.mul.Tensor, _aten.mul.Scalar):
             _keep_product(node)
         elif _is_floor_division(node):
-            _floor_divide(node, value)
+            _floor_divide(_Steps(node, value))
+        elif node.target in (_aten.remainder.Tensor, _aten.remainder.Scalar):
+            _remainder(_Steps(node, value))
     module.graph.lint()
     module.recompile()
 
@@ -39,47 +41,64 @@ def _is_floor_division(node: fx.Node) -> bool:
     return node.target in (_aten.div.Tensor_mode, _aten.div.Scalar_mode) and node.kwargs.get("rounding_mode") == "floor"
 
 
-def _floor_divide(node: fx.Node, value: torch.Tensor) -> None:
-    """Inductor computes floor(a / b): it gives 1.0 // 0.1 as 10 and inf // 3 as inf (pytorch#197895, #188048). Eager
-    divides what fmod leaves over, and so gives 9 and NaN; these are its steps."""
-    graph, dtype = node.graph, value.dtype
+class _Steps:
+    """Operators that are put before a node, each with the value that it has there. Operands get the node's dtype."""
 
-    def call(target: Any, *args: Any) -> fx.Node:
-        made: fx.Node = graph.call_function(target, args)
-        if "stack_trace" in node.meta:
-            made.meta["stack_trace"] = node.meta["stack_trace"]
-        with value.fake_mode if hasattr(value, "fake_mode") else torch.no_grad():
+    def __init__(self, node: fx.Node, value: torch.Tensor) -> None:
+        self.node, self.mode = node, getattr(value, "fake_mode", None)
+        a, b = (self._floating(x, value.dtype) for x in node.args[:2])
+        self.a: fx.Node = a if isinstance(a, fx.Node) else self(_aten.full_like.default, b, a)
+        self.b: Any = b
+
+    def __call__(self, target: Any, *args: Any) -> fx.Node:
+        with self.node.graph.inserting_before(self.node):
+            made: fx.Node = self.node.graph.call_function(target, args)
+        if "stack_trace" in self.node.meta:
+            made.meta["stack_trace"] = self.node.meta["stack_trace"]
+        with self.mode or torch.no_grad():
             made.meta["val"] = target(*[a.meta["val"] if isinstance(a, fx.Node) else a for a in args])
         return made
 
-    def floating(x: Any) -> Any:
-        if isinstance(x, fx.Node) and isinstance(x.meta["val"], torch.Tensor) and x.meta["val"].dtype != dtype:
-            return call(_aten.to.dtype, x, dtype)
-        return x
+    def _floating(self, x: Any, dtype: torch.dtype) -> Any:
+        value = x.meta["val"] if isinstance(x, fx.Node) else None
+        return self(_aten.to.dtype, x, dtype) if isinstance(value, torch.Tensor) and value.dtype != dtype else x
 
-    with graph.inserting_before(node):
-        a, b = (floating(x) for x in node.args[:2])
-        if not isinstance(a, fx.Node):
-            a = call(_aten.full_like.default, b, a)
-        scalar = not isinstance(b, fx.Node) or not isinstance(b.meta["val"], torch.Tensor)
-        left = call(_aten.fmod.Scalar if scalar else _aten.fmod.Tensor, a, b)
-        quotient = call(_aten.div.Tensor, call(_aten.sub.Tensor, a, left), b)
-        other_sign = call(
-            _aten.ne.Scalar if not isinstance(b, fx.Node) else _aten.ne.Tensor,
-            call(_aten.lt.Scalar, left, 0),
-            b < 0 if not isinstance(b, fx.Node) else call(_aten.lt.Scalar, b, 0),
-        )
-        below = call(_aten.logical_and.default, call(_aten.ne.Scalar, left, 0), other_sign)
-        quotient = call(_aten.where.self, below, call(_aten.sub.Tensor, quotient, 1.0), quotient)
-        whole = call(_aten.floor.default, quotient)
-        too_low = call(_aten.gt.Scalar, call(_aten.sub.Tensor, quotient, whole), 0.5)
-        whole = call(_aten.where.self, too_low, call(_aten.add.Tensor, whole, 1.0), whole)
-        plain = call(_aten.div.Tensor, a, b)
-        # A zero has the sign of the quotient.
-        whole = call(_aten.where.self, call(_aten.eq.Scalar, quotient, 0), call(_aten.mul.Tensor, plain, 0.0), whole)
-        if isinstance(b, fx.Node):
-            whole = call(_aten.where.self, call(_aten.eq.Scalar, b, 0), plain, whole)
-        elif b == 0:
-            whole = plain
-    node.replace_all_uses_with(whole)
-    graph.erase_node(node)
+    def left_over(self) -> tuple[fx.Node, fx.Node]:
+        """fmod(a, b), and where it is not zero and has not the sign of b."""
+        b, number = self.b, not isinstance(self.b, fx.Node)
+        left = self(_aten.fmod.Scalar if number else _aten.fmod.Tensor, self.a, b)
+        signs = self(_aten.lt.Scalar, left, 0), b < 0 if number else self(_aten.lt.Scalar, b, 0)
+        other_sign = self(_aten.ne.Scalar if number else _aten.ne.Tensor, *signs)
+        return left, self(_aten.logical_and.default, self(_aten.ne.Scalar, left, 0), other_sign)
+
+    def replace(self, result: fx.Node) -> None:
+        self.node.replace_all_uses_with(result)
+        self.node.graph.erase_node(self.node)
+
+
+def _remainder(step: _Steps) -> None:
+    """Inductor's vectors compute a - b * floor(a / b), which is far off where a / b has lost its last digits; eager uses
+    fmod (pytorch#198057). On the CPU eager rounds a number b to float16 or bfloat16 first (pytorch#186875)."""
+    value = step.a.meta["val"]
+    if not isinstance(step.b, fx.Node) and value.device.type == "cpu":
+        step.b = torch.tensor(step.b, dtype=value.dtype).item()
+    left, off = step.left_over()
+    step.replace(step(_aten.where.self, off, step(_aten.add.Tensor, left, step.b), left))
+
+
+def _floor_divide(step: _Steps) -> None:
+    """Inductor computes floor(a / b): it gives 1.0 // 0.1 as 10 and inf // 3 as inf (pytorch#197895, #188048). Eager
+    divides what fmod leaves over, and so gives 9 and NaN; these are its steps."""
+    a, b = step.a, step.b
+    left, below = step.left_over()
+    quotient = step(_aten.div.Tensor, step(_aten.sub.Tensor, a, left), b)
+    quotient = step(_aten.where.self, below, step(_aten.sub.Tensor, quotient, 1.0), quotient)
+    whole = step(_aten.floor.default, quotient)
+    too_low = step(_aten.gt.Scalar, step(_aten.sub.Tensor, quotient, whole), 0.5)
+    whole = step(_aten.where.self, too_low, step(_aten.add.Tensor, whole, 1.0), whole)
+    plain = step(_aten.div.Tensor, a, b)
+    # A zero has the sign of the quotient.
+    whole = step(_aten.where.self, step(_aten.eq.Scalar, quotient, 0), step(_aten.mul.Tensor, plain, 0.0), whole)
+    if isinstance(b, fx.Node):
+        whole = step(_aten.where.self, step(_aten.eq.Scalar, b, 0), plain, whole)
+    step.replace(plain if not isinstance(b, fx.Node) and b == 0 else whole)
