@@ -99,6 +99,10 @@ def _floor_divide(step: _Steps) -> None:
     plain = step(_aten.div.Tensor, a, b)
     # A zero has the sign of the quotient.
     whole = step(_aten.where.self, step(_aten.eq.Scalar, quotient, 0), step(_aten.mul.Tensor, plain, 0.0), whole)
+    # fmod of vectors is NaN where the quotient is too large for a number.
+    finite = step(_aten.lt.Scalar, step(_aten.abs.default, a), float("inf"))
+    overflows = step(_aten.logical_and.default, step(_aten.isinf.default, plain), finite)
+    whole = step(_aten.where.self, overflows, plain, whole)
     if isinstance(b, fx.Node):
         whole = step(_aten.where.self, step(_aten.eq.Scalar, b, 0), plain, whole)
     step.replace(plain if not isinstance(b, fx.Node) and b == 0 else whole)
