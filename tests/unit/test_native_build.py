@@ -37,6 +37,29 @@ def test_builds_once_and_again_when_a_header_changes(source: Path) -> None:
     assert build("answer", [source], flags=["-O0"], progress=said.append) not in (first, second)
 
 
+def test_sources_are_one_unit_or_two(tmp_path: Path, source: Path) -> None:
+    # Two names that are the same and belong to one source each: apart they may be, together not.
+    folder = tmp_path / """it's a "folder" of ours"""
+    folder.mkdir()
+    sources = [folder / "first.cpp", folder / "second.cpp"]
+    for value, path in enumerate(sources, 1):
+        text = f'static int value() {{ return {value}; }}\nextern "C" int {path.stem}() {{ return value(); }}\n'
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(BuildError, match="redefinition"):
+        build("values", sources, progress=lambda _: None)
+    library = ctypes.CDLL(str(build("values", sources[:1], beside=sources[1:], progress=lambda _: None)))
+    assert (library.first(), library.second()) == (1, 2)
+
+
+def test_the_grouping_of_sources_is_part_of_the_name(source: Path) -> None:
+    (source.parent / "other.cpp").write_text('extern "C" int other() { return 7; }\n', encoding="utf-8")
+    sources = [source, source.parent / "other.cpp"]
+    libraries = {build("answer", sources[:n], beside=sources[n:], progress=lambda _: None) for n in (1, 2)}
+    assert len(libraries) == 2
+    for library in libraries:
+        assert ctypes.CDLL(str(library)).answer() + ctypes.CDLL(str(library)).other() == 49
+
+
 def test_many_processes_at_once(source: Path) -> None:
     code = (
         "from anabranch._native import build; from pathlib import Path; "

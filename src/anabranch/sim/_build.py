@@ -18,7 +18,7 @@ SEAM = Path(__file__).parents[1] / "runtime" / "_core" / "device.h"
 
 
 def build() -> Path:
-    """Where the backend's library is, compiled if need be (about a minute, once for each PyTorch and Python).
+    """Where the backend's library is, compiled if need be (half a minute, once for each PyTorch and Python).
 
     ``ANABRANCH_SIM_FLAGS`` adds flags of the compiler's, for the tests under sanitizers.
 
