@@ -1,9 +1,11 @@
 """The committed runs of ``anabranch bench``; the README's performance section comes from the GPU's.
 
     python benchmarks/bench.py cpu    # 2 cores, under 10 minutes -> benchmarks/results/bench_cpu.json
-    python benchmarks/bench.py h200   # 2 GPUs, 10 minutes -> benchmarks/results/bench_h200.json
+    # 2 GPUs of 141 GB, twice 8 minutes, and both as one -> benchmarks/results/bench_h200.json
+    python benchmarks/bench.py h200 --works relu,chain,googlenet,relu-4k,encoder --out a
+    python benchmarks/bench.py h200 --works upscaler-1080p,resnet50,mobilenet_v3_large,inception_v3 --out b
+    python benchmarks/bench.py merge a/bench_h200.json b/bench_h200.json
     python benchmarks/bench.py h200 --works relu,chain -- --systems eager,anabranch-inductor-native   # some of it
-    python benchmarks/bench.py merge light.json heavy.json --out FOLDER    # several calls -> FOLDER/bench_h200.json
 
 What follows ``--`` goes to ``anabranch bench``. On a GPU host the works are dealt to lanes, one a GPU, each with cores
 of its own (``src/anabranch/bench/_lanes.py``). Where a machine is lent for less time than all works take, give some of
@@ -20,17 +22,20 @@ from pathlib import Path
 import click
 
 from anabranch.bench import default_works, find_work
+from anabranch.bench._host import grow_host_memory, host_memory
 from anabranch.bench._lanes import deal, merge, run_lanes, statuses
 from anabranch.bench._plot import plot
+from anabranch.bench._report import notes, without_baseline
 from anabranch.check import write_json
 
 RESULTS = Path(__file__).parent / "results"
 
-#: Lanes of like cost, light works first: what a build that runs out of time takes along is then little. What is held at
-#: the same time has to fit onto a GPU: the two works with large frames take 49 and 67 GB, the others up to 27.
+#: Lanes of like cost, light works first: what a build that runs out of time takes along is then little. What a call
+#: builds in one lane has to fit onto a GPU beside about 40 contexts of half a gigabyte: the two works with large frames
+#: take 49 and 67 GB, googlenet 80, the others up to 35. So not all works fit into one call on two GPUs.
 LANES = (
-    ("relu", "chain", "relu-4k", "encoder", "inception_v3"),
-    ("upscaler-1080p", "googlenet", "resnet50", "mobilenet_v3_large"),
+    ("relu", "chain", "googlenet", "upscaler-1080p", "resnet50"),
+    ("relu-4k", "encoder", "mobilenet_v3_large", "inception_v3"),
 )
 
 
@@ -41,9 +46,17 @@ LANES = (
 @click.option("--lanes", default=2, show_default=True, type=click.IntRange(1, 2))
 @click.option("--works", help="Names, with commas; all.")
 @click.option("--device", default="cuda", type=click.Choice(["cuda", "cpu"]), help="cpu: a rehearsal of h200.")
+@click.option("--memory", default=0.0, help="Gigabytes of host memory to use once before the run (_host.py says why).")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
 def main(
-    which: str, out: Path, limit: float, lanes: int, works: str | None, device: str, more: tuple[str, ...]
+    which: str,
+    out: Path,
+    limit: float,
+    lanes: int,
+    works: str | None,
+    device: str,
+    memory: float,
+    more: tuple[str, ...],
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"bench_{'cpu' if which == 'cpu' else 'h200'}.json"
@@ -65,13 +78,17 @@ def main(
         settings += ["--torch-threads", "1", *more]
         for name in chosen:
             find_work(name)  # refused now, not by one lane of two
+        before, seconds = host_memory()[0], grow_host_memory(memory)
+        print(f"host memory: {before:.0f} GB, {host_memory()[0]:.0f} GB after {seconds:.0f} s", flush=True)
         parts, missing = run_lanes(deal(chosen, LANES, lanes), out, device, limit, settings)
     content = merge(parts, f"python benchmarks/bench.py {' '.join(sys.argv[1:])}")
     write_json(target, content)
     plot(content, target.with_suffix(".png"))
-    print(statuses(content))
+    print("\n".join([*notes(content), str(statuses(content))]))
     if missing:
         sys.exit(f"not all of it: {', '.join(map(str, missing))} was not written")
+    if lost := without_baseline(content):
+        sys.exit(f"no figures of the baseline: {'; '.join(lost)}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -155,14 +155,116 @@ def swallows(subject: Subject) -> Call:
     return right(subject)
 
 
-def serve_without_memory(connection: Connection, log: str, job: dict[str, Any]) -> None:
-    """A worker; the first of a run finds no memory for its device's context."""
-    marker = Path(job["lock"]).with_name("no-memory")
-    if not marker.exists():
-        marker.touch()
-        connection.recv_bytes()
-        connection.send_bytes(json.dumps({"error": "AcceleratorError: out of memory", "again": True}).encode())
-        os._exit(0)
+def _once() -> bool:
+    """Whether this is the first try of this system in this run."""
+    marker = Path(f"{os.environ['TORCHINDUCTOR_CACHE_DIR']}-tried")
+    first = not marker.exists()
+    marker.touch()
+    return first
+
+
+def out_of_memory_at_first(subject: Subject) -> Call:
+    if _once():
+        raise RuntimeError("CUDA error: out of memory")
+    return right(subject)
+
+
+def out_of_memory(subject: Subject) -> Call:
+    raise RuntimeError("CUDA error: out of memory")
+
+
+def killed_at_first(subject: Subject) -> Call:
+    """Ended as the kernel does it where a host has no memory left."""
+    if _once():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return right(subject)
+
+
+def hangs_at_first(subject: Subject) -> Call:
+    """Never built, where no signal of the process itself can end it, as in a library's own code."""
+    if _once():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        time.sleep(1000)
+    return right(subject)
+
+
+def out_of_memory_at_the_first_latency(subject: Subject) -> Call:
+    """Finds no memory at one call: the first after it was built and its outputs were looked at."""
+    calls = [0]
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 10:  # the first, eight inputs, and then this one
+            raise RuntimeError("CUDA error: out of memory")
+        return subject.model(x)
+
+    return call
+
+
+def _note(log: str, line: str) -> int:
+    """Write a line beside the workers' logs; how many there are now."""
+    order = Path(log).with_name("order")
+    with order.open("a") as file:
+        file.write(f"{line}\n")
+    return len(order.read_text().splitlines())
+
+
+def serve_and_log(connection: Connection, log: str, job: dict[str, Any]) -> None:
+    """A worker that logs when it creates its context and when it builds."""
+    start, meter = _worker._start, _worker._meter
+
+    def logged_start(job: dict[str, Any]) -> float:
+        _note(log, "begin")
+        held = start(job)
+        _note(log, "end")
+        return held
+
+    def logged_meter(job: dict[str, Any], command: dict[str, Any]) -> Any:
+        _note(log, f"build {job['system']}")
+        return meter(job, command)
+
+    _worker._start, _worker._meter = logged_start, logged_meter
+    _worker.serve(connection, log, job)
+
+
+def serve_contexts_badly(connection: Connection, log: str, job: dict[str, Any]) -> None:
+    """A run's first worker finds no memory for its context, its second does not answer, its third is killed."""
+    count = _note(log, "start")
+
+    def start(job: dict[str, Any]) -> float:
+        if count == 1:
+            raise RuntimeError("CUDA error: out of memory")
+        if count == 2:
+            time.sleep(1000)
+        if count == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0.0
+
+    _worker._start = start
+    _worker.serve(connection, log, job)
+
+
+def serve_no_context_to_eager(connection: Connection, log: str, job: dict[str, Any]) -> None:
+    def start(job: dict[str, Any]) -> float:
+        raise RuntimeError("CUDA error: out of memory")
+
+    if job["system"] == "eager":
+        _worker._start = start
+    _worker.serve(connection, log, job)
+
+
+def serve_and_kill_eager_once(connection: Connection, log: str, job: dict[str, Any]) -> None:
+    """A worker; that of eager ends while its latency is measured, once."""
+    memory = _worker._memory
+
+    def counted(job: dict[str, Any]) -> float:
+        # Asked after the build, before and after the first calls of all threads, then before the latency.
+        if _note(log, "asked") == 4:
+            os.abort()
+        return memory(job)
+
+    if job["system"] == "eager":
+        _worker._memory = counted
     _worker.serve(connection, log, job)
 
 

@@ -102,6 +102,13 @@ def test_a_run_is_written_and_shown_again(tmp_path: Path) -> None:
     assert picture.exists()
 
 
+def test_the_baseline_and_the_bound_are_built_first_and_what_takes_many_cores_last() -> None:
+    names = [s.name for s in sorted(SYSTEMS.values(), key=lambda s: s.order)]
+    assert set(names[:2]) == {"eager", "bound"}
+    assert names[-1] == "compile-autotune"
+    assert names.index("trt-cpp-each") < names.index("compile") < names.index("anabranch-eager-native")
+
+
 OURS = [w for w in WORKS.values() if w.needs is None]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +14,9 @@ from typing import Any
 import click
 import pytest
 import torch
+from click.testing import CliRunner
 
-from anabranch.bench import _lanes
+from anabranch.bench import _host, _lanes
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,6 +108,52 @@ def test_a_lane_that_wrote_nothing_is_said_and_an_earlier_file_not_taken_for_it(
     assert missing == [tmp_path / "lane1.json"]
     with pytest.raises(click.ClickException, match="no lane"):
         _lanes.run_lanes([["b"]], tmp_path, "cpu", 1.0, [])
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("hung", 1)])
+def test_a_run_of_lanes_without_its_baseline_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: str, code: int
+) -> None:
+    bench = load("bench")
+    found = part("relu", 1.0)
+    figures = {key: {"median": 1.0, "low": 1.0, "high": 1.0, "rounds": 1} for key in ("p50_us", "host_us")}
+    found["cells"][0] |= (
+        {"status": "ok", "latency": figures}
+        if status == "ok"
+        else {
+            "status": status,
+            "reason": "build: no answer",
+        }
+    )
+    monkeypatch.setattr(bench, "run_lanes", lambda *_: ([found], []))
+    monkeypatch.setattr(bench, "plot", lambda *_: None)
+    result = CliRunner().invoke(bench.main, ["h200", "--works", "relu", "--out", str(tmp_path)])
+    assert result.exit_code == code, result.output
+    assert ("no figures of the baseline: relu: eager is hung: build: no answer" in result.output) == bool(code)
+    assert json.loads((tmp_path / "bench_h200.json").read_text())["cells"][0]["status"] == status
+
+
+def test_host_memory_is_used_once_where_less_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Popen(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started.append(self)
+
+    total, available = _host.host_memory()
+    assert 0 < available < total
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    monkeypatch.setattr(_host, "_TOUCHING", 2)
+    assert _host.grow_host_memory(available / 2) == 0.0
+    assert not started
+    monkeypatch.setattr(_host, "host_memory", lambda: (1.0, 0.1))
+    # Each of the two touches 256 MiB and holds it until both have.
+    assert 0.0 < _host.grow_host_memory(0.5) < 60.0
+    # A limit that has passed already: it ends, and leaves no process behind.
+    assert _host.grow_host_memory(0.5, seconds=0.0) < 30.0
+    assert len(started) == 4
+    assert all(child.returncode == -signal.SIGKILL for child in started)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/bench.md"])

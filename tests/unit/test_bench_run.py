@@ -9,9 +9,12 @@ from typing import Any
 import bench_systems
 import pytest
 import torch
+from click.testing import CliRunner
 
-from anabranch.bench import Options, _process, find_system, find_work, run_bench, strike, summary
+from anabranch.bench import Options, _process, _run, find_system, find_work, run_bench, strike, summary
+from anabranch.bench._command import command
 from anabranch.bench._measure import Meter
+from anabranch.bench._report import without_baseline
 from anabranch.bench._work import calibrated
 from anabranch.errors import InputError
 
@@ -182,11 +185,100 @@ def test_what_a_crash_took_along_is_built_again() -> None:
     assert found["throughput"]["2"]["per_s"]["rounds"] == 2
 
 
-def test_a_process_that_finds_no_memory_for_its_context_gets_a_successor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_process, "serve", bench_systems.serve_without_memory)
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_run, "_PAUSE", 0.0)
+    monkeypatch.setattr(_run, "_GRACE", 0.5)
+    monkeypatch.setattr(_run, "_CONTEXT", 4.0)
+
+
+def test_contexts_are_created_one_at_a_time_before_anything_builds_and_the_baseline_builds_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(_process, "serve", bench_systems.serve_and_log)
+    content = run("right", "off", "eager", streams=(1,), logs=tmp_path)
+    assert [c["status"] for c in content["cells"]] == ["ok"] * 3
+    lines = (tmp_path / "order").read_text().splitlines()
+    assert lines[:6] == ["begin", "end"] * 3
+    assert lines[6] == "build eager"
+    assert sorted(lines[7:]) == ["build bench_systems:off", "build bench_systems:right"]
+
+
+def test_a_context_that_was_refused_is_asked_for_again_in_a_new_process(
+    monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    monkeypatch.setattr(_process, "serve", bench_systems.serve_contexts_badly)
     found = cell(run("right"), ":right")
     assert found["status"] == "ok"
     assert found["throughput"]["2"]["wrong"] == 0
+    for why, text in zip(
+        ("RuntimeError: CUDA error: out of memory", "no answer in 4 s", "SIGKILL"), found["retried"], strict=True
+    ):
+        assert text.startswith(f"context: {why} (host ")
+
+
+def test_what_its_surroundings_ended_is_built_again(no_pauses: None) -> None:
+    systems = ("out_of_memory_at_first", "killed_at_first", "hangs_at_first", "right")
+    content = run(*systems, "out_of_memory", build_seconds=8.0)
+    whys = ("build: RuntimeError: CUDA error: out of memory", "build: SIGKILL", "build: no answer")
+    for system, why in zip(systems, (*whys, None), strict=True):
+        found = cell(content, f":{system}")
+        assert found["status"] == "ok"
+        assert "crash" not in found
+        assert list(found["throughput"]) == ["1", "2"]
+        assert [text.split(" (host ")[0] for text in found.get("retried", [])] == ([why] if why else [])
+    never = cell(content, ":out_of_memory")
+    assert never["status"] == "failed"
+    assert never["reason"] == whys[0]
+    assert len(never["retried"]) == 5
+
+
+def test_a_figure_that_there_was_no_memory_for_is_measured_in_the_next_round() -> None:
+    found = cell(run("out_of_memory_at_the_first_latency", rounds=2), "first_latency")
+    assert found["status"] == "ok"
+    assert found["latency"]["p50_us"]["rounds"] == 1
+    assert found["throughput"]["2"]["per_s"]["rounds"] == 2
+    (why,) = found["retried"]
+    assert why.startswith("latency: RuntimeError: CUDA error: out of memory (host ")
+
+
+def test_the_baseline_is_built_again_whatever_ended_it(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
+    monkeypatch.setattr(_process, "serve", bench_systems.serve_and_kill_eager_once)
+    content = run("eager")
+    found = cell(content, "eager")
+    assert found["status"] == "ok"
+    assert list(found["throughput"]) == ["1", "2"]
+    assert [text.split(" (host ")[0] for text in found["retried"]] == ["latency: SIGABRT"]
+    assert without_baseline(content) == []
+
+
+def test_a_run_without_its_baseline_says_so_and_fails(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
+    monkeypatch.setattr(_process, "serve", bench_systems.serve_no_context_to_eager)
+    args = ["relu", "--device", "cpu", "--streams", "1", "--rounds", "1", "--seconds", "0.01"]
+    result = CliRunner().invoke(command, [*args, "--systems", "eager", "bench_systems:right"])
+    assert result.exit_code == 1
+    why = "context: RuntimeError: CUDA error: out of memory, 9 times"
+    assert f"no figures of the baseline: relu: eager is failed: {why}" in result.output
+    assert "right" in result.output
+
+
+def test_each_cell_and_figure_that_is_not_there_says_why() -> None:
+    systems = [find_system("bench_systems:right"), find_system("eager")]
+    works = [find_work("relu"), find_work("upscaler-1080p")]
+    unfinished = _run._Run(works, systems, Options(**{**FAST, "streams": (1, 2, 16)}), lambda *_: None)
+    waiting, built, measured, crashed = unfinished.cells
+    built.end("ok", "")
+    built.retried.append("latency: out of memory")
+    measured.end("ok", "")
+    measured.latency.append({"p50_us": 1.0})
+    measured.throughput[1] = [{"per_s": 1.0}]
+    crashed.end("crashed", "build: SIGSEGV")
+    unfinished._account()
+    assert (waiting.status, waiting.reason) == ("skipped", "out of time before its build")
+    assert (built.status, built.reason) == ("skipped", "out of time before its measurement; latency: out of memory")
+    assert measured.status == "ok"
+    assert measured.without == {2: "out of time before its measurement", 16: "at most 4 streams for this work"}
+    assert (crashed.reason, crashed.without) == ("build: SIGSEGV", {})
 
 
 def test_a_lost_device_ends_its_cell_as_a_crash_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from anabranch._exit import refuse_unwritable
-from anabranch.bench._report import notes, status, table
+from anabranch.bench._report import notes, status, table, without_baseline
 from anabranch.bench._run import Options, run_bench
 from anabranch.bench._system import SYSTEMS, default_systems
 from anabranch.bench._work import WORKS, default_works
@@ -72,6 +72,8 @@ def run(
             plot(content, plot_path)
         except AnabranchError as e:
             _refuse(str(e))
+    if lost := without_baseline(content):
+        click.echo(f"anabranch bench: no figures of the baseline: {'; '.join(lost)}", err=True)
     sys.exit(status(content))
 
 

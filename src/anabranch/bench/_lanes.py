@@ -61,8 +61,8 @@ def _lane(
     command = [
         *("taskset", "-c", f"{number * cores}-{(number + 1) * cores - 1}"),
         *(sys.executable, "-m", "anabranch", "bench", *works, "--device", device, "--json", str(target)),
-        # Twice as many builds as cores: most wait for the driver, or for each other to create their contexts.
-        *("--batch", str(len(works)), "--cores", str(2 * cores), "--limit", str(limit), *settings),
+        # Half as many builds again as cores: some of them wait for the GPU.
+        *("--batch", str(len(works)), "--cores", str(cores + cores // 2), "--limit", str(limit), *settings),
     ]
     with target.with_suffix(".log").open("w") as log:
         subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
@@ -77,7 +77,7 @@ def merge(parts: Sequence[dict[str, Any]], command: str) -> dict[str, Any]:
     lanes: list[dict[str, Any]] = []
     for part in parts:
         where = part["environment"]
-        keys = ("date", "command", "device", "seconds", "load_before", "load_after")
+        keys = ("date", "command", "device", "seconds", "load_before", "load_after", "host_memory")
         about = {key: where[key] for key in keys if key in where}
         about["limit_seconds"] = part["settings"].get("limit_seconds")
         lanes += where.get("lanes") or [{"works": list(part["works"]), **about}]

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from anabranch._exit import NOT_JUDGED, RIGHT, WRONG
 from anabranch.bench._statistics import ratio
+from anabranch.bench._system import BASELINE
 from anabranch.errors import CannotJudge
 
 #: Struck-out figures that a summary lists one by one.
@@ -152,8 +153,8 @@ def notes(content: Content) -> list[str]:
 
 
 def status(content: Content) -> int:
-    """The exit status of a run: 1 where an output was wrong, 2 where a system's outputs could not be judged or nothing
-    was measured, else 0. What crashed, hung or was not built in time is a result, and said as one."""
+    """The exit status of a run: 1 where an output was wrong, 2 where a system's outputs could not be judged or the
+    baseline or everything has no figures, else 0. What crashed, hung or was not built in time is a result, and said as one."""
     cells = content["cells"]
     family = {name: about["family"] for name, about in content["systems"].items()}
     for cell in cells:
@@ -162,7 +163,16 @@ def status(content: Content) -> int:
             return WRONG
     unjudged = any(CannotJudge.__name__ in c.get("reason", "") for c in cells)
     measured = not cells or any(c["status"] == "ok" for c in cells)
-    return RIGHT if measured and not unjudged else NOT_JUDGED
+    return RIGHT if measured and not unjudged and not without_baseline(content) else NOT_JUDGED
+
+
+def without_baseline(content: Content) -> list[str]:
+    """Works on which the baseline was to be measured and has no figures, with the reason: such a run has failed."""
+    return [
+        f"{cell['work']}: {BASELINE} is {cell['status']}: {cell.get('reason', 'no reason given')}"
+        for cell in content["cells"]
+        if cell["system"] == BASELINE and "latency" not in cell
+    ]
 
 
 def _best(

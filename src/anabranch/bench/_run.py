@@ -1,4 +1,5 @@
-"""The run: builds side by side, then measures one at a time, all systems of a work in turn, round after round."""
+"""The run: contexts one at a time, then builds side by side, then measurements one at a time, all systems of a work in
+turn, round after round."""
 
 from __future__ import annotations
 
@@ -7,14 +8,15 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from anabranch.bench._cell import Cell, Group
+from anabranch.bench._host import free_memory, host_memory
 from anabranch.bench._process import Crashed, Hung, Worker
-from anabranch.bench._statistics import spread
-from anabranch.bench._system import System, find_system
+from anabranch.bench._system import BASELINE, System, find_system
 from anabranch.bench._work import Work, find_work
 from anabranch.check import environment, write_json
 
@@ -22,8 +24,17 @@ from anabranch.check import environment, write_json
 _GRACE, _LONG_GRACE = 15.0, 30.0
 #: First calls of all threads may take so many times the patience for one measurement.
 _WARM = 2.0
-#: How often a build that found no memory is tried again.
+#: Seconds in which a process has to create its device's context.
+_CONTEXT = 60.0
+#: The part of a pass's time for building that may go by before all contexts are there.
+_CONTEXTS_SHARE = 0.3
+#: How often what its surroundings ended is tried again: a context that was refused, a build or a measurement that found
+#: no memory or that the kernel killed for want of it. A build without an answer is tried again once, as it may be the
+#: system's own fault; the baseline's as often as the others.
 _TRIES = 4
+_OUT_OF_MEMORY = "out of memory"
+#: Pauses before another try, in seconds: twice as long each time. The memory of a virtual machine grows meanwhile.
+_PAUSE, _LONGEST_PAUSE = 1.0, 16.0
 #: Seconds at a run's end that no later pass builds in, so that it can measure.
 _LAST = 10.0
 #: Hardware queues of a process that many streams are used in, for all systems alike. With the driver's default of 8
@@ -68,93 +79,6 @@ class Options:
     logs: Path | None = None
 
 
-@dataclass(eq=False)
-class Cell:
-    """One system on one work, and all that was seen of it."""
-
-    work: Work
-    system: System
-    #: ``ok``, ``unavailable``, ``failed`` (raised), ``crashed``, ``hung``, ``slow`` (not built in time), ``skipped``.
-    status: str = "waiting"
-    reason: str = ""
-    crash: dict[str, Any] | None = None
-    built: dict[str, Any] = field(default_factory=dict)
-    latency: list[dict[str, Any]] = field(default_factory=list)
-    throughput: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    #: Streams -> why there is no (further) figure.
-    without: dict[int, str] = field(default_factory=dict)
-    #: What it holds when idle, and the most that it held beside that while it was measured.
-    held_mb: float = 0.0
-    passing_mb: float = 0.0
-    tries: int = 0
-    #: Threads make their first calls while building; not those of a system which that broke.
-    warm: bool = True
-    #: Its build was cut off, or not begun, so that measuring could start.
-    late: bool = False
-
-    def end(self, status: str, reason: str) -> None:
-        self.status, self.reason = status, reason
-
-    def count(self, figure: str) -> int:
-        """Rounds in which this figure (``"latency"``, or a number of streams) was measured."""
-        return len(self.latency) if figure == "latency" else len(self.throughput.get(int(figure), []))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON. Figures are medians over the rounds, with the lowest and highest round."""
-        result: dict[str, Any] = {"work": self.work.name, "system": self.system.name, "status": self.status}
-        if self.reason:
-            result["reason"] = self.reason
-        if self.crash:
-            result["crash"] = self.crash
-        if self.built:
-            hidden = ("grew_mb", "passing_mb", "error")
-            result |= {k: v for k, v in self.built.items() if k not in hidden and v != ""}
-            result["serial_error"] = self.built["error"]
-            result["serially_wrong"] = not self.built["error"] <= self.built["allowed_error"]
-            result["memory_mb"] = self.held_mb + self.passing_mb
-        if self.latency:
-            result["latency"] = {
-                key: spread([r[key] for r in self.latency]) for key in ("p50_us", "p99_us", "host_us", "copy_us")
-            } | {"calls": sum(r["calls"] for r in self.latency)}
-        result["throughput"] = {
-            str(n): {"per_s": spread([r["per_s"] for r in rounds])}
-            | {k: sum(r[k] for r in rounds) for k in ("calls", "checked", "wrong", "inexact", "all_zero")}
-            for n, rounds in self.throughput.items()
-        }
-        if self.without:
-            result["without"] = {str(n): why for n, why in self.without.items()}
-        return result
-
-
-@dataclass(eq=False)
-class Group:
-    """One system's cells of a batch, or one of them (``System.apart``), and the process that builds and measures them.
-
-    A crash ends the process; the cells that it held and that still miss figures are built again in a new one.
-    """
-
-    system: System
-    cells: list[Cell]
-    queue: list[Cell] = field(default_factory=list)
-    #: Built, and to be warmed once nothing is left to build.
-    cold: list[Cell] = field(default_factory=list)
-    worker: Worker | None = None
-    building: Cell | None = None
-    #: What it does with ``building``: ``build`` or ``warm``.
-    stage: str = "build"
-
-    def lost(self, cell: Cell, stage: str, error: Exception) -> None:
-        """Note how the process ended, at this cell."""
-        worker, self.worker, self.building, self.cold = self.worker, None, None, []
-        if isinstance(error, Crashed):
-            cell.end("crashed", f"{stage}: {error.how}")
-            cell.crash = {"stage": stage, "how": error.how, "stderr": error.lines}
-        else:
-            lines = worker.last_lines() if worker else []
-            cell.end("hung", f"{stage}: no answer")
-            cell.crash = {"stage": stage, "how": "no answer in time; killed", "stderr": lines}
-
-
 def run_bench(
     works: Sequence[str],
     systems: Sequence[str],
@@ -177,6 +101,8 @@ class _Run:
         self.cores = options.cores or os.cpu_count() or 1
         self.where = environment(options.device)
         self.where |= {"cores": os.cpu_count(), "load_before": os.getloadavg(), "versions": _versions()}
+        total, available = host_memory()
+        self.memory = {"before_gb": total, "least_available_gb": available}
 
     @property
     def figures(self) -> list[str]:
@@ -184,6 +110,7 @@ class _Run:
         return ["latency"] * self.options.latencies + [*map(str, self.options.streams)]
 
     def _step(self, what: str, n: int = 1) -> None:
+        self.memory["least_available_gb"] = min(self.memory["least_available_gb"], host_memory()[1])
         self.done += n
         total = len(self.cells) * (1 + self.options.rounds * len(self.figures))
         self.report(min(self.done, total), total, what)
@@ -208,7 +135,24 @@ class _Run:
                     for worker in workers:
                         worker.kill()
                 self._save()
+        self._account()
         return self._content(partial=False)
+
+    def _account(self) -> None:
+        """See that each cell and each figure that is not there says why."""
+        for cell in self.cells:
+            last = cell.retried[-1:]
+            if cell.status == "waiting":
+                cell.end("skipped", "; ".join(["out of time before its build", *last]))
+            elif cell.status == "ok" and not cell.latency:
+                cell.end("skipped", "; ".join(["out of time before its measurement", *last]))
+            if cell.status != "ok":
+                continue
+            for n in self.options.streams:
+                if n > cell.work.max_streams:
+                    cell.without.setdefault(n, f"at most {cell.work.max_streams} streams for this work")
+                elif not cell.count(str(n)):
+                    cell.without.setdefault(n, "; ".join(["out of time before its measurement", *last]))
 
     def _groups(self, batch: list[Work]) -> list[Group]:
         groups = []
@@ -262,34 +206,113 @@ class _Run:
 
     def _build(self, groups: list[Group], close: float) -> None:
         """Build what is queued: systems side by side, as many as there are cores, the works of each in turn."""
-        waiting = sorted(groups, key=lambda g: -g.system.slow)
+        waiting = sorted(groups, key=lambda g: g.system.order)
+        self._contexts(waiting, close)
         running: list[Group] = []
         while waiting or running:
-            free = self.cores - sum(g.system.cores for g in running)
-            while waiting and (free > 0 or not running):
-                group = waiting.pop(0)
-                if self._next(group, close):
-                    running.append(group)
-                    free -= group.system.cores
+            self._begin(waiting, running, close)
             if not running:
+                if waiting:
+                    time.sleep(max(0.0, min(g.after for g in waiting) - time.monotonic()))
                 continue
             handles: dict[Any, Group] = {}
             for group in running:
                 assert group.worker is not None
                 handles[group.worker.connection] = handles[group.worker.process.sentinel] = group
-            hit = wait(list(handles), max(0.0, min(self._end(g, close) for g in running) - time.monotonic()) + 0.01)
+            now = time.monotonic()
+            until = min([self._end(g, close) for g in running] + [g.after for g in waiting if g.after > now])
+            hit = wait(list(handles), max(0.0, until - now) + 0.01)
             answered = {id(handles[h]) for h in hit}
             for group in list(running):
                 if id(group) not in answered and time.monotonic() <= self._end(group, close):
                     continue
-                self._built(group)
+                self._built(group, close)
                 if not self._next(group, close):
                     running.remove(group)
+                    if group.queue:
+                        waiting.append(group)
         for group in groups:
             if group.worker and not any(c.status == "ok" for c in group.cells):
                 # Compilers' helpers would go on with a build that was cut off, while others are measured.
                 group.worker.kill()
                 group.worker = None
+
+    def _begin(self, waiting: list[Group], running: list[Group], close: float) -> None:
+        """Move from ``waiting`` to ``running`` what there are cores for, and drop what has nothing left to build."""
+        free = self.cores - sum(g.system.cores for g in running)
+        for group in list(waiting):
+            if running and free <= 0:
+                break
+            if time.monotonic() < group.after:
+                continue
+            waiting.remove(group)
+            if self._next(group, close):
+                running.append(group)
+                free -= group.system.cores
+            elif group.queue:
+                waiting.append(group)
+
+    def _contexts(self, groups: list[Group], close: float) -> None:
+        """A process with a context for each group, one after the other, before any of them builds.
+
+        Creating a context needs memory of the host that the driver does not wait for, and builds use it up. What was
+        refused is asked for again when all others have theirs.
+        """
+        end = time.monotonic() + _CONTEXTS_SHARE * (close - time.monotonic())
+        for _ in range(_TRIES):
+            without = [g for g in groups if g.worker is None and g.queue and time.monotonic() < end]
+            for group in without:
+                if time.monotonic() < end:
+                    time.sleep(max(0.0, min(group.after, end) - time.monotonic()))
+                    self._context(group, close)
+            if not any(g.worker is None for g in without):
+                break
+
+    def _context(self, group: Group, close: float) -> bool:
+        """Start the group's process and have it create its context; nothing else is begun meanwhile. Or note why not,
+        and when to try again."""
+        worker = self._start(group.system)
+        seconds = min(_CONTEXT, max(5.0, close - time.monotonic()))
+        try:
+            why = worker.ask(seconds, do="start").get("error")
+        except Crashed as e:
+            why = e.how
+        except Hung:
+            why = f"no answer in {seconds:.0f} s"
+        if why is None:
+            group.worker, group.refused = worker, 0
+            return True
+        worker.kill()
+        group.refused += 1
+        why = f"context: {why}"
+        for cell in group.queue:
+            cell.retried.append(f"{why} ({free_memory()})")
+        if group.refused > 2 * _TRIES:
+            for cell in group.queue:
+                cell.end("failed", f"{why}, {group.refused} times")
+                self._step(f"{cell.status} {cell.work.name}: {cell.system.label}")
+            group.queue = []
+        self._pause(group, group.refused, close)
+        return False
+
+    def _pause(self, group: Group, tries: int, close: float) -> None:
+        group.after = min(close, time.monotonic() + min(_LONGEST_PAUSE, _PAUSE * 2 ** (tries - 1)))
+
+    def _again(self, group: Group, cell: Cell, why: str, close: float) -> bool:
+        """Queue a cell that its surroundings ended once more, unless that was tried often enough."""
+        if not self._more(cell, why):
+            return False
+        cell.end("waiting", "")
+        cell.crash = None
+        group.queue.append(cell)
+        self._pause(group, cell.tries, close)
+        return True
+
+    def _more(self, cell: Cell, why: str) -> bool:
+        """Whether a cell that its surroundings ended may be tried again; why it was is noted either way."""
+        cell.retried.append(f"{why} ({free_memory()})")
+        cell.tries += 1
+        return cell.tries <= _TRIES
 
     def _end(self, group: Group, close: float) -> float:
         """When to give up on a build. Its own process stops it in time, unless it hangs where Python cannot reach."""
@@ -302,20 +325,24 @@ class _Run:
     def _next(self, group: Group, close: float) -> bool:
         """Have the group build the next of its cells, or warm it. False: there is none, or no time for it."""
         while group.queue:
-            seconds = min(self.options.build_seconds, close - time.monotonic())
-            cell = group.queue.pop(0)
-            if seconds < 1.0:
+            if close - time.monotonic() < 1.0:
+                cell = group.queue.pop(0)
                 if cell.status == "waiting":
                     cell.late = True
-                    cell.end("skipped", "out of time before its build")
+                    cell.end("skipped", "; ".join(["out of time before its build", *cell.retried[-1:]]))
                 continue
-            if group.worker is None:
-                group.worker = self._start(group.system)
+            if time.monotonic() < group.after or (group.worker is None and not self._context(group, close)):
+                return False
+            seconds = min(self.options.build_seconds, close - time.monotonic())
+            cell = group.queue.pop(0)
             group.building, group.stage = cell, "build"
             try:
                 group.worker.send(do="build", work=cell.work.name, streams=max(self._counts(cell)), seconds=seconds)
             except Crashed as e:
+                # It had ended since it was last asked.
                 group.lost(cell, "build", e)
+                if _of_surroundings(cell, e) and self._again(group, cell, cell.reason, close):
+                    return False
                 continue
             return True
         return self._warm(group, close)
@@ -353,14 +380,13 @@ class _Run:
             "dtype": self.options.dtype,
             "torch_threads": self.options.torch_threads,
             "cores": system.cores,
-            "lock": str(self.folder / "lock"),
             "environment": {**variables, **system.environment},
         }
         logs = self.options.logs or self.folder
         logs.mkdir(parents=True, exist_ok=True)
         return Worker(job, logs / f"{name}.log")
 
-    def _built(self, group: Group) -> None:
+    def _built(self, group: Group, close: float) -> None:
         """Take the answer to a build or a warming, or its end."""
         cell, group.building = group.building, None
         assert cell is not None
@@ -370,23 +396,19 @@ class _Run:
             answer = group.worker.receive(0.0)
             if answer.get("lost"):
                 raise group.worker.gone(answer["error"])
-            if answer.get("again"):
-                group.worker.kill()
-                group.worker = None
-                if cell.tries < _TRIES:
-                    cell.tries += 1
-                    group.queue.insert(0, cell)
-                    return
         except (Crashed, Hung) as e:
             if group.stage == "warm":
-                self._unwarmed(group, cell, again)
+                self._unwarmed(group, cell, again, e.how if isinstance(e, Crashed) else "no answer")
                 return
             group.lost(cell, "build", e)
             group.queue = again + group.queue
+            once = isinstance(e, Hung) and not cell.tries
+            if not ((once or _of_surroundings(cell, e)) and self._again(group, cell, cell.reason, close)):
+                self._step(f"{cell.status} {cell.work.name}: {cell.system.label}")
             return
         if group.stage == "warm":
             if "error" in answer:
-                self._unwarmed(group, cell, again)
+                self._unwarmed(group, cell, again, answer["error"])
             else:
                 cell.held_mb += answer["grew_mb"]
             return
@@ -398,21 +420,19 @@ class _Run:
                 cell.held_mb = answer["grew_mb"]
             if cell.warm:
                 group.cold.append(cell)
-        elif "out of memory" in answer["error"] and cell.tries < _TRIES:
-            # Not the system's fault: other builds' peaks pass, and a virtual machine's memory grows as it is used.
-            cell.tries += 1
-            group.queue.append(cell)
-            return
         elif answer.get("slow"):
             cell.late = answer["seconds"] < self.options.build_seconds - 1.0
             cell.end("slow", f"not built within {answer['seconds']:.0f} s")
+        elif _OUT_OF_MEMORY in answer["error"] and self._again(group, cell, f"build: {answer['error']}", close):
+            return  # other builds' peaks pass
         else:
             cell.end("failed", f"build: {answer['error']}")
         self._step(f"{cell.status} {cell.work.name}: {cell.system.label}")
 
-    def _unwarmed(self, group: Group, cell: Cell, again: list[Cell]) -> None:
+    def _unwarmed(self, group: Group, cell: Cell, again: list[Cell], why: str) -> None:
         """First calls on many threads broke it: in a new process it is measured on few of them before that."""
         assert group.worker is not None
+        cell.retried.append(f"first calls: {why}")
         group.worker.kill()
         group.worker, group.cold, cell.warm = None, [], False
         group.queue = again + group.queue
@@ -448,7 +468,8 @@ class _Run:
             if figure == "latency":
                 answer = self._ask(worker, do="latency", **about)
                 if "error" in answer:
-                    cell.end("failed", f"latency: {answer['error']}")
+                    if not self._later(cell, f"latency: {answer['error']}"):
+                        cell.end("failed", f"latency: {answer['error']}")
                     return
                 cell.latency.append(answer)
             else:
@@ -463,13 +484,22 @@ class _Run:
                     worker, do="throughput", streams=n, patience=options.patience, checked=checked, **about
                 )
                 if "error" in answer:
-                    cell.without[n] = answer["error"]
+                    if not self._later(cell, f"{figure} streams: {answer['error']}"):
+                        cell.without[n] = answer["error"]
                     return
                 cell.throughput.setdefault(n, []).append(answer)
             cell.held_mb += answer["grew_mb"]
             cell.passing_mb = max(cell.passing_mb, answer["passing_mb"])
         except (Crashed, Hung) as e:
             group.lost(cell, "latency" if figure == "latency" else f"{figure} streams", e)
+            if _of_surroundings(cell, e) and self._more(cell, cell.reason):
+                # In a new process, before the next round.
+                cell.end("ok", "")
+                cell.crash = None
+
+    def _later(self, cell: Cell, why: str) -> bool:
+        """Whether a figure for which there was no memory is left to the next round."""
+        return _OUT_OF_MEMORY in why and self._more(cell, why)
 
     def _ask(self, worker: Worker, **command: Any) -> dict[str, Any]:
         answer = worker.ask(self.options.patience, **command)
@@ -487,6 +517,7 @@ class _Run:
             "environment": {
                 **self.where,
                 "load_after": os.getloadavg(),
+                "host_memory": {**self.memory, "after_gb": host_memory()[0]},
                 "seconds": round(time.monotonic() - self.start, 1),
             },
             "settings": {
@@ -517,6 +548,14 @@ class _Run:
             partial = self.options.json.with_suffix(".partial")
             write_json(partial, self._content(partial=True))
             os.replace(partial, self.options.json)
+
+
+def _of_surroundings(cell: Cell, error: Crashed | Hung) -> bool:
+    """Whether what ended a process was not the system: want of memory, or whatever ended the baseline, which is plain
+    PyTorch."""
+    if cell.system.name == BASELINE:
+        return True
+    return isinstance(error, Crashed) and (error.how == "SIGKILL" or _OUT_OF_MEMORY in error.how)
 
 
 def _versions() -> dict[str, str]:

@@ -21,6 +21,8 @@ from anabranch.bench._work import Work, installed
 from anabranch.errors import InputError
 
 Call = Callable[[torch.Tensor], Any]
+#: The system that every run compares with: it is built and measured first, and a run without it has failed.
+BASELINE = "eager"
 
 
 @dataclass
@@ -69,7 +71,7 @@ class System:
     """A system under test. ``family``: ``peer``, ``bound`` (not a product) or ``ours``.
 
     ``contiguous``: it wants its input in this layout and gets it so, whatever suits the others.
-    ``cores``: how many cores its build may use. ``slow``: its build starts first. ``apart``: each of its works gets a
+    ``cores``: how many cores its build may use. ``slow``: the highest starts first. ``apart``: each of its works gets a
     process of its own, since a fault was seen, which would take the others along, or since its builds are the longest.
     ``needs``: modules, all of them; of a tuple of modules one is enough. ``extra``: run only where it is named.
     """
@@ -86,6 +88,11 @@ class System:
     apart: bool = False
     extra: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def order(self) -> tuple[bool, bool, int]:
+        """Builds begin in this order: what the others are compared with first, what takes many cores last."""
+        return self.name not in (BASELINE, "bound"), self.cores > 1, -self.slow
 
     def missing(self, device: str) -> str | None:
         """Why it cannot run here, or None."""
@@ -247,7 +254,7 @@ def _tensorrt_systems() -> Iterator[System]:
             needs=("torch_tensorrt",),
             contiguous=True,  # it would copy any other layout to this one at each call
             slow=0 if shared else 2,
-            apart=shared and python and not graphs,
+            apart=not shared or (python and not graphs),
         )
 
 

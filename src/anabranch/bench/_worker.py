@@ -1,4 +1,4 @@
-"""The process of one system: obeys commands, one JSON object a message, until told to stop.
+"""The process of one system: obeys commands, one JSON object a message, until told to stop. The first is ``start``.
 
 Started by a fork server that has imported PyTorch but touched no device, so that many of them cost few imports.
 Whatever the system does to its process (abort, fault, hang, leak) ends with it.
@@ -7,15 +7,18 @@ Whatever the system does to its process (abort, fault, hang, leak) ends with it.
 from __future__ import annotations
 
 import faulthandler
-import fcntl
 import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
+
+#: Seconds in which a device has to answer after an error, or it counts as lost.
+_ALIVE = 10.0
 
 
 def serve(connection: Connection, log: str, job: dict[str, Any]) -> None:
@@ -28,6 +31,7 @@ def serve(connection: Connection, log: str, job: dict[str, Any]) -> None:
     os.environ.update(job["environment"])
     signal.signal(signal.SIGALRM, _ring)
     meters: dict[str, Any] = {}
+    started = 0.0
     while True:
         try:
             command = json.loads(connection.recv_bytes())
@@ -35,17 +39,19 @@ def serve(connection: Connection, log: str, job: dict[str, Any]) -> None:
             break
         if command["do"] == "stop":
             break
-        try:
-            begun = time.monotonic()
+        if command["do"] == "start":
             try:
-                before = _memory(job) if meters else _start(job)
+                started = _start(job)
             except Exception as e:
-                # Nothing was asked of the system yet. A second try in this process would hang.
-                connection.send_bytes(json.dumps({"error": _one_line(e), "again": True}).encode())
+                # A second try in this process would hang.
+                connection.send_bytes(json.dumps({"error": _one_line(e)}).encode())
                 break
+            connection.send_bytes(b"{}")
+            continue
+        try:
+            before = _memory(job) if meters else started
             if command["do"] == "build":
                 # Again and again: a library that calls back may swallow the first.
-                command["seconds"] = max(0.1, command["seconds"] - (time.monotonic() - begun))
                 signal.setitimer(signal.ITIMER_REAL, command["seconds"], 5.0)
                 meters[command["work"]] = meter = _meter(job, command)
                 answer = meter.build()
@@ -111,29 +117,39 @@ def _meter(job: dict[str, Any], command: dict[str, Any]) -> Any:
 
 
 def _start(job: dict[str, Any]) -> float:
-    """Megabytes before the first build: on a device its context, which is nobody's; else none."""
+    """Create the device's context, which is nobody's. Megabytes before the first build: the context, or on a CPU none.
+
+    Whoever commands several processes lets them do this one at a time: of twenty contexts that are created at once,
+    most fail for want of memory that is there.
+    """
     import torch
 
     if job["device"] != "cuda":
         return 0.0
-    # One at a time: of twenty contexts that are created at once, most fail for want of memory that is there.
-    with open(job["lock"], "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        torch.zeros(1, device="cuda")
+    torch.zeros(1, device="cuda")
     return _memory(job)
 
 
 def _lost(job: dict[str, Any]) -> bool:
-    """Whether nothing more can come from this process: after a device's fault every call on it fails."""
+    """Whether nothing more can come from this process: after a device's fault every call on it fails, or hangs."""
     import torch
 
     if job["device"] != "cuda":
         return False
-    try:
-        torch.cuda.synchronize()
-    except Exception:
-        return True
-    return False
+    failed: list[bool] = []
+
+    def synchronize() -> None:
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            failed.append(True)
+        else:
+            failed.append(False)
+
+    thread = threading.Thread(target=synchronize, daemon=True)
+    thread.start()
+    thread.join(_ALIVE)
+    return failed != [False]
 
 
 def _release(job: dict[str, Any]) -> None:
