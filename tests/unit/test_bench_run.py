@@ -12,10 +12,10 @@ import torch
 from click.testing import CliRunner
 
 from anabranch.bench import Options, _process, _run, find_system, find_work, run_bench, strike, summary
-from anabranch.bench._command import command
 from anabranch.bench._measure import Meter
 from anabranch.bench._report import without_baseline
 from anabranch.bench._work import calibrated
+from anabranch.cli import main
 from anabranch.errors import InputError
 
 FAST = {"streams": (1, 2), "rounds": 1, "seconds": 0.01, "patience": 60.0, "torch_threads": 1}
@@ -24,6 +24,12 @@ FAST = {"streams": (1, 2), "rounds": 1, "seconds": 0.01, "patience": 60.0, "torc
 def run(*systems: str, works: tuple[str, ...] = ("relu",), **options: Any) -> dict[str, Any]:
     names = [s if "-" in s or s == "eager" else f"bench_systems:{s}" for s in systems]
     return run_bench(works, names, Options(**{**FAST, **options}))
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_run, "_PAUSE", 0.0)
+    monkeypatch.setattr(_run, "_CONTEXT", 4.0)
 
 
 def cell(content: dict[str, Any], system: str, work: str = "relu") -> dict[str, Any]:
@@ -169,6 +175,20 @@ def test_a_build_that_takes_too_long_is_given_up() -> None:
     assert cell(content, ":right")["status"] == "ok"
 
 
+def test_a_build_without_an_answer_gets_one_more_process(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
+    end = _run._Run._end
+
+    def soon(self: Any, group: Any, close: float) -> float:
+        hangs = group.system.name.endswith("hangs_at_first") and not group.building.tries
+        return group.worker.since + 4.0 if hangs else end(self, group, close)
+
+    monkeypatch.setattr(_run._Run, "_end", soon)
+    found = cell(run("hangs_at_first"), "hangs_at_first")
+    assert found["status"] == "ok"
+    assert list(found["throughput"]) == ["1", "2"]
+    assert [text.split(" (host ")[0] for text in found["retried"]] == ["build: no answer"]
+
+
 def test_a_build_that_was_cut_off_is_made_again_with_what_is_left_of_the_time() -> None:
     content = run("late", "right", limit=60.0, build_share=0.15)
     assert cell(content, "late")["status"] == "ok"
@@ -185,23 +205,15 @@ def test_what_a_crash_took_along_is_built_again() -> None:
     assert found["throughput"]["2"]["per_s"]["rounds"] == 2
 
 
-@pytest.fixture
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_run, "_PAUSE", 0.0)
-    monkeypatch.setattr(_run, "_GRACE", 0.5)
-    monkeypatch.setattr(_run, "_CONTEXT", 4.0)
-
-
 def test_contexts_are_created_one_at_a_time_before_anything_builds_and_the_baseline_builds_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(_process, "serve", bench_systems.serve_and_log)
-    content = run("right", "off", "eager", streams=(1,), logs=tmp_path)
+    content = run("right", "off", "eager", streams=(1,), cores=1, logs=tmp_path)
     assert [c["status"] for c in content["cells"]] == ["ok"] * 3
     lines = (tmp_path / "order").read_text().splitlines()
     assert lines[:6] == ["begin", "end"] * 3
-    assert lines[6] == "build eager"
-    assert sorted(lines[7:]) == ["build bench_systems:off", "build bench_systems:right"]
+    assert lines[6:] == [f"build {name}" for name in ("eager", "bench_systems:right", "bench_systems:off")]
 
 
 def test_a_context_that_was_refused_is_asked_for_again_in_a_new_process(
@@ -218,15 +230,16 @@ def test_a_context_that_was_refused_is_asked_for_again_in_a_new_process(
 
 
 def test_what_its_surroundings_ended_is_built_again(no_pauses: None) -> None:
-    systems = ("out_of_memory_at_first", "killed_at_first", "hangs_at_first", "right")
-    content = run(*systems, "out_of_memory", build_seconds=8.0)
-    whys = ("build: RuntimeError: CUDA error: out of memory", "build: SIGKILL", "build: no answer")
-    for system, why in zip(systems, (*whys, None), strict=True):
+    systems = ("out_of_memory_at_first", "killed_at_first")
+    content = run(*systems, "right", "out_of_memory")
+    whys = ("build: RuntimeError: CUDA error: out of memory", "build: SIGKILL")
+    for system, why in zip(systems, whys, strict=True):
         found = cell(content, f":{system}")
         assert found["status"] == "ok"
         assert "crash" not in found
         assert list(found["throughput"]) == ["1", "2"]
-        assert [text.split(" (host ")[0] for text in found.get("retried", [])] == ([why] if why else [])
+        assert [text.split(" (host ")[0] for text in found["retried"]] == [why]
+    assert "retried" not in cell(content, ":right")
     never = cell(content, ":out_of_memory")
     assert never["status"] == "failed"
     assert never["reason"] == whys[0]
@@ -255,8 +268,8 @@ def test_the_baseline_is_built_again_whatever_ended_it(monkeypatch: pytest.Monke
 def test_a_run_without_its_baseline_says_so_and_fails(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
     monkeypatch.setattr(_process, "serve", bench_systems.serve_no_context_to_eager)
     args = ["relu", "--device", "cpu", "--streams", "1", "--rounds", "1", "--seconds", "0.01"]
-    result = CliRunner().invoke(command, [*args, "--systems", "eager", "bench_systems:right"])
-    assert result.exit_code == 1
+    result = CliRunner().invoke(main, ["bench", *args, "--systems", "eager", "bench_systems:right"])
+    assert result.exit_code == 2
     why = "context: RuntimeError: CUDA error: out of memory, 9 times"
     assert f"no figures of the baseline: relu: eager is failed: {why}" in result.output
     assert "right" in result.output

@@ -57,7 +57,7 @@ def grow_host_memory(gigabytes: float, seconds: float = 90.0) -> float:
     ]
     try:
         # Readable: it has touched its part, or was ended.
-        waiting = [child.stdout for child in children]
+        waiting = [child.stdout for child in children if child.stdout is not None]
         while waiting:
             ready = select.select(waiting, [], [], max(0.0, start + seconds - time.monotonic()))[0]
             if not ready:

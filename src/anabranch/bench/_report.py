@@ -154,7 +154,8 @@ def notes(content: Content) -> list[str]:
 
 def status(content: Content) -> int:
     """The exit status of a run: 1 where an output was wrong, 2 where a system's outputs could not be judged or the
-    baseline or everything has no figures, else 0. What crashed, hung or was not built in time is a result, and said as one."""
+    baseline or everything has no figures, else 0. What else crashed, hung or was not built in time is a result, and
+    said as one."""
     cells = content["cells"]
     family = {name: about["family"] for name, about in content["systems"].items()}
     for cell in cells:
