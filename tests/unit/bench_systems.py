@@ -180,14 +180,6 @@ def killed_at_first(subject: Subject) -> Call:
     return right(subject)
 
 
-def hangs_at_first(subject: Subject) -> Call:
-    """Never built, where no signal of the process itself can end it, as in a library's own code."""
-    if _once():
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
-        time.sleep(1000)
-    return right(subject)
-
-
 def out_of_memory_at_the_first_latency(subject: Subject) -> Call:
     """Finds no memory at one call: the first after it was built and its outputs were looked at."""
     calls = [0]
@@ -214,9 +206,9 @@ def serve_and_log(connection: Connection, log: str, job: dict[str, Any]) -> None
     start, meter = _worker._start, _worker._meter
 
     def logged_start(job: dict[str, Any]) -> float:
-        _note(log, "begin")
+        _note(log, f"begin {job['system']}")
         held = start(job)
-        _note(log, "end")
+        _note(log, f"end {job['system']}")
         return held
 
     def logged_meter(job: dict[str, Any], command: dict[str, Any]) -> Any:
@@ -224,6 +216,20 @@ def serve_and_log(connection: Connection, log: str, job: dict[str, Any]) -> None
         return meter(job, command)
 
     _worker._start, _worker._meter = logged_start, logged_meter
+    _worker.serve(connection, log, job)
+
+
+def serve_and_hang_once(connection: Connection, log: str, job: dict[str, Any]) -> None:
+    """A worker whose first build never answers, where no signal of the process itself can end it."""
+    meter = _worker._meter
+
+    def hanging(job: dict[str, Any], command: dict[str, Any]) -> Any:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        if _note(log, "build") == 1:
+            time.sleep(1000)
+        return meter(job, command)
+
+    _worker._meter = hanging
     _worker.serve(connection, log, job)
 
 

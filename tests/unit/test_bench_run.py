@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -175,15 +176,20 @@ def test_a_build_that_takes_too_long_is_given_up() -> None:
     assert cell(content, ":right")["status"] == "ok"
 
 
-def test_a_build_without_an_answer_gets_one_more_process(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
+def test_a_build_without_an_answer_gets_one_more_process(
+    monkeypatch: pytest.MonkeyPatch, no_pauses: None, tmp_path: Path
+) -> None:
     end = _run._Run._end
 
     def soon(self: Any, group: Any, close: float) -> float:
-        hangs = group.system.name.endswith("hangs_at_first") and not group.building.tries
-        return group.worker.since + 4.0 if hangs else end(self, group, close)
+        """Until it hangs there is time; then there is none."""
+        if group.stage != "build" or group.building.tries:
+            return end(self, group, close)
+        return 0.0 if (tmp_path / "order").exists() else time.monotonic() + 0.5
 
+    monkeypatch.setattr(_process, "serve", bench_systems.serve_and_hang_once)
     monkeypatch.setattr(_run._Run, "_end", soon)
-    found = cell(run("hangs_at_first"), "hangs_at_first")
+    found = cell(run("right", logs=tmp_path), ":right")
     assert found["status"] == "ok"
     assert list(found["throughput"]) == ["1", "2"]
     assert [text.split(" (host ")[0] for text in found["retried"]] == ["build: no answer"]
@@ -205,15 +211,25 @@ def test_what_a_crash_took_along_is_built_again() -> None:
     assert found["throughput"]["2"]["per_s"]["rounds"] == 2
 
 
-def test_contexts_are_created_one_at_a_time_before_anything_builds_and_the_baseline_builds_first(
+def test_contexts_are_created_one_at_a_time_and_the_baseline_is_built_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(_process, "serve", bench_systems.serve_and_log)
-    content = run("right", "off", "eager", streams=(1,), cores=1, logs=tmp_path)
+    content = run("right", "off", "eager", streams=(1,), cores=3, logs=tmp_path)
     assert [c["status"] for c in content["cells"]] == ["ok"] * 3
     lines = (tmp_path / "order").read_text().splitlines()
-    assert lines[:6] == ["begin", "end"] * 3
-    assert lines[6:] == [f"build {name}" for name in ("eager", "bench_systems:right", "bench_systems:off")]
+    starts = [line for line in lines if not line.startswith("build")]
+    assert starts == [f"{what} {name}" for name in ORDER for what in ("begin", "end")]
+    assert sorted(set(lines) - set(starts)) == sorted(f"build {name}" for name in ORDER)
+
+
+ORDER = ("eager", "bench_systems:right", "bench_systems:off")
+
+
+def test_processes_have_as_many_hardware_queues_as_a_gpu_has_channels_for() -> None:
+    assert [_run.hardware_queues(n) for n in (1, 14, 15, 26, 27, 48, 100)] == [32, 32, 16, 16, 8, 8, 8]
+    content = run("right", "eager", streams=(1,), limit=0.1)
+    assert content["settings"]["hardware_queues"] is None
 
 
 def test_a_context_that_was_refused_is_asked_for_again_in_a_new_process(
@@ -251,8 +267,8 @@ def test_a_figure_that_there_was_no_memory_for_is_measured_in_the_next_round() -
     assert found["status"] == "ok"
     assert found["latency"]["p50_us"]["rounds"] == 1
     assert found["throughput"]["2"]["per_s"]["rounds"] == 2
-    (why,) = found["retried"]
-    assert why.startswith("latency: RuntimeError: CUDA error: out of memory (host ")
+    why = "RuntimeError: CUDA error: out of memory"
+    assert [t.split(" (host ")[0] for t in found["retried"]] == [f"first calls: {why}", f"latency: {why}"]
 
 
 def test_the_baseline_is_built_again_whatever_ended_it(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:

@@ -87,7 +87,7 @@ class Group:
     cold: list[Cell] = field(default_factory=list)
     worker: Worker | None = None
     building: Cell | None = None
-    #: What it does with ``building``: ``build`` or ``warm``.
+    #: What it does: ``start``, or with ``building`` ``build`` or ``warm``.
     stage: str = "build"
     #: Contexts that it was refused.
     refused: int = 0

@@ -61,8 +61,7 @@ def _lane(
     command = [
         *("taskset", "-c", f"{number * cores}-{(number + 1) * cores - 1}"),
         *(sys.executable, "-m", "anabranch", "bench", *works, "--device", device, "--json", str(target)),
-        # Half as many builds again as cores: some of them wait for the GPU.
-        *("--batch", str(len(works)), "--cores", str(cores + cores // 2), "--limit", str(limit), *settings),
+        *("--batch", str(len(works)), "--cores", str(cores), "--limit", str(limit), *settings),
     ]
     with target.with_suffix(".log").open("w") as log:
         subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)

@@ -1,5 +1,4 @@
-"""The run: contexts one at a time, then builds side by side, then measurements one at a time, all systems of a work in
-turn, round after round."""
+"""The run: builds side by side, then measures one at a time, all systems of a work in turn, round after round."""
 
 from __future__ import annotations
 
@@ -26,8 +25,6 @@ _GRACE, _LONG_GRACE = 15.0, 30.0
 _WARM = 2.0
 #: Seconds in which a process has to create its device's context.
 _CONTEXT = 60.0
-#: The part of a pass's time for building that may go by before all contexts are there.
-_CONTEXTS_SHARE = 0.3
 #: How often what its surroundings ended is tried again: a context that was refused, a build or a measurement that found
 #: no memory or that the kernel killed for want of it. A build without an answer is tried again once, as it may be the
 #: system's own fault; the baseline's as often as the others.
@@ -37,10 +34,12 @@ _OUT_OF_MEMORY = "out of memory"
 _PAUSE, _LONGEST_PAUSE = 1.0, 16.0
 #: Seconds at a run's end that no later pass builds in, so that it can measure.
 _LAST = 10.0
-#: Hardware queues of a process that many streams are used in, for all systems alike. With the driver's default of 8
-#: streams wait for each other without need: 16 threads that each launched one graph of 60 kernels made 47,000 calls a
-#: second with 8 queues, 61,000 with 32, which is the most there can be.
-_QUEUES = 32
+#: Hardware queues of each process, for all systems alike, and how many processes may use a GPU at a time with so many.
+#: Each queue takes some of the GPU's channels, of which an H200 has enough for 15 contexts with 32 queues: every further
+#: one was refused with "out of memory", or hung. With the driver's default of 8, many streams wait for each other
+#: without need: 16 threads that each launched one graph of 60 kernels made 47,000 calls a second with 8 queues, 61,000
+#: with 32.
+_QUEUES = ((32, 14), (16, 26), (8, 48))
 #: ``progress(done, of, what)``.
 Progress = Callable[[int, int, str], None]
 
@@ -99,6 +98,10 @@ class _Run:
         self.started = 0
         self.folder = Path()
         self.cores = options.cores or os.cpu_count() or 1
+        #: The group whose process creates its context.
+        self.starting: Group | None = None
+        batches = [works[i : i + options.batch] for i in range(0, len(works), options.batch)]
+        self.queues = hardware_queues(max(len(self._groups(batch)) for batch in batches))
         self.where = environment(options.device)
         self.where |= {"cores": os.cpu_count(), "load_before": os.getloadavg(), "versions": _versions()}
         total, available = host_memory()
@@ -207,7 +210,6 @@ class _Run:
     def _build(self, groups: list[Group], close: float) -> None:
         """Build what is queued: systems side by side, as many as there are cores, the works of each in turn."""
         waiting = sorted(groups, key=lambda g: g.system.order)
-        self._contexts(waiting, close)
         running: list[Group] = []
         while waiting or running:
             self._begin(waiting, running, close)
@@ -226,7 +228,10 @@ class _Run:
             for group in list(running):
                 if id(group) not in answered and time.monotonic() <= self._end(group, close):
                     continue
-                self._built(group, close)
+                if group.stage == "start":
+                    self._started(group, close)
+                else:
+                    self._built(group, close)
                 if not self._next(group, close):
                     running.remove(group)
                     if group.queue:
@@ -243,46 +248,36 @@ class _Run:
         for group in list(waiting):
             if running and free <= 0:
                 break
-            if time.monotonic() < group.after:
-                continue
-            waiting.remove(group)
             if self._next(group, close):
                 running.append(group)
                 free -= group.system.cores
-            elif group.queue:
-                waiting.append(group)
+            if group in running or not group.queue:
+                waiting.remove(group)
 
-    def _contexts(self, groups: list[Group], close: float) -> None:
-        """A process with a context for each group, one after the other, before any of them builds.
+    def _launch(self, group: Group) -> None:
+        """Start the group's process and have it create its context. One process at a time does that: of many that
+        create theirs at once some are told that there is no memory, although there is."""
+        self.starting = group
+        group.worker, group.stage = self._start(group.system), "start"
+        # Should its process have ended already, the answer that does not come tells.
+        with contextlib.suppress(Crashed):
+            group.worker.send(do="start")
 
-        Creating a context needs memory of the host that the driver does not wait for, and builds use it up. What was
-        refused is asked for again when all others have theirs.
-        """
-        end = time.monotonic() + _CONTEXTS_SHARE * (close - time.monotonic())
-        for _ in range(_TRIES):
-            without = [g for g in groups if g.worker is None and g.queue and time.monotonic() < end]
-            for group in without:
-                if time.monotonic() < end:
-                    time.sleep(max(0.0, min(group.after, end) - time.monotonic()))
-                    self._context(group, close)
-            if not any(g.worker is None for g in without):
-                break
-
-    def _context(self, group: Group, close: float) -> bool:
-        """Start the group's process and have it create its context; nothing else is begun meanwhile. Or note why not,
-        and when to try again."""
-        worker = self._start(group.system)
-        seconds = min(_CONTEXT, max(5.0, close - time.monotonic()))
+    def _started(self, group: Group, close: float) -> None:
+        """Take the answer to a start. A context that was refused is asked for again later, in a new process."""
+        assert group.worker is not None
+        self.starting = None
         try:
-            why = worker.ask(seconds, do="start").get("error")
+            why = group.worker.receive(0.0).get("error")
         except Crashed as e:
             why = e.how
         except Hung:
-            why = f"no answer in {seconds:.0f} s"
+            why = f"no answer in {time.monotonic() - group.worker.since:.0f} s"
         if why is None:
-            group.worker, group.refused = worker, 0
-            return True
-        worker.kill()
+            group.refused = 0
+            return
+        group.worker.kill()
+        group.worker = None
         group.refused += 1
         why = f"context: {why}"
         for cell in group.queue:
@@ -293,7 +288,6 @@ class _Run:
                 self._step(f"{cell.status} {cell.work.name}: {cell.system.label}")
             group.queue = []
         self._pause(group, group.refused, close)
-        return False
 
     def _pause(self, group: Group, tries: int, close: float) -> None:
         group.after = min(close, time.monotonic() + min(_LONGEST_PAUSE, _PAUSE * 2 ** (tries - 1)))
@@ -317,13 +311,16 @@ class _Run:
     def _end(self, group: Group, close: float) -> float:
         """When to give up on a build. Its own process stops it in time, unless it hangs where Python cannot reach."""
         assert group.worker is not None
+        if group.stage == "start":
+            return min(group.worker.since + _CONTEXT, max(group.worker.since + 5.0, close))
         if group.stage == "warm":
             return min(group.worker.since + _WARM * self.options.patience, close) + self.options.patience
         others = any(c.status == "ok" and c is not group.building for c in group.cells)
         return min(group.worker.since + self.options.build_seconds, close) + (_LONG_GRACE if others else _GRACE)
 
     def _next(self, group: Group, close: float) -> bool:
-        """Have the group build the next of its cells, or warm it. False: there is none, or no time for it."""
+        """Have the group start its process, build the next of its cells, or warm it. False: nothing to do, or no time
+        for it, or not yet."""
         while group.queue:
             if close - time.monotonic() < 1.0:
                 cell = group.queue.pop(0)
@@ -331,8 +328,11 @@ class _Run:
                     cell.late = True
                     cell.end("skipped", "; ".join(["out of time before its build", *cell.retried[-1:]]))
                 continue
-            if time.monotonic() < group.after or (group.worker is None and not self._context(group, close)):
+            if time.monotonic() < group.after or (group.worker is None and self.starting is not None):
                 return False
+            if group.worker is None:
+                self._launch(group)
+                return True
             seconds = min(self.options.build_seconds, close - time.monotonic())
             cell = group.queue.pop(0)
             group.building, group.stage = cell, "build"
@@ -372,7 +372,7 @@ class _Run:
             # A cache of its own: no system's build is quicker for another's having been there.
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / system.name.replace(":", "_")),
             "TRITON_CACHE_DIR": str(self.folder / system.name.replace(":", "_") / "triton"),
-            "CUDA_DEVICE_MAX_CONNECTIONS": str(_QUEUES),
+            "CUDA_DEVICE_MAX_CONNECTIONS": str(self.queues),
         }
         job = {
             "system": system.name,
@@ -526,7 +526,7 @@ class _Run:
                 "streams": list(options.streams),
                 "rounds": options.rounds,
                 "latencies_a_round": options.latencies,
-                "hardware_queues": _QUEUES if options.device == "cuda" else None,
+                "hardware_queues": self.queues if options.device == "cuda" else None,
                 "seconds_a_figure": options.seconds,
                 "checked_a_stream": options.checked,
                 "build_seconds": options.build_seconds,
@@ -548,6 +548,11 @@ class _Run:
             partial = self.options.json.with_suffix(".partial")
             write_json(partial, self._content(partial=True))
             os.replace(partial, self.options.json)
+
+
+def hardware_queues(processes: int) -> int:
+    """Of each of so many processes on one GPU: as many as its channels allow for."""
+    return next((queues for queues, most in _QUEUES if processes <= most), _QUEUES[-1][0])
 
 
 def _of_surroundings(cell: Cell, error: Crashed | Hung) -> bool:

@@ -210,8 +210,12 @@ class _TensorRT(Ready):
         )
         self.engines = [first]
         wanted = min(copies, subject.streams) if copies else 1
-        while len(self.engines) < wanted and time.monotonic() < subject.deadline - 5.0:
+        copying = 0.0
+        # What comes after the copies takes about as long as one of them.
+        while len(self.engines) < wanted and time.monotonic() + 2.0 * copying < subject.deadline - 5.0:
+            start = time.monotonic()
             self.engines.append(copy.deepcopy(first))
+            copying = max(copying, time.monotonic() - start)
         if graphs == "subgraph":
             torch_tensorrt.runtime.set_cudagraphs_mode(True)
         # enable_cudagraphs() is a context manager: entered for the life of this process, as a server would.
@@ -254,7 +258,7 @@ def _tensorrt_systems() -> Iterator[System]:
             needs=("torch_tensorrt",),
             contiguous=True,  # it would copy any other layout to this one at each call
             slow=0 if shared else 2,
-            apart=not shared or (python and not graphs),
+            apart=shared and python and not graphs,
         )
 
 
