@@ -295,13 +295,15 @@ class _Anabranch(Ready):
     def __init__(self, subject: Subject, backend: str, runtime: str, cuda_graphs: bool | None = None) -> None:
         import anabranch
 
+        # A context for each stream, all built ahead in this thread. With more allowed, threads build some while they
+        # call, and cuDNN's search may choose another algorithm in another thread (docs/contract.md).
         self.engine = anabranch.compile(
             subject.model,
             [subject.example],
             backend=backend,
             runtime=runtime,
             cuda_graphs=cuda_graphs,
-            max_contexts=max(16, subject.streams),
+            max_contexts=subject.streams,
         )
         super().__init__(self.engine)
         plan = self.engine.plan
