@@ -143,7 +143,8 @@ def facts() -> str:
         if now is not None and figure.endswith(" us"):
             now = 1e6 / now
         streams = figure if figure.isdigit() else "1"
-        measured = f"{number(now)} | {now / before:.2f}" if now is not None else f"{cells[0]['status']} | "
+        ended = cells[0]["status"] if cells else "not in the run"
+        measured = f"{number(now)} | {now / before:.2f}" if now is not None else f"{ended} | "
         lines.append(f"| {work} | {what} | {streams} | {number(before)} | {measured} |")
     return "\n".join(lines)
 
