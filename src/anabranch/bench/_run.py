@@ -35,10 +35,10 @@ _PAUSE, _LONGEST_PAUSE = 1.0, 16.0
 #: Seconds at a run's end that no later pass builds in, so that it can measure.
 _LAST = 10.0
 #: Hardware queues of each process, for all systems alike, and how many processes may use a GPU at a time with so many.
-#: Each queue takes channels of the GPU. An H200 had enough for 15 contexts with 32 queues; the driver refused each further
-#: one with "out of memory" (its log: "Failed to allocate Channel ID"), or hung. With the default of 8, many streams wait
-#: for each other without need: 16 threads that each launched one graph of 60 kernels made 47,000 calls a second with 8
-#: queues, 61,000 with 32.
+#: Each queue takes channels of the GPU. An H200 had enough for 15 contexts with 32 queues. The driver refused each
+#: further one with "out of memory" (the kernel's log: "Failed to allocate Channel ID"), or hung. With the default of 8,
+#: many streams wait for each other without need: 16 threads that each launched one graph of 60 kernels made 47,000
+#: calls a second with 8 queues, 61,000 with 32.
 _QUEUES = ((32, 14), (16, 26), (8, 48))
 #: ``progress(done, of, what)``.
 Progress = Callable[[int, int, str], None]
