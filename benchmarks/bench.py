@@ -22,7 +22,6 @@ from pathlib import Path
 import click
 
 from anabranch.bench import default_works, find_work
-from anabranch.bench._host import grow_host_memory, host_memory
 from anabranch.bench._lanes import deal, merge, run_lanes, statuses
 from anabranch.bench._plot import plot
 from anabranch.bench._report import notes, without_baseline
@@ -46,7 +45,6 @@ LANES = (
 @click.option("--lanes", default=2, show_default=True, type=click.IntRange(1, 2))
 @click.option("--works", help="Names, with commas; all.")
 @click.option("--device", default="cuda", type=click.Choice(["cuda", "cpu"]), help="cpu: a rehearsal of h200.")
-@click.option("--memory", default=0.0, help="Gigabytes of host memory to use once before the run (_host.py says why).")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
 def main(
     which: str,
@@ -55,7 +53,6 @@ def main(
     lanes: int,
     works: str | None,
     device: str,
-    memory: float,
     more: tuple[str, ...],
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
@@ -78,8 +75,6 @@ def main(
         settings += ["--torch-threads", "1", *more]
         for name in chosen:
             find_work(name)  # refused now, not by one lane of two
-        before, seconds = host_memory()[0], grow_host_memory(memory)
-        print(f"host memory: {before:.0f} GB, {host_memory()[0]:.0f} GB after {seconds:.0f} s", flush=True)
         parts, missing = run_lanes(deal(chosen, LANES, lanes), out, device, limit, settings)
     content = merge(parts, f"python benchmarks/bench.py {' '.join(sys.argv[1:])}")
     write_json(target, content)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import signal
-import subprocess
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -89,7 +88,7 @@ def test_lanes_hold_each_work_of_a_gpu_host_once(monkeypatch: pytest.MonkeyPatch
 
 def test_some_works_are_dealt_as_all_are() -> None:
     bench = load("bench")
-    assert bench.deal(["googlenet", "relu", "encoder"], bench.LANES, 2) == [["relu", "encoder"], ["googlenet"]]
+    assert bench.deal(["googlenet", "relu", "encoder"], bench.LANES, 2) == [["relu", "googlenet"], ["encoder"]]
     assert bench.deal(["chain", "relu"], bench.LANES, 2) == [["relu", "chain"]]
     assert bench.deal(["my_package:model@1,3", "relu"], bench.LANES, 2) == [["relu", "my_package:model@1,3"]]
 
@@ -133,27 +132,10 @@ def test_a_run_of_lanes_without_its_baseline_fails(
     assert json.loads((tmp_path / "bench_h200.json").read_text())["cells"][0]["status"] == status
 
 
-def test_host_memory_is_used_once_where_less_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[subprocess.Popen[bytes]] = []
-
-    class Popen(subprocess.Popen[bytes]):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            started.append(self)
-
+def test_what_is_free_is_told() -> None:
     total, available = _host.host_memory()
     assert 0 < available < total
-    monkeypatch.setattr(subprocess, "Popen", Popen)
-    monkeypatch.setattr(_host, "_TOUCHING", 2)
-    assert _host.grow_host_memory(available / 2) == 0.0
-    assert not started
-    monkeypatch.setattr(_host, "host_memory", lambda: (1.0, 0.1))
-    # Each of the two touches 256 MiB and holds it until both have.
-    assert 0.0 < _host.grow_host_memory(0.5) < 60.0
-    # A limit that has passed already: it ends, and leaves no process behind.
-    assert _host.grow_host_memory(0.5, seconds=0.0) < 30.0
-    assert len(started) == 4
-    assert all(child.returncode == -signal.SIGKILL for child in started)
+    assert re.match(r"host \d+ of \d+ GB free", _host.free_memory())
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/bench.md"])

@@ -9,6 +9,7 @@ import torch
 
 from anabranch.backends._backend import Kernels, Options
 from anabranch.backends._faults import avoid
+from anabranch.backends._layouts import keep_layouts
 from anabranch.errors import BuildError
 from anabranch.export import Program
 
@@ -32,6 +33,7 @@ class _Inductor:
             with config.patch(settings):
                 module = copy.deepcopy(program.module)  # it is rewritten; the plan still shows the original
                 avoid(module)
+                keep_layouts(module)
                 artifact = standalone_compile(
                     module,
                     [*weights, *examples],

@@ -1,0 +1,80 @@
+"""Results lie in memory as eager's do, where Inductor's decomposition of an operator would lay them out otherwise.
+
+Inductor computes some operators by others. If a picture lies in ``channels_last``, these may give a result in
+``channels_last`` where the operator gives a contiguous one, as for ``pixel_shuffle`` on a GPU and for ``index_select``.
+The caller sees that in the result's strides, and views of it fail or copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+def keep_layouts(module: fx.GraphModule) -> None:
+    """Put a copy behind each operator whose decomposition has other strides than the operator, in place.
+
+    Inductor makes one kernel of the two.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = select_decomp_table()
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target not in table or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        value, returns = node.meta.get("val"), node.target._schema.returns
+        if not isinstance(value, Tensor) or any(r.alias_info is not None for r in returns) or not _is_laid_out(node):
+            continue
+        other = _decomposed(node, table[node.target])
+        if other is not None and _order(other) != _order(value):
+            _copy(node, _order(value))
+    module.graph.lint()
+    module.recompile()
+
+
+def _is_laid_out(node: fx.Node) -> bool:
+    """Whether an input lies in memory otherwise than contiguous: of contiguous ones everything is contiguous."""
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    return any(isinstance(v, Tensor) and not v.is_contiguous() for v in values)
+
+
+def _decomposed(node: fx.Node, decomposition: Any) -> Tensor | None:
+    """What the decomposition makes of the node's inputs; None where it makes nothing of them."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    mode = getattr(node.meta["val"], "fake_mode", None)
+    try:
+        with mode or torch.no_grad():
+            result = decomposition(*args, **kwargs)
+    except Exception:
+        return None  # it needs what is not there while no kernel runs; Inductor then has a kernel of its own
+    return result if isinstance(result, Tensor) else None
+
+
+def _order(x: Tensor) -> tuple[int, ...]:
+    """The dimensions of more than one element, the outermost in memory first."""
+    return tuple(sorted((d for d in range(x.dim()) if x.shape[d] != 1), key=lambda d: (-x.stride(d), d)))
+
+
+def _copy(node: fx.Node, order: tuple[int, ...]) -> None:
+    """Let the node's users have a dense copy with its dimensions in this order."""
+    value: Tensor = node.meta["val"]
+    whole = (*(d for d in range(value.dim()) if d not in order), *order)
+    back = tuple(whole.index(d) for d in range(value.dim()))
+    users = list(node.users)
+    aten = torch.ops.aten
+    steps: tuple[tuple[Any, Any, Any], ...] = (
+        (aten.permute.default, (list(whole),), {}),
+        (aten.clone.default, (), {"memory_format": torch.contiguous_format}),
+        (aten.permute.default, (list(back),), {}),
+    )
+    last = node
+    for target, args, kwargs in steps:
+        with node.graph.inserting_after(last):
+            made = node.graph.call_function(target, (last, *args), kwargs)
+        with getattr(value, "fake_mode", None) or torch.no_grad():
+            made.meta["val"] = target(last.meta["val"], *args, **kwargs)
+        last = made
+    for user in users:
+        user.replace_input_with(node, last)
