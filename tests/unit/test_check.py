@@ -209,7 +209,7 @@ def test_random_numbers_cannot_be_judged() -> None:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 MODULE = """
-import sys, threading, torch
+import sys, threading, time, torch
 class Good(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -219,7 +219,7 @@ class Good(torch.nn.Module):
         return self.linear(x)
 class Loops(torch.nn.Module):
     def forward(self, x):
-        while True: pass
+        while True: time.sleep(0.01)
 class Raises(torch.nn.Module):
     def forward(self, x):
         raise RuntimeError("no such layer")
@@ -364,16 +364,20 @@ def test_a_model_that_never_ends_is_given_up_and_ctrl_c_ends_it_at_once(folder: 
     args = ("subject_of_check:Loops", "--shape", "2,3", *SMALL)
     given_up = command(folder, *args, "--patience", "8")
     interrupted = command(folder, *args)
-    out, err = given_up.communicate(timeout=120)
-    assert given_up.returncode == 2, err
-    assert "nothing happened for 8 s" in err
-    assert "Traceback" not in err
-    interrupted.send_signal(signal.SIGINT)
-    out, err = interrupted.communicate(timeout=30)
-    assert interrupted.returncode == 130, err
-    assert "interrupted" in err
-    assert "Traceback" not in err
-    assert not out
+    try:
+        out, err = given_up.communicate(timeout=300)
+        assert given_up.returncode == 2, err
+        assert "nothing happened for 8 s" in err
+        assert "Traceback" not in err
+        interrupted.send_signal(signal.SIGINT)
+        out, err = interrupted.communicate(timeout=120)
+        assert interrupted.returncode == 130, err
+        assert "interrupted" in err
+        assert "Traceback" not in err
+        assert not out
+    finally:
+        for process in (given_up, interrupted):
+            process.kill()
 
 
 def test_output_that_nobody_reads_changes_no_status(folder: Path) -> None:
