@@ -98,9 +98,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.line(
                 f"*** {over}. Make tests cheaper, or mark one `slow` beside a shorter twin. ***", red=True
             )
-    terminalreporter.line(f"The {SLOWEST} slowest:")
-    for nodeid, seconds in sorted(_spent.items(), key=lambda entry: -entry[1])[:SLOWEST]:
-        terminalreporter.line(f"{seconds:7.1f} s  {nodeid}")
+    files: dict[str, float] = defaultdict(float)
+    for nodeid, spent in _spent.items():
+        files[nodeid.split("::")[0]] += spent
+    for title, entries in (("files", files), ("tests", _spent)):
+        terminalreporter.line(f"The {SLOWEST} slowest {title}:")
+        for name, spent in sorted(entries.items(), key=lambda entry: -entry[1])[:SLOWEST]:
+            terminalreporter.line(f"{spent:7.1f} s  {name}")
 
 
 def _write_evidence(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
