@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +79,63 @@ def test_the_default_shapes_are_the_small_ones(tmp_path: Path) -> None:
     assert "0x3x5" in shapes
     assert any(s.endswith("misaligned") for s in shapes)
     assert not any("2160" in s for s in shapes)
+
+
+MODULE = """
+import torch
+class Find(torch.nn.Module):
+    def forward(self, x):
+        return x[x > 0], (x > 0.5).nonzero()
+calls = []
+class Endless(torch.nn.Module):
+    def forward(self, x):
+        calls.append(x.shape)
+        if len(calls) == 40:  # a few rounds of the check's own calls of the model
+            print("running", flush=True)
+        return x * 2
+"""
+TINY = (
+    "--device",
+    "sim",
+    "--shape",
+    "2,8",
+    "--dtype",
+    "float32",
+    "--streams",
+    "2",
+    "--threads",
+    "2",
+    "--runtime",
+    "python",
+)
+
+
+def command(folder: Path, *args: str) -> subprocess.Popen[str]:
+    (folder / "subject_of_sim.py").write_text(MODULE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "anabranch", "check", *args, *TINY],
+        env={**os.environ, "PYTHONPATH": f"{SRC}{os.pathsep}{folder}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_model_whose_host_waits_in_each_call_is_checked_without_holding_streams(tmp_path: Path) -> None:
+    done = command(tmp_path, "subject_of_sim:Find", "--calls", "4", "--no-boundary")
+    out, err = done.communicate(timeout=300)
+    assert done.returncode == 0, out + err
+    assert "the host waits in each call" in " ".join(out.split())
+    assert "all outputs right" in out
+
+
+def test_ctrl_c_ends_it_while_streams_are_held(tmp_path: Path) -> None:
+    done = command(tmp_path, "subject_of_sim:Endless", "--calls", "100000")
+    assert done.stdout is not None
+    assert done.stdout.readline() == "running\n"
+    for _ in range(2):  # the check's own, and the one that a hurried user adds
+        done.send_signal(signal.SIGINT)
+    out, err = done.communicate(timeout=60)
+    assert done.returncode == 130, out + err
+    assert "interrupted" in err
+    assert "Traceback" not in err
