@@ -77,8 +77,8 @@ class _Steps:
 
 
 def _remainder(step: _Steps) -> None:
-    """Inductor's vectors compute a - b * floor(a / b), which is far off where a / b has lost its last digits; eager uses
-    fmod (pytorch#198057). On the CPU eager rounds a number b to float16 or bfloat16 first (pytorch#186875)."""
+    """Inductor's vectors compute a - b * floor(a / b), which is far off where a / b has lost its last digits. Eager
+    uses fmod (pytorch#198057). On the CPU it rounds a number b to float16 or bfloat16 first (pytorch#186875)."""
     value = step.a.meta["val"]
     if not isinstance(step.b, fx.Node) and value.device.type == "cpu":
         step.b = torch.tensor(step.b, dtype=value.dtype).item()

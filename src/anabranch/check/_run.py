@@ -163,7 +163,7 @@ def run_check(
     with float32_exactly(), torch.no_grad(), interleaved(options.device, options.seed):
         with concurrent.futures.ThreadPoolExecutor(options.threads, "anabranch-check") as workers:
             for case in cases:
-                bench = Bench(subject, case, options, workers)
+                bench = Bench(subject, case, options, workers, lambda: progress(None, 0))
                 for path in paths:
                     with Watch(options.device) as watch:
                         row = bench.run(path, lambda n: progress(None, n))
@@ -185,9 +185,16 @@ class Bench:
     """
 
     def __init__(
-        self, subject: Subject, case: Case, options: Options, workers: concurrent.futures.ThreadPoolExecutor
+        self,
+        subject: Subject,
+        case: Case,
+        options: Options,
+        workers: concurrent.futures.ThreadPoolExecutor,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.case, self.options, self.workers = case, options, workers
+        #: Called whenever something is done, so that whoever waits knows that it goes on.
+        self.beat = beat
         self.device = find_device(options.device)
         self.index = self.device.index(torch.device(options.device))
         self.torch_device = torch.device(options.device, self.index) if self.device.has_streams else torch.device("cpu")
@@ -205,6 +212,7 @@ class Bench:
             self.parameters = []
         self.generator = torch.Generator(device=self.torch_device).manual_seed(2991)
         self._check_repeatable()
+        self.beat()
         self.engine: Engine = compile(
             model,
             [case.empty(self.torch_device)],
@@ -335,6 +343,7 @@ class Bench:
             if self.device.has_streams and not sharing(pair(one.result, one.result)[1], [x], [self._nothing]):
                 one = _Serial(source, self._nothing, one.result)  # the input is not needed any more
             made.append(one)
+            self.beat()
         return made
 
     def _compare_with_eager(self, row: Row, one: _Serial) -> None:
@@ -394,7 +403,12 @@ class Bench:
 
     def boundary(self) -> Boundary:
         """Compare serial results with eager where the input has special values."""
-        return boundary(self.engine, self.eager, self.reference, self._input(self._source()), self._synchronize)
+
+        def synchronize() -> None:
+            self._synchronize()
+            self.beat()
+
+        return boundary(self.engine, self.eager, self.reference, self._input(self._source()), synchronize)
 
     def _round(self, row: Row, path: str, n: int, hold: bool) -> None:
         """Queue ``n`` calls behind a latch along ``path``, let go, count."""
@@ -438,6 +452,7 @@ class Bench:
             latch.open()
         for event in finished:
             event.synchronize()
+        self.beat()
         for i in range(n):  # again, now that all others are done: nobody may write to an output that was handed out
             later[i] = _verdict(outputs[i], serial[i].result, self.torch_device)
         verdicts = verdicts.maximum(later)
@@ -499,6 +514,7 @@ class Bench:
         self._spread(path, n, one)
         # Once all are done: nobody may write to an output that was handed out.
         for i in range(n):
+            self.beat()
             bad, all_zero, non_finite = _verdict(outputs[i], serial[i].result, self.torch_device).tolist()
             row.calls += 1
             row.wrong += bad
