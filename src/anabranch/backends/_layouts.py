@@ -54,7 +54,7 @@ def _decomposed(node: fx.Node, decomposition: Any) -> Tensor | None:
 
 def _order(x: Tensor) -> tuple[int, ...]:
     """The dimensions of more than one element, the outermost in memory first."""
-    return tuple(sorted((d for d in range(x.dim()) if x.shape[d] != 1), key=lambda d: (-x.stride(d), d)))
+    return tuple(sorted((d for d in range(x.dim()) if x.shape[d] != 1), key=lambda d: (-x.stride()[d], d)))
 
 
 def _copy(node: fx.Node, order: tuple[int, ...]) -> None:
