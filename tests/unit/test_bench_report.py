@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from anabranch.bench import strike, summary, table
+from anabranch.bench import overview, strike, summary, table
 from anabranch.bench._plot import plot
 from anabranch.bench._report import notes, number, with_ratios
 from anabranch.bench._statistics import percentile, ratio, spread
@@ -154,6 +154,21 @@ def test_the_readme_table_takes_the_number_of_streams_that_suits_each(content: d
     peer = next(c for c in content["cells"] if c["system"] == "a")
     peer["throughput"]["1"] = {**peer["throughput"]["4"], "per_s": spread([6000.0])}
     assert "| 6,000 (System A); 1 | 3,000; 4 | **0.50** |" in summary(content)
+
+
+def test_the_readme_table_has_a_line_a_work_with_losses_and_wrong_outputs_of_ours(content: dict[str, Any]) -> None:
+    (line,) = [row for row in overview(content).splitlines() if row.startswith("| relu |")]
+    right = "| relu | 50.0 (System B) | 40.0 | **1.25** | 1,000 (System A) | 3,000 | **3.00** | 0 of "
+    assert line.startswith(right)
+    ours = [c for c in content["cells"] if content["systems"][c["system"]]["family"] == "ours"]
+    ours[0]["latency"] = {k: spread([100.0]) for k in ours[0]["latency"]}
+    ours[0]["throughput"]["4"] |= {"per_s": spread([500.0])}
+    assert "| 50.0 (System B) | 100 | **0.50** | 1,000 (System A) | 500 | **0.50** |" in overview(content)
+    ours[0]["throughput"]["4"] |= {"wrong": 2, "inexact": 5}
+    text = overview(content)
+    assert "| none |  | 7 of " in text  # a figure with a wrong output behind it is no figure
+    ours[0]["serially_wrong"] = True
+    assert f"| 7 of 480, and 1 of {len(ours)} serial outputs |" in overview(content)
 
 
 def test_many_wrong_figures_are_a_line_a_system(content: dict[str, Any]) -> None:

@@ -263,9 +263,10 @@ def overview(content: Content) -> str:
             c for c in content["cells"] if c["work"] == name and content["systems"][c["system"]]["family"] == "ours"
         ]
         rows = [wrong(cell, n, "ours") for cell in mine for n in cell["throughput"]]
-        # The concurrent outputs of such a cell are compared with a serial one that is wrong itself.
-        rows += [(1, 1) for cell in mine if cell.get("serially_wrong")]
-        parts.append(f"{sum(bad for bad, _ in rows):,} of {sum(checked for _, checked in rows):,}")
+        count = f"{sum(bad for bad, _ in rows):,} of {sum(checked for _, checked in rows):,}"
+        # The concurrent outputs of such a system are compared with a serial one that is wrong itself.
+        serial = sum(bool(cell.get("serially_wrong")) for cell in mine)
+        parts.append(count + (f", and {serial} of {len(mine)} serial outputs" if serial else ""))
         lines.append("| " + " | ".join(parts) + " |")
     where, settings = content["environment"], content["settings"]
     lines += [
