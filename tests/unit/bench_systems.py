@@ -138,10 +138,9 @@ def refuses_threads(subject: Subject) -> Call:
 
 
 def late(subject: Subject) -> Call:
-    """Takes too long, but only at the first try."""
-    marker = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).with_name("tried")
-    if not marker.exists():
-        marker.touch()
+    """Takes too long, but only at the first try: its time is over at once."""
+    if _once():
+        signal.setitimer(signal.ITIMER_REAL, 0.01, 5.0)
         time.sleep(1000)
     return right(subject)
 

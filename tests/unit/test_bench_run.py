@@ -196,7 +196,7 @@ def test_a_build_without_an_answer_gets_one_more_process(
 
 
 def test_a_build_that_was_cut_off_is_made_again_with_what_is_left_of_the_time() -> None:
-    content = run("late", "right", limit=60.0, build_share=0.15)
+    content = run("late", "right", limit=240.0, build_share=0.5)
     assert cell(content, "late")["status"] == "ok"
     assert cell(content, "late")["throughput"]["2"]["wrong"] == 0
 
