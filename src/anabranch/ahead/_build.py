@@ -158,7 +158,7 @@ def _export(
     args, kwargs = pytree.tree_map(tensor, (args, kwargs), is_leaf=lambda x: isinstance(x, Input))
     leaves, structure = flatten_call(args, kwargs)
     signature = Signature.of(leaves, structure)
-    leaves = signature.empty(device)
+    leaves = signature.examples(device)
     for i, x in enumerate(leaves):
         leaf_key(x, i, device)
     with neutral(seam, seam.index(device)):

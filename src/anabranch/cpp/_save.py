@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from anabranch._version import __version__
 from anabranch.errors import InputError, UnsupportedModel
-from anabranch.export import AliasOutput, ComputedOutput, Program, TensorSpec
+from anabranch.export import AliasOutput, ComputedOutput, ConstantOutput, Program, TensorSpec
 from anabranch.runtime import Engine, compile
 from anabranch.runtime._flat import Argument, Call, FlatProgram, flatten
 
@@ -128,9 +128,14 @@ def _dtype(dtype: torch.dtype, what: str) -> str:
 def _result(output: Any, position: int, program: Program, flat: FlatProgram) -> int:
     """Its slot."""
     if isinstance(output, ComputedOutput):
+        if output.is_lazy:
+            raise UnsupportedModel(
+                f"output {position} is a lazy conjugate or negative; return .resolve_conj().resolve_neg() of it.{_HINT}"
+            )
         return flat.results[output.index]
     if not isinstance(output, AliasOutput):
-        raise UnsupportedModel(f"output {position} is {output.value!r}; in C++ results are tensors.{_HINT}")
+        value = output.value if isinstance(output, ConstantOutput) else "a torch.Size that depends on data"
+        raise UnsupportedModel(f"output {position} is {value!r}; in C++ results are tensors.{_HINT}")
     if output.view is not None:
         whose = "an input" if output.weight is None else "a parameter"
         raise UnsupportedModel(f"output {position} is a view of {whose}; return a copy of it (.clone()).{_HINT}")

@@ -256,14 +256,6 @@ class Builder {
 
 // -- inputs ----------------------------------------------------------------------------------------------------------
 
-// See is_plain in ../runtime/_core/call.cpp.
-bool is_stand_in(const at::Tensor& x) {
-  using Key = c10::DispatchKey;
-  constexpr c10::DispatchKeySet odd(
-      {Key::Python, Key::FuncTorchBatched, Key::FuncTorchGradWrapper, Key::Batched, Key::Functionalize});
-  return !x.has_storage() || x.unsafeGetTensorImpl()->key_set().has_any(odd);
-}
-
 // Throws what is wrong with input `i`, if anything is.
 void check(const at::Tensor& x, size_t i, const Input& expected, c10::Device device) {
   auto name = "input " + std::to_string(i);
@@ -282,7 +274,11 @@ void check(const at::Tensor& x, size_t i, const Input& expected, c10::Device dev
                      " is a lazy conjugate, negative or zero; expected its values in memory. Pass"
                      " x.resolve_conj().resolve_neg().");
   }
-  if (is_stand_in(x)) throw InputError(name + " stands in for another tensor; expected a plain one with memory");
+  if (!runtime::is_plain(x)) {
+    throw InputError(name +
+                     " stands in for another tensor, or is of another kind; expected a plain one with memory. Pass"
+                     " x.clone(), outside of any torch.func transform.");
+  }
   if (x.scalar_type() != expected.dtype || x.sizes() != c10::IntArrayRef(expected.sizes)) {
     Input given{x.scalar_type(), x.sizes().vec(), {}};
     throw InputError(name + " is " + given.str() + "; this engine takes " + expected.str() +
@@ -309,7 +305,7 @@ struct Engine::Impl {
     for (size_t i = 0; i < weights.size(); ++i) {
       auto name = "weight " + std::to_string(i);
       auto& w = weights[i];
-      if (!w.defined() || w.layout() != c10::kStrided || is_stand_in(w)) {
+      if (!w.defined() || !runtime::is_plain(w)) {
         throw InputError(name + " is no plain tensor with memory");
       }
       if (w.device() != device) {

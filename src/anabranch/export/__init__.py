@@ -1,16 +1,24 @@
 """From a model to a flat graph: signatures of inputs, ``torch.export``, and what each output really is."""
 
+from anabranch.export._diagnosis import run_in_eager
+from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutput, SizeOutput, finisher
 from anabranch.export._program import (
-    AliasOutput,
-    ComputedOutput,
-    ConstantOutput,
     Program,
     export_program,
     is_random,
     keep_backends_enabled,
     source_of,
 )
-from anabranch.export._signature import Input, Signature, TensorSpec, flatten_call, leaf_key, register_dataclasses
+from anabranch.export._signature import (
+    Input,
+    Signature,
+    TensorSpec,
+    flatten_call,
+    keyword_order_matters,
+    layouts_of,
+    leaf_key,
+    register_dataclasses,
+)
 
 __all__ = [
     "AliasOutput",
@@ -19,12 +27,17 @@ __all__ = [
     "Input",
     "Program",
     "Signature",
+    "SizeOutput",
     "TensorSpec",
     "export_program",
+    "finisher",
     "flatten_call",
     "is_random",
     "keep_backends_enabled",
+    "keyword_order_matters",
+    "layouts_of",
     "leaf_key",
     "register_dataclasses",
+    "run_in_eager",
     "source_of",
 ]

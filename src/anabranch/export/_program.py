@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
+import operator
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +21,19 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
-from anabranch.errors import InputError, UnsupportedModel
-from anabranch.export._signature import register_dataclasses
+from anabranch.errors import UnsupportedModel
+from anabranch.export._default_dtype import pin_default_dtype
+from anabranch.export._diagnosis import check_parts, diagnose
+from anabranch.export._layout import LayoutWatch, aliases, keep_copies
+from anabranch.export._outputs import ComputedOutput, Output, Returned, classify, storage_of
+from anabranch.export._signature import TensorSpec
 
 # torch.export copies tree specs of its own in a way that PyTorch deprecates; whoever sees it can do nothing about it.
 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning, module="copyreg")
 
 _aten = torch.ops.aten
+#: The models' lines are elsewhere.
+_PACKAGE = str(Path(__file__).parents[1])
 
 #: Tagged random, but only with a positive dropout probability: (op, position of p or train, value that is not random).
 _RANDOM_IF = {
@@ -38,36 +46,6 @@ _RANDOM_IF = {
     _aten.dropout.default: ("train", 2, None, False),
     _aten.native_dropout.default: ("train", 2, None, False),
 }
-
-
-@dataclass(frozen=True)
-class ComputedOutput:
-    """The graph computes it: result ``index`` of the module."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class AliasOutput:
-    """An input or a parameter of the model, or a view of one: handed back as eager would.
-
-    ``position`` counts inputs (``weight is None``) ; ``weight`` is the model's own tensor. ``view`` recomputes the view
-    from it; None means the tensor itself.
-    """
-
-    position: int
-    weight: torch.Tensor | None
-    view: fx.GraphModule | None
-
-
-@dataclass(frozen=True)
-class ConstantOutput:
-    """A number, a string, None."""
-
-    value: Any
-
-
-Output = ComputedOutput | AliasOutput | ConstantOutput
 
 
 @dataclass
@@ -87,6 +65,12 @@ class Program:
     direct_only: str | None = None
     #: Of those, whether its result's shapes or its control flow depend on data.
     data_dependent: bool = False
+    #: Operators that take the process's default dtype at each call, by name.
+    asks_default_dtype: tuple[str, ...] = ()
+    #: Whether the model looks at how its inputs lie in memory: another layout needs a program of its own.
+    reads_layout: bool = False
+    #: Inputs whose storage is read from its very beginning, with the operator that does it.
+    absolute: tuple[tuple[int, str], ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -94,20 +78,44 @@ class Program:
         return not any(isinstance(o, ComputedOutput) for o in self.outputs)
 
 
-class _Forward(torch.nn.Module):
-    """The model as ``torch.export`` sees it: dataclass outputs registered, precision changed at the border."""
+class _Seen:
+    """What was seen while the model ran. No attributes of the module: torch.export puts those back as they were."""
 
-    def __init__(self, model: torch.nn.Module, precision: torch.dtype | None, dtypes: list[Any]) -> None:
+    #: What the model returned.
+    returned: Returned
+    #: Whether it looked at how its inputs lie in memory.
+    reads_layout = False
+
+
+class _Forward(torch.nn.Module):
+    """The model as ``torch.export`` sees it: plain tensors in memory go in, tensors in a flat tuple come out.
+
+    Lazy bits are put on its inputs here, and precision is changed at the border.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        specs: Sequence[TensorSpec],
+        precision: torch.dtype | None = None,
+        dtypes: Sequence[Any] = (),
+    ) -> None:
         super().__init__()
         self.model = model
+        self.seen = _Seen()
+        self._specs = specs
         self._precision = precision
         self._dtypes = dtypes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if any(spec.is_lazy for spec in self._specs):
+            specs = iter(self._specs)
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: next(specs).in_memory(x), (args, kwargs))
+        watch = LayoutWatch(pytree.tree_leaves((args, kwargs)))
         if self._precision is None:
-            result = self.model(*args, **kwargs)
-            register_dataclasses(result)
-            return result
+            with watch:
+                result = self.model(*args, **kwargs)
+            return tuple(self._note(result, watch))
 
         originals: dict[int, torch.Tensor] = {}
 
@@ -118,17 +126,20 @@ class _Forward(torch.nn.Module):
             originals[id(cast)] = x
             return cast
 
-        entered = pytree.tree_map(enter, (args, kwargs))
-        args, kwargs = entered
-        result = self.model(*args, **kwargs)
+        args, kwargs = pytree.tree_map(enter, (args, kwargs))
+        with watch:
+            result = self.model(*args, **kwargs)
         # An input that is handed back is the caller's own, not a rounded copy.
         result = pytree.tree_map(lambda y: originals.get(id(y), y), result)
-        register_dataclasses(result)
-        leaves, structure = pytree.tree_flatten(result)
-        leaves = [
-            x.to(d) if isinstance(x, torch.Tensor) and d else x for x, d in zip(leaves, self._dtypes, strict=True)
-        ]
-        return pytree.tree_unflatten(leaves, structure)
+        return tuple(
+            x.to(d) if isinstance(x, torch.Tensor) and d else x
+            for x, d in zip(self._note(result, watch), self._dtypes, strict=True)
+        )
+
+    def _note(self, result: Any, watch: LayoutWatch) -> list[Any]:
+        self.seen.returned, values = Returned.of(result)
+        self.seen.reads_layout = watch.was_read
+        return values
 
 
 def export_program(
@@ -137,48 +148,58 @@ def export_program(
     kwargs: Mapping[str, Any],
     precision: torch.dtype | None = None,
     cast: torch.nn.Module | None = None,
+    given: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
 ) -> Program:
     """Export ``model`` for these inputs; with ``precision``, its copy ``cast`` whose parameters have that type.
 
-    Each input tensor must have memory of its own: what shares a storage is taken for one value.
+    Each input tensor must have memory of its own: what shares a storage is taken for one value. The program's inputs
+    are what lies in memory of them, with canonical strides (see :class:`TensorSpec`). Their values are not read;
+    ``given`` are such inputs with values, on which the model is tried where it cannot be exported.
 
     Raises :class:`InputError` where the model rejects the inputs and :class:`UnsupportedModel` where an engine could
     not reproduce it: a buffer or an input that it changes in place, control flow that depends on data.
     """
     module = model.module() if isinstance(model, ExportedProgram) else model
+    check_parts(module)
+    given = given or (args, kwargs)
     originals = dict(module.named_parameters(remove_duplicate=False)) | dict(
         module.named_buffers(remove_duplicate=False)
     )
-    dtypes: list[Any] = []
+    specs = [TensorSpec.of(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    forward = _Forward(module, specs)
     if precision is not None:
-        dtypes = _output_dtypes(_export(_Forward(module, None, []), args, kwargs))
+        dtypes = _output_dtypes(_export(forward, args, kwargs, given, decompose=False))
         assert cast is not None
-        module = cast
+        forward = _Forward(cast, specs, precision, dtypes)
         originals = {}
-    exported = _export(_Forward(module, precision, dtypes), args, kwargs)
-    with torch.no_grad(), keep_backends_enabled():
-        exported = exported.run_decompositions({})
-    return _flatten(exported, {f"model.{name}": t for name, t in originals.items()})
+    exported = _export(forward, args, kwargs, given)
+    program = _flatten(exported, {f"model.{name}": t for name, t in originals.items()}, specs, forward.seen.returned)
+    program.reads_layout = forward.seen.reads_layout
+    return program
 
 
-def _export(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExportedProgram:
+def _export(
+    module: _Forward, args: Sequence[Any], kwargs: Mapping[str, Any], given: Any, decompose: bool = True
+) -> ExportedProgram:
+    """``given``: positional and keyword inputs with values, to find out by whose fault it fails."""
+    exported: ExportedProgram | None = None
     try:
         with torch.no_grad():
-            # By name, as flatten_call() orders a call's leaves: the graph's inputs follow the order given here.
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: TensorSpec.of(x).in_memory(x), (args, kwargs))
+            # The graph's inputs follow the order of keywords given here.
             with keep_backends_enabled(), _fake_tensor_errors_unlogged():
-                return torch.export.export(module, tuple(args), dict(sorted(kwargs.items())), strict=False)
+                exported = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
+                if decompose:
+                    _inline_grad_modes(exported)
+                    exported = exported.run_decompositions({})
     except Exception as e:
-        text = str(e).strip().splitlines()
-        first = next((line for line in text if line.strip()), type(e).__name__)
-        if type(e).__module__.startswith(("torch._dynamo", "torch.fx.experimental")) or "data-dependent" in str(e):
-            raise UnsupportedModel(
-                f"torch.export cannot capture this model: {first} An engine needs a graph whose control flow does not"
-                " depend on the values of tensors; torch.cond expresses a branch that does."
-            ) from e
-        raise InputError(
-            f"the model does not accept these inputs ({_describe(args, kwargs)}): {type(e).__name__}: {first}. Expected"
-            " inputs that model(*inputs) runs on; try that first."
+        refusal = getattr(module.seen, "returned", None) and module.seen.returned.refusal
+        raise (
+            UnsupportedModel(refusal) if refusal else diagnose(e, module, given[0], given[1], _transform(exported))
         ) from e
+    if module.seen.returned.refusal:
+        raise UnsupportedModel(module.seen.returned.refusal)
+    return exported
 
 
 @contextmanager
@@ -221,17 +242,6 @@ def _fake_tensor_errors_unlogged() -> Iterator[None]:
         logger.removeFilter(by_others)
 
 
-def _describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    def leaf(x: Any) -> str:
-        if isinstance(x, torch.Tensor):
-            return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
-        return repr(x)
-
-    items = [leaf(x) for x in pytree.tree_leaves(tuple(args))]
-    items += [f"{name}={leaf(x)}" for name, v in kwargs.items() for x in pytree.tree_leaves(v)]
-    return ", ".join(items) or "none"
-
-
 def _output_dtypes(exported: ExportedProgram) -> list[Any]:
     output = exported.graph_module.graph.output_node()
     n = len(exported.graph_signature.output_specs) - len(exported.graph_signature.user_outputs)
@@ -241,14 +251,73 @@ def _output_dtypes(exported: ExportedProgram) -> list[Any]:
 
 def source_of(node: fx.Node) -> str:
     """``file.py:12`` of the model's line that made the node, where export kept it."""
-    trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if 'File "' in line]
+    lines = (line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if 'File "' in line)
+    trace = [line for line in lines if _PACKAGE not in line]
     if not trace:
         return ""
     file, line, *_ = trace[-1].removeprefix('File "').split('", line ')
     return f"{file.rsplit('/', 1)[-1]}:{line.split(',')[0]}"
 
 
-def _flatten(exported: ExportedProgram, originals: Mapping[str, torch.Tensor]) -> Program:
+def _transform(exported: ExportedProgram | None) -> str:
+    """The model's line with the first transform of torch.func in a program that could not be decomposed."""
+    nodes = exported.graph_module.graph.nodes if exported is not None else ()
+    return next((source_of(n) for n in nodes if "functorch" in str(n.target)), "")
+
+
+def _inline_grad_modes(exported: ExportedProgram) -> None:
+    """Put what runs under ``torch.enable_grad()`` and the like into the graph itself.
+
+    torch.export makes a subgraph of it, which it cannot decompose. The mode makes no difference, because no tensor
+    requires grad here; but to transforms of torch.func that are still to be decomposed.
+    """
+    gm = exported.graph_module
+    modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    transforms = any("functorch" in str(n.target) for m in modules for n in m.graph.nodes)
+    with gm._set_replace_hook(exported.graph_signature.get_replace_hook()):
+        _inline(gm, transforms)
+
+
+def _inline(gm: fx.GraphModule, keep_mode: bool) -> None:
+    for node in list(gm.graph.nodes):
+        if node.op == "get_attr":
+            part = getattr(gm, str(node.target), None)
+            if isinstance(part, fx.GraphModule):
+                _inline(part, keep_mode)
+        if node.op != "call_function" or node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
+            continue
+        mode, piece, *given = node.args
+        part = getattr(gm, str(piece.target))
+        values: dict[fx.Node, fx.Node] = dict(zip(part.graph.find_nodes(op="placeholder"), given, strict=True))
+        with gm.graph.inserting_before(node):
+            if keep_mode:
+                gm.graph.call_function(torch._C._set_grad_enabled, (mode,))
+            for inner in part.graph.nodes:
+                if inner.op == "get_attr":
+                    name = f"{piece.target}_{inner.target}".replace(".", "_")
+                    setattr(gm, name, getattr(part, inner.target))
+                    values[inner] = gm.graph.get_attr(name)
+                elif inner.op not in ("placeholder", "output"):
+                    values[inner] = gm.graph.node_copy(inner, values.__getitem__)
+            if keep_mode:
+                gm.graph.call_function(torch._C._set_grad_enabled, (not mode,))
+        results = part.graph.output_node().args[0]
+        for user in list(node.users):
+            assert user.target is operator.getitem, user
+            user.replace_all_uses_with(values[results[user.args[1]]])
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+        if not piece.users:
+            gm.graph.erase_node(piece)
+    gm.recompile()
+
+
+def _flatten(
+    exported: ExportedProgram,
+    originals: Mapping[str, torch.Tensor],
+    specs: Sequence[TensorSpec],
+    returned: Returned,
+) -> Program:
     signature = exported.graph_signature
     for spec in signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
@@ -288,8 +357,18 @@ def _flatten(exported: ExportedProgram, originals: Mapping[str, torch.Tensor]) -
 
     direct_only, data_dependent = _uncapturable(gm.graph)
     _propagate(gm, data_dependent)
-    _pin_default_dtype(gm.graph)
-    outputs = _classify_outputs(gm, inputs, weights)
+    asks = pin_default_dtype(gm)
+    for node, spec in zip(inputs, specs, strict=True):
+        node.meta["lazy"] = {_aten._conj.default: spec.conj, _aten._neg_view.default: spec.neg}
+    absolute = _absolute(gm.graph, inputs, specs)
+    outputs = returned.outputs(classify(gm, inputs, weights, source_of))
+    if any(spec.layout for spec in specs) and not data_dependent:
+        fresh = {n for n in gm.graph.nodes if n.op == "call_function"} - aliases(gm.graph)
+        for node, spec in zip(inputs, specs, strict=True):
+            with node.meta["val"].fake_mode:
+                node.meta["val"] = spec.empty(node.meta["val"].device)
+        _propagate(gm, data_dependent)
+        keep_copies(gm, fresh)
 
     computed = _results(gm.graph)
     gm.graph.eliminate_dead_code()
@@ -301,12 +380,15 @@ def _flatten(exported: ExportedProgram, originals: Mapping[str, torch.Tensor]) -
     gm.recompile()
     return Program(
         module=gm,
-        weights=[t.detach() for _, t in weights.values()],
+        # Compiled kernels read what lies in memory.
+        weights=[t.detach().resolve_conj().resolve_neg() for _, t in weights.values()],
         weight_names=[name.removeprefix("model.") for name, _ in weights.values()],
         outputs=outputs,
-        structure=exported.call_spec.out_spec,
+        structure=returned.structure,
         direct_only=direct_only,
         data_dependent=data_dependent,
+        asks_default_dtype=tuple(_named(n) for n in asks),
+        absolute=absolute,
     )
 
 
@@ -321,7 +403,7 @@ def _uncapturable(graph: fx.Graph) -> tuple[str | None, bool]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        name = f"{node.target} ({source_of(node)})" if source_of(node) else str(node.target)
+        name = _named(node)
         if not isinstance(node.target, torch._ops.OpOverload):
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 dependent.append(name)
@@ -376,90 +458,27 @@ def _propagate(gm: fx.GraphModule, data_dependent: bool) -> None:
         Propagate(gm).run(*args, enable_io_processing=False)
 
 
-def _pin_default_dtype(graph: fx.Graph) -> None:
-    """Write today's default dtype into the graph where an operator would ask for it at each call.
+def _named(node: fx.Node) -> str:
+    """An operator with the model's line."""
+    return f"{node.target} ({source_of(node)})" if source_of(node) else str(node.target)
 
-    ``torch.ones(3)`` does, and so does an integer tensor times 2.5. The default is process-wide: another thread that
-    builds a model in half precision must not change what a call returns.
-    """
-    default = torch.get_default_dtype()
-    for node in list(graph.nodes):
-        value, op = node.meta.get("val"), node.target
-        if not isinstance(op, torch._ops.OpOverload) or not isinstance(value, torch.Tensor) or value.dtype != default:
+
+def _absolute(graph: fx.Graph, inputs: Sequence[fx.Node], specs: Sequence[TensorSpec]) -> tuple[tuple[int, str], ...]:
+    """The inputs that the model reads from the beginning of their storage, not from their own first element."""
+    found = []
+    roots = {storage_of(n): i for i, n in enumerate(inputs)}
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload) or "as_strided" not in node.target.name():
             continue
-        takes_dtype = any(a.name == "dtype" for a in op._schema.arguments)
-        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-        if not tensors and takes_dtype:
-            node.update_kwarg("dtype", node.kwargs.get("dtype") or default)
-        elif torch.Tag.pointwise in op.tags and not takes_dtype and op.overloadpacket is not _aten.where:
-            if any(n.meta["val"].is_floating_point() or n.meta["val"].is_complex() for n in tensors):
-                continue
-            for n in tensors:  # as type promotion would
-                with graph.inserting_before(node):
-                    cast = graph.call_function(_aten._to_copy.default, (n,), {"dtype": default})
-                cast.meta = {**n.meta, "val": n.meta["val"].to(default)}
-                node.replace_input_with(n, cast)
-
-
-def _storage(node: fx.Node) -> int | None:
-    value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
-
-
-def _classify_outputs(
-    gm: fx.GraphModule, inputs: Sequence[fx.Node], weights: Mapping[fx.Node, tuple[str, torch.Tensor]]
-) -> list[Output]:
-    """Say what each output is, and leave only computed ones, each once, in the graph."""
-    output = gm.graph.output_node()
-    roots = {_storage(n): n for n in (*inputs, *weights)}
-    computed: dict[fx.Node, int] = {}
-    result: list[Output] = []
-    for value in output.args[0]:  # type: ignore[union-attr]
-        if not isinstance(value, fx.Node):
-            result.append(ConstantOutput(value))
+        position = roots.get(storage_of(node.args[0]))
+        if position is None:
             continue
-        root = value if value in weights or value in inputs else roots.get(_storage(value))
-        if root is None:
-            result.append(ComputedOutput(computed.setdefault(value, len(computed))))
-            continue
-        view = None if value is root else _view_chain(value, root)
-        if root in weights:
-            result.append(AliasOutput(-1, weights[root][1], view))
-        else:
-            result.append(AliasOutput(inputs.index(root), None, view))
-    output.args = (tuple(computed),)
-    return result
-
-
-def _view_chain(value: fx.Node, root: fx.Node) -> fx.GraphModule:
-    """The views that lead from ``root`` to ``value``, as a module of one input."""
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {root: graph.placeholder("base")}
-
-    def clone(node: fx.Node) -> fx.Node:
-        if node not in copied:
-            for n in node.all_input_nodes:
-                clone(n)
-            copied[node] = graph.node_copy(node, lambda n: copied[n])
-            if copied[node].target is _aten.view.default:
-                # The caller's tensor may have other strides than the canonical ones, and then eager copies.
-                copied[node].target = _aten.reshape.default
-        return copied[node]
-
-    if any(n.op == "placeholder" and n is not root for n in _ancestors(value)):
-        raise UnsupportedModel(
-            f"output {value.name!r} is a view of {root.name!r} whose shape depends on another tensor; return a copy"
-        )
-    graph.output(clone(value))
-    return fx.GraphModule(torch.nn.Module(), graph)
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        n = stack.pop()
-        if n not in seen:
-            seen.add(n)
-            stack.extend(n.all_input_nodes)
-    return seen
+        if specs[position].layout:
+            raise UnsupportedModel(
+                f"the model reads the memory of input {position} past its shape ({_named(node)}), and was given one"
+                " that is not dense. Pass x.contiguous(), or index it in the model."
+            )
+        given = node.args[3] if len(node.args) > 3 else node.kwargs.get("storage_offset")
+        if given is not None:
+            found.append((position, _named(node)))
+    return tuple(found)

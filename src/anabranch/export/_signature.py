@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from anabranch.errors import InputError
@@ -52,15 +56,35 @@ class TensorSpec:
     """Shape, strides (elements) and dtype of a tensor as the engine's steps see it.
 
     ``strides`` are the canonical ones: the tensor's own where it is dense, else those that a dense copy of it gets.
+    ``layout`` is None for a tensor with these strides; else what the model sees: see :func:`layout_of`. ``conj`` and
+    ``neg``: its values are those in memory, conjugated or negated. Steps read what is in memory, and do the rest.
     """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+    layout: tuple[int, ...] | None = None
+    conj: bool = False
+    neg: bool = False
 
     @classmethod
     def of(cls, x: torch.Tensor) -> TensorSpec:
-        return cls(tuple(x.shape), _canonical_strides(x), x.dtype)
+        return cls(tuple(x.shape), _canonical_strides(x), x.dtype, layout_of(x), x.is_conj(), x.is_neg())
+
+    @property
+    def is_lazy(self) -> bool:
+        return self.conj or self.neg
+
+    def in_memory(self, x: torch.Tensor) -> torch.Tensor:
+        """What lies in memory of a tensor of this spec: ``x`` without its lazy bits, and not copied."""
+        if self.conj:
+            x = torch._conj(x)
+        return torch._neg_view(x) if self.neg else x
+
+    def example(self, device: torch.device) -> torch.Tensor:
+        """An uninitialized tensor of memory of its own, as the model sees it."""
+        x = torch.empty_strided(self.shape, self.layout or self.strides, dtype=self.dtype, device=device)
+        return self.in_memory(x)  # its own reverse
 
     @property
     def nbytes(self) -> int:
@@ -106,10 +130,61 @@ def _canonical_strides(x: torch.Tensor) -> tuple[int, ...]:
     return tuple(x.stride()) if x.is_contiguous() else tuple(torch.empty_like(x, device="meta").stride())
 
 
+def layout_of(x: torch.Tensor) -> tuple[int, ...] | None:
+    """Strides that stand for those of ``x`` where it is not dense; None where its strides are the canonical ones.
+
+    Tensors of one such layout can be viewed in the same ways: the same neighbouring dimensions can be merged, and the
+    same ones are expanded. How large their gaps are makes no difference to a model, so crops of frames of all sizes
+    have one layout.
+    """
+    shape, strides, canonical = tuple(x.shape), tuple(x.stride()), _canonical_strides(x)
+    if not x.numel() or all(n == 1 or a == b for n, a, b in zip(shape, strides, canonical, strict=True)):
+        return None
+    order = sorted(range(len(shape)), key=lambda d: (canonical[d], -d))
+    order = [d for d in order if shape[d] != 1 and strides[d]]
+    # Ones that overlap are told apart by their very strides.
+    if any(strides[b] < strides[a] * shape[a] for a, b in itertools.pairwise(order)):
+        return strides
+    made = [0 if strides[d] == 0 else canonical[d] for d in range(len(shape))]
+    step = 1
+    for i, d in enumerate(order):
+        if i == 0:
+            made[d] = 1 if strides[d] == 1 else 2
+        else:
+            before = order[i - 1]
+            merges = strides[d] == strides[before] * shape[before]
+            made[d] = step if merges else step + 1
+        step = made[d] * shape[d]
+    return tuple(made)
+
+
+def layouts_of(leaves: Sequence[Any]) -> tuple[Any, ...] | None:
+    """As :attr:`Signature.layouts`, of the leaves of a call."""
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    if all(x.is_contiguous() for x in tensors):
+        return None
+    layouts = tuple(layout_of(x) for x in tensors)
+    return layouts if any(x is not None for x in layouts) else None
+
+
+@functools.cache
+def _ordinary_keys(device: str) -> frozenset[int]:
+    """Dispatch keys of ordinary dense tensors, made in and out of inference mode."""
+    keys = []
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            keys.append(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return frozenset(keys)
+
+
 def leaf_key(x: Any, position: int, device: torch.device) -> tuple[Any, ...]:
     """The hashable part of a signature for one leaf of a call; raises what clause 8 of the contract promises."""
     kind = type(x)
     if kind is torch.Tensor or kind is torch.nn.Parameter:
+        # In this order: a nested tensor has no shape to ask for, and a stand-in of vmap has a device.
+        is_ordinary = torch._C._dispatch_keys(x).raw_repr() in _ordinary_keys(device.type)
+        if not is_ordinary:
+            _check_tensor(x, position)
         if x.device != device:
             raise InputError(
                 f"input {position} is on {x.device}; this engine runs on {device}. Pass x.to({str(device)!r}), or"
@@ -120,16 +195,13 @@ def leaf_key(x: Any, position: int, device: torch.device) -> tuple[Any, ...]:
                 f"input {position} requires grad; engines run inference only. Pass x.detach(), or call the engine"
                 " under torch.no_grad()."
             )
-        if x.layout is not torch.strided:
-            raise InputError(f"input {position} has layout {x.layout}; expected torch.strided. Pass x.to_dense().")
-        if x.is_conj() or x.is_neg():
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
             raise InputError(
-                f"input {position} is a lazy conjugate or negative; expected its values in memory. Pass"
-                " x.resolve_conj().resolve_neg()."
+                f"input {position} has a tangent of forward-mode differentiation; engines run inference only, and it"
+                " would be lost. Pass forward_ad.unpack_dual(x).primal, or run the model itself."
             )
-        if x.is_contiguous():
-            return (x.shape, x.dtype)
-        return (x.shape, x.dtype, _canonical_strides(x))
+        key = (x.shape, x.dtype) if x.is_contiguous() else (x.shape, x.dtype, _canonical_strides(x))
+        return key if is_ordinary else (*key, "lazy", x.is_conj(), x.is_neg())
     if isinstance(x, torch.Tensor):
         raise InputError(f"input {position} is a {kind.__name__}; expected a plain torch.Tensor")
     if kind is float or kind is complex:
@@ -140,6 +212,37 @@ def leaf_key(x: Any, position: int, device: torch.device) -> tuple[Any, ...]:
         f"input {position} is a {kind.__name__}; expected tensors, numbers, strings, None, or containers of them."
         " Register other containers with torch.utils._pytree.register_pytree_node."
     )
+
+
+def _check_tensor(x: torch.Tensor, position: int) -> None:
+    """Refuse what is not an ordinary dense tensor; one with lazy bits is taken."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise InputError(
+            f"input {position} belongs to a torch.func transform (vmap, grad, jvp, ...); engines run inference on plain"
+            " tensors. Call the engine outside the transform, on the whole batch for vmap, or transform the model"
+            " itself."
+        )
+    if x.is_nested:
+        raise InputError(
+            f"input {position} is a nested tensor; expected a dense one. Pass x.to_padded_tensor(0.0), or its"
+            " x.unbind() one by one."
+        )
+    if x.layout is not torch.strided:
+        raise InputError(f"input {position} has layout {x.layout}; expected torch.strided. Pass x.to_dense().")
+    if x.is_quantized:
+        raise InputError(f"input {position} is quantized ({x.dtype}); expected plain values. Pass x.dequantize().")
+    # Gone from later versions of PyTorch.
+    if getattr(x, "has_names", bool)():
+        raise InputError(f"input {position} has named dimensions; expected none. Pass x.rename(None).")
+    keys = torch._C._dispatch_keys(x)
+    if keys.has(torch._C.DispatchKey.ZeroTensor):
+        raise InputError(f"input {position} is a zero without memory of its own. Pass x.clone().")
+    for lazy in (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative):
+        keys = keys - torch._C.DispatchKeySet(lazy)
+    if keys.raw_repr() not in _ordinary_keys(x.device.type):
+        raise InputError(
+            f"input {position} is a tensor of another kind ({keys}); expected a plain, dense one. Pass x.clone()."
+        )
 
 
 @dataclass(frozen=True)
@@ -157,22 +260,44 @@ class Signature:
     def tensors(self) -> tuple[TensorSpec, ...]:
         return tuple(x for x in self.leaves if isinstance(x, TensorSpec))
 
-    def empty(self, device: torch.device) -> list[Any]:
-        """Leaves like these: each tensor a new one of its own memory, with canonical strides and no values."""
-        return [x.empty(device) if isinstance(x, TensorSpec) else x for x in self.leaves]
+    @property
+    def layouts(self) -> tuple[Any, ...] | None:
+        """The layout of each tensor, or None where all are canonical."""
+        layouts = tuple(x.layout for x in self.tensors)
+        return layouts if any(x is not None for x in layouts) else None
+
+    def examples(self, device: torch.device) -> list[Any]:
+        """Leaves to export on: each tensor a new one of its own memory, with no values."""
+        return [x.example(device) if isinstance(x, TensorSpec) else x for x in self.leaves]
 
     def __str__(self) -> str:
         return ", ".join(str(x) if isinstance(x, TensorSpec) else repr(x) for x in self.leaves) or "no inputs"
 
 
-def flatten_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
-    """Leaves and structure of a call. Keyword order does not matter, so names are sorted."""
-    ordered = {name: kwargs[name] for name in sorted(kwargs)}
+def flatten_call(
+    args: Sequence[Any], kwargs: dict[str, Any], in_order: bool = False
+) -> tuple[list[Any], pytree.TreeSpec]:
+    """Leaves and structure of a call.
+
+    ``in_order``: keywords as the caller ordered them, for a model to which it matters; else they are sorted by name.
+    """
+    ordered = dict(kwargs) if in_order else {name: kwargs[name] for name in sorted(kwargs)}
     leaves, structure = pytree.tree_flatten((tuple(args), ordered))
     if any(dataclasses.is_dataclass(x) and not isinstance(x, type) for x in leaves):
         register_dataclasses(leaves)
         leaves, structure = pytree.tree_flatten((tuple(args), ordered))
     return leaves, structure
+
+
+def keyword_order_matters(model: Any) -> bool:
+    """Whether ``model`` may see the order of a call's keywords: it takes any (``**features``)."""
+    if not isinstance(model, torch.nn.Module):
+        return False
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def register_dataclasses(value: Any) -> None:

@@ -106,12 +106,16 @@ def neutral(device: Device, index: int) -> Iterator[None]:
     Tensors made here are ordinary ones, and the same operators run whatever the caller is in the middle of.
     """
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.kind, enabled=False):
-        with device.on_device(index):
+        # A graph may hold numbers as tensors on the CPU, whatever its device.
+        with torch.autocast("cpu", enabled=False), device.on_device(index):
             yield
 
 
 def is_neutral(device: Device, index: int) -> bool:
     """Whether a call may run without :func:`neutral`. Autograd may stay on: no tensor here requires grad."""
     return not (
-        torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device.kind) or device.current_index() != index
+        torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled(device.kind)
+        or torch.is_autocast_enabled("cpu")
+        or device.current_index() != index
     )

@@ -5,18 +5,38 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from anabranch import _activity, _sync
 from anabranch.backends import BACKENDS
 from anabranch.devices import Device, get_device
-from anabranch.errors import AnabranchError, DeviceLost, EngineClosed, FlagsChanged, InputError, NotCapturable
-from anabranch.export import Input, Signature, export_program, flatten_call, leaf_key, register_dataclasses
+from anabranch.errors import (
+    AnabranchError,
+    BuildError,
+    DeviceLost,
+    EngineClosed,
+    FlagsChanged,
+    InputError,
+    NotCapturable,
+)
+from anabranch.export import (
+    Input,
+    Signature,
+    export_program,
+    flatten_call,
+    keyword_order_matters,
+    layouts_of,
+    leaf_key,
+    register_dataclasses,
+    run_in_eager,
+)
 from anabranch.plan import Plan
 from anabranch.runtime._build import is_neutral, neutral, process
 from anabranch.runtime._flags import Flags
@@ -106,7 +126,8 @@ def compile(
         index = seam.index(device)
         if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
             raise NotCapturable("compile was called inside a CUDA graph capture; compile first, then capture")
-        settings = Settings(name, seam, index, _backend(backend, seam), cuda_graphs, Flags(device.type), require_full)
+        flags, compile_flags = Flags(device.type), Flags(device.type, export=True)
+        settings = Settings(name, seam, index, _backend(backend, seam), cuda_graphs, flags, compile_flags, require_full)
         engine = kind(settings, placed, precision, max_contexts, memory_limit)
         if seam.has_streams:
             # Parameters that were written just before are there for the lane that warms up, and for every later caller.
@@ -162,8 +183,8 @@ def _is_input(x: Any) -> bool:
 
 
 def _tensors_for(inputs: Any, device: torch.device) -> Any:
-    """Tensors in place of each :class:`Input`."""
-    return pytree.tree_map(lambda x: x.empty(device) if _is_input(x) else x, inputs, is_leaf=_is_input)
+    """Tensors in place of each :class:`Input`: zeros, which are valid indices, in case the model has to be tried."""
+    return pytree.tree_map(lambda x: x.empty(device).zero_() if _is_input(x) else x, inputs, is_leaf=_is_input)
 
 
 def given_model(model: Any) -> tuple[str, torch.nn.Module | ExportedProgram]:
@@ -236,6 +257,20 @@ def _tensors(values: Any) -> list[torch.Tensor]:
     return [v for v in values if isinstance(v, torch.Tensor)]
 
 
+#: By name: their modules are half of the compiler.
+_TRACING_MODES = ("FakeTensorMode", "FunctionalTensorMode", "ProxyTorchDispatchMode")
+
+
+def _check_modes() -> None:
+    """Refuse a call from inside a trace of the caller's, where operators compute no values."""
+    for mode in _get_current_dispatch_mode_stack():
+        if type(mode).__name__ in _TRACING_MODES:
+            raise InputError(
+                f"the call is made under a {type(mode).__name__}, where operators compute no values; engines run on"
+                " real tensors. Call the engine outside of it, or trace the model itself."
+            )
+
+
 @_sync.atomics("_closed", "_primary")
 class Engine:
     """A compiled model. Made by :func:`compile`; immutable to its callers.
@@ -265,6 +300,8 @@ class Engine:
         self._torch_device = settings.torch_device
         self._model = model
         self._precision = precision
+        self._in_order = keyword_order_matters(model)
+        self._default_device = torch.get_default_device()
         # Once for all signatures: the caller of a later one need not wait until a copy of the weights is written.
         self._cast: torch.nn.Module | None = None
         if precision is not None:
@@ -297,10 +334,10 @@ class Engine:
         try:
             if self._closed or self._generation != process.generation or self._device.lost():
                 self._check_usable()
+            if torch._C._len_torch_dispatch_stack():
+                _check_modes()
             leaves, key = self._key(args, kwargs)
-            specialization = self._specializations.get(key)
-            if specialization is None:
-                specialization = self._specialization(args, kwargs)
+            specialization = self._find(key, leaves) or self._specialization(args, kwargs)
             if is_neutral(self._device, self._index):
                 with self._device.range(self._settings.name):
                     return specialization(leaves)
@@ -314,12 +351,21 @@ class Engine:
         device = self._torch_device
         if not kwargs and all(type(x) is torch.Tensor for x in args):
             return args, tuple([leaf_key(x, i, device) for i, x in enumerate(args)])
-        leaves, structure = flatten_call(args, kwargs)
+        leaves, structure = flatten_call(args, kwargs, self._in_order)
         return leaves, (structure, *[leaf_key(x, i, device) for i, x in enumerate(leaves)])
+
+    def _find(self, key: Any, leaves: Sequence[Any]) -> Specialization | None:
+        """The specialization for a call, if there is one."""
+        found = self._specializations.get(key)
+        if found is not None and not found.program.reads_layout:
+            return found
+        # The model looks at how its inputs lie in memory, or may: nothing was compiled so far.
+        layouts = layouts_of(leaves)
+        return found if layouts is None else self._specializations.get((key, layouts))
 
     def _specialization(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Specialization:
         """The specialization for these inputs, compiled if need be. Blocks while another thread builds."""
-        _, key = self._key(args, kwargs)
+        leaves, key = self._key(args, kwargs)
         device, index = self._device, self._index
         if device.has_streams and device.is_capturing(device.current_stream(index)):
             raise NotCapturable(
@@ -327,26 +373,29 @@ class Engine:
                 f" cannot be done there. Call engine.warm(...) first. Compiled: {self._known()}"
             )
         with process.build_lock, _activity.building():
-            found = self._specializations.get(key)
+            found = self._find(key, leaves)
             if found is not None:
                 return found
             self._check_usable()
-            if not self._settings.flags.unchanged():
-                raise FlagsChanged(
-                    f"numerics flags changed since compile: {self._settings.flags.changes()}; a new input signature"
-                    " cannot be compiled under the engine's flags. Set them back first."
-                )
-            leaves, structure = flatten_call(args, kwargs)
+            self._check_compile_flags()
+            leaves, structure = flatten_call(args, kwargs, self._in_order)
             signature = Signature.of(leaves, structure)
+            given, program = (args, kwargs), None
             try:
                 device.reap()
-                with neutral(device, index), device.building():
+                with _disable_current_modes(), neutral(device, index), device.building(), self._on_default_device():
                     # Not on the caller's own tensors: one that is passed twice, or two that share memory, would be
                     # taken for one input by this call and by all later ones.
-                    args, kwargs = pytree.tree_unflatten(signature.empty(self._torch_device), structure)
-                    program = export_program(self._model, args, kwargs, self._precision, self._cast)
+                    args, kwargs = pytree.tree_unflatten(signature.examples(self._torch_device), structure)
+                    program = export_program(self._model, args, kwargs, self._precision, self._cast, given)
+                    self._check_compile_flags()  # another thread may have set one meanwhile
                     made = self._make_specialization(self._settings, program, signature, self._limits, self._counters)
             except InputError as e:
+                if program is not None and self._runs_in_eager(given):
+                    raise BuildError(
+                        f"the model runs in eager on these inputs ({signature}), and its graph does not run with"
+                        f" backend {self._settings.backend!r}: {e.__cause__ or e}. Try another backend."
+                    ) from e.__cause__
                 if self._specializations:
                     raise InputError(f"{e} Compiled so far: {self._known()}") from e.__cause__
                 raise
@@ -355,8 +404,28 @@ class Engine:
             except Exception as e:
                 device.check_error(e)
                 raise
+            if program.reads_layout and signature.layouts is not None:
+                key = (key, signature.layouts)
             self._add(key, made)
             return made
+
+    def _runs_in_eager(self, given: Any) -> bool:
+        module = self._cast or (self._model.module() if isinstance(self._model, ExportedProgram) else self._model)
+        with neutral(self._device, self._index):
+            return run_in_eager(module, *given) is None
+
+    def _check_compile_flags(self) -> None:
+        flags = self._settings.compile_flags
+        if not flags.unchanged():
+            raise FlagsChanged(
+                f"flags changed since compile: {flags.changes()}; a new input signature cannot be compiled under the"
+                " engine's flags. Set them back first."
+            )
+
+    def _on_default_device(self) -> AbstractContextManager[Any]:
+        """This thread's default device as it was at compile in the thread that compiled."""
+        same = torch.get_default_device() == self._default_device
+        return nullcontext() if same else self._default_device
 
     def _add(self, key: Any, made: Specialization) -> None:
         """A specialization is ready for calls. With the build lock held."""
@@ -411,8 +480,8 @@ class Engine:
             return self._first().warm(contexts, captures)
         args, keywords = _inputs(None, inputs, kwargs)
         args, keywords = _tensors_for((args, keywords), self._torch_device)
-        _, key = self._key(args, keywords)
-        specialization = self._specializations.get(key) or self._specialization(args, keywords)
+        leaves, key = self._key(args, keywords)
+        specialization = self._find(key, leaves) or self._specialization(args, keywords)
         return specialization.warm(contexts, captures)
 
     def trim(self) -> None:

@@ -59,15 +59,24 @@ _CPU: dict[str, _Getter] = {
 }
 
 
+#: What exporting reads, once for all calls: a later signature must find it as the first one did.
+_EXPORT: dict[str, _Getter] = {
+    "torch.set_default_dtype": torch.get_default_dtype,
+    "torch.backends.mha.set_fastpath_enabled": torch.backends.mha.get_fastpath_enabled,
+    "torch.backends.opt_einsum.enabled": lambda: torch.backends.opt_einsum.enabled,
+    "torch.backends.opt_einsum.strategy": lambda: torch.backends.opt_einsum.strategy,
+}
+
+
 #: Ends of the names of the flags that say how float32 products and convolutions are computed on a GPU.
 _TF32 = ("cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision")
 
 
 class Flags:
-    """A snapshot of the flags that matter on one kind of device."""
+    """A snapshot of the flags that matter on one kind of device; ``export``: and of those that exporting reads."""
 
-    def __init__(self, kind: str) -> None:
-        getters = _CUDA if kind == "cuda" else _CPU
+    def __init__(self, kind: str, export: bool = False) -> None:
+        getters = (_CUDA if kind == "cuda" else _CPU) | (_EXPORT if export else {})
         self._names = tuple(getters)
         self._getters = tuple(getters.values())
         self._values = tuple(get() for get in self._getters)

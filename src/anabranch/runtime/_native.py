@@ -159,7 +159,7 @@ class NativeSpecialization(Specialization):
             self.through_python = program
             return
         self.through_python = None
-        unchanged = self.settings.flags.unchanged if self._sensitive else None
+        unchanged = self._flags.unchanged if self._sensitive else None
         self._core.set_program(program, list(self.program.weights), unchanged)
         self._keep_weights()
 
@@ -274,7 +274,8 @@ class NativeSpecialization(Specialization):
     def finish(self) -> str:
         """How the C++ makes the result of a call; see ``EngineBase`` in ``_core/python.cpp``."""
         outputs, structure = self.program.outputs, self.program.structure
-        if [o.index if isinstance(o, ComputedOutput) else -1 for o in outputs] == list(range(len(outputs))):
+        plain = [o.index if isinstance(o, ComputedOutput) and not o.is_lazy else -1 for o in outputs]
+        if plain == list(range(len(outputs))):
             if structure.is_leaf():
                 return "1"
             if structure.type in (tuple, list) and all(s.is_leaf() for s in structure.children()):
@@ -283,7 +284,7 @@ class NativeSpecialization(Specialization):
 
     def _build_native(self, reservation: Any) -> int | None:
         """Asked by the C++ for one more context: its slot; 0 to take one there is; None to run direct."""
-        if self._sensitive and not self.settings.flags.unchanged():
+        if self._sensitive and not self._flags.unchanged():
             return 0  # a context captured now would have today's flags baked in
         context = self._build_context(reservation)
         if context is None:
@@ -293,7 +294,7 @@ class NativeSpecialization(Specialization):
     def __call__(self, leaves: Sequence[Any]) -> Any:
         if not self.runs_here:
             return super().__call__(leaves)
-        inputs = [x for x in leaves if isinstance(x, torch.Tensor)]
+        given, inputs = self._inputs(leaves)
         try:
             results = self._core.run(inputs)
         except Exception as e:
@@ -301,7 +302,13 @@ class NativeSpecialization(Specialization):
             raise
         if results is None:
             return super().__call__(leaves)
-        return self._finish(inputs, results)
+        return self._finish(given, results)
+
+    @property
+    def takes_plain_tensors(self) -> bool:
+        """Whether it serves every call of ordinary tensors of its shapes, strides and dtypes, as the C++ tells them."""
+        of_one_layout = self.program.reads_layout and self.signature.layouts is not None
+        return not (self._is_lazy or of_one_layout or self.program.absolute)
 
     def _acquire(self, stream: Any) -> None:
         return None  # the C++ had a look: this call runs direct
@@ -364,7 +371,7 @@ class NativeEngine(core.EngineBase, Engine):
         assert isinstance(made, NativeSpecialization)
         # Calls with keywords, containers or numbers have the structure in their key: they come by Python.
         is_flat = all(isinstance(part, tuple) for part in key)
-        if is_flat and made.runs_here and not self._device.is_profiled:
+        if is_flat and made.takes_plain_tensors and made.runs_here and not self._device.is_profiled:
             core.register(self, made, made._core, made.finish)
 
     def close(self) -> None:

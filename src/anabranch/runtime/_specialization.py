@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from anabranch import _activity, _sync
 from anabranch.backends import Instance, Kernels, Options, Stateful, get_backend, of_one
 from anabranch.devices import Device
 from anabranch.errors import BuildError, FlagsChanged, InputError, NotCapturable
-from anabranch.export import AliasOutput, ComputedOutput, Program, Signature
+from anabranch.export import AliasOutput, Program, Signature, finisher
 from anabranch.plan import Plan
 from anabranch.plan._build import build_plan, uses_workspace
 from anabranch.race import check_plan
@@ -31,8 +30,6 @@ from anabranch.runtime._stats import Counters
 
 _log = logging.getLogger("anabranch")
 
-_Finish = Callable[[Sequence[Any], Sequence[torch.Tensor]], Any]
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -43,7 +40,10 @@ class Settings:
     index: int
     backend: str
     cuda_graphs: bool | None
+    #: Those that operators read when they are queued.
     flags: Flags
+    #: Those and what exporting reads.
+    compile_flags: Flags
     require_full: bool = False
 
     @property
@@ -84,8 +84,12 @@ class Specialization:
         self._limits = limits
         self._counters = counters
         self._specs = signature.tensors
-        self._finish = _finisher(program)
-        self._sensitive = sensitive(program.module.graph)
+        self._is_lazy = any(spec.is_lazy for spec in self._specs)
+        self._finish: Callable[[Sequence[Any], Sequence[torch.Tensor]], Any] = finisher(
+            program.outputs, program.structure
+        )
+        self._flags = settings.compile_flags if program.asks_default_dtype else settings.flags
+        self._sensitive = sensitive(program.module.graph) or bool(program.asks_default_dtype)
         self._workspaces = device.has_streams and uses_workspace(program)
         # The weights' last uses, for the day when they are freed. By stream: the last direct call's event; grows with
         # the number of stream handles that ever called, which the driver re-uses. Two threads on one stream may record
@@ -289,7 +293,7 @@ class Specialization:
         if not fits:
             self._may_grow = False
             return None
-        if self._sensitive and not self.settings.flags.unchanged():
+        if self._sensitive and not self._flags.unchanged():
             return None  # captured under somebody's temporary flags
         self._pool.add(context)
         return context
@@ -399,10 +403,10 @@ class Specialization:
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run one call on the calling thread's current stream. ``leaves`` have passed validation."""
         device = self._device
-        inputs = [x for x in leaves if isinstance(x, torch.Tensor)]
+        given, inputs = self._inputs(leaves)
         stream = device.current_stream(self._index)
         if not device.has_streams:
-            return self._finish(inputs, self._run_on_cpu(inputs))
+            return self._finish(given, self._run_on_cpu(inputs))
         try:
             if device.is_capturing(stream):
                 results = self._run_in_capture(inputs, stream)
@@ -418,7 +422,20 @@ class Specialization:
         except Exception as e:
             device.check_error(e)
             raise
-        return self._finish(inputs, results)
+        return self._finish(given, results)
+
+    def _inputs(self, leaves: Sequence[Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The tensors of a call, and what lies in memory of them, which is what steps read."""
+        given = [x for x in leaves if isinstance(x, torch.Tensor)]
+        for position, what in self.program.absolute:
+            if given[position].storage_offset():
+                raise InputError(
+                    f"input {position} begins {given[position].storage_offset()} elements into its storage, and the"
+                    f" model reads from the storage's beginning ({what}). Pass x.clone(), or leave storage_offset out."
+                )
+        if not self._is_lazy:
+            return given, given
+        return given, [spec.in_memory(x) for spec, x in zip(self._specs, given, strict=True)]
 
     def _acquire(self, stream: Any) -> Context | None:
         choice = self._pool.acquire(stream.stream_id, self._may_build)
@@ -441,7 +458,7 @@ class Specialization:
 
     def _may_build(self) -> bool:
         # A context captured now would have today's flags baked in, not the engine's.
-        return self._may_grow and (not self._sensitive or self.settings.flags.unchanged())
+        return self._may_grow and (not self._sensitive or self._flags.unchanged())
 
     def _run_graph(self, context: Context, inputs: Sequence[torch.Tensor], stream: Any) -> list[torch.Tensor]:
         try:
@@ -499,7 +516,7 @@ class Specialization:
         for _ in range(3):
             self._check_flags()
             results = kernels(self._canonical(inputs))
-            if self.settings.flags.unchanged():
+            if self._flags.unchanged():
                 return results
         raise FlagsChanged(
             "numerics flags changed again and again during a call, in another thread; set them once, before the calls"
@@ -575,9 +592,9 @@ class Specialization:
         ]
 
     def _check_flags(self) -> None:
-        if self._sensitive and not self.settings.flags.unchanged():
+        if self._sensitive and not self._flags.unchanged():
             raise FlagsChanged(
-                f"numerics flags changed since compile: {self.settings.flags.changes()}. This call would not give the"
+                f"numerics flags changed since compile: {self._flags.changes()}. This call would not give the"
                 " engine's bits. Set them back, or compile a new engine under the new flags."
             )
 
@@ -668,25 +685,3 @@ class _Kept:
 
 def _retire(device: Device, weights: list[torch.Tensor], last_uses: dict[int | str, Any]) -> None:
     device.retire(list(last_uses.values()), weights)
-
-
-def _finisher(program: Program) -> _Finish:
-    """How results become what the model returns: the common shapes without pytree."""
-    outputs, structure = program.outputs, program.structure
-    if all(isinstance(o, ComputedOutput) for o in outputs):
-        order = [o.index for o in outputs if isinstance(o, ComputedOutput)]
-        if structure.is_leaf():
-            return lambda inputs, results: results[0]
-        if structure.type in (tuple, list) and all(s.is_leaf() for s in structure.children()):
-            container = structure.type
-            return lambda inputs, results: container([results[i] for i in order])
-
-    def leaf(output: Any, inputs: Sequence[Any], results: Sequence[torch.Tensor]) -> Any:
-        if isinstance(output, ComputedOutput):
-            return results[output.index]
-        if isinstance(output, AliasOutput):
-            base = inputs[output.position] if output.weight is None else output.weight
-            return base if output.view is None else output.view(base)
-        return output.value
-
-    return lambda inputs, results: pytree.tree_unflatten([leaf(o, inputs, results) for o in outputs], structure)

@@ -23,15 +23,17 @@ void check(const char* call, int code) {
 
 std::atomic<size_t> next_thread{0};
 
-// Whether its bytes are the values that they seem to be, and it is no other tensor's stand-in (of vmap, say).
+}  // namespace
+
 bool is_plain(const at::Tensor& x) {
   using Key = c10::DispatchKey;
-  constexpr c10::DispatchKeySet odd({Key::Python, Key::FuncTorchBatched, Key::FuncTorchGradWrapper, Key::Batched,
-                                     Key::Functionalize, Key::Conjugate, Key::Negative, Key::ZeroTensor});
-  return x.layout() == c10::kStrided && x.has_storage() && !x.unsafeGetTensorImpl()->key_set().has_any(odd);
+  constexpr auto ordinary =
+      c10::DispatchKeySet({Key::Dense, Key::AutogradFunctionality, Key::AutogradOther, Key::ADInplaceOrView}) |
+      c10::autocast_dispatch_keyset;
+  auto* impl = x.unsafeGetTensorImpl();
+  auto odd = (impl->key_set() - ordinary).raw_repr() & ~c10::full_backend_mask;
+  return !odd && x.has_storage() && !x._fw_grad(0).defined();
 }
-
-}  // namespace
 
 // -- Counters --------------------------------------------------------------------------------------------------------
 
@@ -49,8 +51,8 @@ int64_t Counters::read(Name name) const {
 // -- InputSpec -------------------------------------------------------------------------------------------------------
 
 bool InputSpec::accepts(const at::Tensor& x) const {
-  auto* impl = x.unsafeGetTensorImpl();
-  if (impl->dtype() != caffe2::TypeMeta::fromScalarType(dtype) || !is_plain(x)) return false;
+  // First of all: a nested tensor has no sizes to ask for.
+  if (!is_plain(x) || x.dtype() != caffe2::TypeMeta::fromScalarType(dtype)) return false;
   if (x.sizes() != c10::IntArrayRef(sizes)) return false;
   if (contiguous) return x.is_contiguous();
   return !x.is_contiguous() && x.strides() == c10::IntArrayRef(strides);

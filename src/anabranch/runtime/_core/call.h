@@ -42,6 +42,10 @@ class Counters {
   std::array<Shard, kShards> shards_;
 };
 
+// Whether it is an ordinary dense tensor: its bytes are its values, it is no other tensor's stand-in (of vmap, say),
+// and nothing is attached to it that a call would lose.
+bool is_plain(const at::Tensor& x);
+
 // Shape, strides and dtype of an input as the kernels see it.
 struct InputSpec {
   c10::SmallVector<int64_t, 5> sizes, strides;

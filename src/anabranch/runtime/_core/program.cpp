@@ -5,6 +5,7 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <set>
 
@@ -55,15 +56,21 @@ namespace {
 
 // As a call of the engine promises, whatever the caller is in the middle of.
 struct Neutral {
-  explicit Neutral(c10::DeviceType device) : device(device), autocast(at::autocast::is_autocast_enabled(device)) {
+  // A graph may hold numbers as tensors on the CPU, whatever its device.
+  explicit Neutral(c10::DeviceType device) : types{device, c10::kCPU} {
     if (c10::InferenceMode::is_enabled()) normal.emplace(false);
-    if (autocast) at::autocast::set_autocast_enabled(device, false);
+    for (size_t i = 0; i < types.size(); ++i) {
+      autocast[i] = at::autocast::is_autocast_enabled(types[i]);
+      if (autocast[i]) at::autocast::set_autocast_enabled(types[i], false);
+    }
   }
   ~Neutral() {
-    if (autocast) at::autocast::set_autocast_enabled(device, true);
+    for (size_t i = 0; i < types.size(); ++i) {
+      if (autocast[i]) at::autocast::set_autocast_enabled(types[i], true);
+    }
   }
-  c10::DeviceType device;
-  bool autocast;
+  std::array<c10::DeviceType, 2> types;
+  std::array<bool, 2> autocast{};
   std::optional<c10::InferenceMode> normal;
   at::NoGradGuard no_grad;
 };

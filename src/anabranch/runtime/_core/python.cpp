@@ -389,7 +389,7 @@ void report(PyObject* self) {
   PyErr_Restore(type, value, traceback);
 }
 
-PyObject* engine_call(PyObject* object, PyObject* args, PyObject* kwargs) {
+PyObject* engine_call_or_throw(PyObject* object, PyObject* args, PyObject* kwargs) {
   auto* self = reinterpret_cast<EngineBase*>(object);
   auto elsewhere = [&]() -> PyObject* {
     static PyObject* name = PyUnicode_InternFromString("_call");
@@ -438,6 +438,16 @@ PyObject* engine_call(PyObject* object, PyObject* args, PyObject* kwargs) {
     return is_done ? answer : elsewhere();
   }
   return elsewhere();
+}
+
+// Python calls this: nothing may be thrown through it, whatever a caller passes.
+PyObject* engine_call(PyObject* object, PyObject* args, PyObject* kwargs) {
+  try {
+    return engine_call_or_throw(object, args, kwargs);
+  } catch (...) {
+    set_error(std::current_exception());
+    return nullptr;
+  }
 }
 
 EngineBase* engine_of(py::handle object) {

@@ -1,0 +1,171 @@
+"""Why a model could not be exported: the inputs are at fault, or a line of the model, or neither."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from anabranch.errors import AnabranchError, InputError, UnsupportedModel
+
+#: Frames in here are nobody's model.
+_NOT_A_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
+
+#: (words in an error's text, what to do)
+_ADVICE = (
+    (
+        ("functorch", "vmapped", "tensorwrapper", "that doesn't have storage", "has no attribute 'constant'"),
+        "It uses a transform of torch.func (vmap, grad, jacrev, ...) that torch.export does not know; write that step"
+        " without it, or leave it out of the engine.",
+    ),
+    (
+        ("require grad", "requires grad", "autograd", "backward"),
+        "It computes gradients of its inputs or parameters; engines run inference. Compute them outside of the engine.",
+    ),
+    (
+        ("torchscript", "scriptfunction", "scriptmodule"),
+        "TorchScript cannot be looked into; use the Python function or module that it was made from.",
+    ),
+    (
+        ("numpy", "data pointer", "access storage", "data_ptr"),
+        "That line needs the values or the memory of a tensor, and there are none while a model is exported; use"
+        " PyTorch's operators.",
+    ),
+)
+
+
+def check_parts(model: torch.nn.Module) -> None:
+    """Refuse a model with parts that cannot be exported, by their names. Raises :class:`UnsupportedModel`."""
+    for name, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            what = f"the model's part {name!r}" if name else "the model"
+            raise UnsupportedModel(
+                f"{what} is a TorchScript module ({type(part).__name__}: torch.jit.script, trace or load), which"
+                " torch.export cannot look into. Give compile the Python module that it was made from."
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        what = _kind(tensor)
+        if what:
+            kind, instead = what
+            raise UnsupportedModel(
+                f"the model's {name!r} is {kind}; engines compute with plain, dense tensors. {instead}"
+            )
+
+
+def _kind(x: torch.Tensor) -> tuple[str, str] | None:
+    """What else it is than a plain, dense tensor, and what to do; None: nothing else."""
+    if isinstance(x, FakeTensor):
+        return "a FakeTensor, which has no values", "Build or load the model outside of FakeTensorMode."
+    if isinstance(x, torch.nn.UninitializedParameter | torch.nn.UninitializedBuffer):
+        return "not initialized yet", "Run the model once on inputs like these."
+    if x.is_nested:
+        return "a nested tensor", "Keep its tensors one by one."
+    if x.is_quantized:
+        return f"quantized ({x.dtype})", "Use the model as it was before it was converted."
+    if x.layout is not torch.strided:
+        return f"of layout {x.layout}", "Keep its to_dense()."
+    return None
+
+
+def line_of(error: BaseException) -> str:
+    """``file.py:12`` of the model's own line that raised, or nothing."""
+    found = ""
+    # Of an operator that failed when a graph was run, its text has the line.
+    for name, line in re.findall(r'File "([^"]+)", line (\d+)', str(error)):
+        if not name.startswith(_NOT_A_MODEL):
+            found = f"{Path(name).name}:{line}"
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_filename
+        if not name.startswith(_NOT_A_MODEL):
+            found = f"{Path(name).name}:{line}"
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    """Of its text; its type where it has none."""
+    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """The leaves of a call, for messages."""
+
+    def leaf(x: Any) -> str:
+        if isinstance(x, torch.Tensor):
+            return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
+        return repr(x)
+
+    items = [leaf(x) for x in pytree.tree_leaves(tuple(args))]
+    items += [f"{name}={leaf(x)}" for name, v in kwargs.items() for x in pytree.tree_leaves(v)]
+    return ", ".join(items) or "none"
+
+
+def diagnose(
+    error: Exception, model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], line: str = ""
+) -> NoReturn:
+    """Raise what says why ``torch.export`` of ``model`` on these inputs ended with ``error``.
+
+    ``line``: the model's line that is suspected if the error does not say.
+    """
+    text, line = first_line(error), line_of(error) or line
+    where = f" ({line})" if line else ""
+    if isinstance(error, AnabranchError):
+        raise UnsupportedModel(
+            f"the model calls an engine{where}: {text}. Engines run on real tensors only: compile a model without it."
+        ) from error
+    if type(error).__module__.startswith(("torch._dynamo", "torch.fx.experimental")) or "data-dependent" in str(error):
+        raise UnsupportedModel(
+            f"torch.export cannot capture this model{where}: {text}. An engine needs a graph whose control flow does"
+            " not depend on the values of tensors; torch.cond expresses a branch that does."
+        ) from error
+    refused = run_in_eager(model, args, kwargs)
+    if refused is not None:
+        raise InputError(
+            f"the model does not accept these inputs ({describe(args, kwargs)}): {type(error).__name__}: {text}."
+            " Expected inputs that model(*inputs) runs on; try that first."
+        ) from error
+    lowered = f"{type(error).__name__} {error}".lower()
+    advice = next((what for words, what in _ADVICE if any(w in lowered for w in words)), None)
+    advice = advice or "Write that step otherwise, or leave it out of the engine."
+    raise UnsupportedModel(
+        f"torch.export cannot capture this model, which runs in eager{where}: {type(error).__name__}: {text}. {advice}"
+    ) from error
+
+
+def run_in_eager(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
+    """Run the model as it is, on copies of these inputs and of its buffers; returns what it raises, if anything.
+
+    On a GPU on fake tensors: made-up values that an operator refuses there would cost the process its device.
+    """
+
+    def copy(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+    tensors = [x for x in (*pytree.tree_leaves((args, kwargs)), *model.parameters()) if isinstance(x, torch.Tensor)]
+    try:
+        if any(x.is_cuda for x in tensors):
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            args, keywords = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
+            with mode, torch.no_grad():
+                model(*args, **keywords)
+            return None
+        args, keywords = pytree.tree_map_only(torch.Tensor, copy, (tuple(args), dict(kwargs)))
+        buffers = {name: copy(x) for name, x in model.named_buffers()}
+        devices = [x.device.index or 0 for x in tensors if x.device.type not in ("cpu", "meta")]
+        kinds = {x.device.type for x in tensors} - {"cpu", "meta"} or {"cuda"}
+        with torch.random.fork_rng(set(devices), device_type=kinds.pop()):
+            try:
+                with torch.no_grad():
+                    torch.func.functional_call(model, buffers, args, keywords)
+            except Exception:
+                # A model that takes derivatives runs in no other way.
+                with torch.enable_grad():
+                    torch.func.functional_call(model, buffers, args, keywords)
+    except Exception as e:
+        return e
+    return None

@@ -1,0 +1,314 @@
+"""What a model returns: its structure, and what each part of it really is."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from anabranch.errors import UnsupportedModel
+from anabranch.export._signature import register_dataclasses
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class ComputedOutput:
+    """The graph computes it: result ``index`` of the module. ``conj``, ``neg``: it is a lazy conjugate or negative of
+    that result."""
+
+    index: int
+    conj: bool = False
+    neg: bool = False
+
+    @property
+    def is_lazy(self) -> bool:
+        return self.conj or self.neg
+
+    def of(self, result: torch.Tensor) -> torch.Tensor:
+        """``result`` with the bits that it has in eager."""
+        if self.conj:
+            result = torch._conj(result)
+        return torch._neg_view(result) if self.neg else result
+
+
+@dataclass(frozen=True)
+class AliasOutput:
+    """An input or a parameter of the model, or a view of one: handed back as eager would.
+
+    ``position`` counts inputs (``weight is None``) ; ``weight`` is the model's own tensor. ``view`` recomputes the view
+    from it; None means the tensor itself.
+    """
+
+    position: int
+    weight: torch.Tensor | None
+    view: fx.GraphModule | None
+
+
+@dataclass(frozen=True)
+class ConstantOutput:
+    """A number, a string, a dtype, None: the same at each call."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class SizeOutput:
+    """A ``torch.Size`` of numbers of which some depend on data."""
+
+    parts: tuple[ComputedOutput | ConstantOutput, ...]
+
+
+Output = ComputedOutput | AliasOutput | ConstantOutput | SizeOutput
+
+#: What nobody can change, so that all calls may return the same object.
+_CONSTANTS: tuple[type, ...] = (
+    *(bool, int, float, complex, str, bytes, type(None), type(...), type, slice, range, enum.Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.finfo, torch.iinfo),
+)
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass
+class Returned:
+    """What the model returned while it was exported, but for the values: tensors, and numbers that depend on data.
+
+    Export itself sees the values, and no more of it.
+    """
+
+    structure: pytree.TreeSpec
+    #: A leaf each: a constant, or where among the values it is; of a torch.Size, its parts.
+    leaves: list[Any] = field(default_factory=list)
+    #: What cannot be returned, if anything.
+    refusal: str | None = None
+
+    @classmethod
+    def of(cls, result: Any) -> tuple[Returned, list[Any]]:
+        """And the values, in order."""
+        register_dataclasses(result)
+        leaves, structure = pytree.tree_flatten(result, is_leaf=_is_size)
+        made = cls(structure)
+        values: list[Any] = []
+
+        def of(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
+                values.append(leaf)
+                return _At(len(values) - 1)
+            if not isinstance(leaf, _CONSTANTS) and made.refusal is None:
+                kind = type(leaf)
+                made.refusal = (
+                    f"the model returns a {kind.__module__}.{kind.__qualname__}{_place(result, leaf)}, which an engine"
+                    f" cannot make anew at each call.{_hint(kind)}"
+                )
+            return ConstantOutput(leaf)
+
+        for leaf in leaves:
+            depends = isinstance(leaf, torch.Size) and any(isinstance(n, _SYMBOLS) for n in leaf)
+            made.leaves.append(tuple(map(of, leaf)) if depends else of(leaf))
+        return made, values
+
+    def outputs(self, made: Sequence[Output]) -> list[Output]:
+        """An output for each leaf; ``made``: one for each of the values."""
+
+        def of(leaf: Any) -> Any:
+            if isinstance(leaf, tuple):
+                return SizeOutput(tuple(of(part) for part in leaf))
+            return made[leaf.index] if isinstance(leaf, _At) else leaf
+
+        return [of(leaf) for leaf in self.leaves]
+
+
+def _is_size(x: Any) -> bool:
+    return isinstance(x, torch.Size)
+
+
+def _place(result: Any, leaf: Any) -> str:
+    """Where in ``result`` it is, if its containers tell."""
+    try:
+        pairs, _ = pytree.tree_flatten_with_path(result, is_leaf=_is_size)
+    except ValueError:
+        return ""
+    return next((f" (output{pytree.keystr(path)})" for path, x in pairs if x is leaf and path), "")
+
+
+@dataclass(frozen=True)
+class _At:
+    """Which of the values a leaf is."""
+
+    index: int
+
+
+def _hint(kind: type) -> str:
+    if "cache" in kind.__name__.lower():
+        return (
+            " Ask the model not to return its cache (use_cache=False, or model.config.use_cache = False), or return the"
+            " cache's tensors."
+        )
+    return (
+        " Return tensors, numbers, strings, None, or containers of them; register other containers with"
+        " torch.utils._pytree.register_pytree_node."
+    )
+
+
+def storage_of(node: fx.Node) -> int | None:
+    """Identity of the memory that a node's value lies in."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_nested:
+        return None
+    return value.untyped_storage()._cdata
+
+
+def classify(
+    gm: fx.GraphModule,
+    inputs: Sequence[fx.Node],
+    weights: Mapping[fx.Node, tuple[str, torch.Tensor]],
+    where: Any,
+) -> list[Output]:
+    """Say what each value that the graph returns is, and leave only computed ones, each once, in the graph.
+
+    ``where``: node -> the model's line, for messages.
+    """
+    output = gm.graph.output_node()
+    roots: dict[int | None, list[fx.Node]] = {}
+    for n in (*inputs, *weights):
+        roots.setdefault(storage_of(n), []).append(n)
+    computed: dict[fx.Node, int] = {}
+    result: list[Output] = []
+    for value in output.args[0]:  # type: ignore[union-attr]
+        if not isinstance(value, fx.Node):
+            result.append(ConstantOutput(value))
+            continue
+        _check_plain(value, where(value))
+        root = value if value in weights or value in inputs else _root(value, roots.get(storage_of(value), []))
+        if root is None:
+            node, conj, neg = _in_memory(gm.graph, value)
+            result.append(ComputedOutput(computed.setdefault(node, len(computed)), conj, neg))
+            continue
+        entry = _entry(root)
+        view = None if value is entry else _view_chain(value, entry)
+        if root in weights:
+            result.append(AliasOutput(-1, weights[root][1], view))
+        else:
+            result.append(AliasOutput(inputs.index(root), None, view))
+    output.args = (tuple(computed),)
+    return result
+
+
+def _root(value: fx.Node, candidates: Sequence[fx.Node]) -> fx.Node | None:
+    """The input or weight that a view is taken of: parameters may be views of one another."""
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
+    ancestors = _ancestors(value)
+    return next((n for n in candidates if n in ancestors), candidates[0])
+
+
+def _check_plain(node: fx.Node, line: str) -> None:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return
+    quantized = value.is_quantized or str(value.dtype).startswith(("torch.quint", "torch.qint"))
+    if value.layout is not torch.strided or quantized or value.is_nested:
+        kind = "quantized" if quantized else "nested" if value.is_nested else f"of layout {value.layout}"
+        instead = ".dequantize()" if quantized else ".to_dense()"
+        raise UnsupportedModel(
+            f"the model returns a tensor that is {kind} ({line or node.target}); engines return dense ones. Return"
+            f" {instead} of it."
+        )
+
+
+def _in_memory(graph: fx.Graph, value: fx.Node) -> tuple[fx.Node, bool, bool]:
+    """What lies in memory of a value, and which lazy bits it has on top. Only that is copied, captured and written."""
+    fake = value.meta.get("val")
+    if not isinstance(fake, torch.Tensor):
+        return value, False, False
+    conj, neg = fake.is_conj(), fake.is_neg()
+    for held, op, undone in ((conj, _aten._conj.default, torch._conj), (neg, _aten._neg_view.default, torch._neg_view)):
+        if not held:
+            continue
+        if value.target is op:
+            value = value.args[0]  # type: ignore[assignment]
+            continue
+        with graph.inserting_after(value):
+            plain = graph.call_function(op, (value,))
+        fake = value.meta["val"]
+        with fake.fake_mode:
+            plain.meta = {**value.meta, "val": undone(fake)}
+        value = plain
+    return value, conj, neg
+
+
+def _entry(root: fx.Node) -> fx.Node:
+    """The input as the model sees it: with its lazy bits, which are put on first of all."""
+    for op in (_aten._conj.default, _aten._neg_view.default):
+        if root.meta.get("lazy", {}).get(op):
+            root = next(n for n in root.users if n.target is op)
+    return root
+
+
+def _view_chain(value: fx.Node, root: fx.Node) -> fx.GraphModule:
+    """The views that lead from ``root`` to ``value``, as a module of one input."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {root: graph.placeholder("base")}
+
+    def clone(node: fx.Node) -> fx.Node:
+        if node not in copied:
+            for n in node.all_input_nodes:
+                clone(n)
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+        return copied[node]
+
+    if any(n.op == "placeholder" and n is not root for n in _ancestors(value, root)):
+        raise UnsupportedModel(
+            f"output {value.name!r} is a view of {root.name!r} whose shape depends on another tensor; return a copy"
+        )
+    graph.output(clone(value))
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _ancestors(node: fx.Node, root: fx.Node | None = None) -> set[fx.Node]:
+    """Every node that leads to ``node``, but what leads to ``root``."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen.add(n)
+            if n is not root:
+                stack.extend(n.all_input_nodes)
+    return seen
+
+
+def finisher(outputs: Sequence[Output], structure: pytree.TreeSpec) -> Any:
+    """``finish(inputs, results)``: how results become what the model returns; the common shapes without pytree."""
+    if all(isinstance(o, ComputedOutput) and not o.is_lazy for o in outputs):
+        order = [o.index for o in outputs if isinstance(o, ComputedOutput)]
+        if structure.is_leaf():
+            return lambda inputs, results: results[0]
+        if structure.type in (tuple, list) and all(s.is_leaf() for s in structure.children()):
+            container = structure.type
+            return lambda inputs, results: container([results[i] for i in order])
+
+    def leaf(output: Output, inputs: Sequence[Any], results: Sequence[Any], lazy: dict[Output, Any]) -> Any:
+        if isinstance(output, ComputedOutput):
+            if not output.is_lazy:
+                return results[output.index]
+            if output not in lazy:  # one that is returned twice is one object
+                lazy[output] = output.of(results[output.index])
+            return lazy[output]
+        if isinstance(output, AliasOutput):
+            base = inputs[output.position] if output.weight is None else output.weight
+            return base if output.view is None else output.view(base)
+        if isinstance(output, SizeOutput):
+            return torch.Size([int(leaf(part, inputs, results, lazy)) for part in output.parts])
+        return output.value
+
+    def finish(inputs: Sequence[Any], results: Sequence[Any]) -> Any:
+        lazy: dict[Output, Any] = {}
+        return pytree.tree_unflatten([leaf(o, inputs, results, lazy) for o in outputs], structure)
+
+    return finish
