@@ -50,9 +50,9 @@ def check_parts(model: torch.nn.Module) -> None:
                 " torch.export cannot look into. Give compile the Python module that it was made from."
             )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        what = _kind(tensor)
-        if what:
-            kind, instead = what
+        found = _kind(tensor)
+        if found:
+            kind, instead = found
             raise UnsupportedModel(
                 f"the model's {name!r} is {kind}; engines compute with plain, dense tensors. {instead}"
             )
