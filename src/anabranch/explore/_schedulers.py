@@ -153,7 +153,7 @@ class replay(Scheduler):
         can = ", ".join(f"{choice.actor} ({choice.label})" for choice in choices)
         raise ReplayDiverged(
             f"step {index + 1} of the schedule is one of {self._actors[index]}, which cannot go on there; "
-            f"these can: {can}. The schedule is of another program, or of another version: replay it with that one."
+            f"these can: {can}. The schedule is from another program or another version of it: replay it with that one."
         )
 
     def __repr__(self) -> str:
