@@ -52,7 +52,7 @@ class FlagsChanged(AnabranchError):
 
 
 class EngineClosed(AnabranchError):
-    """The engine was closed, or belongs to a parent process of this one."""
+    """The engine was closed, or belongs to a parent process, or this process was forked in the middle of a compile."""
 
 
 class DeviceLost(AnabranchError):

@@ -21,6 +21,7 @@ CAUGHT = {
     "_Unbindable": "the reason why calls copy their inputs, which explain() shows",
     "_Untranslatable": "the reason why calls are queued from Python, which explain() shows",
     "NotReady": "a cell of the benchmark's table",
+    "_StopTrial": "ends a call that nobody asked for",
     "_TooSlow": "a cell of the benchmark's table",
 }
 
@@ -321,11 +322,26 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("does not accept these inputs ({", "Expected inputs that model(*inputs) runs on", "try that first"),
         ("torch.export cannot capture this model, which runs in eager{where}", "{text}", "{advice}"),
     ],
+    "src/anabranch/export/_leaks.py": [
+        (
+            "the model keeps a tensor that it computes in {where}",
+            "outside of itself",
+            "Return it, keep it in an attribute",
+        ),
+    ],
     "src/anabranch/export/_outputs.py": [
         ("the model returns a tensor that is {kind} ({", "engines return dense ones", "Return {instead} of it"),
         ("output {value.name} is a view of {root.name}", "whose shape depends on another tensor", "return a copy"),
     ],
+    "src/anabranch/export/_precision.py": [
+        ("precision={self.precision} given", "whose values it cannot hold", "scale the values, or leave precision out"),
+    ],
     "src/anabranch/export/_program.py": [
+        (
+            "depend on state of Python's: a call {",
+            "An engine would repeat what it was",
+            "Make it an input, or draw with",
+        ),
         ("and was given one that is not dense", "the memory of input {position} past its shape", "Pass x.contiguous()"),
         ("the model changes {target} in place ({what})", "an engine is immutable", "Make it an output of the model"),
         ("the model uses {spec.target}", "expected tensors only", "Hold it outside the model"),
@@ -350,6 +366,14 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("input {position} is a zero without memory of its own", "Pass x.clone()"),
         ("is a tensor of another kind ({keys})", "expected a plain, dense one", "Pass x.clone()"),
         ("input {position} has a tangent", "engines run inference only", "Pass forward_ad.unpack_dual(x).primal"),
+    ],
+    "src/anabranch/export/_snapshot.py": [
+        (
+            "the model ({type(x).__name__}) holds objects that are nested too deep",
+            "expected fewer",
+            "Move what forward()",
+        ),
+        ("a hook is registered for every module of the process ({", "compiling would run it", "Remove it while"),
     ],
     "src/anabranch/models.py": [
         ("upscaler(channels={channels}, convs={convs}, scale={scale})", "scale must be at least 2"),
@@ -383,6 +407,13 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("found {} streams and {} threads", "expected a trace whose clocks fit in 1 GiB"),
     ],
     "src/anabranch/race/_detector.py": [("{error}", "expected an event of plain JSON data")],
+    "src/anabranch/runtime/_build.py": [
+        (
+            "this process was forked while another thread of its parent compiled",
+            "What was compiled before still runs",
+            "Call engine.warm(...) for every",
+        ),
+    ],
     "src/anabranch/runtime/_core/cuda.cpp": [
         (
             "the CUDA libraries of this process have no {}",

@@ -704,6 +704,60 @@ def test_a_lock_held_at_the_fork_does_not_hang_the_child(runtime: str, which: st
 
 
 @pytest.mark.clause(5)
+def test_a_child_forked_amid_a_compile_runs_what_was_compiled_and_refuses_the_rest(
+    runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anabranch.runtime import _engine
+
+    model = nn.Linear(3, 4).eval()
+    engine = build(model, torch.randn(2, 3))
+    x, expected = torch.randn(2, 3), eager(model, torch.ones(5, 3))
+    amid, go_on = threading.Event(), threading.Event()
+    export = _engine.export_program
+
+    def slow_export(*args: Any, **kwargs: Any) -> Any:
+        amid.set()
+        assert go_on.wait(30)
+        return export(*args, **kwargs)
+
+    def child() -> bool:
+        _engine.export_program = export
+        assert torch.equal(engine(x), eager(model, x))
+        for use in (
+            lambda: engine(torch.randn(7, 3)),
+            lambda: engine.warm([torch.randn(8, 3)]),
+            lambda: build(nn.ReLU(), torch.randn(2)),
+        ):
+            with pytest.raises(anabranch.EngineClosed, match=r"forked while another thread .* compiled"):
+                use()
+        return True
+
+    monkeypatch.setattr(_engine, "export_program", slow_export)
+    results: list[Any] = []
+    other = threading.Thread(target=lambda: results.append(engine(torch.ones(5, 3))))
+    other.start()
+    try:
+        assert amid.wait(30)
+        assert in_child(child) == 0
+    finally:
+        go_on.set()
+        other.join()
+    torch.testing.assert_close(results[0], expected)
+    if not torch.cuda.is_initialized():
+        assert in_child(lambda: engine(torch.randn(9, 3)).shape == (9, 4)) == 0, "a fork in between is no fork amid"
+
+
+@pytest.mark.clause(5)
+def test_inductor_compiles_in_a_child_of_a_process_in_which_it_has_compiled() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.GELU()).eval()
+    engine = build(model, torch.randn(2, 3), backend="inductor")
+    # torch.export starts CUDA where there is one, which a forked child cannot do again.
+    x = torch.randn(2 if torch.cuda.is_initialized() else 5, 3)
+    expected = eager(model, x)
+    assert in_child(lambda: torch.allclose(engine(x), expected), timeout=120) == 0
+
+
+@pytest.mark.clause(5)
 def test_the_interpreter_exits_with_threads_still_calling(run_python: Any, runtime: str) -> None:
     done = run_python(
         """

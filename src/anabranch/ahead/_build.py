@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 import re
@@ -18,7 +17,7 @@ from torch.utils import _pytree as pytree
 from anabranch.backends import BACKENDS
 from anabranch.devices import get_device
 from anabranch.errors import BuildError, InputError
-from anabranch.export import Input, Program, Signature, export_program, flatten_call, leaf_key
+from anabranch.export import Cast, Input, Program, Signature, Snapshot, export_program, flatten_call, leaf_key
 from anabranch.runtime._build import neutral, process
 from anabranch.runtime._engine import _inputs, given_model
 from anabranch.runtime._flags import Flags
@@ -133,7 +132,7 @@ def build(
     _check_writable(kept.folder)
     name, model = given_model(model)
     args, keywords = _inputs(model, inputs, kwargs)
-    with process.build_lock:
+    with process.compiling():
         signature, program = _export(model, args, keywords, precision)
         return _build(name, signature, program, target, require_full, kept)
 
@@ -162,12 +161,10 @@ def _export(
     for i, x in enumerate(leaves):
         leaf_key(x, i, device)
     with neutral(seam, seam.index(device)):
-        cast = None
-        if precision is not None:
-            module = model.module() if isinstance(model, ExportedProgram) else model
-            cast = copy.deepcopy(module).to(precision)
+        snapshot = Snapshot.of(model)
+        cast = Cast(snapshot, precision) if precision is not None else None
         args, kwargs = pytree.tree_unflatten(leaves, structure)
-        return signature, export_program(model, args, kwargs, precision, cast)
+        return signature, export_program(snapshot, args, kwargs, cast)
 
 
 def _build(name: str, signature: Signature, program: Program, target: Any, require_full: bool, cache: Any) -> Build:

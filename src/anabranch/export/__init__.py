@@ -2,13 +2,14 @@
 
 from anabranch.export._diagnosis import run_in_eager
 from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutput, SizeOutput, finisher
+from anabranch.export._precision import Cast
 from anabranch.export._program import (
     Program,
     export_program,
-    is_random,
     keep_backends_enabled,
     source_of,
 )
+from anabranch.export._random import is_random
 from anabranch.export._signature import (
     Input,
     Signature,
@@ -19,24 +20,29 @@ from anabranch.export._signature import (
     leaf_key,
     register_dataclasses,
 )
+from anabranch.export._snapshot import Snapshot, hooks_of, name_of
 
 __all__ = [
     "AliasOutput",
+    "Cast",
     "ComputedOutput",
     "ConstantOutput",
     "Input",
     "Program",
     "Signature",
     "SizeOutput",
+    "Snapshot",
     "TensorSpec",
     "export_program",
     "finisher",
     "flatten_call",
+    "hooks_of",
     "is_random",
     "keep_backends_enabled",
     "keyword_order_matters",
     "layouts_of",
     "leaf_key",
+    "name_of",
     "register_dataclasses",
     "run_in_eager",
     "source_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,13 +41,24 @@ class ComputedOutput:
 class AliasOutput:
     """An input or a parameter of the model, or a view of one: handed back as eager would.
 
-    ``position`` counts inputs (``weight is None``) ; ``weight`` is the model's own tensor. ``view`` recomputes the view
-    from it; None means the tensor itself.
+    ``position`` counts inputs (``weight is None``) ; ``weight`` is the engine's tensor over a parameter's memory.
+    ``view`` recomputes the view from it; None means the tensor itself.
     """
 
     position: int
     weight: torch.Tensor | None
     view: fx.GraphModule | None
+    #: The user's own parameter, if it is still there.
+    original: Callable[[], torch.Tensor | None] | None = None
+
+    def of(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What is handed back of a call. The user's own parameter, unless ``half()``, say, has made another of it."""
+        base = inputs[self.position] if self.weight is None else self.weight
+        own = self.original() if self.original is not None else None
+        if own is not None and own.is_set_to(base):
+            base = own
+        result: torch.Tensor = base if self.view is None else self.view(base)
+        return result
 
 
 @dataclass(frozen=True)
@@ -168,10 +179,11 @@ def classify(
     inputs: Sequence[fx.Node],
     weights: Mapping[fx.Node, tuple[str, torch.Tensor]],
     where: Any,
+    original: Callable[[torch.Tensor], Callable[[], torch.Tensor | None] | None] = lambda weight: None,
 ) -> list[Output]:
     """Say what each value that the graph returns is, and leave only computed ones, each once, in the graph.
 
-    ``where``: node -> the model's line, for messages.
+    ``where``: node -> the model's line, for messages. ``original``: for a weight, what returns the user's own tensor.
     """
     output = gm.graph.output_node()
     roots: dict[int | None, list[fx.Node]] = {}
@@ -192,7 +204,8 @@ def classify(
         entry = _entry(root)
         view = None if value is entry else _view_chain(value, entry)
         if root in weights:
-            result.append(AliasOutput(-1, weights[root][1], view))
+            weight = weights[root][1]
+            result.append(AliasOutput(-1, weight, view, original(weight)))
         else:
             result.append(AliasOutput(inputs.index(root), None, view))
     output.args = (tuple(computed),)
@@ -301,8 +314,7 @@ def finisher(outputs: Sequence[Output], structure: pytree.TreeSpec) -> Any:
                 lazy[output] = output.of(results[output.index])
             return lazy[output]
         if isinstance(output, AliasOutput):
-            base = inputs[output.position] if output.weight is None else output.weight
-            return base if output.view is None else output.view(base)
+            return output.of(inputs)
         if isinstance(output, SizeOutput):
             return torch.Size([int(leaf(part, inputs, results, lazy)) for part in output.parts])
         return output.value

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import logging
 import operator
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,15 @@ from torch.utils import _pytree as pytree
 
 from anabranch.errors import UnsupportedModel
 from anabranch.export._default_dtype import pin_default_dtype
-from anabranch.export._diagnosis import check_parts, diagnose
+from anabranch.export._diagnosis import diagnose
 from anabranch.export._layout import LayoutWatch, aliases, keep_copies
+from anabranch.export._leaks import Watch
 from anabranch.export._outputs import ComputedOutput, Output, Returned, classify, storage_of
+from anabranch.export._precision import Cast, HalfPrecision
+from anabranch.export._random import is_random
 from anabranch.export._signature import TensorSpec
+from anabranch.export._snapshot import Fresh, Snapshot, check_global_hooks
+from anabranch.export._trial import Trial, needs_trial, try_out
 
 # torch.export copies tree specs of its own in a way that PyTorch deprecates; whoever sees it can do nothing about it.
 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning, module="copyreg")
@@ -34,18 +40,6 @@ warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning
 _aten = torch.ops.aten
 #: The models' lines are elsewhere.
 _PACKAGE = str(Path(__file__).parents[1])
-
-#: Tagged random, but only with a positive dropout probability: (op, position of p or train, value that is not random).
-_RANDOM_IF = {
-    _aten.scaled_dot_product_attention.default: ("dropout_p", 4, 0.0, 0.0),
-    _aten._scaled_dot_product_flash_attention.default: ("dropout_p", 3, 0.0, 0.0),
-    _aten._scaled_dot_product_efficient_attention.default: ("dropout_p", 5, 0.0, 0.0),
-    _aten._scaled_dot_product_cudnn_attention.default: ("dropout_p", 5, 0.0, 0.0),
-    _aten._scaled_dot_product_flash_attention_for_cpu.default: ("dropout_p", 3, 0.0, 0.0),
-    _aten._scaled_dot_product_attention_math.default: ("dropout_p", 4, 0.0, 0.0),
-    _aten.dropout.default: ("train", 2, None, False),
-    _aten.native_dropout.default: ("train", 2, None, False),
-}
 
 
 @dataclass
@@ -71,6 +65,8 @@ class Program:
     reads_layout: bool = False
     #: Inputs whose storage is read from its very beginning, with the operator that does it.
     absolute: tuple[tuple[int, str], ...] = ()
+    #: What a user should know of the export, a line each.
+    notes: tuple[str, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -85,6 +81,8 @@ class _Seen:
     returned: Returned
     #: Whether it looked at how its inputs lie in memory.
     reads_layout = False
+    #: The stand-ins for tensors that it computed with.
+    watch: Watch | None = None
 
 
 class _Forward(torch.nn.Module):
@@ -108,6 +106,7 @@ class _Forward(torch.nn.Module):
         self._dtypes = dtypes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen.watch = Watch(pytree.tree_leaves((args, kwargs)))
         if any(spec.is_lazy for spec in self._specs):
             specs = iter(self._specs)
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: next(specs).in_memory(x), (args, kwargs))
@@ -127,7 +126,7 @@ class _Forward(torch.nn.Module):
             return cast
 
         args, kwargs = pytree.tree_map(enter, (args, kwargs))
-        with watch:
+        with watch, HalfPrecision(self._precision):
             result = self.model(*args, **kwargs)
         # An input that is handed back is the caller's own, not a rounded copy.
         result = pytree.tree_map(lambda y: originals.get(id(y), y), result)
@@ -143,39 +142,130 @@ class _Forward(torch.nn.Module):
 
 
 def export_program(
-    model: torch.nn.Module | ExportedProgram,
+    model: torch.nn.Module | ExportedProgram | Snapshot,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    precision: torch.dtype | None = None,
-    cast: torch.nn.Module | None = None,
+    cast: Cast | None = None,
     given: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
+    aside: Callable[[Callable[[], Any]], Any] = lambda call: call(),
 ) -> Program:
-    """Export ``model`` for these inputs; with ``precision``, its copy ``cast`` whose parameters have that type.
+    """Export a copy of ``model`` for these inputs; with ``cast``, in that precision.
 
     Each input tensor must have memory of its own: what shares a storage is taken for one value. The program's inputs
     are what lies in memory of them, with canonical strides (see :class:`TensorSpec`). Their values are not read;
-    ``given`` are such inputs with values, on which the model is tried where it cannot be exported.
+    ``given`` are such inputs with values, on which the model is tried where it cannot be exported. Weights share the
+    model's memory. ``aside`` makes a call where its work on the device holds up nobody: the model is called once with
+    made-up values before it is traced. Called with the build lock held.
 
     Raises :class:`InputError` where the model rejects the inputs and :class:`UnsupportedModel` where an engine could
-    not reproduce it: a buffer or an input that it changes in place, control flow that depends on data.
+    not reproduce it: a buffer or an input that it changes in place, control flow that depends on data, state of
+    Python's that its results depend on.
     """
-    module = model.module() if isinstance(model, ExportedProgram) else model
-    check_parts(module)
-    given = given or (args, kwargs)
-    originals = dict(module.named_parameters(remove_duplicate=False)) | dict(
-        module.named_buffers(remove_duplicate=False)
-    )
-    specs = [TensorSpec.of(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    forward = _Forward(module, specs)
-    if precision is not None:
-        dtypes = _output_dtypes(_export(forward, args, kwargs, given, decompose=False))
-        assert cast is not None
-        forward = _Forward(cast, specs, precision, dtypes)
-        originals = {}
-    exported = _export(forward, args, kwargs, given)
-    program = _flatten(exported, {f"model.{name}": t for name, t in originals.items()}, specs, forward.seen.returned)
-    program.reads_layout = forward.seen.reads_layout
+    check_global_hooks()
+    snapshot = model if isinstance(model, Snapshot) else Snapshot.of(model)
+    exporter = _Exporter(args, kwargs, given or (args, kwargs), aside)
+    options: tuple[Any, ...] = ()
+    if cast is not None:
+        exported, *_ = exporter.export(snapshot, decompose=False)
+        options = (cast.precision, _output_dtypes(exported))
+    exported, traced, seen = exporter.export(cast.snapshot if cast is not None else snapshot, *options)
+    program = _flatten(exported, traced, cast, exporter.specs, seen.returned, aside)
+    program.reads_layout = seen.reads_layout
+    del exported, traced
+    program.notes = exporter.notes()
     return program
+
+
+class _Exporter:
+    """Exports copies of a model for one signature."""
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], given: Any, aside: Callable[..., Any]) -> None:
+        self._args = tuple(args)
+        self._kwargs = dict(kwargs)
+        self._given = given
+        self._aside = aside
+        self.specs = [TensorSpec.of(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self._state: dict[str, None] = {}
+        self._watches: list[Watch | None] = []
+
+    def export(self, snapshot: Snapshot, *options: Any, decompose: bool = True) -> tuple[ExportedProgram, Fresh, _Seen]:
+        """And the copy that was traced, with what was seen. ``options``: of :class:`_Forward`."""
+        traced = snapshot.fresh()
+        if not needs_trial(traced.module):
+            exported, seen = self._trace(traced, options, decompose)
+            return exported, traced, seen
+        first = self._try(traced, options)
+        if not first.finished:
+            traced = snapshot.fresh()  # the call may have left it in any state
+        # What the first call changes may be a cache that it fills.
+        later = self._try(traced, options) if first.changes else first
+        exported, seen = self._trace(traced, options, decompose)
+        state = [*first.draws, *later.changes]
+        if state:
+            # Does it matter? What was drawn is drawn anew by another copy; what is counted goes on.
+            other = snapshot.fresh() if first.draws else traced
+            for _ in range(3 if other is not traced else 1):
+                self._try(other, options)
+            again, _ = self._trace(other, options, decompose)
+            if not _alike(exported, again):
+                raise UnsupportedModel(
+                    f"the model's results depend on state of Python's: a call {', '.join(state)}. An engine would"
+                    " repeat what it was at compile. Make it an input, or draw with torch.rand and the like."
+                )
+            self._state.update(dict.fromkeys(state))
+        return exported, traced, seen
+
+    def _trace(self, traced: Fresh, options: Any, decompose: bool) -> tuple[ExportedProgram, _Seen]:
+        forward = _Forward(traced.module, self.specs, *options)
+        exported = _export(forward, self._args, self._kwargs, self._given, decompose)
+        self._watches.append(forward.seen.watch)
+        return exported, forward.seen
+
+    def _try(self, traced: Fresh, options: Any) -> Trial:
+        """One real call on inputs like these, with made-up values."""
+        forward = _Forward(traced.module, self.specs, *options)
+
+        def made(x: torch.Tensor) -> torch.Tensor:
+            return TensorSpec.of(x).in_memory(TensorSpec.of(x).synthesize(x.device))
+
+        def attempt() -> Trial:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, made, (self._args, self._kwargs))
+            return try_out(functools.partial(forward, *args, **kwargs), traced)
+
+        result = [Trial(False)]
+        try:
+            self._aside(lambda: result.append(attempt()))
+        except Exception:
+            return Trial(False)  # what the device found wrong later, with values that were made up
+        return result[-1]
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know. With everything dropped that was traced."""
+        notes = []
+        if self._state:
+            notes.append(f"the model {', '.join(self._state)}; calls do not, and its results did not depend on it")
+        cleared = dict.fromkeys(where for w in self._watches if w is not None for where in w.clear())
+        if cleared:
+            notes.append(f"the model puts tensors into {', '.join(cleared)}; calls do not")
+        return tuple(notes)
+
+
+def _alike(a: ExportedProgram, b: ExportedProgram) -> bool:
+    """Whether two traces of a model are the same computation."""
+
+    def codes(exported: ExportedProgram) -> list[str]:
+        return [m.code for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
+
+    def same(x: Any, y: Any) -> bool:
+        if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
+            return type(x) is type(y)
+        return x.shape == y.shape and x.dtype is y.dtype and torch.equal(x, y)
+
+    return (
+        codes(a) == codes(b)
+        and a.constants.keys() == b.constants.keys()
+        and all(same(x, b.constants[name]) for name, x in a.constants.items())
+    )
 
 
 def _export(
@@ -314,9 +404,11 @@ def _inline(gm: fx.GraphModule, keep_mode: bool) -> None:
 
 def _flatten(
     exported: ExportedProgram,
-    originals: Mapping[str, torch.Tensor],
+    traced: Fresh,
+    cast: Cast | None,
     specs: Sequence[TensorSpec],
     returned: Returned,
+    aside: Callable[[Callable[[], Any]], Any],
 ) -> Program:
     signature = exported.graph_signature
     for spec in signature.output_specs:
@@ -332,6 +424,8 @@ def _flatten(
     gm = fx.GraphModule(exported.graph_module, copy.deepcopy(exported.graph_module.graph))
     placeholders = gm.graph.find_nodes(op="placeholder")
     tensors: dict[str, torch.Tensor] = {**exported.state_dict, **exported.constants}
+    for named in (traced.module.named_parameters, traced.module.named_buffers):
+        tensors.update((f"model.{name}", t) for name, t in named(remove_duplicate=False))
     weights: dict[fx.Node, tuple[str, torch.Tensor]] = {}
     inputs: list[fx.Node] = []
     for node, spec in zip(placeholders, signature.input_specs, strict=True):
@@ -348,20 +442,24 @@ def _flatten(
                 )
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             name = str(spec.target)
-            weights[node] = (name, originals.get(name, tensors[name]))
+            weights[node] = (name, tensors[name])
         else:
             raise UnsupportedModel(
                 f"the model uses {spec.target!r}, a {spec.kind.name.lower()}; expected tensors only. Hold it"
                 " outside the model."
             )
 
+    original = traced.original
+    if cast is not None:
+        cast.fold(gm, weights, traced, aside)
+        original = functools.partial(cast.original, traced)
     direct_only, data_dependent = _uncapturable(gm.graph)
     _propagate(gm, data_dependent)
     asks = pin_default_dtype(gm)
     for node, spec in zip(inputs, specs, strict=True):
         node.meta["lazy"] = {_aten._conj.default: spec.conj, _aten._neg_view.default: spec.neg}
     absolute = _absolute(gm.graph, inputs, specs)
-    outputs = returned.outputs(classify(gm, inputs, weights, source_of))
+    outputs = returned.outputs(classify(gm, inputs, weights, source_of, original))
     if any(spec.layout for spec in specs) and not data_dependent:
         fresh = {n for n in gm.graph.nodes if n.op == "call_function"} - aliases(gm.graph)
         for node, spec in zip(inputs, specs, strict=True):
@@ -418,20 +516,6 @@ def _uncapturable(graph: fx.Graph) -> tuple[str | None, bool]:
     if random:
         return "random: " + ", ".join(random), False
     return None, False
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether an operator draws random numbers, with the arguments that it has."""
-    if not isinstance(node.target, torch._ops.OpOverload) or (
-        torch.Tag.nondeterministic_seeded not in node.target.tags
-    ):
-        return False
-    rule = _RANDOM_IF.get(node.target)
-    if rule is None:
-        return True
-    name, position, default, deterministic = rule
-    value = node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
-    return bool(value != deterministic)
 
 
 def _propagate(gm: fx.GraphModule, data_dependent: bool) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from anabranch import _activity, _sync
 from anabranch.devices import Device
+from anabranch.errors import EngineClosed
 
 
 class _Forked(Protocol):
@@ -36,6 +38,10 @@ class _Process:
     def __init__(self) -> None:
         self.generation = 0
         self._exiting = False
+        #: The thread that is compiling, with the build lock held. A fork copies it as it was.
+        self._compiling: int | None = None
+        #: Whether this process was forked in the middle of another thread's compile.
+        self._forked_amid = False
         # In the order of their registration, so that a child makes their locks in the same order in every run.
         self._forked: weakref.WeakValueDictionary[int, _Forked] = weakref.WeakValueDictionary()
         self._serial = itertools.count()
@@ -52,8 +58,35 @@ class _Process:
         """Call ``owner.after_fork()`` in each forked child, for as long as ``owner`` lives."""
         self._forked[next(self._serial)] = owner
 
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Hold the build lock to run PyTorch's export and compilers, or raise :class:`EngineClosed`.
+
+        A fork in another thread meanwhile leaves the child with their locks held and their work half done, and no
+        thread that would go on with it.
+        """
+        with self.build_lock:
+            if self._forked_amid:
+                raise EngineClosed(
+                    "this process was forked while another thread of its parent compiled, which leaves PyTorch's"
+                    " compilers unusable here. What was compiled before still runs. Call engine.warm(...) for every"
+                    " signature before forking, or start children with multiprocessing's 'spawn'."
+                )
+            before, self._compiling = self._compiling, threading.get_ident()
+            try:
+                yield
+            finally:
+                self._compiling = before
+
     def after_fork(self) -> None:
         self.generation += 1
+        if self._compiling not in (None, threading.get_ident()):
+            self._forked_amid = True
+        self._compiling = None
+        inductor: Any = sys.modules.get("torch._inductor.async_compile")
+        if inductor is not None:
+            # Its threads are the parent's; without a new pool the child would wait for them for ever.
+            getattr(inductor.AsyncCompile.pool, "cache_clear", bool)()
         self.renew_locks()
         for owner in list(self._forked.values()):
             owner.after_fork()

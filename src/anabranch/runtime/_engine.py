@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -27,13 +27,17 @@ from anabranch.errors import (
     NotCapturable,
 )
 from anabranch.export import (
+    Cast,
     Input,
     Signature,
+    Snapshot,
     export_program,
     flatten_call,
+    hooks_of,
     keyword_order_matters,
     layouts_of,
     leaf_key,
+    name_of,
     register_dataclasses,
     run_in_eager,
 )
@@ -70,8 +74,9 @@ def compile(
     """Compile ``model`` for inference and return an engine that any thread may call on any stream.
 
     :param model: a module in ``eval()`` mode on the device of the inputs, an exported program, or the path of a
-        ``.pt2`` file (which is read with ``torch.export.load``: load only files that you trust). The engine shares the
-        module's parameters; do not change them afterwards.
+        ``.pt2`` file (which is read with ``torch.export.load``: load only files that you trust). The engine is what
+        the model is now, whatever becomes of it later; it shares the memory of its weights. Other threads may call the
+        model meanwhile. ``docs/contract.md`` says what is copied, what is shared and what is refused.
     :param inputs: positional inputs, each a tensor, an :class:`Input`, a number, or a pytree of them; a mapping is
         taken as keyword inputs. Of tensors only shape, dtype, strides and device count. Exported programs default to
         their own example inputs. Further signatures are compiled at their first call, or by :meth:`Engine.warm`.
@@ -82,8 +87,9 @@ def compile(
     :param runtime: ``"native"`` (C++, compiled at the first use), ``"python"``, or ``"auto"``: native, or, where there
         is no compiler, Python with a warning that says so. Both keep one contract; native calls cost less, and many
         threads' calls do not wait for each other.
-    :param precision: ``torch.float16`` or ``torch.bfloat16``: compute in that type (parameters are copied to it);
-        inputs and outputs keep the types that the model has. None computes as the model says.
+    :param precision: ``torch.float16`` or ``torch.bfloat16``: run products and convolutions in that type (parameters
+        are cast to it); inputs and outputs keep the types that the model has, and so do buffers and what would lose
+        by it: :meth:`Engine.explain` lists what is cast and what is kept. None computes as the model says.
     :param max_contexts: how many execution contexts (calls in flight on different streams, each with its own memory)
         the engine may hold over all signatures. Beyond it calls share: the later one waits on the device.
     :param memory_limit: bytes of device memory that contexts may hold. Beyond it calls share as above; a signature
@@ -111,8 +117,7 @@ def compile(
     name, model = given_model(model)
     args, keywords = _inputs(model, inputs, kwargs)
     kind = _engine_class(runtime)
-    # While another thread exports the same model, torch.export has put other tensors in the place of its parameters.
-    with process.build_lock:
+    with process.compiling():
         if (
             backend == "tensorrt"
             and not torch.cuda.is_available()
@@ -202,7 +207,11 @@ def given_model(model: Any) -> tuple[str, torch.nn.Module | ExportedProgram]:
 def load_exported(path: Path) -> ExportedProgram:
     """Read a ``.pt2`` file; raises :class:`~anabranch.errors.InputError` where it is not one."""
     try:
-        return torch.export.load(path)
+        # In several threads at once it takes good files for bad ones.
+        with process.compiling():
+            return torch.export.load(path)
+    except EngineClosed:
+        raise
     except Exception as e:
         why = (str(e).splitlines() or [""])[0]
         raise InputError(
@@ -298,16 +307,16 @@ class Engine:
         self._device: Device = settings.device
         self._index = settings.index
         self._torch_device = settings.torch_device
-        self._model = model
-        self._precision = precision
         self._in_order = keyword_order_matters(model)
         self._default_device = torch.get_default_device()
-        # Once for all signatures: the caller of a later one need not wait until a copy of the weights is written.
-        self._cast: torch.nn.Module | None = None
-        if precision is not None:
-            module = model.module() if isinstance(model, ExportedProgram) else model
-            with neutral(settings.device, settings.index):
-                self._cast = copy.deepcopy(module).to(precision)
+        # Once for all signatures: what happens to the model later is nothing to the engine, and the caller of a later
+        # signature need not wait until a copy of the weights is written.
+        with neutral(settings.device, settings.index):
+            self._snapshot: Snapshot | None = Snapshot.of(model)
+            self._cast = Cast(self._snapshot, precision) if precision is not None else None
+        self._hooks = [f"{name_of(hook)} on {name!r}" for name, hook in hooks_of(self._snapshot.module)]
+        if self._hooks:
+            warnings.warn(f"{settings.name} is compiled {self._about_hooks()}", stacklevel=3)
         self._limits: Limits = self._make_limits(max_contexts, memory_limit)
         self._counters: Counters = self._make_counters()
         #: By signature. Written with the build lock held; read without, which a dict allows.
@@ -383,11 +392,18 @@ class Engine:
             given, program = (args, kwargs), None
             try:
                 device.reap()
-                with _disable_current_modes(), neutral(device, index), device.building(), self._on_default_device():
+                with (
+                    process.compiling(),
+                    _disable_current_modes(),
+                    neutral(device, index),
+                    device.building(),
+                    self._on_default_device(),
+                ):
                     # Not on the caller's own tensors: one that is passed twice, or two that share memory, would be
                     # taken for one input by this call and by all later ones.
                     args, kwargs = pytree.tree_unflatten(signature.examples(self._torch_device), structure)
-                    program = export_program(self._model, args, kwargs, self._precision, self._cast, given)
+                    assert self._snapshot is not None  # it is usable, and this thread has the lock
+                    program = export_program(self._snapshot, args, kwargs, self._cast, given, self._aside)
                     self._check_compile_flags()  # another thread may have set one meanwhile
                     made = self._make_specialization(self._settings, program, signature, self._limits, self._counters)
             except InputError as e:
@@ -409,8 +425,23 @@ class Engine:
             self._add(key, made)
             return made
 
+    def _aside(self, call: Callable[[], Any]) -> None:
+        """Make a call on a stream of our own: the caller's may be held up. The host blocks until it is done."""
+        device = self._device
+        if not device.has_streams:
+            call()
+            return
+        lane = device.acquire_lane(self._index)
+        try:
+            with device.on_stream(lane.stream):
+                call()
+        finally:
+            lane.stream.synchronize()
+            device.release_lane(lane)
+
     def _runs_in_eager(self, given: Any) -> bool:
-        module = self._cast or (self._model.module() if isinstance(self._model, ExportedProgram) else self._model)
+        assert self._snapshot is not None
+        module = (self._cast.snapshot if self._cast is not None else self._snapshot).fresh().module
         with neutral(self._device, self._index):
             return run_in_eager(module, *given) is None
 
@@ -510,7 +541,7 @@ class Engine:
             loads_code = any(s.loads_code for s in self._specializations.values())
             self._specializations.clear()
             self._primary = None
-            self._model, self._cast = torch.nn.Module(), None
+            self._snapshot = self._cast = None
             if loads_code:
                 self._device.free_code()
 
@@ -544,7 +575,10 @@ class Engine:
 
     def explain(self) -> str:
         """What runs captured, what direct, and why; one paragraph a signature."""
-        lines = [f"{self!r}"]
+        cast = self._cast
+        lines = [f"{self!r}", *(cast.explain() if cast is not None else ())]
+        if self._hooks:
+            lines.append(self._about_hooks())
         for specialization in list(self._specializations.values()):
             lines += specialization.explain()
         limit = self._limits.memory_limit
@@ -554,6 +588,12 @@ class Engine:
             " least recently used context"
         )
         return "\n".join(lines)
+
+    def _about_hooks(self) -> str:
+        return (
+            f"with hooks of yours ({', '.join(self._hooks)}): they run while compiling, on copies of what they refer"
+            " to. The values that they change are changed in calls too; nothing else of them happens in a call"
+        )
 
     def stats(self) -> Stats:
         """Counters since compile."""

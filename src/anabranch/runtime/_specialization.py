@@ -642,6 +642,7 @@ class Specialization:
             lines.append("  not deterministic across threads: torch.backends.cudnn.benchmark was on at compile")
         if self.program.direct_only and not self.program.data_dependent:
             lines.append("  results differ from call to call: the model draws random numbers")
+        lines += [f"  {note}" for note in self.program.notes]
         if self._sensitive and settings.device.kind != "cuda":
             lines.append("  CPU reductions give the same bits only under the same torch.get_num_threads()")
         return lines

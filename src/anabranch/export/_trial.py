@@ -1,0 +1,236 @@
+"""One real call of a model before it is traced, and what it tells.
+
+Caches that are filled at the first call (``functools.cache``, global tables, attributes) then hold real tensors, not
+the stand-ins that tracing computes with. And it shows what a trace cannot: state of Python's that the model reads or
+changes in each call.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from anabranch.export._random import draws
+from anabranch.export._snapshot import HOOKS, Fresh, hooks_of
+
+_aten = torch.ops.aten
+_TORCH = str(Path(torch.__file__).parent)
+#: Of PyTorch's files, those that call a model's code.
+_CALLS_MODELS = (f"{_TORCH}/nn/", f"{_TORCH}/utils/checkpoint.py")
+_CLOCKS = frozenset((time.time, time.time_ns, time.perf_counter, time.monotonic))
+#: How often a call may look at the value of a tensor. One that loops until a value is reached might never end.
+_MOST_LOOKS = 1000
+_OF_MODULES = frozenset(torch.nn.Module().__dict__)
+_NUMPY = "NumPy's"
+_ATOMIC = (bool, int, float, complex, str, bytes, type(None))
+
+
+class _StopTrial(Exception):
+    """The call cannot go on without doing harm, or for too long."""
+
+
+@dataclass
+class Trial:
+    """What one real call showed."""
+
+    #: Whether it came to its end.
+    finished: bool
+    #: What it took from Python's or NumPy's generators, or from the clock, with the model's lines.
+    draws: list[str] = field(default_factory=list)
+    #: Attributes and global variables that it changed.
+    changes: list[str] = field(default_factory=list)
+
+
+def needs_trial(module: torch.nn.Module) -> bool:
+    """Whether a model has any code but PyTorch's own layers."""
+    for part in module.modules():
+        kind = type(part)
+        if not kind.__module__.startswith("torch.") or "forward" in part.__dict__:
+            return True
+    return any(True for _ in hooks_of(module))
+
+
+def try_out(call: Callable[[], Any], traced: Fresh) -> Trial:
+    """Make one call of a model, which ``call`` does on made-up values.
+
+    No weight is written, and no random number is drawn of PyTorch's generators, which other threads draw from as well.
+    What the call raises is left for the trace to find out.
+    """
+    before = _state(traced)
+    used: dict[str, None] = {}
+    finished = False
+    try:
+        with torch.no_grad(), _watch_python(used), _Harmless(traced.storages()):
+            call()
+        finished = True
+    except Exception:
+        pass
+    after = _state(traced)
+    changed = [name for name in after if name in before and not _same(before[name], after[name])]
+    drawn = [f"draws from {name}" for name in changed if name.startswith(_NUMPY)]
+    return Trial(finished, [*used, *drawn], [f"changes {name}" for name in changed if not name.startswith(_NUMPY)])
+
+
+class _Harmless(TorchDispatchMode):
+    def __init__(self, storages: set[int]) -> None:
+        super().__init__()
+        self._storages = storages
+        self._looks = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _aten._local_scalar_dense.default:
+            self._looks += 1
+            if self._looks > _MOST_LOOKS:
+                raise _StopTrial("looks at values again and again")
+        if any(self._is_weight(x) for x in _written(func, args, kwargs)):
+            raise _StopTrial("writes a weight")
+        if draws(func, args, kwargs):
+            return _undrawn(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _is_weight(self, x: Any) -> bool:
+        return (
+            isinstance(x, torch.Tensor) and x.layout is torch.strided and x.untyped_storage()._cdata in self._storages
+        )
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """What an operator writes into."""
+    name = func.name()
+    # These do not say that they update running statistics.
+    norm = "batch_norm" in name and "no_training" not in name
+    for i, argument in enumerate(func._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        info = argument.alias_info
+        if (info is not None and info.is_write) or (
+            norm and argument.name.startswith("running_") and _trains(func, args)
+        ):
+            yield from value if isinstance(value, list | tuple) else (value,)
+
+
+def _trains(func: Any, args: Sequence[Any]) -> bool:
+    positions = [i for i, a in enumerate(func._schema.arguments) if a.name == "training"]
+    return not positions or len(args) <= positions[0] or bool(args[positions[0]])
+
+
+def _undrawn(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a random operator would give, with zeros for the numbers."""
+    returns = func._schema.returns
+    if any(r.alias_info is not None for r in returns):
+        written = [x for x in _written(func, args, kwargs) if isinstance(x, torch.Tensor)]
+        for x in written:
+            x.zero_()
+        return written[0] if len(returns) == 1 else tuple(written)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
+    with mode:
+        made = func(*args, **kwargs)
+    return pytree.tree_map_only(
+        torch.Tensor,
+        lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).zero_(),
+        made,
+    )
+
+
+# -- state of Python's ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _watch_python(used: dict[str, None]) -> Iterator[None]:
+    """Note in ``used`` each draw of ``random`` and each look at the clock that the model's own code makes."""
+    before = sys.getprofile()
+
+    def profile(frame: types.FrameType, event: str, function: Any) -> None:
+        if event != "c_call":
+            return
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, random.Random):
+            what = "draws from random"
+        elif isinstance(function, types.BuiltinFunctionType) and function in _CLOCKS:
+            what = "reads the clock"
+        else:
+            return
+        line = _line_of_model(frame)
+        if line:
+            used[f"{what} ({line})"] = None
+
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def _line_of_model(frame: types.FrameType) -> str:
+    """The line that ``frame`` works for, if that is the model's; nothing if PyTorch works for itself."""
+    line = ""
+    caller: types.FrameType | None = frame
+    while caller is not None:
+        name = caller.f_code.co_filename
+        if name.startswith(_TORCH):
+            return line if name.startswith(_CALLS_MODELS) else ""
+        if not line and name != random.__file__:
+            line = f"{Path(name).name}:{caller.f_lineno}"
+        caller = caller.f_back
+    return line
+
+
+def _state(traced: Fresh) -> dict[str, Any]:
+    """By name what a call might change: attributes, numbers in the globals of the model's code, NumPy's generators."""
+    found: dict[str, Any] = {}
+    spaces: dict[str, Any] = {}
+    for name, part in traced.module.named_modules():
+        for key, value in list(part.__dict__.items()):
+            if key not in _OF_MODULES and key not in HOOKS:
+                found[f"self.{name}.{key}" if name else f"self.{key}"] = _summary(value, 0)
+        for kind in type(part).__mro__:
+            if not kind.__module__.startswith(("torch.", "builtins", "typing")):
+                spaces[kind.__qualname__] = vars(kind)
+        where = type(part).__module__
+        if not where.startswith("torch.") and where in sys.modules:
+            spaces[where] = vars(sys.modules[where])
+    for where, space in spaces.items():
+        for key, value in list(space.items()):
+            if isinstance(value, int | float) and not key.startswith("__"):
+                found[f"{where}.{key}"] = value
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy is not None:
+        for i, generator in enumerate([numpy.mtrand._rand, *traced.generators]):
+            bits = getattr(generator, "bit_generator", None) or generator._bit_generator
+            found[f"{_NUMPY}.random" if not i else f"{_NUMPY} {type(generator).__name__}"] = repr(bits.state)
+    return found
+
+
+def _summary(value: Any, depth: int) -> Any:
+    if isinstance(value, _ATOMIC):
+        return value
+    if depth > 3 or isinstance(value, torch.Tensor | torch.nn.Module | type | types.FunctionType | types.ModuleType):
+        return None
+    if isinstance(value, Mapping):
+        items: Iterable[Any] = list(value.items())[:100]
+        return len(value), [(_summary(k, depth + 1), _summary(v, depth + 1)) for k, v in items]
+    if isinstance(value, list | tuple | set | frozenset):
+        return len(value), [_summary(v, depth + 1) for v in list(value)[:100]]
+    if type(value).__module__ == "itertools":
+        return repr(value)
+    space = getattr(value, "__dict__", None)
+    if isinstance(space, dict):
+        return [(k, _summary(v, depth + 1)) for k, v in list(space.items())[:100]]
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    return repr(a) == repr(b)  # to which NaN is NaN
