@@ -212,8 +212,9 @@ def test_clause3_the_memory_limit_is_kept(rig: Rig, compiled: Make) -> None:
         assert one > 0
         engine = compiled(Mlp(), x, cuda_graphs=True, memory_limit=2 * one)
         assert engine.warm(contexts=8) == 2
+        # On a used lane it could be smaller than half of the others, and fit.
+        none = compiled(Mlp(), x, cuda_graphs=True, memory_limit=one // 2)
     assert engine.stats().bytes <= 2 * one
-    none = compiled(Mlp(), x, cuda_graphs=True, memory_limit=one // 2)
     assert none.stats().contexts == 0
     assert "memory_limit" in none.explain()
     assert_same(none(x), engine(x))

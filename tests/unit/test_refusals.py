@@ -305,3 +305,15 @@ def test_weights_of_another_kind_are_refused_by_name() -> None:
             anabranch.compile(Holds(KINDS[kind][0](x)), [x], backend="eager")
     with pytest.raises(anabranch.UnsupportedModel, match="'weight' is not initialized"):
         anabranch.compile(nn.LazyLinear(3), [x], backend="eager")
+
+
+def test_mixed_types_that_fake_tensors_let_pass_are_the_inputs_fault() -> None:
+    # On a GPU the model is tried on fake tensors, whose products take any types.
+    from anabranch.export._diagnosis import run_on_zeros
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU()).eval()
+    assert run_on_zeros(model, (torch.ones(2, 8),), {}) is None
+    error = run_on_zeros(model, (torch.ones(2, 8, dtype=torch.float64),), {})
+    assert error is not None
+    assert "dtype" in str(error)
+    assert run_on_zeros(model, (torch.ones(2, 7),), {}) is not None

@@ -137,10 +137,31 @@ def diagnose(
     ) from error
 
 
+def run_on_zeros(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
+    """Run the model on the CPU, with zeros for its weights, buffers and inputs; returns what it raises, if anything.
+
+    Kernels refuse mixed types that fake tensors let pass. What the CPU alone cannot do counts as nothing.
+    """
+
+    def zeros(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(x.shape, dtype=x.dtype)
+
+    state = {name: zeros(x) for name, x in (*model.named_parameters(), *model.named_buffers())}
+    args, keywords = pytree.tree_map_only(torch.Tensor, zeros, (tuple(args), dict(kwargs)))
+    try:
+        with torch.random.fork_rng(()), torch.no_grad():
+            torch.func.functional_call(model, state, args, keywords)
+    except Exception as e:
+        of_the_cpu = isinstance(e, NotImplementedError) or any(w in str(e) for w in ("not implemented", "device"))
+        return None if of_the_cpu else e
+    return None
+
+
 def run_in_eager(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
     """Run the model as it is, on copies of these inputs and of its buffers; returns what it raises, if anything.
 
-    On a GPU on fake tensors: made-up values that an operator refuses there would cost the process its device.
+    On a GPU on fake tensors, and then on zeros on the CPU: made-up values that an operator refuses on the GPU would cost
+    the process its device.
     """
 
     def copy(x: torch.Tensor) -> torch.Tensor:
@@ -153,7 +174,7 @@ def run_in_eager(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
             args, keywords = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
             with mode, torch.no_grad():
                 model(*args, **keywords)
-            return None
+            return run_on_zeros(model, args, keywords)
         args, keywords = pytree.tree_map_only(torch.Tensor, copy, (tuple(args), dict(kwargs)))
         buffers = {name: copy(x) for name, x in model.named_buffers()}
         devices = [x.device.index or 0 for x in tensors if x.device.type not in ("cpu", "meta")]
