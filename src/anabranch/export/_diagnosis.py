@@ -160,8 +160,8 @@ def run_on_zeros(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
 def run_in_eager(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
     """Run the model as it is, on copies of these inputs and of its buffers; returns what it raises, if anything.
 
-    On a GPU on fake tensors, and then on zeros on the CPU: made-up values that an operator refuses on the GPU would cost
-    the process its device.
+    On a GPU on fake tensors, and then on zeros on the CPU: made-up values that an operator refuses on the GPU would
+    cost the process its device.
     """
 
     def copy(x: torch.Tensor) -> torch.Tensor:
