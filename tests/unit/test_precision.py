@@ -275,8 +275,8 @@ def test_explain_names_what_is_cast_and_what_is_kept() -> None:
     assert kept == [
         "precision float16: kept, beyond 65504: big",
         "precision float16: kept, with running statistics: norm.weight, norm.bias",
-        "precision float16: kept, buffers: norm.running_mean, norm.running_var, table",
-        "precision float16: kept, int64: norm.num_batches_tracked, index",
+        "precision float16: kept, buffers: table, norm.running_mean, norm.running_var",
+        "precision float16: kept, int64: index, norm.num_batches_tracked",
         "precision float16: kept, complex64: turn",
     ]
 
