@@ -118,6 +118,8 @@ def command(folder: Path, *args: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Shells have what they run in the background ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -135,7 +137,10 @@ def test_ctrl_c_ends_it_while_streams_are_held(tmp_path: Path) -> None:
     assert done.stdout.readline() == "running\n"
     for _ in range(2):  # the check's own, and the one that a hurried user adds
         done.send_signal(signal.SIGINT)
-    out, err = done.communicate(timeout=60)
+    try:
+        out, err = done.communicate(timeout=60)
+    finally:
+        done.kill()
     assert done.returncode == 130, out + err
     assert "interrupted" in err
     assert "Traceback" not in err

@@ -356,6 +356,8 @@ def command(folder: Path, *args: str, **options: Any) -> subprocess.Popen[str]:
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
+        # Shells have what they run in the background ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **{"stdout": subprocess.PIPE, **options},
     )
 

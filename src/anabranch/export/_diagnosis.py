@@ -40,8 +40,11 @@ _ADVICE = (
 )
 
 
-def check_parts(model: torch.nn.Module) -> None:
-    """Refuse a model with parts that cannot be exported, by their names. Raises :class:`UnsupportedModel`."""
+def check_parts(model: torch.nn.Module, *, values: bool = True) -> None:
+    """Refuse a model with parts that cannot be exported, by their names. Raises :class:`UnsupportedModel`.
+
+    ``values=False``: FakeTensors pass.
+    """
     for name, part in model.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
             what = f"the model's part {name!r}" if name else "the model"
@@ -51,7 +54,7 @@ def check_parts(model: torch.nn.Module) -> None:
             )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         found = _kind(tensor)
-        if found:
+        if found and (values or not isinstance(tensor, FakeTensor)):
             kind, instead = found
             raise UnsupportedModel(
                 f"the model's {name!r} is {kind}; engines compute with plain, dense tensors. {instead}"

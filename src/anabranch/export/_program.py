@@ -162,7 +162,7 @@ def export_program(
     Python's that its results depend on.
     """
     check_global_hooks()
-    snapshot = model if isinstance(model, Snapshot) else Snapshot.of(model)
+    snapshot = model if isinstance(model, Snapshot) else Snapshot.of(model, values=False)
     exporter = _Exporter(args, kwargs, given or (args, kwargs), aside)
     options: tuple[Any, ...] = ()
     if cast is not None:

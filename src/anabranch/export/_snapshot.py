@@ -59,13 +59,15 @@ class Snapshot:
         self._originals = originals
 
     @classmethod
-    def of(cls, model: torch.nn.Module | ExportedProgram) -> Snapshot:
+    def of(cls, model: torch.nn.Module | ExportedProgram, *, values: bool = True) -> Snapshot:
         """A snapshot of ``model``. Other threads may call the model meanwhile; none may change it.
+
+        ``values=False``: its weights may be FakeTensors, which have none; enough for a graph.
 
         Raises :class:`UnsupportedModel` where a part of the model cannot be had twice.
         """
         module = model.module() if isinstance(model, ExportedProgram) else model
-        check_parts(module)
+        check_parts(module, values=values)
         copier = _Copier()
         copied: torch.nn.Module = copier(module)
         return cls(copied, {id(new): weakref.ref(old) for old, new in copier.tensors if new is not old})

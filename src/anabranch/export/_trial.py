@@ -29,6 +29,9 @@ _aten = torch.ops.aten
 _TORCH = str(Path(torch.__file__).parent)
 #: Of PyTorch's files, those that call a model's code.
 _CALLS_MODELS = (f"{_TORCH}/nn/", f"{_TORCH}/utils/checkpoint.py")
+#: Where Dynamo begins to compile, as for `torch.cond`. Under a mode it fails, and then traces the same code no more, in
+#: no export either.
+_COMPILES = (f"{_TORCH}/_dynamo/eval_frame.py", "compile_wrapper")
 _CLOCKS = frozenset((time.time, time.time_ns, time.perf_counter, time.monotonic))
 #: How often a call may look at the value of a tensor. One that loops until a value is reached might never end.
 _MOST_LOOKS = 1000
@@ -154,6 +157,8 @@ def _watch_python(used: dict[str, None]) -> Iterator[None]:
     before = sys.getprofile()
 
     def profile(frame: types.FrameType, event: str, function: Any) -> None:
+        if event == "call" and (frame.f_code.co_filename, frame.f_code.co_name) == _COMPILES:
+            raise _StopTrial("compiles")
         if event != "c_call":
             return
         owner = getattr(function, "__self__", None)
