@@ -131,6 +131,7 @@ def test_a_model_whose_host_waits_in_each_call_is_checked_without_holding_stream
     assert "all outputs right" in out
 
 
+@pytest.mark.slow  # on every push `tests/unit/test_check.py` interrupts a check on the CPU
 def test_ctrl_c_ends_it_while_streams_are_held(tmp_path: Path) -> None:
     done = command(tmp_path, "subject_of_sim:Endless", "--calls", "100000")
     assert done.stdout is not None

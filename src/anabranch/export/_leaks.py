@@ -65,6 +65,10 @@ def _take_out(x: Any, ours: set[int], cleared: dict[str, None], depth: int = 0) 
         if isinstance(holder, _CACHE):
             holder.cache_clear()
             cleared[f"the cache of {getattr(holder, '__qualname__', holder)}()"] = None
+        elif isinstance(holder, dict) and _cache_of(holder) is not None:
+            cache = _cache_of(holder)
+            cache.cache_clear()
+            cleared[f"the cache of {getattr(cache, '__qualname__', cache)}()"] = None
         elif isinstance(holder, dict):
             owner = _namespace(holder)
             if owner is not None:
@@ -97,6 +101,11 @@ def _take_out(x: Any, ours: set[int], cleared: dict[str, None], depth: int = 0) 
 
 def _keys(space: Any, x: Any) -> list[Any]:
     return [k for k, v in list(space.items()) if v is x or k is x]
+
+
+def _cache_of(space: dict[Any, Any]) -> Any:
+    """The function whose cache without a limit keeps its results in this dict, or None."""
+    return next((owner for owner in gc.get_referrers(space) if isinstance(owner, _CACHE)), None)
 
 
 def _positions(items: Any, x: Any) -> list[int]:
