@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from anabranch.errors import AnabranchError, InputError, UnsupportedModel
@@ -163,8 +163,7 @@ def run_on_zeros(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
 def run_in_eager(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
     """Run the model as it is, on copies of these inputs and of its buffers; returns what it raises, if anything.
 
-    On a GPU on fake tensors, and then on zeros on the CPU: made-up values that an operator refuses on the GPU would
-    cost the process its device.
+    On a device with streams it runs on zeros on the CPU: nothing is queued there.
     """
 
     def copy(x: torch.Tensor) -> torch.Tensor:
@@ -172,12 +171,8 @@ def run_in_eager(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
 
     tensors = [x for x in (*pytree.tree_leaves((args, kwargs)), *model.parameters()) if isinstance(x, torch.Tensor)]
     try:
-        if any(x.is_cuda for x in tensors):
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            args, keywords = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
-            with mode, torch.no_grad():
-                model(*args, **keywords)
-            return run_on_zeros(model, args, keywords)
+        if any(x.device.type not in ("cpu", "meta") for x in tensors):
+            return run_on_zeros(model, args, kwargs)
         args, keywords = pytree.tree_map_only(torch.Tensor, copy, (tuple(args), dict(kwargs)))
         buffers = {name: copy(x) for name, x in model.named_buffers()}
         devices = [x.device.index or 0 for x in tensors if x.device.type not in ("cpu", "meta")]
