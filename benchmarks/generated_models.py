@@ -9,7 +9,8 @@ that it found to differ are tried again with ``--again``. One seed is shown, and
 
 On backend ``eager`` values are compared bit for bit. With ``inductor`` models are made of operators whose rounding does
 not grow, and an element may be 1e-5 of the largest in its tensor away, or 16 units in the last place
-(``anabranch._judge.Rounding``). Types, dtypes, strides and shared memory are compared with both.
+(``anabranch._judge.Rounding``). Types, dtypes, strides and shared memory are compared with both. What PyTorch cannot
+export is refused by name (``REFUSED`` there) and counted by itself.
 """
 
 from __future__ import annotations
@@ -44,40 +45,28 @@ def run_batch(seeds: list[int], backend: str, runtime: str) -> dict[str, Any]:
     """Compare the models of these seeds; where they differ, each by itself."""
     import generated
 
+    models = {model.seed: model for model in models_of(seeds, backend)}
+    refused, different = generated.compare_each(list(models.values()), backend, runtime)
     found: dict[str, Any] = {}
-    models = models_of(seeds, backend)
-    lines = sum(len(m.lines) for m in models)
-    if problem(models, backend, runtime):
-        for seed, model in zip(seeds, models, strict=True):
-            what = problem([model], backend, runtime)
-            if not what:
-                continue
+    for seed, what in different.items():
+        short = models[seed]
+        if backend == "eager":  # to compile anew for each line takes too long with Inductor
             kind = what[0].split(" ")[0]
-            alike = backend == "eager"  # to compile anew for each line takes too long with Inductor
-            short = generated.shrunk(model, lambda m, k=kind: _kind(m, backend, runtime) == k) if alike else model
-            found[str(seed)] = {
-                "what": problem([short], backend, runtime)[:3] or what[:3],
-                "runtime": runtime,
-                "inputs": {n: repr(x) for n, x in short.inputs.items() if n in short.source},
-                "model": short.source.splitlines(),
-            }
-        if not found:
-            found[str(seeds[0])] = {"what": [f"the models of seeds {seeds} differ only when compiled together"]}
-    return {"seeds": seeds, "lines": lines, "found": found}
-
-
-def problem(models: list[Any], backend: str, runtime: str) -> list[str]:
-    """What is wrong, if anything."""
-    import generated
-
-    try:
-        return generated.compare(models, backend, runtime)
-    except Exception as e:
-        return [f"{type(e).__name__}: {e}"[:800]]
+            short = generated.shrunk(short, lambda m, k=kind: _kind(m, backend, runtime) == k)
+        found[str(seed)] = {
+            "what": generated.refusal(short, backend, runtime)[1][:3] or what[:3],
+            "runtime": runtime,
+            "inputs": {n: repr(x) for n, x in short.inputs.items() if n in short.source},
+            "model": short.source.splitlines(),
+        }
+    lines = sum(len(m.lines) for m in models.values())
+    return {"seeds": seeds, "lines": lines, "refused": dict(refused), "found": found}
 
 
 def _kind(model: Any, backend: str, runtime: str) -> str:
-    what = problem([model], backend, runtime)
+    import generated
+
+    _, what = generated.refusal(model, backend, runtime)
     return what[0].split(" ")[0] if what else ""
 
 
@@ -121,14 +110,19 @@ def main(backend: str, seeds: str, jobs: int, limit: float, out: Path, again: bo
     """Compare engines with eager on generated models."""
     start()
     if show is not None:
+        import generated
+
         model = models_of([show], backend)[0]
         click.echo(f"{model.source}\n{model.inputs}")
         for runtime in ("python", "native"):
-            click.echo(f"{runtime}: {problem([model], backend, runtime) or 'as eager'}")
+            refused, found = generated.refusal(model, backend, runtime)
+            click.echo(f"{runtime}: {refused or found or 'as eager'}")
         return
     first, last = (int(n) for n in seeds.split(":"))
     kept: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    state = kept.setdefault(backend, {"seeds": [], "models": 0, "lines": 0, "seconds": 0.0, "found": {}})
+    state = kept.setdefault(backend, {"seeds": [], "models": 0, "lines": 0, "seconds": 0.0})
+    state.setdefault("refused", {})
+    state.setdefault("found", {})
     size = BATCH[backend]
     if again:
         todo = [[int(seed)] for seed in state["found"]]
@@ -172,6 +166,8 @@ def main(backend: str, seeds: str, jobs: int, limit: float, out: Path, again: bo
                 state["seeds"] = joined([*state["seeds"], *([s, s + 1] for s in result["seeds"])])
                 state["models"] += len(result["seeds"])
                 state["lines"] += result["lines"]
+                for why, count in result["refused"].items():
+                    state["refused"][why] = state["refused"].get(why, 0) + count
             state["found"] |= result["found"]
             state["seconds"] = round(spent + time.monotonic() - began, 1)
             for seed, what in result["found"].items():
@@ -181,7 +177,10 @@ def main(backend: str, seeds: str, jobs: int, limit: float, out: Path, again: bo
                 write()
             submit()
     write()
-    click.echo(f"{backend}: {state['models']} models, {state['lines']} lines, {len(state['found'])} differ; {out}")
+    click.echo(
+        f"{backend}: {state['models']} models, {state['lines']} lines, {sum(state['refused'].values())} refused,"
+        f" {len(state['found'])} differ; {out}"
+    )
     sys.exit(bool(state["found"]))
 
 

@@ -1,6 +1,7 @@
 """From a model to a flat graph: signatures of inputs, ``torch.export``, and what each output really is."""
 
 from anabranch.export._diagnosis import run_in_eager
+from anabranch.export._indices import valid_integer
 from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutput, SizeOutput, finisher
 from anabranch.export._precision import Cast
 from anabranch.export._program import (
@@ -46,4 +47,5 @@ __all__ = [
     "register_dataclasses",
     "run_in_eager",
     "source_of",
+    "valid_integer",
 ]

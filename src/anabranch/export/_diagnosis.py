@@ -140,6 +140,15 @@ def diagnose(
     ) from error
 
 
+def copy_of(x: torch.Tensor) -> torch.Tensor:
+    """A copy that lies in memory as ``x`` does, of its own memory."""
+    once = [d for d in range(x.ndim) if x.shape[d] > 1 and not x.stride(d)]
+    own = x
+    for d in once:
+        own = own.narrow(d, 0, 1)
+    return torch.empty_strided(own.shape, own.stride(), dtype=x.dtype, device=x.device).copy_(own).expand(x.shape)
+
+
 def run_on_zeros(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
     """Run the model on the CPU, with zeros for its weights, buffers and inputs; returns what it raises, if anything.
 
@@ -165,19 +174,13 @@ def run_in_eager(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
 
     On a device with streams it runs on zeros on the CPU: nothing is queued there.
     """
-
-    def copy(x: torch.Tensor) -> torch.Tensor:
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
-
     tensors = [x for x in (*pytree.tree_leaves((args, kwargs)), *model.parameters()) if isinstance(x, torch.Tensor)]
     try:
         if any(x.device.type not in ("cpu", "meta") for x in tensors):
             return run_on_zeros(model, args, kwargs)
-        args, keywords = pytree.tree_map_only(torch.Tensor, copy, (tuple(args), dict(kwargs)))
-        buffers = {name: copy(x) for name, x in model.named_buffers()}
-        devices = [x.device.index or 0 for x in tensors if x.device.type not in ("cpu", "meta")]
-        kinds = {x.device.type for x in tensors} - {"cpu", "meta"} or {"cuda"}
-        with torch.random.fork_rng(set(devices), device_type=kinds.pop()):
+        args, keywords = pytree.tree_map_only(torch.Tensor, copy_of, (tuple(args), dict(kwargs)))
+        buffers = {name: copy_of(x) for name, x in model.named_buffers()}
+        with torch.random.fork_rng(()):
             try:
                 with torch.no_grad():
                     torch.func.functional_call(model, buffers, args, keywords)

@@ -23,8 +23,9 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from anabranch.errors import UnsupportedModel
+from anabranch.export import _functional
 from anabranch.export._default_dtype import pin_default_dtype
-from anabranch.export._diagnosis import diagnose
+from anabranch.export._diagnosis import copy_of, diagnose
 from anabranch.export._layout import LayoutWatch, aliases, keep_copies
 from anabranch.export._leaks import Watch
 from anabranch.export._outputs import ComputedOutput, Output, Returned, classify, storage_of
@@ -182,7 +183,7 @@ class _Exporter:
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], given: Any, aside: Callable[..., Any]) -> None:
         self._args = tuple(args)
         self._kwargs = dict(kwargs)
-        self._given = given
+        self._given = given[0], {name: given[1][name] for name in kwargs}
         self._aside = aside
         self.specs = [TensorSpec.of(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         self._state: dict[str, None] = {}
@@ -222,14 +223,15 @@ class _Exporter:
         return exported, forward.seen
 
     def _try(self, traced: Fresh, options: Any) -> Trial:
-        """One real call on inputs like these, with made-up values."""
+        """One real call on inputs like these, with made-up values; on the CPU with the values that were given."""
         forward = _Forward(traced.module, self.specs, *options)
 
         def made(x: torch.Tensor) -> torch.Tensor:
-            return TensorSpec.of(x).in_memory(TensorSpec.of(x).synthesize(x.device))
+            spec = TensorSpec.of(x)
+            return copy_of(spec.in_memory(x)) if x.device.type == "cpu" else spec.synthesize(x.device)
 
         def attempt() -> Trial:
-            args, kwargs = pytree.tree_map_only(torch.Tensor, made, (self._args, self._kwargs))
+            args, kwargs = pytree.tree_map_only(torch.Tensor, made, self._given)
             return try_out(functools.partial(forward, *args, **kwargs), traced)
 
         result = [Trial(False)]
@@ -281,8 +283,12 @@ def _export(
                 exported = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
                 if decompose:
                     _inline_grad_modes(exported)
-                    exported = exported.run_decompositions({})
+                    _functional.prepare(exported, source_of)
+                    with _functional.kept_whole():
+                        exported = exported.run_decompositions({})
     except Exception as e:
+        if isinstance(e, UnsupportedModel) and exported is not None:
+            raise
         refusal = getattr(module.seen, "returned", None) and module.seen.returned.refusal
         raise (
             UnsupportedModel(refusal) if refusal else diagnose(e, module, given[0], given[1], _transform(exported))

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,8 @@ class TensorSpec:
     layout: tuple[int, ...] | None = None
     conj: bool = False
     neg: bool = False
+    #: What made-up integers of it are.
+    integer: int = dataclasses.field(default=0, compare=False)
 
     @classmethod
     def of(cls, x: torch.Tensor) -> TensorSpec:
@@ -94,7 +96,7 @@ class TensorSpec:
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
 
     def synthesize(self, device: torch.device) -> torch.Tensor:
-        """Values for warming up: in [0, 1) for floating point, zeros (which are valid indices) otherwise.
+        """Values for warming up: in [0, 1) for floating point, ``integer`` for integers, zeros otherwise.
 
         Drawn from a generator of its own: the caller's random state is left alone.
         """
@@ -104,7 +106,8 @@ class TensorSpec:
         if x.is_floating_point() and x.element_size() >= 2:
             generator = torch.Generator(device=device).manual_seed(0)
             return x.uniform_(0, 1, generator=generator)
-        return x.zero_()
+        is_integer = not x.is_floating_point() and not x.is_complex()
+        return x.fill_(self.integer) if is_integer and self.integer else x.zero_()
 
     def matches(self, x: torch.Tensor) -> bool:
         """Whether the steps can read ``x`` as it is: same strides where they matter, and aligned."""
@@ -265,6 +268,11 @@ class Signature:
         """The layout of each tensor, or None where all are canonical."""
         layouts = tuple(x.layout for x in self.tensors)
         return layouts if any(x is not None for x in layouts) else None
+
+    def with_integer(self, value: int) -> Signature:
+        """The same signature; integers that are made up for it are ``value``."""
+        leaves = (replace(x, integer=value) if isinstance(x, TensorSpec) else x for x in self.leaves)
+        return Signature(self.structure, tuple(leaves))
 
     def examples(self, device: torch.device) -> list[Any]:
         """Leaves to export on: each tensor a new one of its own memory, with no values."""

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from anabranch.export._indices import is_indexing
 from anabranch.export._random import draws
 from anabranch.export._snapshot import HOOKS, Fresh, hooks_of
 
@@ -69,7 +70,8 @@ def try_out(call: Callable[[], Any], traced: Fresh) -> Trial:
     """Make one call of a model, which ``call`` does on made-up values.
 
     No weight is written, and no random number is drawn of PyTorch's generators, which other threads draw from as well.
-    What the call raises is left for the trace to find out.
+    What the call raises is left for the trace to find out. On a GPU nothing is read or written at an index, which for
+    made-up values may be none, and the call ends where it depends on data.
     """
     before = _state(traced)
     used: dict[str, None] = {}
@@ -101,7 +103,12 @@ class _Harmless(TorchDispatchMode):
         if any(self._is_weight(x) for x in _written(func, args, kwargs)):
             raise _StopTrial("writes a weight")
         if draws(func, args, kwargs):
-            return _undrawn(func, args, kwargs)
+            return _zeros(func, args, kwargs)
+        if isinstance(func, torch._ops.OpOverload) and any(_has_streams(x) for x in pytree.tree_leaves((args, kwargs))):
+            if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+                raise _StopTrial("depends on data")
+            if is_indexing(func):
+                return _zeros(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _is_weight(self, x: Any) -> bool:
@@ -129,8 +136,12 @@ def _trains(func: Any, args: Sequence[Any]) -> bool:
     return not positions or len(args) <= positions[0] or bool(args[positions[0]])
 
 
-def _undrawn(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a random operator would give, with zeros for the numbers."""
+def _has_streams(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.device.type not in ("cpu", "meta")
+
+
+def _zeros(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What an operator would give, with zeros for the numbers."""
     returns = func._schema.returns
     if any(r.alias_info is not None for r in returns):
         written = [x for x in _written(func, args, kwargs) if isinstance(x, torch.Tensor)]

@@ -405,7 +405,14 @@ class Engine:
                     assert self._snapshot is not None  # it is usable, and this thread has the lock
                     program = export_program(self._snapshot, args, kwargs, self._cast, given, self._aside)
                     self._check_compile_flags()  # another thread may have set one meanwhile
-                    made = self._make_specialization(self._settings, program, signature, self._limits, self._counters)
+                    made = self._make_specialization(
+                        self._settings,
+                        program,
+                        signature,
+                        self._limits,
+                        self._counters,
+                        () if device.has_streams else [x for x in leaves if isinstance(x, torch.Tensor)],
+                    )
             except InputError as e:
                 if program is not None and self._runs_in_eager(given):
                     raise BuildError(

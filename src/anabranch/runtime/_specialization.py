@@ -17,7 +17,7 @@ from anabranch import _activity, _sync
 from anabranch.backends import Instance, Kernels, Options, Stateful, get_backend, of_one
 from anabranch.devices import Device
 from anabranch.errors import BuildError, FlagsChanged, InputError, NotCapturable
-from anabranch.export import AliasOutput, Program, Signature, finisher
+from anabranch.export import AliasOutput, Program, Signature, finisher, valid_integer
 from anabranch.plan import Plan
 from anabranch.plan._build import build_plan, uses_workspace
 from anabranch.race import check_plan
@@ -74,12 +74,26 @@ class Specialization:
         signature: Signature,
         limits: Limits,
         counters: Counters,
+        given: Sequence[torch.Tensor] = (),
     ) -> None:
-        """Compile. Called with the build lock held; blocks until everything that was queued here is done."""
+        """Compile. Called with the build lock held; blocks until everything that was queued here is done.
+
+        ``given``: inputs with values, for a device without streams, where they may be read at once.
+        """
+        device = settings.device
+        if not program.data_dependent and not program.is_empty:
+            integer, why = valid_integer(program.module.graph, signature.tensors)
+            if why and device.has_streams:
+                raise InputError(
+                    "an engine is built on made-up inputs, and no integer was found that this model takes for all of"
+                    f" its integer inputs ({signature}): {why}. Tried 0 to 16 and powers of two to 2**20. Have the"
+                    " model clamp its indices, or compile the part without them."
+                )
+            signature = signature.with_integer(integer)
         self.signature = signature
         self.program = program
         self.settings = settings
-        self._device = device = settings.device
+        self._device = device
         self._index = settings.index
         self._limits = limits
         self._counters = counters
@@ -106,7 +120,7 @@ class Specialization:
         self.backend = "eager" if program.data_dependent or program.is_empty else settings.backend
         if device.has_streams:
             device.prepare_retire(self._index)
-        self.uses_graphs, self.reason = self._build()
+        self.uses_graphs, self.reason = self._build(given)
         self._built()
         if isinstance(self._kernels, Instances):
             if not self.uses_graphs:
@@ -137,14 +151,14 @@ class Specialization:
 
     # -- building -----------------------------------------------------------------------------------------------
 
-    def _build(self) -> tuple[bool, str]:
+    def _build(self, given: Sequence[torch.Tensor]) -> tuple[bool, str]:
         device = self._device
         with neutral(device, self._index):
             if not device.has_streams:
                 examples = self._examples()
                 run = self._lower(examples, None)
                 if not self.program.direct_only and not self.program.is_empty:
-                    self._warm_up(run, examples, times=1)
+                    self._warm_up_on_cpu(run, examples, given)
                 self._set_program()
                 return False, "the CPU has no streams to order and no graphs to capture"
             with device.building():
@@ -230,6 +244,18 @@ class Specialization:
             examples, run = [], None
             device.release_lane(lane)
             device.release_memory(scratch)
+
+    def _warm_up_on_cpu(
+        self, run: Kernels | Instance, examples: Sequence[torch.Tensor], given: Sequence[torch.Tensor]
+    ) -> None:
+        try:
+            self._warm_up(run, examples, times=1)
+        except InputError:
+            if not given:
+                raise
+            # Made-up values may be at fault.
+            inputs = [s.in_memory(x) for s, x in zip(self._specs, given, strict=True)]
+            self._warm_up(run, self._canonical(inputs), times=1)
 
     def _warm_up(self, run: Kernels | Instance, examples: Sequence[torch.Tensor], times: int) -> None:
         """Run on made-up values: loads and tunes kernels, which no call and no capture may have to do.
@@ -585,7 +611,12 @@ class Specialization:
         return kept.member.run
 
     def _canonical(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Inputs with the strides and the alignment that the kernels were compiled (and algorithms chosen) for."""
+        """Inputs with the strides and the alignment that the kernels were compiled (and algorithms chosen) for.
+
+        PyTorch's operators take any, and give eager's bits for it.
+        """
+        if self.backend == "eager":
+            return list(inputs)
         device = self.settings.torch_device
         return [
             x if spec.matches(x) else spec.empty(device).copy_(x) for x, spec in zip(inputs, self._specs, strict=True)

@@ -288,12 +288,13 @@ at::Tensor Specialization::canonical(const at::Tensor& x, size_t i) const {
 
 // The kernels without a graph, on the current stream.
 void Specialization::direct(const at::Tensor* inputs, const StreamRef& ref, Tensors& results) {
-  Tensors read;
-  for (size_t i = 0; i < specs.size(); ++i) read.push_back(canonical(inputs[i], i));
   if (program) {
-    for (auto& y : program->run(weights, read.data(), read.size())) results.push_back(std::move(y));
+    // PyTorch's operators take any layout, and give eager's bits for it.
+    for (auto& y : program->run(weights, inputs, specs.size())) results.push_back(std::move(y));
     return;
   }
+  Tensors read;
+  for (size_t i = 0; i < specs.size(); ++i) read.push_back(canonical(inputs[i], i));
   auto regions = layout->allocate();
   c10::SmallVector<const void*, 8> buffers;
   for (auto& x : read) buffers.push_back(x.const_data_ptr());

@@ -1,0 +1,117 @@
+"""Integers that stand for a call's where a model is run on made-up values: its indices must be valid for them.
+
+On a GPU an index that is out of range costs the process its device. Zero is valid nearly everywhere, but not in
+``embedding(ids - 1)`` or ``gather(x, 1, lengths - 1)``. So what the program computes from its integer inputs alone is
+computed here, on the CPU, for one integer after another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from anabranch.export._signature import TensorSpec
+
+#: Operators that read or write at indices, by name.
+_INDEXING = frozenset(
+    (
+        *("embedding", "embedding_bag", "embedding_bag_forward_only", "index", "index_select", "gather", "take"),
+        *("take_along_dim", "scatter", "scatter_add", "scatter_reduce", "index_put", "unsafe_index", "put"),
+        *("index_add", "index_copy", "index_fill", "index_reduce", "nll_loss", "nll_loss_forward"),
+        *("nll_loss2d", "nll_loss2d_forward", "nll_loss_nd", "unsafe_masked_index"),
+    )
+)
+_TRIED = (*range(17), *(2**n for n in range(5, 21)))
+#: Elements: what is larger is not computed here, and counts as unknown.
+_LARGEST = 1 << 22
+
+
+def is_indexing(func: Any) -> bool:
+    """Whether an operator reads or writes at indices that are tensors."""
+    return func._schema.name.rsplit("::")[-1].strip("_") in _INDEXING
+
+
+def valid_integer(graph: fx.Graph, inputs: Sequence[TensorSpec]) -> tuple[int, str]:
+    """An integer with which every integer input may be filled: indices and divisors made from them are valid.
+
+    Or 0, and why there seems to be none.
+
+    ``graph`` takes weights, and then tensors of these specs; its nodes carry fake tensors under ``meta["val"]``.
+    What depends on weights or on other inputs is not looked at.
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    given = dict(zip(placeholders[len(placeholders) - len(inputs) :], inputs, strict=True))
+    given = {n: s for n, s in given.items() if _is_integer(s.dtype) and math.prod(s.shape) <= _LARGEST}
+    if not given:
+        return 0, ""
+    nodes = [n for n in graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload)]
+    why = ""
+    for value in _TRIED:
+        # A wider type may hold what a narrow one cannot.
+        fits = all(s.dtype is torch.bool or value <= torch.iinfo(s.dtype).max for s in given.values())
+        why = _fails(nodes, {n: torch.full(s.shape, value, dtype=s.dtype) for n, s in given.items()}) if fits else why
+        if not why:
+            return value, ""
+    return 0, why
+
+
+def _fails(nodes: Iterable[fx.Node], known: dict[fx.Node, Any]) -> str:
+    """Why these values are not valid, or nothing."""
+    for node in nodes:
+        # What is made of nothing (arange, say) is as good as known.
+        is_known = all(n in known for n in node.all_input_nodes)
+        checks = is_indexing(node.target)
+        if not is_known and not (checks and _has_known_index(node, known)):
+            continue
+        if not _is_small(node, checks):
+            continue
+        try:
+            with torch.no_grad():
+                arguments = _on_cpu(node.args, known, node), _on_cpu(node.kwargs, known, node)
+                result = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+        except (RuntimeError, IndexError, ValueError, ZeroDivisionError) as e:
+            return (str(e).splitlines() or [type(e).__name__])[0]
+        if is_known:
+            known[node] = result
+    return ""
+
+
+def _has_known_index(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
+    return any(_is_integer(v.dtype) for n in node.all_input_nodes if isinstance(v := known.get(n), torch.Tensor))
+
+
+def _is_small(node: fx.Node, checks: bool) -> bool:
+    """Whether it costs next to nothing to compute; of what is only looked into, the memory is not there."""
+    if node.target is torch.ops.aten.embedding.default:
+        return True
+    values = [n.meta.get("val") for n in (node, *(node.all_input_nodes if not checks else ()))]
+    found = [x for v in values for x in pytree.tree_leaves(v) if isinstance(x, torch.Tensor)]
+    try:
+        return bool(found) and all(
+            int(x.numel()) <= _LARGEST and x.layout is torch.strided and (checks or _is_integer(x.dtype)) for x in found
+        )
+    except (RuntimeError, TypeError):
+        return False  # its size depends on data
+
+
+def _on_cpu(arguments: Any, known: dict[fx.Node, Any], node: fx.Node) -> Any:
+    def of(x: Any) -> Any:
+        if isinstance(x, fx.Node):
+            if x in known:
+                return known[x]
+            # Zeros of that shape, in the memory of one element; of a table of vectors, vectors of one element.
+            shape = x.meta["val"].shape
+            shape = (shape[0], 1) if node.target is torch.ops.aten.embedding.default and len(shape) == 2 else shape
+            return torch.zeros((), dtype=x.meta["val"].dtype).expand(shape)
+        return torch.device("cpu") if isinstance(x, torch.device) else x
+
+    return fx.node.map_aggregate(arguments, of)
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex

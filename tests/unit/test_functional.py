@@ -1,0 +1,162 @@
+"""Views and writes inside a model are what they are in eager, although an engine's graph has no writes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import anabranch
+from anabranch._judge import differences
+
+
+class Model(nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+def check(function: Callable[..., Any], *inputs: torch.Tensor, runtime: str = "python") -> None:
+    """What an engine returns equals eager's bit for bit, in value, strides and memory; on inputs of later calls too."""
+    model = Model(function).eval()
+    engine = anabranch.compile(model, inputs, backend="eager", runtime=runtime)
+    for scale in (1, 3, -2):
+        given = [(x * scale).as_strided(x.shape, x.stride()) if x.is_floating_point() else x for x in inputs]
+        assert not differences(engine(*given), model(*given), inputs=given)
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [
+        functools.partial(functional.dropout, p=0.5, training=False),
+        nn.Dropout(0.1).eval(),
+        lambda v: torch.einsum("ij->ji", v),
+        lambda v: torch.einsum("ij->ij", v),
+        lambda v: torch.meshgrid(v.flatten()[:1], v.flatten(), indexing="ij")[1],
+        lambda v: torch.meshgrid(v.flatten(), v.flatten()[:1], indexing="xy")[0],
+        lambda v: torch.broadcast_tensors(v, v[:1])[0],
+        lambda v: v.type_as(v + 1),
+        lambda v: v.expand(2, 3),
+        lambda v: v.expand(1, 1, 2, 3),
+        lambda v: v.expand_as(v),
+        lambda v: torch.broadcast_to(v[:1], (1, 3)),
+    ],
+    ids=lambda alias: getattr(alias, "__name__", type(alias).__name__),
+)
+def test_a_write_through_what_lies_in_the_same_memory_is_seen(alias: Callable[..., torch.Tensor]) -> None:
+    def through(x: torch.Tensor) -> Any:
+        v = x.sin()
+        w = alias(v)
+        w.mul_(3.3)
+        return v, w
+
+    def beside(x: torch.Tensor) -> Any:
+        v = x.sin()
+        w = alias(v)
+        v.tanh_()
+        return w
+
+    check(through, drawn(2, 3))
+    check(beside, drawn(2, 3))
+
+
+def test_a_write_through_a_view_that_expands_nothing_is_exact() -> None:
+    def replaced(x: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        v = torch.full_like(x, float("inf"))
+        v.expand(1, 4, 3)[0].copy_(new)
+        return v
+
+    check(replaced, drawn(4, 3) * 1e20, drawn(4, 3))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.zero_(),
+        lambda w: w[0].fill_(2.0),
+        lambda w: w.select(1, 1).narrow(0, 0, 1).copy_(w.new_ones(1, 3)),
+        lambda w: w.__setitem__(0, 1.25),
+        lambda w: w.unbind(1)[1].zero_(),
+        lambda w: w.index_fill_(1, torch.tensor([0]), -1.0),
+    ],
+)
+def test_a_write_into_an_expanded_tensor_is_refused_with_its_line(write: Callable[[torch.Tensor], Any]) -> None:
+    def expands(x: torch.Tensor) -> torch.Tensor:
+        w = x.cos().expand(4, 2, 3)
+        write(w)
+        return w
+
+    with pytest.raises(anabranch.UnsupportedModel, match=r"expanded tensor \(test_functional.py:\d+\).*clone"):
+        anabranch.compile(Model(expands), [drawn(2, 3)], backend="eager", runtime="python")
+
+    def copied(x: torch.Tensor) -> torch.Tensor:
+        w = x.cos().expand(4, 2, 3).clone()
+        write(w)
+        return w
+
+    check(copied, drawn(2, 3))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda v: v.triu_(),
+        lambda v: v.cumsum_(0),
+        lambda v: v.scatter_(0, torch.zeros_like(v, dtype=torch.int64), 2.0),
+        lambda v: v.index_add_(1, torch.tensor([1]), v[:, :1].clone()),
+        lambda v: torch.cumsum(v.contiguous(), 1, out=v),
+        lambda v: torch.mul(v.contiguous(), 2.0, out=v),
+        lambda v: v.t_().tril_(),
+    ],
+)
+def test_a_write_keeps_the_order_in_memory(write: Callable[[torch.Tensor], Any]) -> None:
+    def writes(x: torch.Tensor) -> Any:
+        v = x.exp()
+        write(v)
+        return v, v.sum(0)
+
+    check(writes, drawn(3, 4).t())
+    check(writes, drawn(2, 5))
+
+
+def test_an_input_that_an_operator_hands_back_is_the_callers_own() -> None:
+    def loss(x: torch.Tensor, y: torch.Tensor) -> Any:
+        return functional.mse_loss(x, y), x, y
+
+    x, y = drawn(3, 2), drawn(2, 3).t()
+    engine = anabranch.compile(Model(loss), [x, y], backend="eager", runtime="python")
+    _, first, second = engine(x, y)
+    assert first is x
+    assert second is y
+
+
+def test_operators_are_not_taken_apart_where_that_changes_a_zeros_sign() -> None:
+    check(lambda x: (functional.softshrink(x), functional.hardshrink(x)), drawn(40))
+
+
+@pytest.mark.parametrize("runtime", ["python", "native"])
+@pytest.mark.parametrize(
+    "view", [lambda x: x[:, ::2], lambda x: x[:1].expand(5, 6), lambda x: x.t()[1:], lambda x: x[1:, 1:]]
+)
+def test_inputs_with_gaps_give_eagers_bits(view: Callable[[torch.Tensor], torch.Tensor], runtime: str) -> None:
+    def sums(x: torch.Tensor) -> Any:
+        row = torch.select_scatter(x, x[0] * 2, 0, 0)
+        return functional.gelu(x), x.sum(), x.median(0), row, x.logcumsumexp(0), x @ x.t()
+
+    model = Model(sums)
+    engine = anabranch.compile(model, [view(drawn(5, 6))], backend="eager", runtime=runtime)
+    for k in range(3):
+        x = view(drawn(5, 6) + k)
+        assert not differences(engine(x), model(x), inputs=[x])
