@@ -322,6 +322,13 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("does not accept these inputs ({", "Expected inputs that model(*inputs) runs on", "try that first"),
         ("torch.export cannot capture this model, which runs in eager{where}", "{text}", "{advice}"),
     ],
+    "src/anabranch/export/_functional.py": [
+        (
+            "the model writes into an expanded tensor ({",
+            "one place in memory stands for several elements",
+            "Write into its .clone()",
+        ),
+    ],
     "src/anabranch/export/_leaks.py": [
         (
             "the model keeps a tensor that it computes in {where}",
@@ -456,6 +463,11 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ),
         ("numerics flags changed since compile: {", "would not give the engine's bits", "Set them back"),
         ("does not run on inputs like these ({", "Expected inputs that model(*inputs) runs on", "try that first"),
+        (
+            "no integer was found that this model takes for all of its integer inputs ({signature}): {why}",
+            "Tried 0 to 16 and powers of two",
+            "Have the model clamp its indices",
+        ),
         ("this model cannot be captured: {reason}", "cuda_graphs=True given", "Leave cuda_graphs out"),
     ],
     "src/anabranch/sim/_core/backend.cpp": [

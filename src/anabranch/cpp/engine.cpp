@@ -45,7 +45,7 @@ c10::Device checked(c10::Device device) {
   auto given = "device " + device.str() + " given";
   if (device.is_cpu()) return c10::Device(c10::kCPU);
   if (!device.is_cuda() && !(device.is_privateuseone() && other_api)) {
-    throw InputError(given + "; engines in C++ run on cpu and cuda");
+    throw InputError(given + "; engines in C++ run on cpu and cuda, give one of these");
   }
   auto* guard = c10::impl::hasDeviceGuardImpl(device.type()) ? c10::impl::getDeviceGuardImpl(device.type()) : nullptr;
   if (!guard) {
@@ -306,13 +306,15 @@ struct Engine::Impl {
       auto name = "weight " + std::to_string(i);
       auto& w = weights[i];
       if (!w.defined() || !runtime::is_plain(w)) {
-        throw InputError(name + " is no plain tensor with memory");
+        throw InputError(name + " is no plain tensor with memory; expected one. Pass w.clone().");
       }
       if (w.device() != device) {
         throw InputError(name + " is on " + w.device().str() + "; this engine runs on " + device.str() +
                          ". Pass w.to(\"" + device.str() + "\").");
       }
-      if (runtime::extent(w).second > w.storage().nbytes()) throw InputError(name + " does not fit into its storage");
+      if (runtime::extent(w).second > w.storage().nbytes())
+        throw InputError(name +
+                         " does not fit into its storage; expected a storage of all of its elements. Pass w.clone().");
       spec.weights.push_back(w.detach());
     }
     build(program);
@@ -386,7 +388,8 @@ struct Engine::Impl {
         builder.append(step);
       } catch (std::exception& e) {
         throw InputError("step " + std::to_string(i) + " of the program (" + (step.name.empty() ? "pick" : step.name) +
-                         (step.overload.empty() ? "" : "." + step.overload) + "): " + first_line(e));
+                         (step.overload.empty() ? "" : "." + step.overload) + "): " + first_line(e) +
+                         ". Give each step what the operator's schema says.");
       }
     }
     std::vector<int64_t> computed;

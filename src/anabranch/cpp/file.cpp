@@ -40,7 +40,8 @@ c10::ScalarType dtype_of(const std::string& name) {
   for (auto& dtype : kDtypes) {
     if (dtype.name == name) return dtype.type;
   }
-  throw InputError("the dtype " + name + " is not known to this version");
+  throw InputError("the dtype " + name +
+                   " is not known to this version. Save it with the anabranch that this program was built with.");
 }
 
 c10::MemoryFormat memory_format_of(const std::string& name) {
@@ -48,7 +49,8 @@ c10::MemoryFormat memory_format_of(const std::string& name) {
   if (name == "preserve_format") return c10::MemoryFormat::Preserve;
   if (name == "channels_last") return c10::MemoryFormat::ChannelsLast;
   if (name == "channels_last_3d") return c10::MemoryFormat::ChannelsLast3d;
-  throw InputError("the memory format " + name + " is not known to this version");
+  throw InputError("the memory format " + name +
+                   " is not known to this version. Save it with the anabranch that this program was built with.");
 }
 
 std::vector<int64_t> integers(const c10::IValue& list) {
@@ -74,7 +76,8 @@ Argument argument_of(const c10::IValue& given, c10::Device device) {
   if (kind == "memory_format") return Argument::constant(static_cast<int64_t>(memory_format_of(name)));
   if (kind == "layout" && name == "strided") return Argument::constant(static_cast<int64_t>(c10::kStrided));
   if (kind == "device") return Argument::constant(name.empty() ? device : c10::Device(name));
-  throw InputError("an argument of kind " + kind + " is not known to this version");
+  throw InputError("an argument of kind " + kind +
+                   " is not known to this version. Save it with the anabranch that this program was built with.");
 }
 
 ProgramFile parse(const c10::IValue& content, c10::Device device) {

@@ -45,7 +45,9 @@ template <class F>
 void find(void* library, const char* name, F*& entry) {
   void* found = dlsym(library, name);
   if (!found) found = dlsym(RTLD_DEFAULT, name);
-  if (!found) throw std::runtime_error(std::string("the CUDA libraries of this process have no ") + name);
+  if (!found)
+    throw std::runtime_error(std::string("the CUDA libraries of this process have no ") + name +
+                             "; expected those that PyTorch needs. Update the NVIDIA driver");
   entry = reinterpret_cast<F*>(found);
 }
 

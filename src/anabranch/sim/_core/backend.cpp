@@ -121,7 +121,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     bool done;
     {
       Lock lock;
-      TORCH_CHECK(!e.capture, "sim: querying an event that was recorded inside a capture");
+      TORCH_CHECK(!e.capture,
+                  "sim: querying an event that was recorded inside a capture; record it again outside first");
       touched = ask();
       done = Machine::done(e.deps);
       if (done) saw(e);
@@ -137,7 +138,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     Deps deps;
     {
       Lock lock;
-      TORCH_CHECK(!e.capture, "sim: synchronizing an event that was recorded inside a capture");
+      TORCH_CHECK(!e.capture,
+                  "sim: synchronizing an event that was recorded inside a capture; record it again outside first");
       deps = e.deps;
     }
     synchronize(deps, ("synchronize " + e.id).c_str());
@@ -155,7 +157,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     delete static_cast<Event*>(event);
   }
   double elapsedTime(void*, void*, const c10::DeviceIndex) const override {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, "sim: time is not modelled, so events measure none");
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "sim: time is not modelled, so events measure none; measure on a GPU");
   }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& s) const override {
     auto q = queue(s);

@@ -10,8 +10,9 @@ namespace anabranch::sim {
 void Machine::begin_capture(const QueuePtr& queue, Capture::CaptureMode mode) {
   fail_if_lost();
   fault("capture");
-  TORCH_CHECK(queue->kind != Queue::kLegacy, "sim: the legacy default stream cannot be captured");
-  TORCH_CHECK(!queue->capture, "sim: stream ", queue->actor, " is under capture already");
+  TORCH_CHECK(queue->kind != Queue::kLegacy,
+              "sim: the legacy default stream cannot be captured; capture on a torch.Stream");
+  TORCH_CHECK(!queue->capture, "sim: stream ", queue->actor, " is under capture already; end that capture first");
   auto capture = std::make_shared<Capture>();
   capture->mode = mode;
   capture->id = next_capture_++;
@@ -37,12 +38,13 @@ void Machine::abort_capture(const QueuePtr& queue) {
 
 std::shared_ptr<Graph> Machine::end_capture(const QueuePtr& queue) {
   auto capture = queue->capture;
-  TORCH_CHECK(capture, "sim: stream ", queue->actor, " is not under capture");
-  TORCH_CHECK(capture->origin == queue, "sim: the capture began on ", capture->origin->actor, ", not on ",
-              queue->actor);
+  TORCH_CHECK(capture, "sim: stream ", queue->actor, " is not under capture; begin one first");
+  TORCH_CHECK(capture->origin == queue, "sim: the capture began on ", capture->origin->actor, ", not on ", queue->actor,
+              "; end it there");
   abort_capture(queue);  // whatever comes next, it has ended
   fault("end of capture");
-  TORCH_CHECK(capture->invalid.empty(), "sim: the capture was invalidated: ", capture->invalid);
+  TORCH_CHECK(capture->invalid.empty(), "sim: the capture was invalidated: ", capture->invalid,
+              "; begin it again without that");
 
   // Everything must have been joined to the stream on which the capture began.
   std::vector<size_t> reached(capture->counts.size(), 0);
@@ -92,7 +94,8 @@ void Machine::launch_graph(const std::shared_ptr<Graph>& graph, const QueuePtr& 
   fail_if_lost();
   fault("launch");
   fault("graph");
-  TORCH_CHECK(!queue->capture, "sim: launching a graph inside a capture (a child graph) is not modelled");
+  TORCH_CHECK(!queue->capture,
+              "sim: launching a graph inside a capture (a child graph) is not modelled; launch it after the capture");
   log(queue, R"({"do":"replay","graph":")" + graph->id + R"(","stream":")" + queue->trace_name() + '"');
   auto launch = make_id(&Ids::op);
   std::vector<QueuePtr> lanes{queue};

@@ -85,10 +85,11 @@ void to_host(const at::Tensor& to, const at::Tensor& from, bool non_blocking) {
 
 at::Tensor copy_from(const at::Tensor& self, const at::Tensor& dst, bool non_blocking) {
   TORCH_CHECK_NOT_IMPLEMENTED(self.layout() == c10::kStrided && dst.layout() == c10::kStrided,
-                              "sim copies strided tensors only, not ", self.layout(), " to ", dst.layout());
+                              "sim copies strided tensors only, not ", self.layout(), " to ", dst.layout(),
+                              "; use x.to_dense()");
   for (auto& t : {self, dst}) {
     TORCH_CHECK_NOT_IMPLEMENTED(on_sim(t) || t.is_cpu(), "sim cannot copy between ", self.device(), " and ",
-                                dst.device());
+                                dst.device(), "; copy to the CPU first");
   }
   auto from = self.sizes() == dst.sizes() ? self : self.expand(dst.sizes());
   if (!dst.numel()) return dst;

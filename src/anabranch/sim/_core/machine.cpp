@@ -198,10 +198,11 @@ void Machine::wait(const Event& event, const QueuePtr& queue) {
   if (event.capture) {
     auto& capture = event.capture;
     TORCH_CHECK(std::find(captures.begin(), captures.end(), capture) != captures.end(),
-                "sim: a stream waits for an event that was recorded inside a capture which has ended");
+                "sim: a stream waits for an event that was recorded inside a capture which has ended; record it again");
     if (!queue->capture) {
       // As on CUDA: a stream that waits for captured work enters the capture.
-      TORCH_CHECK(queue->kind != Queue::kLegacy, "sim: the legacy default stream cannot enter a capture");
+      TORCH_CHECK(queue->kind != Queue::kLegacy,
+                  "sim: the legacy default stream cannot enter a capture; use a torch.Stream");
       queue->capture = capture;
       queue->lane = static_cast<int>(capture->joined.size());
       capture->joined.push_back(queue);
@@ -210,14 +211,16 @@ void Machine::wait(const Event& event, const QueuePtr& queue) {
     }
     if (queue->capture != capture) {
       capture->invalid = queue->capture->invalid = "two captures were joined by an event";
-      TORCH_CHECK(false, "sim: ", capture->invalid);
+      TORCH_CHECK(false, "sim: ", capture->invalid,
+                  "; expected events of one capture. Record and wait in the same one");
     }
     for (auto& place : event.inside) {
       if (place.lane != queue->lane) add(capture->waits[queue->lane], place);
     }
   } else if (queue->capture) {
     queue->capture->invalid = "a captured stream waited for an event that was recorded outside the capture";
-    TORCH_CHECK(false, "sim: ", queue->capture->invalid, " (on CUDA: error 905, stream capture isolation)");
+    TORCH_CHECK(false, "sim: ", queue->capture->invalid,
+                " (on CUDA: error 905, stream capture isolation); record it inside the capture");
   } else {
     for (auto& dep : event.deps) {
       if (dep.queue != queue) add(queue->waits, dep);
@@ -319,7 +322,7 @@ bool Machine::advance(const Deps& towards) {
 }
 
 void Machine::fail_if_lost() {
-  TORCH_CHECK(error.empty(), "sim: device error in queued work: ", error);
+  TORCH_CHECK(error.empty(), "sim: device error in queued work: ", error, "; anabranch.sim.reset() clears it");
 }
 
 void Machine::fault(const std::string& kind) {

@@ -52,10 +52,10 @@ Block* Machine::allocate(size_t bytes, const QueuePtr& queue, int64_t pool, cons
     before = block->name;
   } else {
     if (limit[queue->device]) {
-      TORCH_CHECK_WITH(OutOfMemoryError,
-                       reserved(queue->device) + static_cast<int64_t>(rounded) <= limit[queue->device],
-                       "sim out of memory: ", bytes, " bytes asked for, ", reserved(queue->device), " of ",
-                       limit[queue->device], " held on sim:", queue->device);
+      TORCH_CHECK_WITH(
+          OutOfMemoryError, reserved(queue->device) + static_cast<int64_t>(rounded) <= limit[queue->device],
+          "sim out of memory: ", bytes, " bytes asked for, ", reserved(queue->device), " of ", limit[queue->device],
+          " held on sim:", queue->device, "; free tensors, or raise anabranch.sim.core.limit");
     }
     auto* data = static_cast<char*>(std::aligned_alloc(kGranule, rounded));
     TORCH_CHECK_WITH(OutOfMemoryError, data, "sim: the host has no ", rounded, " bytes");

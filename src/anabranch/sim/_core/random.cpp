@@ -46,7 +46,7 @@ class SimGenerator final : public c10::GeneratorImpl {
   uint64_t get_offset() const override { return draws_; }
   void set_state(const c10::TensorImpl& state) override {
     TORCH_CHECK(state.numel() == 16 && state.dtype() == c10::kByte && state.device().is_cpu() && state.is_contiguous(),
-                "sim: the state of a generator is 16 bytes on the CPU");
+                "sim: the state of a generator is 16 bytes on the CPU; give what get_state() returned");
     auto* bytes = static_cast<const char*>(state.data());
     std::memcpy(&seed_, bytes, 8);
     std::memcpy(&draws_, bytes + 8, 8);
@@ -92,7 +92,7 @@ const at::Generator& default_generator(int device) {
       made->push_back(at::make_generator<SimGenerator>(d, "var:rng" + std::to_string(d)));
     return made;
   }();
-  TORCH_CHECK(device < kDevices, "sim: there is no device sim:", device);
+  TORCH_CHECK(device < kDevices, "sim: there is no device sim:", device, "; expected 0 to ", kDevices - 1);
   return (*all)[static_cast<size_t>(device < 0 ? current_device() : device)];
 }
 

@@ -230,7 +230,7 @@ void refuse_in_capture(const char* what, const QueuePtr& queue) {
     if (own || (forbidden && !t_relaxed)) {
       capture->invalid = std::string(what) + " while a capture was under way";
       TORCH_CHECK(false, "sim: ", what, " is not permitted while a stream is under capture",
-                  own ? "" : " in this thread, or anywhere in global mode");
+                  own ? "" : " in this thread, or anywhere in global mode", "; do it before or after the capture");
     }
   }
 }
@@ -292,7 +292,7 @@ void synchronize(const Deps& deps, const char* what) {
       }
       // Nothing can run: another thread has to open a latch.
       TORCH_CHECK(std::chrono::steady_clock::now() < patience, "sim: ", what,
-                  " waited 60 s for work that is held by a latch which nobody opens");
+                  " waited 60 s for work that is held by a latch which nobody opens; open it in another thread");
       bool held = python_is_up() && PyGILState_Check();
       PyThreadState* state = held ? PyEval_SaveThread() : nullptr;
       std::this_thread::sleep_for(std::chrono::milliseconds(1));

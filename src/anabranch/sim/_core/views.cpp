@@ -34,7 +34,7 @@ using Sizes = c10::IntArrayRef;
 void check_options(std::optional<c10::Layout> layout, std::optional<bool> pinned) {
   TORCH_CHECK(!pinned.value_or(false), "Only dense CPU tensors can be pinned");
   TORCH_CHECK_NOT_IMPLEMENTED(layout.value_or(c10::kStrided) == c10::kStrided, "sim has strided tensors only, not ",
-                              *layout);
+                              *layout, "; use torch.strided");
 }
 
 at::Tensor empty(Sizes sizes, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout> layout, Device device,
@@ -75,7 +75,7 @@ const at::Tensor& resize_(const at::Tensor& self, Sizes sizes, std::optional<c10
 
 at::Tensor& set_storage(at::Tensor& self, at::Storage source, int64_t offset, Sizes sizes, Sizes strides) {
   TORCH_CHECK(source.device() == self.device(), "sim: set_ of a tensor on ", self.device(), " with a storage on ",
-              source.device());
+              source.device(), "; give a storage on the same device");
   at::native::checkSetStorage(self, source, offset, sizes, strides);
   auto* impl = self.unsafeGetTensorImpl();
   if (strides.data() || sizes.empty()) {
@@ -110,7 +110,8 @@ bool is_set_to(const at::Tensor& self, const at::Tensor& other) {
 }
 
 void record_stream(at::Tensor& self, c10::Stream stream) {
-  TORCH_CHECK(stream.device_type() == kSim, "sim: record_stream with a stream of ", stream.device());
+  TORCH_CHECK(stream.device_type() == kSim, "sim: record_stream with a stream of ", stream.device(),
+              "; give a stream of sim");
   c10::impl::VirtualGuardImpl(kSim).recordDataPtrOnStream(self.storage().data_ptr(), stream);
 }
 
