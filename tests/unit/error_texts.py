@@ -326,7 +326,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         (
             "the model writes into an expanded tensor ({",
             "one place in memory stands for several elements",
-            "Write into its .clone()",
+            "Call .clone() first",
         ),
     ],
     "src/anabranch/export/_leaks.py": [

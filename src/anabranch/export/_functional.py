@@ -204,7 +204,7 @@ def _check_alone(x: fx.Node, write: fx.Node, source_of: Callable[[fx.Node], str]
         if any(n > 1 and not s for n, s in zip(value.shape, value.stride(), strict=True)):
             raise UnsupportedModel(
                 f"the model writes into an expanded tensor ({source_of(write) or write.target}), where one place in"
-                " memory stands for several elements; torch.export cannot express that. Write into its .clone(), or"
+                " memory stands for several elements; torch.export cannot express that. Call .clone() first, or write"
                 " before it is expanded."
             )
         seen = next(iter(_bases(seen)), None) if seen.op == "call_function" else None
