@@ -466,7 +466,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         (
             "no integer was found that this model takes for all of its integer inputs ({signature}): {why}",
             "Tried 0 to 16 and powers of two",
-            "Have the model clamp its indices",
+            "leave the part that does not out",
         ),
         ("this model cannot be captured: {reason}", "cuda_graphs=True given", "Leave cuda_graphs out"),
     ],

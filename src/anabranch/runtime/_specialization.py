@@ -86,8 +86,9 @@ class Specialization:
             if why and device.has_streams:
                 raise InputError(
                     "an engine is built on made-up inputs, and no integer was found that this model takes for all of"
-                    f" its integer inputs ({signature}): {why}. Tried 0 to 16 and powers of two to 2**20. Have the"
-                    " model clamp its indices, or compile the part without them."
+                    f" its integer inputs ({signature}): {why}. Tried 0 to 16 and powers of two to 2**20; expected a"
+                    " model whose indices and divisors one of them makes valid. Clamp them in the model, or leave the"
+                    " part that does not out of the engine."
                 )
             signature = signature.with_integer(integer)
         self.signature = signature
