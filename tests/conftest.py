@@ -16,9 +16,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +41,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--write-tiers", action="store_true", help="write the number of tests in each tier to tests/tiers.json"
     )
     parser.addoption("--evidence", metavar="FILE", help="write what was run, where, and how it ended, as JSON")
+
+
+# -- collections of garbage -------------------------------------------------------------------------------------------
+
+#: How many modules there were when what lives was last put aside.
+_modules = 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Put aside what PyTorch's modules made, once more of them were imported.
+
+    A ``gc.collect()``, of which the tests make thousands, then takes 1 ms instead of 200.
+    """
+    global _modules
+    if len(sys.modules) > _modules + 20:
+        _modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 # -- what tests take ---------------------------------------------------------------------------------------------------

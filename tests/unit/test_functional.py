@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import anabranch
 from anabranch._judge import differences
+from anabranch.export import _functional
 
 
 class Model(nn.Module):
@@ -160,3 +161,30 @@ def test_inputs_with_gaps_give_eagers_bits(view: Callable[[torch.Tensor], torch.
     for k in range(3):
         x = view(drawn(5, 6) + k)
         assert not differences(engine(x), model(x), inputs=[x])
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: functional.gelu(x @ x.t()) + x.sum(), True),
+        (lambda x: functional.layer_norm(x.view(2, 2, 2), (2,)).softmax(-1).permute(2, 0, 1), True),
+        (lambda x: functional.conv1d(x[:, None], x[:, None, :2]).unbind(1), True),
+        (lambda x: x.sin().add_(1), False),
+        (lambda x: x.reshape(-1) * 2, False),
+        (lambda x: x.to(torch.complex64).abs(), False),
+        (lambda x: x + torch.tensor([1.0]), False),
+        (lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), False),
+    ],
+    ids=["product", "norm", "convolution", "write", "reshape", "complex", "constant", "branch"],
+)
+def test_what_is_functional_is_left_as_it_is(function: Callable[..., Any], expected: bool) -> None:
+    """Where functionalization is left out it would have changed nothing."""
+    with torch.no_grad():
+        recorded = torch.export.export(Model(function), (drawn(2, 4),), strict=False)
+    assert _functional.is_functional(recorded) is expected
+    if not expected:
+        return
+    with torch.no_grad():
+        functionalized = recorded.run_decompositions({})
+    assert functionalized.graph_module.code == recorded.graph_module.code
+    assert functionalized.graph_signature == recorded.graph_signature

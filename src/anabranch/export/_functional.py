@@ -34,6 +34,11 @@ _RESHAPES = (
 )
 #: What they write lies in memory as the tensor did.
 _KEEP_ORDER = ("copy_", "fill_", "zero_", "set_")
+#: What functionalization takes out, puts copies in for, or adds to.
+_NO_OPERATORS = {
+    *(_aten.lift_fresh_copy.default, _aten.lift_fresh.default, _aten.lift.default),
+    *(_aten.detach.default, _aten.alias.default, _aten._assert_tensor_metadata.default, _aten.view.dtype),
+}
 #: PyTorch takes these apart even where no decomposition is asked for, and other zeros come out.
 _TAKEN_APART = (_aten.softshrink.default, _aten.hardshrink.default)
 
@@ -208,6 +213,31 @@ def _check_alone(x: fx.Node, write: fx.Node, source_of: Callable[[fx.Node], str]
                 " before it is expanded."
             )
         seen = next(iter(_bases(seen)), None) if seen.op == "call_function" else None
+
+
+def is_functional(exported: ExportedProgram) -> bool:
+    """Whether functionalization would leave a recorded program as it is, and need not be asked to.
+
+    It has a list made of all operators that PyTorch has, which takes longer than to record a small model.
+    """
+    gm = exported.graph_module
+    return all(not isinstance(m, fx.GraphModule) for n, m in gm.named_modules() if n) and all(
+        _is_functional(node) for node in gm.graph.nodes
+    )
+
+
+def _is_functional(node: fx.Node) -> bool:
+    values = node.meta.get("val")
+    found = values if isinstance(values, list | tuple) else (values,)
+    if any(not isinstance(x, torch.Tensor) or x.is_complex() or x.is_neg() for x in found):
+        return node.op == "output"
+    target = node.target
+    if node.op != "call_function" or target is operator.getitem:
+        return node.op in ("call_function", "placeholder", "output")
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target in _NO_OPERATORS:
+        return False
+    aliases = any(r.alias_info is not None for r in target._schema.returns)
+    return not target._schema.is_mutable and not (aliases and target._can_decompose())
 
 
 @contextmanager

@@ -51,8 +51,16 @@ class Watch:
         cleared: dict[str, None] = {}
         if self.alive():
             left = list(self._tracked.keys())
-            for x in left:
-                _take_out(x, {id(left)}, cleared)
+            # What is frozen, as servers do before they fork, is not found as a holder.
+            frozen = gc.get_freeze_count() > 0
+            if frozen:
+                gc.unfreeze()
+            try:
+                for x in left:
+                    _take_out(x, {id(left)}, cleared)
+            finally:
+                if frozen:
+                    gc.freeze()
         return list(cleared)
 
 

@@ -284,8 +284,9 @@ def _export(
                 if decompose:
                     _inline_grad_modes(exported)
                     _functional.prepare(exported, source_of)
-                    with _functional.kept_whole():
-                        exported = exported.run_decompositions({})
+                    if not _functional.is_functional(exported):
+                        with _functional.kept_whole():
+                            exported = exported.run_decompositions({})
     except Exception as e:
         if isinstance(e, UnsupportedModel) and exported is not None:
             raise

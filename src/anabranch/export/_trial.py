@@ -58,7 +58,12 @@ class Trial:
 
 
 def needs_trial(module: torch.nn.Module) -> bool:
-    """Whether a model has any code but PyTorch's own layers."""
+    """Whether a model has any code but PyTorch's own layers.
+
+    Not in a thread that is being profiled: the call is watched by a profile function, and a thread has one.
+    """
+    if sys.getprofile() is not None:
+        return False
     for part in module.modules():
         kind = type(part)
         if not kind.__module__.startswith("torch.") or "forward" in part.__dict__:
