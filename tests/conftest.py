@@ -20,7 +20,7 @@ import gc
 import json
 import os
 import resource
-import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,21 +45,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # -- collections of garbage -------------------------------------------------------------------------------------------
 
-#: How many modules there were when what lives was last put aside.
-_modules = 0
+#: Seconds that the last collection of everything took, and when one began.
+_collecting = {"took": 1.0, "began": 0.0}
+
+
+def _watch(phase: str, info: dict[str, int]) -> None:
+    if info["generation"] == 2:
+        now = time.perf_counter()
+        _collecting["took" if phase == "stop" else "began"] = now - _collecting["began"] if phase == "stop" else now
+
+
+gc.callbacks.append(_watch)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Put aside what PyTorch's modules made, once more of them were imported.
+    """Put aside what lives now, once a collection takes long: what PyTorch's modules and caches made stays anyway.
 
-    A ``gc.collect()``, of which the tests make thousands, then takes 1 ms instead of 200.
+    The tests make thousands of collections, of 1 ms then instead of 200.
     """
-    global _modules
-    if len(sys.modules) > _modules + 20:
-        _modules = len(sys.modules)
+    if _collecting["took"] > 0.02:
         gc.collect()
         gc.freeze()
+        gc.collect()
 
 
 # -- what tests take ---------------------------------------------------------------------------------------------------

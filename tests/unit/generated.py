@@ -750,14 +750,19 @@ def compare(models: Sequence[Model], backend: str, runtime: str, calls: int = 2)
     return found
 
 
-#: What PyTorch cannot export, and what we say of it. The last three are right in later versions than 2.11.
+#: What PyTorch cannot export or Inductor cannot compile, and what is said of it. Later versions than 2.11 take an index
+#: that is a tensor, ``quantile`` and ``split``.
 REFUSED = {
     "a write into an expanded tensor": "writes into an expanded tensor",
     "a write into overlapping windows": "internal overlap",
     "fill_diagonal_ of a view": "as_strided() call",
+    "a write into an expanded tensor, in PyTorch's words": "more than one element of the written-to tensor",
     "an index that is a tensor": "Could not extract specialized integer",
     "quantile": "aten.equal.default",
     "split of no elements": "list assignment index out of range",
+    "unsqueeze_ of a constant": "num_mutated_inp_runtime_indices",
+    "Inductor: no code for it": "Inductor could not compile the model",
+    "Inductor: other strides than it expects": "incorrect fake (aka meta) kernel",
 }
 
 
@@ -765,9 +770,9 @@ def refusal(model: Model, backend: str, runtime: str) -> tuple[str | None, list[
     """Of one model: why it is refused, if that is one of ``REFUSED``, and what differs if it is not."""
     try:
         return None, compare([model], backend, runtime)
-    except anabranch.UnsupportedModel as e:
+    except (anabranch.UnsupportedModel, anabranch.BuildError) as e:
         known = next((why for why, text in REFUSED.items() if text in str(e)), None)
-        return known, [] if known else [f"UnsupportedModel: {e}"]
+        return known, [] if known else [f"{type(e).__name__}: {e}"[:800]]
     except Exception as e:
         return None, [f"{type(e).__name__}: {e}"[:800]]
 

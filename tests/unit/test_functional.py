@@ -120,6 +120,7 @@ def test_a_write_into_an_expanded_tensor_is_refused_with_its_line(write: Callabl
         lambda v: torch.cumsum(v.contiguous(), 1, out=v),
         lambda v: torch.mul(v.contiguous(), 2.0, out=v),
         lambda v: v.t_().tril_(),
+        lambda v: v.rot90().zero_().add_(v.rot90()),
     ],
 )
 def test_a_write_keeps_the_order_in_memory(write: Callable[[torch.Tensor], Any]) -> None:
@@ -130,6 +131,26 @@ def test_a_write_keeps_the_order_in_memory(write: Callable[[torch.Tensor], Any])
 
     check(writes, drawn(3, 4).t())
     check(writes, drawn(2, 5))
+
+
+def test_a_write_keeps_gaps() -> None:
+    def writes(x: torch.Tensor) -> torch.Tensor:
+        return torch.select_scatter(x, x[0] * 2, 0, 1).clamp_(-1, 1)
+
+    model = Model(writes)
+    engine = anabranch.compile(model, [drawn(4, 6)[::2]], backend="eager", runtime="python")
+    x = drawn(6, 6)[:4][::2]
+    assert not differences(engine(x), model(x), inputs=[x])
+
+
+def test_constants_of_the_model_are_new_at_each_call() -> None:
+    def writes(x: torch.Tensor) -> torch.Tensor:
+        v = torch.tensor([1.0, 2.0, 3.0])
+        v.cumsum_(0)
+        v[1] += x.sum()
+        return v
+
+    check(writes, drawn(2, 3))
 
 
 def test_an_input_that_an_operator_hands_back_is_the_callers_own() -> None:
@@ -167,6 +188,11 @@ def test_inputs_with_gaps_give_eagers_bits(view: Callable[[torch.Tensor], torch.
     ("function", "expected"),
     [
         (lambda x: functional.gelu(x @ x.t()) + x.sum(), True),
+        (lambda x: functional.linear(x, x).log_softmax(-1), True),
+        (lambda x: functional.conv2d(x[None, None], x[None, None]), True),
+        (lambda x: functional.conv3d(x[None, None, None], x[None, None, None]), True),
+        (lambda x: functional.scaled_dot_product_attention(*[x[None, None]] * 3), True),
+        (lambda x: functional.batch_norm(x, x[0], x[1] ** 2), False),
         (lambda x: functional.layer_norm(x.view(2, 2, 2), (2,)).softmax(-1).permute(2, 0, 1), True),
         (lambda x: functional.conv1d(x[:, None], x[:, None, :2]).unbind(1), True),
         (lambda x: x.sin().add_(1), False),
@@ -175,7 +201,21 @@ def test_inputs_with_gaps_give_eagers_bits(view: Callable[[torch.Tensor], torch.
         (lambda x: x + torch.tensor([1.0]), False),
         (lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), False),
     ],
-    ids=["product", "norm", "convolution", "write", "reshape", "complex", "constant", "branch"],
+    ids=[
+        "product",
+        "linear",
+        "picture",
+        "volume",
+        "attention",
+        "batch norm",
+        "norm",
+        "convolution",
+        "write",
+        "reshape",
+        "complex",
+        "constant",
+        "branch",
+    ],
 )
 def test_what_is_functional_is_left_as_it_is(function: Callable[..., Any], expected: bool) -> None:
     """Where functionalization is left out it would have changed nothing."""

@@ -24,6 +24,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from anabranch.errors import UnsupportedModel
+from anabranch.export._signature import layout_of
 
 _aten = torch.ops.aten
 _EXPANDS = {_aten.expand.default, _aten.expand_as.default, _aten.broadcast_to.default}
@@ -33,11 +34,16 @@ _RESHAPES = (
     *("set_", "detach_", "requires_grad_", "rename_"),
 )
 #: What they write lies in memory as the tensor did.
-_KEEP_ORDER = ("copy_", "fill_", "zero_", "set_")
+_KEEP_ORDER = ("copy_", "set_")
 #: What functionalization takes out, puts copies in for, or adds to.
 _NO_OPERATORS = {
     *(_aten.lift_fresh_copy.default, _aten.lift_fresh.default, _aten.lift.default),
     *(_aten.detach.default, _aten.alias.default, _aten._assert_tensor_metadata.default, _aten.view.dtype),
+}
+#: Of the operators that are made of others, those that it leaves as they are.
+_KEPT = {
+    *(_aten.linear.default, _aten.matmul.default, _aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
+    *(_aten.layer_norm.default, _aten.softmax.int, _aten.log_softmax.int, _aten.scaled_dot_product_attention.default),
 }
 #: PyTorch takes these apart even where no decomposition is asked for, and other zeros come out.
 _TAKEN_APART = (_aten.softshrink.default, _aten.hardshrink.default)
@@ -68,7 +74,7 @@ def _prepare(graph: fx.Graph, source_of: Callable[[fx.Node], str]) -> None:
         if target._schema.is_mutable:
             if maker is node:
                 _mend_write(graph, node, source_of)
-        elif target in _EXPANDS or not any(r.alias_info for r in target._schema.returns):
+        elif target in _EXPANDS or _hides_aliases(target):
             views = (_as_views(graph, node, base) for base in _bases(node))
             found = next((v for v in views if v is not None), None)
             if found is not None and found is not node:
@@ -79,10 +85,19 @@ def _prepare(graph: fx.Graph, source_of: Callable[[fx.Node], str]) -> None:
                     graph.erase_node(maker)
 
 
+def _hides_aliases(target: torch._ops.OpOverload) -> bool:
+    """Whether an operator may hand back memory of its input without saying so. Of those that are made of others only:
+
+    What a single kernel does is declared; a stand-in of PyTorch's for one may still share memory that a kernel copies.
+    """
+    return target._can_decompose() and not any(r.alias_info for r in target._schema.returns)
+
+
 def _value(node: Any) -> torch.Tensor | None:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
-    return value if plain else None
+    if not isinstance(value, torch.Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return None
+    return value if value.layout is torch.strided and not value.is_nested else None
 
 
 def _maker(node: fx.Node) -> fx.Node:
@@ -164,9 +179,11 @@ def _mend_write(graph: fx.Graph, node: fx.Node, source_of: Callable[[fx.Node], s
     if len(written) != 1 or name in _KEEP_ORDER:
         return
     x, value = written[0], _value(written[0])
-    pointwise = torch.Tag.pointwise in node.target.tags and name.endswith("_")  # type: ignore[union-attr]
-    if value is None or pointwise or all(_is_in_order(n) for n in node.all_input_nodes):
+    if value is None or all(_is_in_order(n) for n in node.all_input_nodes):
         return
+    pointwise = torch.Tag.pointwise in node.target.tags and name.endswith("_")  # type: ignore[union-attr]
+    if pointwise and layout_of(value) is None:
+        return  # it is dense, and the operator goes by its order
     first = bool(node.args) and node.args[0] is x and "out" not in node.kwargs
     if not first and node.kwargs.get("out") is not x:
         return
@@ -236,8 +253,7 @@ def _is_functional(node: fx.Node) -> bool:
         return node.op in ("call_function", "placeholder", "output")
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target in _NO_OPERATORS:
         return False
-    aliases = any(r.alias_info is not None for r in target._schema.returns)
-    return not target._schema.is_mutable and not (aliases and target._can_decompose())
+    return not target._schema.is_mutable and (target in _KEPT or not target._can_decompose())
 
 
 @contextmanager

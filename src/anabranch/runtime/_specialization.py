@@ -270,7 +270,7 @@ class Specialization:
             pass  # the values were at fault (not positive definite, say); the caller's own may do
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError, IndexError) as e:
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as e:  # Inductor asserts strides
             self._device.check_error(e)
             why = (str(e).splitlines() or [""])[0]
             raise InputError(
