@@ -54,11 +54,13 @@ class Rounding:
     quarter.
 
     16 units are 1.9e-6 in float32 (so the floor is what counts there), 1.6e-2 in float16 and 1.3e-1 in bfloat16. The
-    quarter is for floats of eight bits, of which 16 units would pass anything.
+    quarter is for floats of eight bits, of which 16 units would pass anything. Where results may be small differences of
+    values that were larger, ``least`` is how large these are: a tensor's largest magnitude counts as no less.
     """
 
     units: float = 16
     floor: float = 1e-5
+    least: float = 0.0
 
     def of(self, dtype: torch.dtype) -> float:
         """The bound for a floating or complex dtype; 0 for all others."""
@@ -362,9 +364,12 @@ def unequal(actual: torch.Tensor, expected: torch.Tensor, *, nan_bits: bool = Fa
     return different & ~(_widened(actual).isnan() & _widened(expected).isnan())
 
 
-def wrong(actual: torch.Tensor, expected: torch.Tensor, bound: float, *, signed_zeros: bool = False) -> torch.Tensor:
-    """Where an element is further than ``bound`` times the largest finite expected magnitude from the expected one, or
-    is NaN or infinite where that is not expected, or not where it is; shape and stream as :func:`unequal`.
+def wrong(
+    actual: torch.Tensor, expected: torch.Tensor, bound: float, *, signed_zeros: bool = False, least: float = 0.0
+) -> torch.Tensor:
+    """Where an element is further than ``bound`` times the largest finite expected magnitude (or ``least``) from the
+    expected one, or is NaN or infinite where that is not expected, or not where it is; shape and stream as
+    :func:`unequal`.
 
     Integers and booleans must be equal. ``actual`` and ``expected`` may be floating dtypes of two sizes."""
     actual, expected = _real(actual), _real(expected)
@@ -373,7 +378,7 @@ def wrong(actual: torch.Tensor, expected: torch.Tensor, bound: float, *, signed_
     actual, expected = _widened(actual), _widened(expected)
     if actual.dtype != expected.dtype:
         actual, expected = actual.double(), expected.double()
-    far = ~((actual - expected).abs() <= bound * _scale(expected))
+    far = ~((actual - expected).abs() <= bound * _scale(expected).clamp_min(least))
     # Neither a NaN nor an infinity has a distance from anything: they must be the same.
     far &= ~((actual == expected) | (actual.isnan() & expected.isnan()))
     far |= actual.isfinite() != expected.isfinite()
@@ -461,7 +466,8 @@ def _element_difference(p: Pair, rounding: Rounding | None, signed_zeros: bool, 
         if not signed_zeros and _real(actual).is_floating_point():
             mask &= ~((_widened(_real(actual)) == 0) & (_widened(_real(expected)) == 0))
     else:
-        mask = wrong(actual, expected, rounding.of(expected.dtype), signed_zeros=signed_zeros)
+        bound = rounding.of(expected.dtype)
+        mask = wrong(actual, expected, bound, signed_zeros=signed_zeros, least=rounding.least)
     if not bool(mask.any()):
         return ""
     text = describe(p, mask)

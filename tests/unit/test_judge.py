@@ -156,6 +156,10 @@ def test_rounding_is_relative_to_the_largest_finite_magnitude_and_never_for_inte
     assert not differences(expected + torch.tensor([0.0, 9e-4, 0.0]), expected, rounding=Rounding())
     (line,) = differences(expected + torch.tensor([0.0, 2e-3, 0.0]), expected, rounding=Rounding())
     assert "largest relative error 2.0e-05, at most 1.0e-05 allowed" in line
+    small, off = torch.tensor([2e-8, 0.0]), torch.tensor([0.0, 9e-6])
+    assert differences(off, small, rounding=Rounding())
+    assert not differences(off, small, rounding=Rounding(least=1.0))
+    assert differences(off * 2, small, rounding=Rounding(least=1.0))
     assert differences(torch.tensor([10_000_001]), torch.tensor([10_000_000]), rounding=Rounding())
     assert [Rounding().of(d) for d in (torch.float32, torch.float16, torch.complex64, torch.int8)] == [
         1e-5,
