@@ -9,8 +9,8 @@ that it found to differ are tried again with ``--again``. One seed is shown, and
 
 On backend ``eager`` values are compared bit for bit. With ``inductor`` models are made of operators whose rounding does
 not grow, and an element may be 1e-5 of the largest in its tensor away (of 1 where all are smaller), or 16 units in the
-last place (``anabranch._judge.Rounding``). Types, dtypes, strides and shared memory are compared with both. What PyTorch cannot
-export is refused by name (``REFUSED`` there) and counted by itself.
+last place (``anabranch._judge.Rounding``). Types, dtypes, strides and shared memory are compared with both. What
+PyTorch cannot export is refused by name (``REFUSED`` there) and counted by itself.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ class Rounding:
     quarter.
 
     16 units are 1.9e-6 in float32 (so the floor is what counts there), 1.6e-2 in float16 and 1.3e-1 in bfloat16. The
-    quarter is for floats of eight bits, of which 16 units would pass anything. Where results may be small differences of
-    values that were larger, ``least`` is how large these are: a tensor's largest magnitude counts as no less.
+    quarter is for floats of eight bits, of which 16 units would pass anything. ``least``, where results may be small
+    differences of larger values, is how large these are: a tensor's largest magnitude counts as no less.
     """
 
     units: float = 16
