@@ -38,6 +38,30 @@ INPUTS: dict[str, tuple[Callable[..., Any], Callable[[], torch.Tensor]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda table, ids: nn.functional.embedding(ids - 3, table),
+        lambda table, ids: table.gather(0, (ids - 3)[:, None]),
+        lambda table, ids: table[ids - 3] + 1,
+        lambda table, ids: table[ids - 3][table[ids - 3] > 0.3],
+    ],
+    ids=["embedding", "gather", "index", "data-dependent"],
+)
+def test_a_model_that_takes_no_zeros_is_built(fn: Callable[..., torch.Tensor], runtime: str) -> None:
+    """On a device with queues, what is wrong with a made-up input would be an error of the device."""
+    import anabranch.sim
+
+    table = torch.arange(40.0).view(10, 4).cos()
+    on_sim = table.to("sim")
+    model = Fn(lambda ids: fn(on_sim if ids.device.type == "sim" else table, ids))
+    # Values at compile do not count.
+    engine = anabranch.compile(model, [torch.zeros(5, dtype=torch.int64, device="sim")], runtime=runtime)
+    for k in range(3):
+        ids = torch.tensor([3, 12, 7, 3 + k, 5])
+        assert torch.equal(engine(ids.to("sim")).cpu(), model(ids))
+
+
 @pytest.mark.parametrize("way", ["graph", "direct"])
 @pytest.mark.parametrize("name", INPUTS)
 def test_results_are_the_cpus(name: str, way: str, runtime: str) -> None:

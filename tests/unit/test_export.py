@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import anabranch
+from anabranch._judge import differences
 from anabranch.export import TensorSpec, flatten_call, leaf_key
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -641,6 +642,59 @@ def test_data_dependent_shapes_follow_the_data(name: str, fn: Any) -> None:
         for o, e in zip(outs, expecteds, strict=True):
             assert same(o, e) if isinstance(e, torch.Tensor) else o == pytest.approx(e)
     assert "data-dependent" in engine.explain()
+
+
+#: Operators one by one: whether an engine has to ask for values on the host. ``i`` are integers from 0 to 3.
+DEPENDS: dict[str, tuple[bool, Any]] = {
+    "index": (False, lambda x, i: x[i] * 2),
+    "index of two dimensions": (False, lambda x, i: x[i, i]),
+    "index with a slice": (False, lambda x, i: x[1:, i]),
+    "index_put": (False, lambda x, i: x.index_put((i,), x[:3])),
+    "index_put, added": (False, lambda x, i: x.index_put((i, i), x[0, :3], accumulate=True)),
+    "assignment": (False, lambda x, i: torch.zeros_like(x).index_put_((i,), x.new_ones(()))),
+    "index_select": (False, lambda x, i: x.index_select(1, i)),
+    "index_add": (False, lambda x, i: x.index_add(0, i, x[:3])),
+    "index_copy": (False, lambda x, i: x.index_copy(0, i.clamp(0, 0)[:1], x[:1] + 1)),
+    "index_fill": (False, lambda x, i: x.index_fill(0, i, 2.0)),
+    "gather": (False, lambda x, i: x.gather(0, i[None])),
+    "take": (False, lambda x, i: x.take(i)),
+    "take_along_dim": (False, lambda x, i: x[:, :3].take_along_dim(i[None], 0)),
+    "scatter": (False, lambda x, i: x.scatter(0, i[None], 1.0)),
+    "scatter_add": (False, lambda x, i: x.scatter_add(0, i[None], x[:1, :3])),
+    "scatter_reduce": (False, lambda x, i: x.scatter_reduce(0, i[None], x[:1, :3], "amax")),
+    "embedding": (False, lambda x, i: torch.nn.functional.embedding(i, x)),
+    "one_hot": (False, lambda x, i: torch.nn.functional.one_hot(i, 4) * x[:3]),
+    "masked_fill": (False, lambda x, i: x.masked_fill(x > 0, 1.0)),
+    "masked_scatter": (False, lambda x, i: x.masked_scatter(x > 0, x.flip(0))),
+    "where": (False, lambda x, i: torch.where(x > 0, x, -x)),
+    "topk": (False, lambda x, i: x.topk(2)),
+    "sort": (False, lambda x, i: x.sort(0)),
+    "argmax": (False, lambda x, i: x[x.argmax(0)]),
+    "cumsum": (False, lambda x, i: x.cumsum(0)),
+    "searchsorted": (False, lambda x, i: torch.searchsorted(x.sort().values, x)),
+    "bucketize": (False, lambda x, i: torch.bucketize(x, torch.tensor([-0.5, 0.0, 0.5]))),
+    "histc": (False, lambda x, i: x.histc(4, -1, 1)),
+    "repeat_interleave, sized": (False, lambda x, i: x[:3].repeat_interleave(i * 0 + 2, 0, output_size=6)),
+    "tril_indices": (False, lambda x, i: x[tuple(torch.tril_indices(4, 4))]),
+    "repeat_interleave": (True, lambda x, i: x[:3].repeat_interleave(i, 0) + 1),
+    "bincount": (True, lambda x, i: torch.bincount(i, minlength=4)),
+    "index_put of a mask": (True, lambda x, i: x.index_put((x > 0,), x.new_ones(()))),
+    "index of a mask": (True, lambda x, i: x[x > 0] + 1),
+    "where of one argument": (True, lambda x, i: torch.where(x > 0)),
+    "unique_consecutive": (True, lambda x, i: torch.unique_consecutive(i)),
+    "argwhere": (True, lambda x, i: torch.argwhere(x > 0)),
+    "item": (True, lambda x, i: x * x.amax().item()),
+}
+
+
+@pytest.mark.parametrize("name", DEPENDS)
+def test_what_depends_on_data(name: str) -> None:
+    depends, fn = DEPENDS[name]
+    engine = build(fn, torch.randn(4, 4), torch.tensor([1, 0, 3]))
+    assert engine._first().program.data_dependent is depends, engine.explain()
+    for k in range(3):
+        x, i = torch.randn(4, 4), torch.tensor([k, 3, 1])
+        assert not differences(engine(x, i), fn(x, i), inputs=[x, i])
 
 
 # -- exported programs and files --------------------------------------------------------------------------------------

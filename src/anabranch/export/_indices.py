@@ -36,6 +36,18 @@ def is_indexing(func: Any) -> bool:
     return func._schema.name.rsplit("::")[-1].strip("_") in _INDEXING
 
 
+def has_mask(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an operator takes a mask among its indices: the host counts how many elements it chooses.
+
+    ``args`` are tensors, or nodes of a graph that carry them under ``meta["val"]``.
+    """
+    if not isinstance(func, torch._ops.OpOverload) or not is_indexing(func) or len(args) < 2:
+        return False
+    indices = args[1] if isinstance(args[1], list | tuple) else ()
+    values = (i.meta.get("val") if isinstance(i, fx.Node) else i for i in indices)
+    return any(isinstance(v, torch.Tensor) and v.dtype in (torch.bool, torch.uint8) for v in values)
+
+
 def valid_integer(graph: fx.Graph, inputs: Sequence[TensorSpec]) -> tuple[int, str]:
     """An integer with which every integer input may be filled: indices and divisors made from them are valid.
 

@@ -26,6 +26,7 @@ from anabranch.errors import UnsupportedModel
 from anabranch.export import _functional
 from anabranch.export._default_dtype import pin_default_dtype
 from anabranch.export._diagnosis import copy_of, diagnose
+from anabranch.export._indices import has_mask
 from anabranch.export._layout import LayoutWatch, aliases, keep_copies
 from anabranch.export._leaks import Watch
 from anabranch.export._outputs import ComputedOutput, Output, Returned, classify, storage_of
@@ -513,9 +514,9 @@ def _uncapturable(graph: fx.Graph) -> tuple[str | None, bool]:
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 dependent.append(name)
             continue
-        tags = node.target.tags
-        if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
-            dependent.append(name)
+        if depends_on_data(node):
+            if not any(_is_unbacked(n.meta.get("val")) for n in node.all_input_nodes):
+                dependent.append(name)
         elif is_random(node):
             random.append(name)
     if dependent:
@@ -523,6 +524,24 @@ def _uncapturable(graph: fx.Graph) -> tuple[str | None, bool]:
     if random:
         return "random: " + ", ".join(random), False
     return None, False
+
+
+def depends_on_data(node: fx.Node) -> bool:
+    """Whether the host has to look at values to run an operator of an exported graph, or something that comes of it.
+
+    Decided by what export found: a result of a size that it does not know, or a number. An operator's tag says less:
+    the one for ``index`` is for masks, and most indices are integers. Masks that are written through (``index_put``)
+    have results of a known size, and the host looks at them all the same.
+    """
+    return has_mask(node.target, node.args) or _is_unbacked(node.meta.get("val"))
+
+
+def _is_unbacked(value: Any) -> bool:
+    return any(
+        isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool)
+        or (isinstance(x, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in x.shape))
+        for x in pytree.tree_leaves(value)
+    )
 
 
 def _propagate(gm: fx.GraphModule, data_dependent: bool) -> None:

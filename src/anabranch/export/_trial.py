@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anabranch.export._indices import is_indexing
+from anabranch.export._indices import has_mask, is_indexing
 from anabranch.export._random import draws
 from anabranch.export._snapshot import HOOKS, Fresh, hooks_of
 
@@ -110,10 +110,11 @@ class _Harmless(TorchDispatchMode):
         if draws(func, args, kwargs):
             return _zeros(func, args, kwargs)
         if isinstance(func, torch._ops.OpOverload) and any(_has_streams(x) for x in pytree.tree_leaves((args, kwargs))):
-            if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
-                raise _StopTrial("depends on data")
-            if is_indexing(func):
+            masked = has_mask(func, args)
+            if is_indexing(func) and not masked:
                 return _zeros(func, args, kwargs)
+            if masked or torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+                raise _StopTrial("depends on data")
         return func(*args, **kwargs)
 
     def _is_weight(self, x: Any) -> bool:

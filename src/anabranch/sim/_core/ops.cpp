@@ -93,7 +93,9 @@ class Call {
     const c10::DeviceGuard guard(device_);
     expand_indices();
     find_generator();
-    if (has_tag(at::Tag::dynamic_output_shape) || has_tag(at::Tag::data_dependent_output)) return run_synchronized();
+    bool depends_on_data = has_tag(at::Tag::dynamic_output_shape) || has_tag(at::Tag::data_dependent_output);
+    // Masks are indices by now, so that the sizes of what they give are known.
+    if (depends_on_data && base_name(op_) != "index") return run_synchronized();
     infer();
     adapt_written();
     Twins hosts(c10::kCPU);
