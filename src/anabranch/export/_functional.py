@@ -15,7 +15,7 @@ recorded graph, where the tensors' memory is still known:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -230,6 +230,26 @@ def _check_alone(x: fx.Node, write: fx.Node, source_of: Callable[[fx.Node], str]
                 " before it is expanded."
             )
         seen = next(iter(_bases(seen)), None) if seen.op == "call_function" else None
+
+
+def fold_literals(graph: fx.Graph, literals: Mapping[fx.Node, torch.Tensor]) -> None:
+    """Have what writes a number of the model's code (``x[0] = 2.0``) write a number, in a functionalized graph.
+
+    ``literals``: placeholders of tensors that the code makes of numbers, with their values. They are on the CPU, and a
+    copy from there cannot be captured.
+    """
+    for node, value in literals.items():
+        if value.dim() or value.device.type != "cpu":
+            continue
+        ways = [node]
+        while ways:
+            number = ways.pop()
+            for user in list(number.users):
+                if user.target in (_aten.clone.default, _aten.lift_fresh_copy.default, _aten.detach.default):
+                    ways.append(user)
+                elif user.target in (_aten.copy.default, _aten.fill.Tensor) and user.args[0] is not number:
+                    user.target = _aten.fill.Scalar
+                    user.args, user.kwargs = (user.args[0], value.item()), {}
 
 
 def is_functional(exported: ExportedProgram) -> bool:

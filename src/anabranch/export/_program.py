@@ -457,6 +457,8 @@ def _flatten(
                 " outside the model."
             )
 
+    literals = {n: t for n, (name, t) in weights.items() if name.rsplit(".", 1)[-1].startswith("lifted_tensor")}
+    _functional.fold_literals(gm.graph, literals)
     original = traced.original
     if cast is not None:
         cast.fold(gm, weights, traced, aside)

@@ -288,13 +288,17 @@ at::Tensor Specialization::canonical(const at::Tensor& x, size_t i) const {
 
 // The kernels without a graph, on the current stream.
 void Specialization::direct(const at::Tensor* inputs, const StreamRef& ref, Tensors& results) {
-  if (program) {
-    // PyTorch's operators take any layout, and give eager's bits for it.
+  if (program && device.is_cpu()) {
+    // PyTorch's operators take any layout, and give eager's bits for it. Elsewhere graphs give those of a dense copy.
     for (auto& y : program->run(weights, inputs, specs.size())) results.push_back(std::move(y));
     return;
   }
   Tensors read;
   for (size_t i = 0; i < specs.size(); ++i) read.push_back(canonical(inputs[i], i));
+  if (program) {
+    for (auto& y : program->run(weights, read.data(), read.size())) results.push_back(std::move(y));
+    return;
+  }
   auto regions = layout->allocate();
   c10::SmallVector<const void*, 8> buffers;
   for (auto& x : read) buffers.push_back(x.const_data_ptr());
