@@ -44,7 +44,7 @@ def test_a_right_engine_is_silent(tmp_path: Path, path: str) -> None:
     assert min(r["in_flight"] for r in rows if r["path"] != "main") >= 3
 
 
-@pytest.mark.parametrize("path", ["--graphs", "--direct"])
+@pytest.mark.parametrize("path", ["--graphs", pytest.param("--direct", marks=pytest.mark.slow)])
 def test_the_injected_stale_stream_is_found_the_same_in_every_run(tmp_path: Path, path: str) -> None:
     tables: list[Any] = []
     outputs = []

@@ -73,7 +73,17 @@ def test_bugs_are_found_at_random(program: str, scheduler: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "program", ["pool", "condition", "two_setters", "handed_over", "locked", "semaphore", "barrier", "two_preemptions"]
+    "program",
+    [
+        pytest.param("pool", marks=pytest.mark.slow),
+        "condition",
+        "two_setters",
+        "handed_over",
+        "locked",
+        "semaphore",
+        "barrier",
+        "two_preemptions",
+    ],
 )
 def test_no_schedule_drawn_at_random_is_new(program: str) -> None:
     """Each is equivalent to one that the search has run."""

@@ -50,7 +50,7 @@ def test_every_interleaving(programs: Any, runtime: str, program: str, schedules
     assert len(verdict.outcomes) == 1
 
 
-@RUNTIMES
+@pytest.mark.parametrize("runtime", ["python", pytest.param("native", marks=pytest.mark.slow)])
 def test_three_threads_on_three_streams(programs: Any, runtime: str) -> None:
     from anabranch.sim import explore, random
 

@@ -417,6 +417,7 @@ assert not flags.unchanged() and "cuda.matmul.fp32_precision was 'tf32' at compi
 """
 
 
+@pytest.mark.parametrize("runtime", ["native"], indirect=True)  # the process of its own takes that of "auto"
 def test_flags_may_be_set_by_backend() -> None:
     # In a process of its own: PyTorch has no way back to one precision for all.
     done = subprocess.run([sys.executable, "-c", _FLAGS_OF_BACKENDS], capture_output=True, text=True, check=False)

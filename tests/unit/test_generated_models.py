@@ -48,7 +48,7 @@ def test_many_models_are_as_in_eager_compiled() -> None:
     check(40, "inductor", "native", first=1000)
 
 
-@settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.randoms(use_true_random=False))
 def test_models_that_hypothesis_makes(rng: random.Random) -> None:
     model = generated.make(rng)

@@ -614,8 +614,8 @@ class Specialization:
     def _canonical(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Inputs with the strides and the alignment that the kernels were compiled (and algorithms chosen) for.
 
-        On the CPU PyTorch's operators take any, and give eager's bits for it. Where there are graphs a call has the same
-        bits with one and without.
+        On the CPU PyTorch's operators take any, and give eager's bits for it. Where there are graphs a call has the
+        same bits with one and without.
         """
         if self.backend == "eager" and not self._device.has_streams:
             return list(inputs)
