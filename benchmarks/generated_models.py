@@ -136,6 +136,7 @@ def main(backend: str, seeds: str, jobs: int, limit: float, out: Path, again: bo
 
         state["found"] = dict(sorted(state["found"].items(), key=lambda item: int(item[0])))
         state["torch"], state["python"] = torch.__version__, sys.version.split()[0]
+        state["date"], state["command"] = time.strftime("%Y-%m-%d"), " ".join(sys.argv)
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_suffix(".partial")
         partial.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
