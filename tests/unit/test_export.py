@@ -704,6 +704,23 @@ def small_net() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net: torch.compile(net, backend="eager"),
+        nn.DataParallel,
+        lambda net: nn.DataParallel(torch.compile(net, backend="eager")),
+    ],
+    ids=["torch.compile", "DataParallel", "both"],
+)
+def test_what_wraps_a_model_is_taken_off(wrap: Any) -> None:
+    net = small_net()
+    engine = anabranch.compile(wrap(net), [torch.randn(3, 6)], backend="eager")
+    x = torch.randn(3, 6)
+    assert torch.equal(engine(x), net(x).detach())
+    assert "Sequential" in repr(engine)
+
+
 def test_an_exported_program_defaults_to_its_own_example_inputs() -> None:
     net = small_net()
     exported = torch.export.export(net, (torch.randn(3, 6),))

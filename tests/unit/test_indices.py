@@ -69,6 +69,24 @@ def test_the_smallest_valid_integer_is_taken() -> None:
     assert "range" in why
 
 
+@torch.library.custom_op("anabranch_test::elsewhere", mutates_args=(), device_types="cuda")
+def elsewhere(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@elsewhere.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def test_what_the_cpu_cannot_compute_is_not_held_against_the_inputs() -> None:
+    class Elsewhere(nn.Module):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return elsewhere(ids) * 2
+
+    assert valid_integer(*graph_of(Elsewhere(), [torch.tensor([1, 2])])) == (0, "")
+
+
 def test_values_that_were_given_serve_where_no_integer_does() -> None:
     ids = torch.tensor([300, 304, 311])
     model = Embeds(300).eval()

@@ -74,7 +74,8 @@ def compile(
     """Compile ``model`` for inference and return an engine that any thread may call on any stream.
 
     :param model: a module in ``eval()`` mode on the device of the inputs, an exported program, or the path of a
-        ``.pt2`` file (which is read with ``torch.export.load``: load only files that you trust). The engine is what
+        ``.pt2`` file (which is read with ``torch.export.load``: load only files that you trust). What
+        ``nn.DataParallel`` or ``torch.compile`` made is taken for the module that it wraps. The engine is what
         the model is now, whatever becomes of it later; it shares the memory of its weights. Other threads may call the
         model meanwhile. ``docs/contract.md`` says what is copied, what is shared and what is refused.
     :param inputs: positional inputs, each a tensor, an :class:`Input`, a number, or a pytree of them; a mapping is
@@ -193,7 +194,8 @@ def _tensors_for(inputs: Any, device: torch.device) -> Any:
 
 
 def given_model(model: Any) -> tuple[str, torch.nn.Module | ExportedProgram]:
-    """A model as :func:`compile` takes it: its name, and itself or what its file holds."""
+    """A model as :func:`compile` takes it: its name, and itself, what it wraps, or what its file holds."""
+    model = _unwrapped(model)
     name = type(model).__name__
     if isinstance(model, str | os.PathLike):
         name, model = Path(model).stem, load_exported(Path(model))
@@ -202,6 +204,17 @@ def given_model(model: Any) -> tuple[str, torch.nn.Module | ExportedProgram]:
             f"model is a {type(model).__name__}; expected an nn.Module, an exported program or the path of a .pt2 file"
         )
     return name, model
+
+
+def _unwrapped(model: Any) -> Any:
+    """What ``nn.DataParallel`` and ``torch.compile`` wrap: an engine spreads no calls, and compiles by itself."""
+    while True:
+        if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule" and isinstance(model, torch.nn.Module):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def load_exported(path: Path) -> ExportedProgram:
