@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
 import signal
 import threading
 import time
@@ -502,3 +503,17 @@ def test_many_threads_streams_and_discards_end_with_the_books_in_order() -> None
     del drained
     gc.collect()
     assert limits.held() == (0, 0)
+
+
+def test_a_correction_that_is_interrupted_is_whole_or_not_there() -> None:
+    for nth in itertools.count(1):
+        limits = Limits(max_contexts=4, memory_limit=None)
+        reservation = limits.book(0)
+        assert reservation is not None
+        with interrupt_at(nth) as planted, contextlib.suppress(KeyboardInterrupt):
+            reservation.confirm(100)
+        reservation.cancel()
+        assert limits.held() == (0, 0), f"interrupted at place {nth}"
+        if not planted.fired:
+            break
+    assert nth > 3

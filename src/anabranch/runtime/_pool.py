@@ -54,11 +54,14 @@ class Limits:
             self._settle()
             return self._fits(nbytes)
 
-    def confirm(self, reserved: int, actual: int) -> bool:
+    def confirm(self, reserved: int, actual: int, reservation: Reservation | None = None) -> bool:
         """Correct a reservation to what the context really takes; False if that is over the limit."""
         with self._lock:
             self._settle()
+            # No call in between, as in book(): an interrupt finds both corrected, or neither.
             self._bytes += actual - reserved
+            if reservation is not None:
+                reservation.nbytes = actual
             return self.memory_limit is None or self._bytes <= self.memory_limit
 
     def book(self, nbytes: int) -> Reservation | None:
@@ -124,8 +127,7 @@ class Reservation:
 
     def confirm(self, actual: int) -> bool:
         """Correct it to what the context really takes; False if that is over the limit."""
-        reserved, self.nbytes = self.nbytes, actual
-        return self._limits.confirm(reserved, actual)
+        return self._limits.confirm(self.nbytes, actual, self)
 
     def cancel(self) -> None:
         """The context was not built, or is gone. May be repeated; safe in a garbage collection."""
