@@ -31,6 +31,17 @@ def assert_same(actual: Any, expected: Any, about: str = "", *, rounding: Roundi
     assert not found, "\n".join([about, *found]).strip()
 
 
+class Fn(torch.nn.Module):
+    """A function as a model."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *args: Any) -> Any:
+        return self.fn(*args)
+
+
 class Mlp(torch.nn.Module):
     """Matrix products: they use the stream's hidden workspace (cuBLAS'), the resource that captures must not share."""
 

@@ -10,15 +10,7 @@ import torch
 from torch import nn
 
 from anabranch._judge import differences
-
-
-class Fn(nn.Module):
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, *args: Any) -> Any:
-        return self.fn(*args)
+from contract.support import Fn
 
 
 def spectrum(z: torch.Tensor) -> Any:

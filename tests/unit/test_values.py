@@ -14,17 +14,9 @@ from torch import nn
 
 import anabranch
 from anabranch._judge import Rounding, differences
+from contract.support import Fn
 
 pytestmark = pytest.mark.usefixtures("seeded")
-
-
-class Fn(nn.Module):
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, *args: Any) -> Any:
-        return self.fn(*args)
 
 
 def build(fn: Callable[..., Any], *inputs: Any, backend: str = "eager", **options: Any) -> anabranch.Engine:

@@ -25,6 +25,7 @@ from torch.export import ExportedProgram
 
 from anabranch.errors import UnsupportedModel
 from anabranch.export._signature import layout_of
+from anabranch.export._trial import written
 
 _aten = torch.ops.aten
 _EXPANDS = {_aten.expand.default, _aten.expand_as.default, _aten.broadcast_to.default}
@@ -173,12 +174,12 @@ def _mend_write(graph: fx.Graph, node: fx.Node, source_of: Callable[[fx.Node], s
     name = node.target._schema.name.rsplit("::")[-1]  # type: ignore[union-attr]
     if name in _RESHAPES:
         return
-    written = list(_written(node))
-    for x in written:
+    targets = [x for x in written(node.target, node.args, node.kwargs) if isinstance(x, fx.Node)]
+    for x in targets:
         _check_alone(x, node, source_of)
-    if len(written) != 1 or name in _KEEP_ORDER:
+    if len(targets) != 1 or name in _KEEP_ORDER:
         return
-    x, value = written[0], _value(written[0])
+    x, value = targets[0], _value(targets[0])
     if value is None or all(_is_in_order(n) for n in node.all_input_nodes):
         return
     pointwise = torch.Tag.pointwise in node.target.tags and name.endswith("_")  # type: ignore[union-attr]
@@ -204,16 +205,6 @@ def _mend_write(graph: fx.Graph, node: fx.Node, source_of: Callable[[fx.Node], s
 def _is_in_order(node: fx.Node) -> bool:
     value = _value(node)
     return value is None or value.is_contiguous()
-
-
-def _written(node: fx.Node) -> Iterator[fx.Node]:
-    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
-        for x in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(x, fx.Node):
-                yield x
 
 
 def _check_alone(x: fx.Node, write: fx.Node, source_of: Callable[[fx.Node], str]) -> None:

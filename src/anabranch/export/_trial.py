@@ -105,7 +105,7 @@ class _Harmless(TorchDispatchMode):
             self._looks += 1
             if self._looks > _MOST_LOOKS:
                 raise _StopTrial("looks at values again and again")
-        if any(self._is_weight(x) for x in _written(func, args, kwargs)):
+        if any(self._is_weight(x) for x in written(func, args, kwargs)):
             raise _StopTrial("writes a weight")
         if draws(func, args, kwargs):
             return _zeros(func, args, kwargs)
@@ -123,7 +123,7 @@ class _Harmless(TorchDispatchMode):
         )
 
 
-def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
     """What an operator writes into."""
     name = func.name()
     # These do not say that they update running statistics.
@@ -150,10 +150,10 @@ def _zeros(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What an operator would give, with zeros for the numbers."""
     returns = func._schema.returns
     if any(r.alias_info is not None for r in returns):
-        written = [x for x in _written(func, args, kwargs) if isinstance(x, torch.Tensor)]
-        for x in written:
+        results = [x for x in written(func, args, kwargs) if isinstance(x, torch.Tensor)]
+        for x in results:
             x.zero_()
-        return written[0] if len(returns) == 1 else tuple(written)
+        return results[0] if len(returns) == 1 else tuple(results)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
     with mode:
