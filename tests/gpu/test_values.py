@@ -86,6 +86,7 @@ OF_INTEGERS: dict[str, Callable[[Fn, torch.Tensor], Any]] = {
     "index": lambda m, ids: m.table[ids - 1, 1] * 2,
     "index_select": lambda m, ids: m.table.index_select(0, ids - 1),
     "scatter": lambda m, ids: torch.zeros_like(m.table).scatter(0, (ids - 1)[:, None], 1.0),
+    "scatter an integer": lambda m, ids: torch.zeros_like(m.table).scatter(0, (ids - 1)[:, None].expand(6, 4), 1),
     "far": lambda m, ids: nn.functional.embedding(ids - 1 + 0 * ids.clamp(3, 3), m.table),
     "data-dependent": lambda m, ids: m.table[ids - 1][m.table[ids - 1] > 0],
 }

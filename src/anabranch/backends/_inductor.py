@@ -11,7 +11,7 @@ from anabranch.backends._backend import Kernels, Options
 from anabranch.backends._faults import avoid
 from anabranch.backends._layouts import keep_layouts
 from anabranch.errors import BuildError
-from anabranch.export import Program
+from anabranch.export import Program, undisturbed
 
 
 class _Inductor:
@@ -25,12 +25,16 @@ class _Inductor:
         weights = tuple(program.weights)
         try:
             # fallback_random: random ops draw what eager would draw from the same generator.
-            settings: dict[str, object] = {"fallback_random": program.direct_only is not None}
+            # optimize_scatter...: in PyTorch 2.11 that forgets the type of zeros.scatter(0, i, 1), and makes integers.
+            settings: dict[str, object] = {
+                "fallback_random": program.direct_only is not None,
+                "optimize_scatter_upon_const_tensor": False,
+            }
             if any(x.is_cuda for x in (*weights, *examples)):
                 # A buffer that is written in place, or again, may be a result in the end: a call then has to tell each
                 # kernel that writes to it where its result lies. In a CUDA graph the allocator re-uses memory as well.
                 settings |= {"inplace_buffers": False, "allow_buffer_reuse": False}
-            with config.patch(settings):
+            with config.patch(settings), undisturbed():
                 module = copy.deepcopy(program.module)  # it is rewritten; the plan still shows the original
                 avoid(module)
                 keep_layouts(module)
@@ -38,6 +42,10 @@ class _Inductor:
                     module,
                     [*weights, *examples],
                     dynamic_shapes="from_example_inputs",
+                    # Without this it runs every kernel once, to choose between variants, on values that it makes up:
+                    # an index made of zeros can be out of range, which costs the process its GPU, and what is chosen
+                    # on them is chosen again. So kernels choose where the engine is warmed up, on valid values.
+                    options={"config_patches": {"triton.autotune_at_compile_time": False}},
                 )
         except Exception as e:
             raise BuildError(

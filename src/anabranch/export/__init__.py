@@ -1,5 +1,6 @@
 """From a model to a flat graph: signatures of inputs, ``torch.export``, and what each output really is."""
 
+from anabranch.export._bystanders import undisturbed
 from anabranch.export._diagnosis import run_in_eager
 from anabranch.export._indices import valid_integer
 from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutput, SizeOutput, finisher
@@ -7,7 +8,6 @@ from anabranch.export._precision import Cast
 from anabranch.export._program import (
     Program,
     export_program,
-    keep_backends_enabled,
     source_of,
 )
 from anabranch.export._random import is_random
@@ -39,7 +39,6 @@ __all__ = [
     "flatten_call",
     "hooks_of",
     "is_random",
-    "keep_backends_enabled",
     "keyword_order_matters",
     "layouts_of",
     "leaf_key",
@@ -47,5 +46,6 @@ __all__ = [
     "register_dataclasses",
     "run_in_eager",
     "source_of",
+    "undisturbed",
     "valid_integer",
 ]

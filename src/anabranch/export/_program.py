@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import logging
 import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from anabranch.errors import UnsupportedModel
 from anabranch.export import _functional
+from anabranch.export._bystanders import undisturbed
 from anabranch.export._default_dtype import pin_default_dtype
 from anabranch.export._diagnosis import copy_of, diagnose
 from anabranch.export._indices import has_mask
@@ -280,7 +280,7 @@ def _export(
         with torch.no_grad():
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: TensorSpec.of(x).in_memory(x), (args, kwargs))
             # The graph's inputs follow the order of keywords given here.
-            with keep_backends_enabled(), _fake_tensor_errors_unlogged():
+            with undisturbed(), _fake_tensor_errors_unlogged():
                 exported = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
                 if decompose:
                     _inline_grad_modes(exported)
@@ -298,27 +298,6 @@ def _export(
     if module.seen.returned.refusal:
         raise UnsupportedModel(module.seen.returned.refusal)
     return exported
-
-
-@contextmanager
-def keep_backends_enabled() -> Iterator[None]:
-    """Stop torch.export from turning cuDNN, oneDNN and NNPACK off, for all threads, while it traces.
-
-    Other threads' operators would run other kernels meanwhile, ours and strangers' alike. It does so to keep composite
-    operators from being taken apart for one library, and nothing is taken apart here. Where a PyTorch version has no
-    such hook, calls that this would disturb find the flags changed and raise. Called with the build lock held.
-    """
-    # Loads half of the compiler, so not at import.
-    tracer: Any = importlib.import_module("torch.export._trace")
-    original = getattr(tracer, "_ignore_backend_decomps", None)
-    tracer._ignore_backend_decomps = nullcontext
-    try:
-        yield
-    finally:
-        if original is None:
-            del tracer._ignore_backend_decomps
-        else:
-            tracer._ignore_backend_decomps = original
 
 
 @contextmanager
@@ -463,6 +442,10 @@ def _flatten(
     if cast is not None:
         cast.fold(gm, weights, traced, aside)
         original = functools.partial(cast.original, traced)
+    # A graph for one signature has the types that it was traced with. Compilers check these notes again where they have
+    # computed a value in another type, and fail.
+    for node in gm.graph.find_nodes(op="call_function", target=_aten._assert_tensor_metadata.default):
+        gm.graph.erase_node(node)
     direct_only, data_dependent = _uncapturable(gm.graph)
     _propagate(gm, data_dependent)
     asks = pin_default_dtype(gm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import itertools
 import os
 import sys
@@ -29,7 +30,7 @@ class _Forked(Protocol):
 
 @_sync.atomics("_exiting")
 class _Process:
-    """Lock order: ``build_lock``, then a pool's, then ``Limits``'.
+    """Lock order: Dynamo's (see :meth:`alone`), ``build_lock``, then a pool's, then ``Limits``'.
 
     ``build_lock``: compiling and capturing happen one at a time, because Inductor's autotuning and a library's first
     use are not meant for two threads. A fork makes it anew in the child: another thread of the parent may have held it.
@@ -59,13 +60,38 @@ class _Process:
         self._forked[next(self._serial)] = owner
 
     @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the build lock, and the lock under which ``torch.compile`` compiles in any thread of the process.
+
+        PyTorch's compilers keep what they are doing in variables of the process, so two compiles at once fail. A thread
+        that compiles a function of its own may come here with PyTorch's lock held, so nobody waits for that lock with
+        the build lock in hand.
+        """
+        # Loads half of the compiler, so not at import.
+        theirs = importlib.import_module("torch._dynamo.convert_frame").compile_lock
+        while True:
+            taken: list[bool] = []
+            with self.build_lock:
+                try:
+                    # One call, as far as a signal can tell.
+                    taken.extend(map(theirs.acquire, (False,)))
+                    if taken[0]:
+                        yield
+                        return
+                finally:
+                    if taken and taken[0]:
+                        theirs.release()
+            with theirs:
+                pass
+
+    @contextmanager
     def compiling(self) -> Iterator[None]:
-        """Hold the build lock to run PyTorch's export and compilers, or raise :class:`EngineClosed`.
+        """Be :meth:`alone` to run PyTorch's export and compilers, or raise :class:`EngineClosed`.
 
         A fork in another thread meanwhile leaves the child with their locks held and their work half done, and no
         thread that would go on with it.
         """
-        with self.build_lock:
+        with self.alone():
             if self._forked_amid:
                 raise EngineClosed(
                     "this process was forked while another thread of its parent compiled, which leaves PyTorch's"
@@ -83,6 +109,9 @@ class _Process:
         if self._compiling not in (None, threading.get_ident()):
             self._forked_amid = True
         self._compiling = None
+        dynamo: Any = sys.modules.get("torch._dynamo.convert_frame")
+        if dynamo is not None and not dynamo.compile_lock._is_owned():
+            dynamo.compile_lock._at_fork_reinit()  # another thread of the parent may have held it
         inductor: Any = sys.modules.get("torch._inductor.async_compile")
         if inductor is not None:
             # Its threads are the parent's; without a new pool the child would wait for them for ever.

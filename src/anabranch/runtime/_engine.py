@@ -394,7 +394,7 @@ class Engine:
                 "this call is inside a CUDA graph capture, and its input signature was not compiled before, which"
                 f" cannot be done there. Call engine.warm(...) first. Compiled: {self._known()}"
             )
-        with process.build_lock, _activity.building():
+        with process.alone(), _activity.building():
             found = self._find(key, leaves)
             if found is not None:
                 return found

@@ -17,7 +17,7 @@ from torch import fx
 from anabranch.backends.tensorrt._layout import Layout
 from anabranch.backends.tensorrt._rewrite import decompose, rewrite
 from anabranch.errors import BuildError
-from anabranch.export import keep_backends_enabled
+from anabranch.export import undisturbed
 
 
 class Unconvertible(BuildError):
@@ -70,7 +70,7 @@ def export(
     Raises :class:`Unconvertible` with the exporter's message.
     """
     try:
-        with torch.no_grad(), keep_backends_enabled(), _quiet():
+        with torch.no_grad(), undisturbed(), _quiet():
             physical = _Physical(rewrite(module), inputs, outputs)
             exported = torch.export.export(physical, tuple(examples), strict=False)
             program = torch.onnx.export(

@@ -142,9 +142,6 @@ def partition(program: Program, excluded: Mapping[str, str]) -> Partition:
     """Cut the graph of ``program`` into segments of all nodes but those named in ``excluded``."""
     graph_module = fx.GraphModule(program.module, _copy(program.module.graph))
     graph = graph_module.graph
-    # Of types that are settled. Outside of engines, what they look at would have to be a result.
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        graph.erase_node(node)
     excluded = {**excluded, **dict.fromkeys(_trailing_views(graph), "")}
 
     class Support(OperatorSupportBase):
