@@ -103,3 +103,22 @@ def test_made_up_integers_are_valid_indices(gpu: Gpu, name: str, backend: str, r
         assert not differences(engine(ids), model(ids), rounding=Rounding())
         ids = torch.randint(1, 11, (6,), generator=generator).cuda()
     torch.cuda.synchronize()
+
+
+def constants(m: Fn, x: torch.Tensor) -> Any:
+    y = x.masked_fill(torch.ones(3, 8).tril().bool().logical_not().to(x.device), -5.0)
+    y = y + torch.arange(8.0).to(x.device) * torch.tensor([[0.5], [1.5], [2.0]]).to(x.device)
+    y = y[:, torch.tensor([2, 0, 3, 7])] + (~torch.zeros(3, 4).to(x.device, torch.bool)).cumsum(1, dtype=x.dtype)
+    y = y.clone().index_put_((torch.tensor([0, 2]),), torch.tensor(7.0, dtype=x.dtype))
+    return torch.where(y > 0, torch.tensor(0.3, dtype=x.dtype), y * torch.tensor(0.1)), x * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_constants_made_on_the_cpu_are_captured(gpu: Gpu, backend: str, dtype: torch.dtype, runtime: str) -> None:
+    model = Fn(constants).eval().cuda()
+    engine = anabranch.compile(model, [real_numbers(0).to(dtype)], runtime=runtime, backend=backend, cuda_graphs=True)
+    for k in range(3):
+        x = real_numbers(k).to(dtype)
+        assert not differences(engine(x), model(x), rounding=Rounding(), inputs=[x])
+    assert engine.stats().graph_calls == 3

@@ -82,3 +82,38 @@ def test_results_are_the_cpus(name: str, way: str, runtime: str) -> None:
         assert bits == [(y.is_conj(), y.is_neg()) for y in expected]
     stats = engine.stats()
     assert (stats.graph_calls, stats.direct_calls) == ((2, 0) if way == "graph" else (0, 2))
+
+
+#: Models that make tensors on the CPU, whatever the device of their input.
+MAKE_CONSTANTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "a ramp": lambda x: x + torch.arange(4.0).to(x.device),
+    "a mask": lambda x: x.masked_fill(torch.ones(3, 4).tril().bool().logical_not().to(x.device), -5.0),
+    "one number all over": lambda x: x * torch.full((4,), 3).to(x.device),
+    "zeros, and more made of them": lambda x: x + (~torch.zeros(3, 4).to(x.device, torch.bool)).cumsum(1),
+    "numbers of the code": lambda x: x * torch.tensor([1.5, 2.0, -1.0, 0.25]).to(x.device),
+    "an index": lambda x: x[:, torch.tensor([2, 0, 3])] + x[:, torch.arange(3)],
+    "a written index": lambda x: x.clone().index_put_((torch.tensor([0, 2]),), torch.tensor(7.0)),
+    "single numbers": lambda x: torch.where(x > 0, torch.tensor(0.3), x * torch.tensor(0.1)),
+    "strides": lambda x: x + torch.arange(12.0).view(4, 3).t().to(x.device),
+    "a result": lambda x: (x + 1, torch.arange(4.0).to(x.device), torch.zeros(2, 2).to(x.device)[0]),
+}
+
+
+@pytest.mark.parametrize("name", MAKE_CONSTANTS)
+def test_constants_are_where_the_work_is(name: str, runtime: str) -> None:
+    import anabranch.sim
+
+    fn = MAKE_CONSTANTS[name]
+    engine = anabranch.compile(Fn(fn), [torch.empty(3, 4, device="sim")], runtime=runtime, backend="eager")
+    for k in range(3):
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(k))
+        given, wanted = engine(x.to("sim")), fn(x)
+        given = given if isinstance(given, tuple) else (given,)
+        wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+        for y, w in zip(given, wanted, strict=True):
+            assert torch.equal(y.cpu(), w)
+            y.fill_(-1.0)  # no later call may return it again
+    if name != "a result":
+        on_cpu = [s for s in engine.plan.steps if "cpu" in str(s).lower()]
+        assert not on_cpu
+        assert engine.stats().graph_calls == 3

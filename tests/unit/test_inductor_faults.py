@@ -15,6 +15,7 @@ class Faulty(torch.nn.Module):
     """Operators that Inductor gets wrong, in one graph: a compile costs seconds."""
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, n: torch.Tensor) -> dict[str, torch.Tensor]:
+        i = torch.arange(y.numel(), device=y.device).to(y.dtype) - 7.5
         return {
             "times zero": x * 0,
             "zero times": 0 * y,
@@ -30,6 +31,9 @@ class Faulty(torch.nn.Module):
             "remainder by a number": x % 0.7,
             "remainder of integers by a float": n % -0.7,
             "remainder of integers": n % 3,
+            "places divided": torch.div(i, 2, rounding_mode="floor") + y,
+            "places divided by places": i // (3 - i) + i % (i + 20) + y,
+            "remainder of places": i % -3 + y,
         }
 
 

@@ -67,8 +67,12 @@ class _Steps:
         """fmod(a, b), and where it is not zero and has not the sign of b."""
         b, number = self.b, not isinstance(self.b, fx.Node)
         left = self(_aten.fmod.Scalar if number else _aten.fmod.Tensor, self.a, b)
-        signs = self(_aten.lt.Scalar, left, 0), b < 0 if number else self(_aten.lt.Scalar, b, 0)
-        other_sign = self(_aten.ne.Scalar if number else _aten.ne.Tensor, *signs)
+        # Not as lt(left, 0) != lt(b, 0): of indices Inductor makes formulas, and its formulas do not compare truths.
+        if number:
+            other_sign = self(_aten.gt.Scalar if b < 0 else _aten.lt.Scalar, left, 0)
+        else:
+            is_below, is_above = self(_aten.lt.Scalar, left, 0), self(_aten.gt.Scalar, left, 0)
+            other_sign = self(_aten.where.self, self(_aten.lt.Scalar, b, 0), is_above, is_below)
         return left, self(_aten.logical_and.default, self(_aten.ne.Scalar, left, 0), other_sign)
 
     def replace(self, result: fx.Node) -> None:

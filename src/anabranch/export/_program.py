@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from anabranch.errors import UnsupportedModel
 from anabranch.export import _functional
 from anabranch.export._bystanders import undisturbed
+from anabranch.export._constants import compute_constants
 from anabranch.export._default_dtype import pin_default_dtype
 from anabranch.export._diagnosis import copy_of, diagnose
 from anabranch.export._indices import has_mask
@@ -32,12 +33,15 @@ from anabranch.export._leaks import Watch
 from anabranch.export._outputs import ComputedOutput, Output, Returned, classify, storage_of
 from anabranch.export._precision import Cast, HalfPrecision
 from anabranch.export._random import is_random
+from anabranch.export._recurrent import give_flat_weights, weights_apart
 from anabranch.export._signature import TensorSpec
 from anabranch.export._snapshot import Fresh, Snapshot, check_global_hooks
 from anabranch.export._trial import Trial, needs_trial, try_out
 
 # torch.export copies tree specs of its own in a way that PyTorch deprecates; whoever sees it can do nothing about it.
 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning, module="copyreg")
+# Of recurrent layers: their list of weights, which it replaces itself while it traces, it takes for changed by the model.
+warnings.filterwarnings("ignore", message=".*_flat_weights.* assigned during export", category=UserWarning)
 
 _aten = torch.ops.aten
 #: The models' lines are elsewhere.
@@ -280,7 +284,7 @@ def _export(
         with torch.no_grad():
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: TensorSpec.of(x).in_memory(x), (args, kwargs))
             # The graph's inputs follow the order of keywords given here.
-            with undisturbed(), _fake_tensor_errors_unlogged():
+            with undisturbed(), _fake_tensor_errors_unlogged(), weights_apart(module.model):
                 exported = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
                 if decompose:
                     _inline_grad_modes(exported)
@@ -442,6 +446,7 @@ def _flatten(
     if cast is not None:
         cast.fold(gm, weights, traced, aside)
         original = functools.partial(cast.original, traced)
+    give_flat_weights(gm, weights)
     # A graph for one signature has the types that it was traced with. Compilers check these notes again where they have
     # computed a value in another type, and fail.
     for node in gm.graph.find_nodes(op="call_function", target=_aten._assert_tensor_metadata.default):
@@ -449,6 +454,9 @@ def _flatten(
     direct_only, data_dependent = _uncapturable(gm.graph)
     _propagate(gm, data_dependent)
     asks = pin_default_dtype(gm)
+    device = _device(inputs, weights)
+    if device is not None and not data_dependent:
+        compute_constants(gm, weights, device, storage_of, aside)
     for node, spec in zip(inputs, specs, strict=True):
         node.meta["lazy"] = {_aten._conj.default: spec.conj, _aten._neg_view.default: spec.neg}
     absolute = _absolute(gm.graph, inputs, specs)
@@ -481,6 +489,12 @@ def _flatten(
         asks_default_dtype=tuple(_named(n) for n in asks),
         absolute=absolute,
     )
+
+
+def _device(inputs: Sequence[fx.Node], weights: Mapping[fx.Node, tuple[str, torch.Tensor]]) -> torch.device | None:
+    """Where the work of a graph is: the device of its inputs, or of its weights if there are none."""
+    found = [n.meta["val"].device for n in inputs] or [t.device for _, t in weights.values() if t.device.type != "cpu"]
+    return found[0] if found else None
 
 
 def _results(graph: fx.Graph) -> list[Any]:

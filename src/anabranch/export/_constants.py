@@ -1,0 +1,142 @@
+"""What a graph computes of nothing, on another device than its own, is computed once, when the model is compiled.
+
+A model may make a mask or a table with ``torch.zeros(n).to(x.device)`` or ``torch.tensor([1, 2]).to(x.device)``. In
+each call that is a copy from memory which a device cannot read by itself, so the host waits; and no such copy can be
+captured.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from anabranch.export._random import is_random
+
+_aten = torch.ops.aten
+#: They read a tensor on the CPU by copying it to the device of the first, whatever its size.
+_COPYING = {_aten.index.Tensor, _aten.index_put.default, _aten._unsafe_index.Tensor, _aten._index_put_impl.default}
+
+
+def add_weight(
+    gm: fx.GraphModule, weights: dict[fx.Node, tuple[str, torch.Tensor]], name: str, value: torch.Tensor, mode: Any
+) -> fx.Node:
+    """One more weight of a graph: a placeholder after the last one. ``mode``: that of the graph's fake tensors."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    with gm.graph.inserting_before(placeholders[len(weights)] if len(weights) < len(placeholders) else _first(gm)):
+        node = gm.graph.placeholder(f"weight_{len(weights)}_{name.rsplit('.', 1)[-1]}")
+    node.meta["val"] = mode.from_tensor(value, static_shapes=True)
+    weights[node] = (name, value)
+    return node
+
+
+def _first(gm: fx.GraphModule) -> fx.Node:
+    return next(n for n in gm.graph.nodes if n.op != "placeholder")
+
+
+def compute_constants(
+    gm: fx.GraphModule,
+    weights: dict[fx.Node, tuple[str, torch.Tensor]],
+    device: torch.device,
+    storage_of: Callable[[Any], Any],
+    aside: Callable[[Callable[[], Any]], Any],
+) -> None:
+    """Put values in the place of what is computed of nothing on the CPU, in a graph of another ``device``, in place.
+
+    A tensor that the model's code makes of numbers counts as made of nothing. A value that may be a result, or lie in a
+    result's memory, is left: each call has to return a new one. Nodes carry fake tensors under ``meta["val"]``.
+    """
+    if device.type == "cpu":
+        return
+    known: dict[fx.Node, Any] = {
+        n: t for n, (name, t) in weights.items() if t.device.type == "cpu" and _is_literal(name)
+    }
+    made_of_nothing: dict[fx.Node, bool] = dict.fromkeys(known, True)
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not all(n in made_of_nothing for n in node.all_input_nodes):
+            continue
+        if isinstance(node.target, torch._ops.OpOverload):
+            if node.target._schema.is_mutable or is_random(node):
+                continue
+        elif node.target is not operator.getitem:
+            continue
+        # By whether it lies on the CPU, or comes from there.
+        made_of_nothing[node] = _is_on_cpu(node) or any(made_of_nothing[n] for n in node.all_input_nodes)
+    results = {storage_of(n) for n in gm.graph.output_node().all_input_nodes} - {None}
+    wanted = [
+        n
+        for n, from_cpu in made_of_nothing.items()
+        if from_cpu
+        and isinstance(n.meta.get("val"), torch.Tensor)
+        and any(user not in made_of_nothing for user in n.users)
+        and storage_of(n) not in results
+    ]
+    if not wanted:
+        return
+    aside(lambda: _compute(wanted, known))
+    mode = wanted[0].meta["val"].fake_mode
+    for node in wanted:
+        value = known[node]
+        moved = value.to(device) if value.device.type == "cpu" and _is_copied(node) else value
+        if node.op == "placeholder" and moved is value:
+            continue
+        with gm.graph.inserting_before(_first(gm)):
+            uniform = _uniform(moved)
+            if uniform is not None and moved.device == device:
+                new = gm.graph.call_function(
+                    _aten.full.default,
+                    (list(moved.shape), uniform),
+                    {"dtype": moved.dtype, "device": device, "pin_memory": False},
+                )
+                with mode:
+                    new.meta["val"] = new.target(*new.args, **new.kwargs)  # type: ignore[operator]
+            else:
+                new = add_weight(gm, weights, f"constant.{node.name}", moved, mode)
+        new.meta.update({k: v for k, v in node.meta.items() if k != "val"})
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in made_of_nothing)
+
+
+def _is_literal(name: str) -> bool:
+    """Whether a weight is a tensor that the model's code makes of numbers."""
+    return name.rsplit(".", 1)[-1].startswith("lifted_tensor")
+
+
+def _is_on_cpu(node: fx.Node) -> bool:
+    values = (x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor))
+    return any(x.device.type == "cpu" for x in values)
+
+
+def _is_copied(node: fx.Node) -> bool:
+    """Whether operators on the device copy this tensor of the CPU to there; to most a single number is an argument."""
+    if any(_is_on_cpu(user) for user in node.users):
+        return False
+    return node.meta["val"].dim() > 0 or any(user.target in _COPYING for user in node.users)
+
+
+def _compute(wanted: Sequence[fx.Node], known: dict[fx.Node, Any]) -> None:
+    def value(node: fx.Node) -> Any:
+        if node not in known:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return known[node]
+
+    with torch.no_grad():
+        for node in wanted:
+            x = value(node)
+            # In memory of its own, and no more of it than it fills.
+            known[node] = x.detach().clone()
+
+
+def _uniform(x: torch.Tensor) -> Any:
+    """The number of which a tensor consists, so that compilers know it as one; None for any other tensor."""
+    narrow = x.is_floating_point() and x.element_size() < 2
+    if not x.numel() or not x.dim() or not x.is_contiguous() or x.is_complex() or narrow:
+        return None
+    first = x.flatten()[0]
+    if not bool((x == first).all()) or (x.is_floating_point() and bool((x.signbit() != first.signbit()).any())):
+        return None
+    return first.item()
