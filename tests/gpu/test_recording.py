@@ -43,14 +43,13 @@ class Recorder:
         specs = [TensorSpec.of(x) for x in inputs]
         kernels(inputs)
         device = self.device
-        lanes = (device.acquire_lane(0), device.acquire_lane(0))
-        memories, scratch = [device.memory(0) for _ in range(2)], device.scratch(0)
+        lane, memory, scratch = device.acquire_lane(0), device.memory(0), device.scratch(0)
         with neutral(device, 0), device.building():
             made = self.module.record(
-                device, lanes, memories, scratch, lambda _: kernels, specs, workspaces, self.native.AllocationLog()
+                device, lane, memory, scratch, lambda _: kernels, specs, workspaces, self.native.AllocationLog()
             )
         device.release_scratch(scratch)
-        self.made.append((made, lanes, memories))
+        self.made.append((made, [lane], [memory]))
         return made
 
     def again(self, known: Any, kernels: Kernels, inputs: Sequence[Tensor], workspaces: bool = False) -> Any:

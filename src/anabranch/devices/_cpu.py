@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from anabranch.devices._device import Graph, Lane, Latch, Memory
+from anabranch.devices._device import Graph, Lane, Latch, Memory, Scratch
 
 
 class CpuDevice:
@@ -103,6 +103,12 @@ class CpuDevice:
 
     def release_memory(self, memory: Memory) -> None:
         raise NotImplementedError("the CPU has no private memory pools")
+
+    def scratch(self, index: int) -> Scratch:
+        raise NotImplementedError("the CPU has no lanes")
+
+    def release_scratch(self, scratch: Scratch) -> None:
+        raise NotImplementedError("the CPU has no lanes")
 
     def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
         raise NotImplementedError("the CPU has no captures")

@@ -21,7 +21,7 @@ import torch
 
 from anabranch import _sync
 from anabranch.devices._dependents import complete
-from anabranch.devices._device import Graph, Lane, Latch, Memory, on_its_device, real_tensors
+from anabranch.devices._device import Graph, Lane, Latch, Memory, Scratch, on_its_device, real_tensors
 from anabranch.devices._graveyard import Graveyard
 from anabranch.errors import AnabranchError, DeviceLost, NotCapturable
 
@@ -168,28 +168,6 @@ class _CudaLane:
         return self.hidden.nbytes()
 
 
-class _CudaScratch:
-    """What a recording needs while it is made: a lane to be tried on, and memory.
-
-    PyTorch's allocator keeps what was freed for the stream that it was allocated on. With a stream that never changes,
-    the pool stays as large as one recording needs; on the lanes of contexts it would grow with each of them.
-    """
-
-    def __init__(self, lane: _CudaLane) -> None:
-        self.lane = lane
-        self.memory = _CudaMemory(lane.index)
-
-    @property
-    def stream(self) -> Any:
-        return self.lane.stream
-
-    @contextmanager
-    def using(self) -> Iterator[None]:
-        """Work of this thread goes to the stream, and its allocations into the memory."""
-        with torch.cuda.stream(self.stream), self.memory.using():
-            yield
-
-
 class _CudaLatch:
     """See :class:`anabranch.devices.Latch`. The stream waits for a word of host memory: no kernel has to spin."""
 
@@ -230,7 +208,7 @@ class CudaDevice:
         self._free_lanes: dict[int, list[Lane]] = _sync.dict_("free lanes")
         self._free_memory: dict[int, list[Memory]] = _sync.dict_("free memory")
         # Apart from the others: what recordings need for a moment is more than a context should have for good.
-        self._free_scratch: dict[int, list[_CudaScratch]] = _sync.dict_("free scratch")
+        self._free_scratch: dict[int, list[Scratch]] = _sync.dict_("free scratch")
         self._reapers: dict[int, Any] = _sync.dict_("reapers")
         self._graveyard = Graveyard(self._query, self.building)
         self._captured_by_callers = _CallerCaptures(self.release_lane)
@@ -309,17 +287,13 @@ class CudaDevice:
         assert isinstance(memory, _CudaMemory)
         self._free_memory.setdefault(memory.index, _sync.list_("memory")).append(memory)
 
-    def scratch(self, index: int) -> _CudaScratch:
-        """A stream and a pool for what a recording needs while it is made."""
+    def scratch(self, index: int) -> Scratch:
         try:
             return self._free_scratch[index].pop()
         except (KeyError, IndexError):
-            lane = self.acquire_lane(index)
-            assert isinstance(lane, _CudaLane)
-            return _CudaScratch(lane)
+            return Scratch(self, self.acquire_lane(index), _CudaMemory(index))
 
-    def release_scratch(self, scratch: _CudaScratch) -> None:
-        """Give it back. Nothing in it may be in use any more."""
+    def release_scratch(self, scratch: Scratch) -> None:
         self._free_scratch.setdefault(scratch.lane.index, _sync.list_("scratch")).append(scratch)
 
     def trim(self) -> None:

@@ -52,6 +52,29 @@ class Lane(Protocol):
         """Bytes of device memory that the lane's hidden resources take."""
 
 
+class Scratch:
+    """A lane and a pool for what a build needs while it is made: runs on made-up inputs, captures to compare.
+
+    PyTorch's allocator keeps what was freed for the stream that it was allocated on. With a stream that never changes,
+    the pool stays as large as one build needs; on the lanes of contexts it would grow with each of them.
+    """
+
+    def __init__(self, device: Device, lane: Any, memory: Any) -> None:
+        self.lane = lane
+        self.memory = memory
+        self._device = device
+
+    @property
+    def stream(self) -> Any:
+        return self.lane.stream
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """Work of this thread goes to the stream, and its allocations into the memory."""
+        with self._device.on_stream(self.stream), self.memory.using():
+            yield
+
+
 class Latch(Protocol):
     """Holds streams still until it is opened: how tests force an order without sleeping."""
 
@@ -116,6 +139,12 @@ class Device(Protocol):
 
     def release_memory(self, memory: Memory) -> None:
         """Give a pool back for the next context. Nothing in it may be in use any more."""
+
+    def scratch(self, index: int) -> Scratch:
+        """A lane and a pool for a build, which nothing else uses meanwhile."""
+
+    def release_scratch(self, scratch: Scratch) -> None:
+        """Give it back. Everything queued on it must have finished, and nothing in it may be in use any more."""
 
     def trim(self) -> None:
         """Return the bytes of released pools to the driver. The host may wait for the device."""

@@ -21,7 +21,8 @@ from typing import Any, Protocol
 
 import torch
 
-from anabranch.devices._cuda import CudaDevice, _CudaGraph, _CudaLane, _CudaMemory, _CudaScratch
+from anabranch.devices._cuda import CudaDevice, _CudaGraph, _CudaLane, _CudaMemory
+from anabranch.devices._device import Scratch
 from anabranch.devices._driver import DriverError, call, graph_edges, graph_nodes, status
 from anabranch.devices._relocation import (
     Capture,
@@ -183,48 +184,48 @@ class Recording:
 
 def record(
     device: CudaDevice,
-    lanes: tuple[_CudaLane, _CudaLane],
-    memories: tuple[_CudaMemory, _CudaMemory],
-    scratch: _CudaScratch,
+    lane: _CudaLane,
+    memory: _CudaMemory,
+    scratch: Scratch,
     source: _Source,
     specs: Sequence[TensorSpec],
     workspaces: bool,
     log: Log,
 ) -> Recording | str:
-    """Capture what ``source`` gives on the first lane into the first memory, so that it can be bound; or say why not.
+    """Capture what ``source`` gives on the lane into the memory, so that it can be bound; or say why not.
 
-    The second lane and memory and ``scratch``, on whose stream the recording is tried, are needed meanwhile only: when
-    this returns, nothing that was queued on them is unfinished and nothing in them is in use. The host waits for all.
+    ``scratch``, where it is captured a second time and tried, is needed meanwhile only: when this returns, nothing that
+    was queued here on it is unfinished and nothing that was put here into it is in use. The host waits for both lanes.
     ``workspaces``, the build lock, the thread's state, and that the kernels must have run before, are as for
     ``Context.build``.
     """
     first: _Captured | None = None
     keep = False
     try:
-        first = _capture(device, lanes[0], memories[0], scratch, source, specs, workspaces, log, 0)
+        first = _capture(device, lane, memory, scratch, source, specs, workspaces, log, 0)
         reason = ""
         for alignment in _ALIGNMENTS:
             # At an address that is aligned no better than a call's need be: whatever was chosen for more would show.
-            second = _capture(device, lanes[1], memories[1], scratch, source, specs, workspaces, log, alignment)
+            second = _capture(device, scratch.lane, scratch.memory, scratch, source, specs, workspaces, log, alignment)
             try:
                 table = compare(first.capture, second.capture, _is_device)
                 if isinstance(table, str):
                     reason = table  # of the best alignment that there is
                     continue
                 recording = first.bind(table, table.noise, alignment)
-                _wait(*lanes)  # what warmed up wrote where it was captured
+                wait(lane, scratch.lane)  # what warmed up wrote where it was captured
                 reason = prove(recording, scratch, first.kernels, specs, workspaces, [first, second], rounds=2)
                 keep = not reason
                 return reason or recording
             finally:
-                _wait(*lanes, scratch.lane)
+                wait(lane, scratch.lane)
                 second.graph.destroy()
                 del second
         return reason
     except _Unreadable as e:
         return str(e)
     finally:
-        _wait(*lanes, scratch.lane)
+        wait(lane, scratch.lane)
         if first is not None and not keep:
             first.graph.destroy()
 
@@ -234,7 +235,7 @@ def record_again(
     device: CudaDevice,
     lane: _CudaLane,
     memory: _CudaMemory,
-    scratch: _CudaScratch,
+    scratch: Scratch,
     source: _Source,
     specs: Sequence[TensorSpec],
     workspaces: bool,
@@ -249,14 +250,14 @@ def record_again(
         if isinstance(noise, str):
             return noise
         recording = captured.bind(known.table, noise, known.alignment)
-        _wait(lane)  # what warmed up wrote where it was captured
+        wait(lane)  # what warmed up wrote where it was captured
         reason = prove(recording, scratch, captured.kernels, specs, workspaces, [captured], rounds=1)
         keep = not reason
         return reason or recording
     except _Unreadable as e:
         return str(e)
     finally:
-        _wait(lane, scratch.lane)
+        wait(lane, scratch.lane)
         if captured is not None and not keep:
             captured.graph.destroy()
 
@@ -266,7 +267,7 @@ def record_again(
 
 def prove(
     recording: Recording,
-    scratch: _CudaScratch,
+    scratch: Scratch,
     kernels: _Kernels,
     specs: Sequence[TensorSpec],
     workspaces: bool,
@@ -412,7 +413,7 @@ def _capture(
     device: CudaDevice,
     lane: _CudaLane,
     memory: _CudaMemory,
-    scratch: _CudaScratch,
+    scratch: Scratch,
     source: _Source,
     specs: Sequence[TensorSpec],
     workspaces: bool,
@@ -481,7 +482,8 @@ def _views(results: Sequence[torch.Tensor]) -> tuple[list[View], list[Range]]:
     return views, outputs
 
 
-def _wait(*lanes: _CudaLane) -> None:
+def wait(*lanes: _CudaLane) -> None:
+    """The host waits for what is queued on these."""
     for lane in lanes:
         lane.stream.synchronize()
 

@@ -40,7 +40,7 @@ from anabranch.export._trial import Trial, needs_trial, try_out
 
 # torch.export copies tree specs of its own in a way that PyTorch deprecates; whoever sees it can do nothing about it.
 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning, module="copyreg")
-# Of recurrent layers: their list of weights, which it replaces itself while it traces, it takes for changed by the model.
+# Of recurrent layers: it replaces their list of weights while it traces, and takes that for a change by the model.
 warnings.filterwarnings("ignore", message=".*_flat_weights.* assigned during export", category=UserWarning)
 
 _aten = torch.ops.aten

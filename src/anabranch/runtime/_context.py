@@ -23,13 +23,14 @@ class Context:
     When the last reference goes, wherever that happens, the graph and its memory are kept until ``done`` is reached.
     """
 
-    __slots__ = ("__weakref__", "done", "graph", "inputs", "lane", "nbytes", "outputs", "recording", "slot", "used_on")
+    __slots__ = ("__weakref__", "done", "graph", "inputs", "nbytes", "outputs", "recording", "slot", "used_on")
 
     def __init__(
         self,
         device: Device,
+        index: int,
         graph: Graph,
-        lane: Lane,
+        lane: Lane | None,
         memory: Memory,
         inputs: Sequence[torch.Tensor],
         outputs: StaticOutputs,
@@ -38,14 +39,15 @@ class Context:
         parts: list[Any] | None = None,
         kernels: Any = None,
     ) -> None:
-        """``parts``: whoever takes the one item out is to free graph, lane and memory; None: the context is.
+        """``lane``: the one whose workspaces the graph uses, if it uses any.
+
+        ``parts``: whoever takes the one item out is to free graph, lane and memory; None: the context is.
 
         ``kernels``: what the graph was captured from, if that has state which the graph uses.
         """
         if parts is None:
             parts = [None]
         self.graph = graph
-        self.lane = lane
         self.inputs = inputs
         self.outputs = outputs
         self.nbytes = nbytes
@@ -64,12 +66,13 @@ class Context:
             parts.pop()
             graph.destroy()
             remains.clear()
-            device.release_lane(lane)
+            if lane is not None:
+                device.release_lane(lane)
             device.release_memory(memory)
 
         def bury(done: Any) -> None:
             forget()
-            device.bury(lane.index, [done], remains, decompose)
+            device.bury(index, [done], remains, decompose)
 
         weakref.finalize(self, bury, self.done).atexit = False
 
@@ -107,7 +110,7 @@ class Context:
             lane.stream.synchronize()
             outputs = StaticOutputs(results)
             nbytes = memory.nbytes() + lane.hidden_nbytes()
-            return cls(device, graph, lane, memory, inputs, outputs, nbytes, forget, parts, run)
+            return cls(device, index, graph, lane, memory, inputs, outputs, nbytes, forget, parts, run)
         except BaseException:
             lane.stream.synchronize()  # if this fails too, the device is lost, and nothing is to be used again
             if not parts:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from anabranch.backends import Instance, Kernels, Stateful, of_one
+from anabranch.devices import Scratch
 from anabranch.export import ComputedOutput, Program
 from anabranch.runtime import _library
 from anabranch.runtime._build import neutral, process
@@ -170,30 +171,28 @@ class NativeSpecialization(Specialization):
             # The dict keeps the event as long as the weights may need it, this signature's C++ half as long as calls.
             self._core.set_last_uses(lambda stream: last_uses.setdefault(_key(stream), device.event()))
 
-    def _capture(self, fresh: bool, forget: Callable[[], None]) -> Context:
+    def _capture(self, fresh: bool, forget: Callable[[], None], scratch: Scratch | None = None) -> Context:
         if self.copies is None:
-            context = self._capture_bound(fresh, forget)
+            context = self._capture_bound(fresh, forget, scratch)
             if not isinstance(context, str):
                 return context
             self.copies = context
-        return super()._capture(fresh, forget)
+        return super()._capture(fresh, forget, scratch)
 
-    def _capture_bound(self, fresh: bool, forget: Callable[[], None]) -> Context | str:
+    def _capture_bound(self, fresh: bool, forget: Callable[[], None], given: Scratch | None = None) -> Context | str:
         """A context whose graph reads and writes its callers' own tensors; or why there can be none."""
         from anabranch.devices import _recording
 
         device: Any = self._device
         index, specs, log = self._index, self._specs, core.AllocationLog()
         source = partial(of_one, self._lowered)
-        lane, memory, scratch = device.acquire_lane(index), device.memory(index, fresh), device.scratch(index)
-        spare: list[Any] = []
+        lane, memory = device.acquire_lane(index), device.memory(index, fresh)
+        scratch = given or device.scratch(index)
         made: Any = None
         parts: list[Any] = [None]  # see Context
         try:
             if self._known is None:
-                spare = [device.acquire_lane(index), device.memory(index)]
-                lanes, memories = (lane, spare[0]), (memory, spare[1])
-                made = _recording.record(device, lanes, memories, scratch, source, specs, self._workspaces, log)
+                made = _recording.record(device, lane, memory, scratch, source, specs, self._workspaces, log)
             else:
                 made = _recording.record_again(
                     self._known, device, lane, memory, scratch, source, specs, self._workspaces, log
@@ -201,12 +200,18 @@ class NativeSpecialization(Specialization):
             if not isinstance(made, str):
                 if self._known is None:
                     self._learn(made)
-                nbytes = memory.nbytes() + lane.hidden_nbytes()
+                kept: Any = lane
+                if not made.table.workspaces and not isinstance(self._lowered, Stateful):
+                    # Nothing of the lane is in the graph, so the next context can be captured on it.
+                    _recording.wait(lane)
+                    device.release_lane(lane)
+                    lane = kept = None
+                nbytes = memory.nbytes() + (kept.hidden_nbytes() if kept is not None else 0)
                 outputs = StaticOutputs(made.results)
                 kernels = made.kernels
                 # The context's: what is known of the kernels shall not keep its memory.
                 made.results, made.kernels = [], None
-                context = Context(device, made.graph, lane, memory, [], outputs, nbytes, forget, parts, kernels)
+                context = Context(device, index, made.graph, kept, memory, [], outputs, nbytes, forget, parts, kernels)
                 context.recording = made
                 return context
         except BaseException:
@@ -214,14 +219,13 @@ class NativeSpecialization(Specialization):
                 parts.pop()
                 if made is not None and not isinstance(made, str):
                     made.destroy()
-                device.release_lane(lane)
+                if lane is not None:
+                    device.release_lane(lane)
                 device.release_memory(memory)
             raise
         finally:
-            device.release_scratch(scratch)
-            if spare:
-                device.release_lane(spare[0])
-                device.release_memory(spare[1])
+            if given is None:
+                device.release_scratch(scratch)
         device.release_lane(lane)
         device.release_memory(memory)
         return str(made)

@@ -15,7 +15,7 @@ import torch
 
 from anabranch import _activity, _sync
 from anabranch.backends import Instance, Kernels, Options, Stateful, get_backend, of_one
-from anabranch.devices import Device
+from anabranch.devices import Device, Scratch
 from anabranch.errors import BuildError, FlagsChanged, InputError, NotCapturable
 from anabranch.export import AliasOutput, Program, Signature, finisher, valid_integer
 from anabranch.plan import Plan
@@ -143,8 +143,8 @@ class Specialization:
     def _set_program(self) -> None:
         """The kernels are there."""
 
-    def _capture(self, fresh: bool, forget: Callable[[], None]) -> Context:
-        """A new context; ``fresh``: in memory that nothing used before."""
+    def _capture(self, fresh: bool, forget: Callable[[], None], scratch: Scratch | None = None) -> Context:
+        """A new context; ``fresh``: in memory that nothing used before; ``scratch``: the build's, if it has one."""
         return Context.build(self._device, self._index, self._lowered, self.signature, self._workspaces, forget, fresh)
 
     def _built(self) -> None:
@@ -198,11 +198,12 @@ class Specialization:
 
     def _build_on_lane(self) -> tuple[bool, str]:
         device, settings = self._device, self.settings
-        lane, scratch = device.acquire_lane(self._index), device.memory(self._index)
+        scratch = device.scratch(self._index)
+        lane = scratch.lane
         run: Any = None
         drained = False
         try:
-            with device.on_stream(lane.stream), scratch.using():
+            with scratch.using():
                 examples = self._examples()
                 run = self._lower(examples, lane.stream)
                 if not self.program.data_dependent and not self.program.is_empty:
@@ -221,7 +222,7 @@ class Specialization:
                     )
             if reason:
                 return False, reason
-            context = self._first_context()
+            context = self._first_context(scratch)
             if isinstance(context, str):
                 return False, context
             if settings.cuda_graphs:
@@ -230,7 +231,7 @@ class Specialization:
             if not device.has_time:
                 self._pool.release(context)
                 return True, "there is no time to measure on this device"
-            with scratch.using():
+            with scratch.memory.using():
                 graph, direct = self._measure(context, run, examples, lane.stream)
             self.measured = {"graph": graph.us, "direct": direct.us}
             figures = f"measured {graph} as a graph, {direct} direct"
@@ -243,8 +244,7 @@ class Specialization:
             if not drained:
                 lane.stream.synchronize()
             examples, run = [], None
-            device.release_lane(lane)
-            device.release_memory(scratch)
+            device.release_scratch(scratch)
 
     def _warm_up_on_cpu(
         self, run: Kernels | Instance, examples: Sequence[torch.Tensor], given: Sequence[torch.Tensor]
@@ -287,13 +287,13 @@ class Specialization:
             return "CUDA graphs were turned off"
         return ""
 
-    def _first_context(self) -> Context | str:
+    def _first_context(self, scratch: Scratch) -> Context | str:
         """A first context, or the reason why there can be none and calls run direct."""
         reservation = self._limits.book(0)
         if reservation is None:
             return f"the limit of {self._limits.max_contexts} contexts was reached by other signatures"
         try:
-            context = self._build_reserved(reservation)
+            context = self._build_reserved(reservation, scratch)
         except torch.OutOfMemoryError:
             return "a context did not fit into the device's memory"
         except Exception as e:
@@ -305,11 +305,11 @@ class Specialization:
             return f"a context exceeds memory_limit ({self._limits.memory_limit} bytes)"
         return context
 
-    def _build_reserved(self, reservation: Reservation) -> Context | None:
+    def _build_reserved(self, reservation: Reservation, scratch: Scratch | None = None) -> Context | None:
         """Build the context that there is room for; None if it takes more than the limit."""
         limited = self._limits.memory_limit is not None
         try:
-            context = self._capture(limited, reservation.cancel)
+            context = self._capture(limited, reservation.cancel, scratch)
         except BaseException:
             reservation.cancel()  # whoever keeps the exception keeps this frame
             raise

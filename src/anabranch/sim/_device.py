@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from anabranch import _sync
-from anabranch.devices._device import Graph, Lane, Latch, Memory, on_its_device, real_tensors
+from anabranch.devices._device import Graph, Lane, Latch, Memory, Scratch, on_its_device, real_tensors
 from anabranch.devices._graveyard import Graveyard
 from anabranch.errors import DeviceLost
 from anabranch.sim import _module
@@ -191,6 +191,13 @@ class SimDevice:
     def release_memory(self, memory: Memory) -> None:
         assert isinstance(memory, _SimMemory)
         self._free_memory.setdefault(memory.index, _sync.list_("memory")).append(memory)
+
+    def scratch(self, index: int) -> Scratch:
+        return Scratch(self, self.acquire_lane(index), self.memory(index))
+
+    def release_scratch(self, scratch: Scratch) -> None:
+        self.release_lane(scratch.lane)
+        self.release_memory(scratch.memory)
 
     def trim(self) -> None:
         self.reap()
