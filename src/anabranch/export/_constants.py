@@ -43,7 +43,7 @@ def compute_constants(
     weights: dict[fx.Node, tuple[str, torch.Tensor]],
     device: torch.device,
     storage_of: Callable[[Any], Any],
-    aside: Callable[[Callable[[], Any]], Any],
+    aside: Callable[..., Any],
 ) -> None:
     """Put values in the place of what is computed of nothing on the CPU, in a graph of another ``device``, in place.
 
@@ -77,7 +77,7 @@ def compute_constants(
     ]
     if not wanted:
         return
-    aside(lambda: _compute(wanted, known))
+    aside(lambda: _compute(wanted, known), lasting=True)
     mode = wanted[0].meta["val"].fake_mode
     for node in wanted:
         value = known[node]

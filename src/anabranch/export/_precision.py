@@ -83,7 +83,7 @@ class Cast:
         gm: fx.GraphModule,
         weights: dict[fx.Node, tuple[str, torch.Tensor]],
         fresh: Fresh,
-        aside: Callable[[Callable[[], Any]], Any],
+        aside: Callable[..., Any],
     ) -> None:
         """Take a weight that was cast before, or never was, in place of one that each call would cast.
 
@@ -111,12 +111,12 @@ class Cast:
         weights.clear()
         weights.update(ordered)
 
-    def _as(self, tensor: torch.Tensor, dtype: torch.dtype, aside: Callable[[Callable[[], Any]], Any]) -> torch.Tensor:
+    def _as(self, tensor: torch.Tensor, dtype: torch.dtype, aside: Callable[..., Any]) -> torch.Tensor:
         if tensor.dtype is dtype:
             return tensor
         key = (id(tensor), dtype)
         if key not in self._by_dtype:
-            aside(lambda: self._by_dtype.update({key: (tensor, tensor.detach().to(dtype))}))
+            aside(lambda: self._by_dtype.update({key: (tensor, tensor.detach().to(dtype))}), lasting=True)
         return self._by_dtype[key][1]
 
     def _check_products(self, node: fx.Node, name: str) -> None:

@@ -33,7 +33,7 @@ from anabranch.export._leaks import Watch
 from anabranch.export._outputs import ComputedOutput, Output, Returned, classify, storage_of
 from anabranch.export._precision import Cast, HalfPrecision
 from anabranch.export._random import is_random
-from anabranch.export._recurrent import give_flat_weights, weights_apart
+from anabranch.export._recurrent import call_cudnn, weights_apart
 from anabranch.export._signature import TensorSpec
 from anabranch.export._snapshot import Fresh, Snapshot, check_global_hooks
 from anabranch.export._trial import Trial, needs_trial, try_out
@@ -153,15 +153,15 @@ def export_program(
     kwargs: Mapping[str, Any],
     cast: Cast | None = None,
     given: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
-    aside: Callable[[Callable[[], Any]], Any] = lambda call: call(),
+    aside: Callable[..., Any] = lambda call, lasting=False: call(),
 ) -> Program:
     """Export a copy of ``model`` for these inputs; with ``cast``, in that precision.
 
     Each input tensor must have memory of its own: what shares a storage is taken for one value. The program's inputs
     are what lies in memory of them, with canonical strides (see :class:`TensorSpec`). Their values are not read;
     ``given`` are such inputs with values, on which the model is tried where it cannot be exported. Weights share the
-    model's memory. ``aside`` makes a call where its work on the device holds up nobody: the model is called once with
-    made-up values before it is traced. Called with the build lock held.
+    model's memory. ``aside`` makes a call where its work on the device holds up nobody (``lasting=True``: and what it
+    makes is kept): the model is called once with made-up values before it is traced. Called with the build lock held.
 
     Raises :class:`InputError` where the model rejects the inputs and :class:`UnsupportedModel` where an engine could
     not reproduce it: a buffer or an input that it changes in place, control flow that depends on data, state of
@@ -399,7 +399,7 @@ def _flatten(
     cast: Cast | None,
     specs: Sequence[TensorSpec],
     returned: Returned,
-    aside: Callable[[Callable[[], Any]], Any],
+    aside: Callable[..., Any],
 ) -> Program:
     signature = exported.graph_signature
     for spec in signature.output_specs:
@@ -446,7 +446,7 @@ def _flatten(
     if cast is not None:
         cast.fold(gm, weights, traced, aside)
         original = functools.partial(cast.original, traced)
-    give_flat_weights(gm, weights)
+    call_cudnn(gm, weights)
     # A graph for one signature has the types that it was traced with. Compilers check these notes again where they have
     # computed a value in another type, and fail.
     for node in gm.graph.find_nodes(op="call_function", target=_aten._assert_tensor_metadata.default):

@@ -9,23 +9,22 @@ itself as one more weight. cuDNN then runs as in eager, and nothing is copied.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from anabranch.export._constants import add_weight
 
 _aten = torch.ops.aten
-#: Layers that PyTorch runs with cuDNN where it can; ``data``: of packed sequences.
-_LAYERS = {
-    overload
-    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
-    for overload in (getattr(_aten, name).input, getattr(_aten, name).data)
+#: Layers, with cuDNN's number for each.
+_LAYERS: dict[Any, int] = {
+    _aten.rnn_relu.input: 0,
+    _aten.rnn_tanh.input: 1,
+    _aten.lstm.input: 2,
+    _aten.gru.input: 3,
 }
 
 
@@ -33,7 +32,7 @@ _LAYERS = {
 def weights_apart(module: torch.nn.Module) -> Iterator[None]:
     """Give each recurrent layer on CUDA weights that lie in memory of their own, copies, for as long as it is traced.
 
-    ``module`` is used by this thread alone.
+    ``module`` is used by this thread alone, and runs on no values meanwhile.
     """
     replaced: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
     copies: dict[int, torch.nn.Parameter] = {}
@@ -65,88 +64,60 @@ def _leave_apart() -> None:
     """In the place of ``flatten_parameters``."""
 
 
-def give_flat_weights(gm: fx.GraphModule, weights: dict[fx.Node, tuple[str, torch.Tensor]]) -> None:
-    """Have cuDNN's layers take their weights as one piece of memory, in place; ``weights`` gets one more a layer.
+def call_cudnn(gm: fx.GraphModule, weights: dict[fx.Node, tuple[str, torch.Tensor]]) -> None:
+    """Have recurrent layers call cuDNN where eager would, in place, with their weights as one piece of memory.
 
-    Where the model's weights lie in one piece, in cuDNN's order, that memory is used; else a copy is made.
-    Nodes carry fake tensors under ``meta["val"]``.
+    ``weights`` gets one more a layer. Where the model's weights lie in one piece, in cuDNN's order, it is that memory;
+    else a copy is made. Packed sequences are left alone. Nodes carry fake tensors under ``meta["val"]``.
     """
     for node in list(gm.graph.nodes):
-        if node.target in _LAYERS and any(_is_cuda(n) for n in node.all_input_nodes):
-            _take_apart(gm, node)
-    for node in gm.graph.find_nodes(op="call_function", target=_aten._cudnn_rnn.default):
-        given: Any = node.args[1]
-        if node.args[3] is None and all(n in weights for n in given):
-            _flatten(gm, node, given, weights)
+        if node.target not in _LAYERS:
+            continue
+        x, first = node.args[0].meta["val"], node.args[2][0]
+        given = [weights[n][1] for n in node.args[2] if n in weights]
+        if first not in weights or isinstance(given[0], FakeTensor) or not x.is_cuda or not x.numel():
+            continue
+        if torch.cudnn_is_acceptable(given[0]):
+            _call_cudnn(gm, node, given if len(given) == len(node.args[2]) else [], weights)
 
 
-def _is_cuda(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_cuda
-
-
-def _take_apart(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Put the operators in the place of a layer that PyTorch makes of it, cuDNN's among them."""
-    given, structure = pytree.tree_flatten((node.args, node.kwargs))
-    nodes = list(dict.fromkeys(x for x in given if isinstance(x, fx.Node)))
-    # The binding, not the operator: that has a stand-in in Python, which unrolls the layer step by step.
-    call = getattr(torch._VF, node.target._schema.name.rsplit("::")[-1])  # type: ignore[union-attr]
-
-    def layer(*values: torch.Tensor) -> Any:
-        by_node = dict(zip(nodes, values, strict=True))
-        args, kwargs = pytree.tree_unflatten([by_node[x] if isinstance(x, fx.Node) else x for x in given], structure)
-        return call(*args, **kwargs)
-
-    examples = [n.meta["val"] for n in nodes]
-    mode = next((m for x in examples if (m := getattr(x, "fake_mode", None)) is not None), None)
-    with mode or nullcontext(), torch.no_grad():
-        made = make_fx(layer)(*examples)
-    values: dict[fx.Node, Any] = dict(zip(made.graph.find_nodes(op="placeholder"), nodes, strict=True))
+def _call_cudnn(
+    gm: fx.GraphModule, node: fx.Node, given: list[torch.Tensor], weights: dict[fx.Node, tuple[str, torch.Tensor]]
+) -> None:
+    """``given``: the layer's weights, if all of them are weights of the model."""
+    arguments: Any = node.args
+    x, state, parameters, has_biases, layers, dropout, train, bidirectional, batch_first = arguments
+    h, c = state if isinstance(state, list | tuple) else (state, None)
+    hidden = (h if c is None else c).meta["val"].shape[-1]
+    last = h.meta["val"].shape[-1]
+    projected = 0 if last == hidden else last
+    mode, each = _LAYERS[node.target], (4 if has_biases else 2) + bool(projected)
+    flat: fx.Node | None = None
+    if given:
+        width = x.meta["val"].shape[-1]
+        buffer, views = _piece(given, (each, width, mode, hidden, projected, layers, batch_first, bidirectional))
+        name = weights[parameters[0]][0].rsplit(".", 1)[0]
+        flat = add_weight(gm, weights, f"{name}.flat_weights", buffer, x.meta["val"].fake_mode)
+        for n, view in zip(parameters, views, strict=True):
+            weights[n] = (weights[n][0], view)
     with gm.graph.inserting_before(node):
-        for inner in made.graph.nodes:
-            if inner.op == "placeholder":
-                continue
-            if inner.op == "output":
-                results = [values[x] for x in inner.args[0]]
-                continue
-            if inner.op == "get_attr":
-                raise NotImplementedError(f"a constant in {node.target}")
-            values[inner] = copied = gm.graph.node_copy(inner, values.__getitem__)
-            copied.meta.update({k: v for k, v in node.meta.items() if k != "val"})
-    for user in list(node.users):
-        position: Any = user.args[1]
-        user.replace_all_uses_with(results[position])
-        gm.graph.erase_node(user)
+        made = gm.graph.call_function(
+            _aten._cudnn_rnn.default,
+            (
+                *(x, parameters, each, flat, h, c, mode, hidden, projected, layers, batch_first),
+                *(dropout, train, bidirectional, [], None),
+            ),
+        )
+    made.meta = dict(node.meta)
+    values = fx.node.map_arg(made.args, lambda n: n.meta["val"])
+    with x.meta["val"].fake_mode, torch.no_grad():
+        made.meta["val"] = _aten._cudnn_rnn.default(*values)
+    node.replace_all_uses_with(made)  # its results come first, in the same order
     gm.graph.erase_node(node)
 
 
-def _flatten(
-    gm: fx.GraphModule, node: fx.Node, given: list[fx.Node], weights: dict[fx.Node, tuple[str, torch.Tensor]]
-) -> None:
-    tensors = [weights[n][1] for n in given]
-    flat = _piece(tensors, _options(node))
-    if flat is None:
-        return
-    buffer, views = flat
-    name = weights[given[0]][0].rsplit(".", 1)[0]
-    flat_weights = add_weight(gm, weights, f"{name}.flat_weights", buffer, node.meta["val"][0].fake_mode)
-    for n, view in zip(given, views, strict=True):
-        weights[n] = (weights[n][0], view)
-    node.args = (*node.args[:3], flat_weights, *node.args[4:])
-
-
-def _options(node: fx.Node) -> tuple[Any, ...]:
-    """What cuDNN lays weights out by: their number a layer, and the layer's sizes and kind."""
-    given: Any = node.args
-    width = given[0].meta["val"].shape[-1]
-    stride, mode, hidden, projected, layers, batch_first = (given[i] for i in (2, 6, 7, 8, 9, 10))
-    return stride, width, mode, hidden, projected, layers, batch_first, given[13]
-
-
-def _piece(tensors: list[torch.Tensor], options: tuple[Any, ...]) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
-    """The memory of all weights, and the weights in it; None where cuDNN does not take them in one piece."""
-    if isinstance(tensors[0], FakeTensor) or not torch.backends.cudnn.is_acceptable(tensors[0]):
-        return None
+def _piece(tensors: list[torch.Tensor], options: tuple[Any, ...]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The memory of all weights in cuDNN's order, and the weights in it; ``options``: what it depends on."""
     views = [t.detach().clone() for t in tensors]
     with torch.no_grad():
         buffer = torch._cudnn_rnn_flatten_weight(views, *options)
@@ -157,7 +128,7 @@ def _piece(tensors: list[torch.Tensor], options: tuple[Any, ...]) -> tuple[torch
     if (
         together
         and storage.nbytes() == buffer.nbytes
-        and [t.data_ptr() - storage.data_ptr() for t in tensors] == places
+        and places == [t.data_ptr() - storage.data_ptr() for t in tensors]
     ):
         return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage), tensors
     return buffer, views

@@ -445,19 +445,24 @@ class Engine:
             self._add(key, made)
             return made
 
-    def _aside(self, call: Callable[[], Any]) -> None:
-        """Make a call on a stream of our own: the caller's may be held up. The host blocks until it is done."""
+    def _aside(self, call: Callable[[], Any], lasting: bool = False) -> None:
+        """Make a call on a stream of our own: the caller's may be held up. The host blocks until it is done.
+
+        ``lasting``: tensors that it makes are kept.
+        """
         device = self._device
         if not device.has_streams:
             call()
             return
-        lane = device.acquire_lane(self._index)
+        scratch = device.scratch(self._index)
         try:
-            with device.on_stream(lane.stream):
+            # First of all: a product would make them in other memory, which not only this lane allocates from.
+            scratch.lane.load_workspaces()
+            with device.on_stream(scratch.stream) if lasting else scratch.using():
                 call()
         finally:
-            lane.stream.synchronize()
-            device.release_lane(lane)
+            scratch.stream.synchronize()
+            device.release_scratch(scratch)
 
     def _runs_in_eager(self, given: Any) -> bool:
         assert self._snapshot is not None

@@ -203,12 +203,13 @@ class Specialization:
         run: Any = None
         drained = False
         try:
+            if self._workspaces:
+                # Before a compiler may run products: these would make them in other memory.
+                lane.load_workspaces()
             with scratch.using():
                 examples = self._examples()
                 run = self._lower(examples, lane.stream)
                 if not self.program.data_dependent and not self.program.is_empty:
-                    if self._workspaces:
-                        lane.load_workspaces()
                     self._warm_up(run, examples, times=2)
                 self._set_program()
             lane.stream.synchronize()
