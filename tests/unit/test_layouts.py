@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 
 import anabranch
-from anabranch.backends._layouts import keep_layouts
+from anabranch.backends._layouts import keep_layouts, keeping_strides
 
 _aten = torch.ops.aten
 
@@ -74,3 +74,16 @@ def test_what_lies_right_is_left_alone() -> None:
         before = str(module.graph)
         keep_layouts(module)
         assert str(module.graph) == before
+
+
+def test_a_padded_result_is_copied_and_no_other() -> None:
+    module = _graph(_aten.relu.default, "cpu")
+    wide = torch.randn(2, 6, 4, 16)
+    padded, dense = wide[..., :8].permute(0, 3, 1, 2), wide[..., :8].contiguous().permute(0, 3, 1, 2)
+    for given, is_copied in ((padded, True), (dense, False), (dense.contiguous(), False)):
+        kernels = keeping_strides(module, lambda inputs, y=given: [y])
+        for _ in range(2):
+            (y,) = kernels([])
+            assert torch.equal(y, given)
+            assert (y is not given) is is_copied
+            assert not is_copied or y.stride() == dense.stride()

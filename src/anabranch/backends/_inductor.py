@@ -9,7 +9,7 @@ import torch
 
 from anabranch.backends._backend import Kernels, Options
 from anabranch.backends._faults import avoid
-from anabranch.backends._layouts import keep_layouts
+from anabranch.backends._layouts import keep_layouts, keeping_strides
 from anabranch.errors import BuildError
 from anabranch.export import Program, undisturbed
 
@@ -66,7 +66,7 @@ class _Inductor:
             finally:
                 set_eval_frame(before)
 
-        return kernels
+        return keeping_strides(program.module, kernels)
 
 
 BACKEND = _Inductor()

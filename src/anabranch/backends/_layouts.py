@@ -7,10 +7,14 @@ The caller sees that in the result's strides, and views of it fail or copy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from anabranch.backends._backend import Kernels
+from anabranch.export._signature import layout_of
 
 
 def keep_layouts(module: fx.GraphModule) -> None:
@@ -32,6 +36,37 @@ def keep_layouts(module: fx.GraphModule) -> None:
             _copy(node, _order(value))
     module.graph.lint()
     module.recompile()
+
+
+def keeping_strides(module: fx.GraphModule, kernels: Kernels) -> Kernels:
+    """``kernels`` of ``module``, with a copy of each result that has gaps where the graph's has none.
+
+    Inductor pads a product to sizes that suit the device, and may hand out a view of the larger one. The first run
+    shows which results it does that with: all runs are alike, and nobody calls the kernels before one has ended.
+    """
+    wanted: list[Any] = [n.meta.get("val") for n in module.graph.output_node().args[0]]  # type: ignore[union-attr]
+    gaps: list[int] | None = None
+
+    def without_gaps(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        nonlocal gaps
+        results = kernels(inputs)
+        if gaps is None:
+            pairs = enumerate(zip(results, wanted, strict=True))
+            gaps = [i for i, (y, w) in pairs if isinstance(w, Tensor) and _is_dense(w) and not _is_dense(y)]
+        if not gaps:
+            return results
+        kept = list(results)
+        for i in gaps:
+            w = wanted[i]
+            y = torch.empty_strided(tuple(w.shape), tuple(w.stride()), dtype=w.dtype, device=w.device)
+            kept[i] = y.copy_(kept[i])
+        return kept
+
+    return without_gaps
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.layout is torch.strided and layout_of(x) is None
 
 
 def _is_laid_out(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ itself as one more weight. cuDNN then runs as in eager, and nothing is copied.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,20 @@ _LAYERS: dict[Any, int] = {
 }
 
 
+def keep_weights_in_place(module: torch.nn.Module) -> None:
+    """Stop recurrent layers of a copy of a model from moving their weights together, into memory of their own.
+
+    The copy has the model's memory, where they lie together already, or apart, as the model's user has it.
+    """
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.RNNBase):
+            layer.__dict__["flatten_parameters"] = _leave
+
+
+def _leave() -> None:
+    """In the place of ``flatten_parameters``."""
+
+
 @contextmanager
 def weights_apart(module: torch.nn.Module) -> Iterator[None]:
     """Give each recurrent layer on CUDA weights that lie in memory of their own, copies, for as long as it is traced.
@@ -36,7 +51,6 @@ def weights_apart(module: torch.nn.Module) -> Iterator[None]:
     """
     replaced: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
     copies: dict[int, torch.nn.Parameter] = {}
-    layers: list[torch.nn.Module] = []
     try:
         for layer in module.modules():
             if not isinstance(layer, torch.nn.RNNBase):
@@ -49,19 +63,10 @@ def weights_apart(module: torch.nn.Module) -> Iterator[None]:
                     copies[id(weight)] = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
                 replaced.append((layer, name, weight))
                 setattr(layer, name, copies[id(weight)])
-            # It would look at addresses, to put them in one piece again.
-            layer.__dict__["flatten_parameters"] = _leave_apart
-            layers.append(layer)
         yield
     finally:
-        for layer in layers:
-            del layer.__dict__["flatten_parameters"]
         for layer, name, weight in replaced:
             setattr(layer, name, weight)
-
-
-def _leave_apart() -> None:
-    """In the place of ``flatten_parameters``."""
 
 
 def call_cudnn(gm: fx.GraphModule, weights: dict[fx.Node, tuple[str, torch.Tensor]]) -> None:
@@ -100,19 +105,28 @@ def _call_cudnn(
         flat = add_weight(gm, weights, f"{name}.flat_weights", buffer, x.meta["val"].fake_mode)
         for n, view in zip(parameters, views, strict=True):
             weights[n] = (weights[n][0], view)
+    meta = {k: v for k, v in node.meta.items() if k != "val"}
+
+    def insert(target: Any, *given: Any) -> fx.Node:
+        made = gm.graph.call_function(target, given)
+        values = fx.node.map_arg(given, lambda n: n.meta["val"])
+        with torch.no_grad(), x.meta["val"].fake_mode:
+            made.meta = {**meta, "val": target(*values)}
+        return made
+
+    # As cuDNN's layers do with batches first; their stand-in for traces forgets that results are transposed then.
     with gm.graph.inserting_before(node):
-        made = gm.graph.call_function(
-            _aten._cudnn_rnn.default,
-            (
-                *(x, parameters, each, flat, h, c, mode, hidden, projected, layers, batch_first),
-                *(dropout, train, bidirectional, [], None),
-            ),
-        )
-    made.meta = dict(node.meta)
-    values = fx.node.map_arg(made.args, lambda n: n.meta["val"])
-    with x.meta["val"].fake_mode, torch.no_grad():
-        made.meta["val"] = _aten._cudnn_rnn.default(*values)
-    node.replace_all_uses_with(made)  # its results come first, in the same order
+        given_x = insert(_aten.transpose.int, x, 0, 1) if batch_first else x
+        sizes: Any = (mode, hidden, projected, layers, False, dropout, train, bidirectional)
+        made = insert(_aten._cudnn_rnn.default, given_x, parameters, each, flat, h, c, *sizes, [], None)
+        outputs = insert(operator.getitem, made, 0)
+        if batch_first:
+            outputs = insert(_aten.transpose.int, outputs, 0, 1)
+    for user in list(node.users):
+        if user.args[1] == 0:
+            user.replace_all_uses_with(outputs)
+            gm.graph.erase_node(user)
+    node.replace_all_uses_with(made)  # the states are its second and third result, as before
     gm.graph.erase_node(node)
 
 

@@ -29,6 +29,7 @@ from torch.nn.utils import parametrize
 
 from anabranch.errors import UnsupportedModel
 from anabranch.export._diagnosis import check_parts
+from anabranch.export._recurrent import keep_weights_in_place
 
 #: Hooks that run within a module's call, by the attribute that keeps them.
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -76,6 +77,7 @@ class Snapshot:
         """A copy of the module, to run and to trace."""
         copier = _Copier()
         module = copier(self.module)
+        keep_weights_in_place(module)
         return Fresh(module, {id(new): old for old, new in copier.tensors}, self._originals, copier.generators)
 
     def replacing(self, parameters: Mapping[int, torch.nn.Parameter]) -> Snapshot:
