@@ -446,7 +446,7 @@ def _flatten(
     if cast is not None:
         cast.fold(gm, weights, traced, aside)
         original = functools.partial(cast.original, traced)
-    call_cudnn(gm, weights)
+    call_cudnn(gm, weights, aside)
     # A graph for one signature has the types that it was traced with. Compilers check these notes again where they have
     # computed a value in another type, and fail.
     for node in gm.graph.find_nodes(op="call_function", target=_aten._assert_tensor_metadata.default):

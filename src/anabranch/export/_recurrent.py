@@ -9,7 +9,7 @@ itself as one more weight. cuDNN then runs as in eager, and nothing is copied.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,7 @@ def _leave() -> None:
 
 @contextmanager
 def weights_apart(module: torch.nn.Module) -> Iterator[None]:
-    """Give each recurrent layer on CUDA weights that lie in memory of their own, copies, for as long as it is traced.
+    """Give each recurrent layer on CUDA weights that lie in memory of their own, for as long as it is traced.
 
     ``module`` is used by this thread alone, and runs on no values meanwhile.
     """
@@ -60,7 +60,7 @@ def weights_apart(module: torch.nn.Module) -> Iterator[None]:
                 if weight is None or not weight.is_cuda:
                     continue  # computed by a parametrization, which makes it anew in each call
                 if id(weight) not in copies:
-                    copies[id(weight)] = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                    copies[id(weight)] = torch.nn.Parameter(torch.empty_like(weight), weight.requires_grad)
                 replaced.append((layer, name, weight))
                 setattr(layer, name, copies[id(weight)])
         yield
@@ -69,7 +69,7 @@ def weights_apart(module: torch.nn.Module) -> Iterator[None]:
             setattr(layer, name, weight)
 
 
-def call_cudnn(gm: fx.GraphModule, weights: dict[fx.Node, tuple[str, torch.Tensor]]) -> None:
+def call_cudnn(gm: fx.GraphModule, weights: dict[fx.Node, tuple[str, torch.Tensor]], aside: Callable[..., Any]) -> None:
     """Have recurrent layers call cuDNN where eager would, in place, with their weights as one piece of memory.
 
     ``weights`` gets one more a layer. Where the model's weights lie in one piece, in cuDNN's order, it is that memory;
@@ -78,16 +78,20 @@ def call_cudnn(gm: fx.GraphModule, weights: dict[fx.Node, tuple[str, torch.Tenso
     for node in list(gm.graph.nodes):
         if node.target not in _LAYERS:
             continue
-        x, first = node.args[0].meta["val"], node.args[2][0]
-        given = [weights[n][1] for n in node.args[2] if n in weights]
-        if first not in weights or isinstance(given[0], FakeTensor) or not x.is_cuda or not x.numel():
+        x, parameters, dropout, train = node.args[0].meta["val"], node.args[2], *node.args[5:7]
+        given = [weights[n][1] for n in parameters if n in weights]
+        if not given or isinstance(given[0], FakeTensor) or not x.is_cuda or not x.numel() or (train and dropout):
             continue
         if torch.cudnn_is_acceptable(given[0]):
-            _call_cudnn(gm, node, given if len(given) == len(node.args[2]) else [], weights)
+            _call_cudnn(gm, node, given if len(given) == len(parameters) else [], weights, aside)
 
 
 def _call_cudnn(
-    gm: fx.GraphModule, node: fx.Node, given: list[torch.Tensor], weights: dict[fx.Node, tuple[str, torch.Tensor]]
+    gm: fx.GraphModule,
+    node: fx.Node,
+    given: list[torch.Tensor],
+    weights: dict[fx.Node, tuple[str, torch.Tensor]],
+    aside: Callable[..., Any],
 ) -> None:
     """``given``: the layer's weights, if all of them are weights of the model."""
     arguments: Any = node.args
@@ -100,7 +104,10 @@ def _call_cudnn(
     flat: fx.Node | None = None
     if given:
         width = x.meta["val"].shape[-1]
-        buffer, views = _piece(given, (each, width, mode, hidden, projected, layers, batch_first, bidirectional))
+        sizes: Any = (each, width, mode, hidden, projected, layers, batch_first, bidirectional)
+        pieces: list[Any] = []
+        aside(lambda: pieces.append(_piece(given, sizes)), lasting=True)
+        buffer, views = pieces[0]
         name = weights[parameters[0]][0].rsplit(".", 1)[0]
         flat = add_weight(gm, weights, f"{name}.flat_weights", buffer, x.meta["val"].fake_mode)
         for n, view in zip(parameters, views, strict=True):
@@ -117,7 +124,7 @@ def _call_cudnn(
     # As cuDNN's layers do with batches first; their stand-in for traces forgets that results are transposed then.
     with gm.graph.inserting_before(node):
         given_x = insert(_aten.transpose.int, x, 0, 1) if batch_first else x
-        sizes: Any = (mode, hidden, projected, layers, False, dropout, train, bidirectional)
+        sizes = (mode, hidden, projected, layers, False, dropout, train, bidirectional)
         made = insert(_aten._cudnn_rnn.default, given_x, parameters, each, flat, h, c, *sizes, [], None)
         outputs = insert(operator.getitem, made, 0)
         if batch_first:
