@@ -78,7 +78,8 @@ def call_cudnn(gm: fx.GraphModule, weights: dict[fx.Node, tuple[str, torch.Tenso
     for node in list(gm.graph.nodes):
         if node.target not in _LAYERS:
             continue
-        x, parameters, dropout, train = node.args[0].meta["val"], node.args[2], *node.args[5:7]
+        layer: Any = node.args
+        x, parameters, dropout, train = layer[0].meta["val"], layer[2], layer[5], layer[6]
         given = [weights[n][1] for n in parameters if n in weights]
         if not given or isinstance(given[0], FakeTensor) or not x.is_cuda or not x.numel() or (train and dropout):
             continue
