@@ -54,6 +54,25 @@ def test_where_there_is_time_a_graph_and_a_direct_call_are_measured_in_turn(
     assert engine.stats().waits == 0  # what measured is no caller
 
 
+def test_a_summary_tells_what_a_graph_holds_and_what_capturing_took(rig: Rig, compiled: Make) -> None:
+    x = rig.random(4, 256)
+    for graphs in (True, False):
+        engine = compiled(Mlp(), x, cuda_graphs=graphs)
+        engine.warm(contexts=3)
+        (one,) = engine.summary()["signatures"]
+        flops = sum(2 * 4 * w.numel() for w in Mlp().parameters() if w.ndim == 2)
+        ways = ("captured", "direct") if graphs else ("direct", "captured")
+        assert one["captured"] is graphs
+        assert [one["flops"][way] for way in ways] == [flops, 0]
+        assert [one["operators"][way] > 0 for way in ways] == [True, False]
+        assert one["flops"]["share_captured"] == one["operators"]["share_captured"] == float(graphs)
+        assert (one["seconds"]["capture"] > 0) is graphs
+        assert one["seconds"]["warm-up"] > 0
+        assert one["contexts"] == (3 if graphs else 0)
+        assert one["bytes"] == engine.stats().bytes
+        assert (one["bytes_per_context"] > 0) is (one["bytes"] > 0) is graphs
+
+
 @PATHS
 def test_a_forked_child_goes_on_with_engines_of_its_parent(rig: Rig, compiled: Make, graphs: bool) -> None:
     x = rig.random(4, 256)

@@ -7,6 +7,7 @@ from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutpu
 from anabranch.export._precision import Cast
 from anabranch.export._program import (
     Program,
+    Uncaptured,
     export_program,
     source_of,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "SizeOutput",
     "Snapshot",
     "TensorSpec",
+    "Uncaptured",
     "export_program",
     "finisher",
     "flatten_call",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -48,6 +48,15 @@ _aten = torch.ops.aten
 _PACKAGE = str(Path(__file__).parents[1])
 
 
+class Uncaptured(NamedTuple):
+    """An operator that keeps a graph from being captured: ``why`` is ``data-dependent`` or ``random``."""
+
+    why: str
+    operator: str
+    #: ``file.py:12``, the model's line, or nothing.
+    source: str
+
+
 @dataclass
 class Program:
     """A model for one signature, as a flat graph.
@@ -65,6 +74,8 @@ class Program:
     direct_only: str | None = None
     #: Of those, whether its result's shapes or its control flow depend on data.
     data_dependent: bool = False
+    #: Which operators these are.
+    uncaptured: tuple[Uncaptured, ...] = ()
     #: Operators that take the process's default dtype at each call, by name.
     asks_default_dtype: tuple[str, ...] = ()
     #: Whether the model looks at how its inputs lie in memory: another layout needs a program of its own.
@@ -451,7 +462,8 @@ def _flatten(
     # computed a value in another type, and fail.
     for node in gm.graph.find_nodes(op="call_function", target=_aten._assert_tensor_metadata.default):
         gm.graph.erase_node(node)
-    direct_only, data_dependent = _uncapturable(gm.graph)
+    uncaptured = _uncapturable(gm.graph)
+    data_dependent = any(u.why == "data-dependent" for u in uncaptured)
     _propagate(gm, data_dependent)
     asks = pin_default_dtype(gm)
     device = _device(inputs, weights)
@@ -484,8 +496,9 @@ def _flatten(
         weight_names=[name.removeprefix("model.") for name, _ in weights.values()],
         outputs=outputs,
         structure=returned.structure,
-        direct_only=direct_only,
+        direct_only=_direct_only(uncaptured),
         data_dependent=data_dependent,
+        uncaptured=uncaptured,
         asks_default_dtype=tuple(_named(n) for n in asks),
         absolute=absolute,
     )
@@ -501,28 +514,32 @@ def _results(graph: fx.Graph) -> list[Any]:
     return list(graph.output_node().args[0])  # type: ignore[arg-type]
 
 
-def _uncapturable(graph: fx.Graph) -> tuple[str | None, bool]:
-    """Why the graph must run uncaptured, and whether because of data. A captured random op would replay one draw."""
-    random: list[str] = []
-    dependent: list[str] = []
+def _uncapturable(graph: fx.Graph) -> tuple[Uncaptured, ...]:
+    """Why the graph must run uncaptured; nothing where it need not. A captured random op would replay one draw."""
+    found = []
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        name = _named(node)
+        why = ""
         if not isinstance(node.target, torch._ops.OpOverload):
-            if isinstance(node.target, torch._ops.HigherOrderOperator):
-                dependent.append(name)
-            continue
-        if depends_on_data(node):
-            if not any(_is_unbacked(n.meta.get("val")) for n in node.all_input_nodes):
-                dependent.append(name)
+            why = "data-dependent" if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
+        elif depends_on_data(node):
+            # Not what only comes of another one.
+            why = "" if any(_is_unbacked(n.meta.get("val")) for n in node.all_input_nodes) else "data-dependent"
         elif is_random(node):
-            random.append(name)
-    if dependent:
-        return "data-dependent: " + ", ".join(dependent), True
-    if random:
-        return "random: " + ", ".join(random), False
-    return None, False
+            why = "random"
+        if why:
+            found.append(Uncaptured(why, str(node.target), source_of(node)))
+    return tuple(found)
+
+
+def _direct_only(uncaptured: Sequence[Uncaptured]) -> str | None:
+    """For messages, the reason that weighs more."""
+    for why in ("data-dependent", "random"):
+        named = [f"{u.operator} ({u.source})" if u.source else u.operator for u in uncaptured if u.why == why]
+        if named:
+            return f"{why}: {', '.join(named)}"
+    return None
 
 
 def depends_on_data(node: fx.Node) -> bool:

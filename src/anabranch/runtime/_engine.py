@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -42,12 +43,15 @@ from anabranch.export import (
     run_in_eager,
 )
 from anabranch.plan import Plan
+from anabranch.runtime import _phases
 from anabranch.runtime._build import is_neutral, neutral, process
 from anabranch.runtime._flags import Flags
+from anabranch.runtime._phases import Clock
 from anabranch.runtime._pool import Limits
 from anabranch.runtime._specialization import Settings, Specialization
 from anabranch.runtime._stats import Counters, Stats
 
+_log = logging.getLogger("anabranch")
 RUNTIMES = ("native", "python")
 #: What can be done where there is no GPU.
 _AHEAD = (
@@ -119,6 +123,7 @@ def compile(
     args, keywords = _inputs(model, inputs, kwargs)
     kind = _engine_class(runtime)
     with process.compiling():
+        clock = Clock()
         if (
             backend == "tensorrt"
             and not torch.cuda.is_available()
@@ -139,7 +144,7 @@ def compile(
             # Parameters that were written just before are there for the lane that warms up, and for every later caller.
             with seam.building():
                 seam.current_stream(index).synchronize()
-        engine._primary = engine._specialization(args, keywords)
+        engine._primary = engine._specialization(args, keywords, clock)
     return engine
 
 
@@ -385,8 +390,13 @@ class Engine:
         layouts = layouts_of(leaves)
         return found if layouts is None else self._specializations.get((key, layouts))
 
-    def _specialization(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Specialization:
-        """The specialization for these inputs, compiled if need be. Blocks while another thread builds."""
+    def _specialization(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], clock: Clock | None = None
+    ) -> Specialization:
+        """The specialization for these inputs, compiled if need be. Blocks while another thread builds.
+
+        ``clock``: of the build, if it has begun.
+        """
         leaves, key = self._key(args, kwargs)
         device, index = self._device, self._index
         if device.has_streams and device.is_capturing(device.current_stream(index)):
@@ -403,6 +413,7 @@ class Engine:
             leaves, structure = flatten_call(args, kwargs, self._in_order)
             signature = Signature.of(leaves, structure)
             given, program = (args, kwargs), None
+            clock = clock or Clock()
             try:
                 device.reap()
                 with (
@@ -416,7 +427,8 @@ class Engine:
                     # taken for one input by this call and by all later ones.
                     args, kwargs = pytree.tree_unflatten(signature.examples(self._torch_device), structure)
                     assert self._snapshot is not None  # it is usable, and this thread has the lock
-                    program = export_program(self._snapshot, args, kwargs, self._cast, given, self._aside)
+                    with clock.phase("export"):
+                        program = export_program(self._snapshot, args, kwargs, self._cast, given, self._aside)
                     self._check_compile_flags()  # another thread may have set one meanwhile
                     made = self._make_specialization(
                         self._settings,
@@ -425,6 +437,7 @@ class Engine:
                         self._limits,
                         self._counters,
                         () if device.has_streams else [x for x in leaves if isinstance(x, torch.Tensor)],
+                        clock,
                     )
             except InputError as e:
                 if program is not None and self._runs_in_eager(given):
@@ -443,6 +456,7 @@ class Engine:
             if program.reads_layout and signature.layouts is not None:
                 key = (key, signature.layouts)
             self._add(key, made)
+            _log.info("%s(%s): %s", self._settings.name, signature, _phases.describe(made.seconds))
             return made
 
     def _aside(self, call: Callable[[], Any], lasting: bool = False) -> None:
@@ -619,6 +633,31 @@ class Engine:
             f"with hooks of yours ({', '.join(self._hooks)}): they run while compiling, on copies of what they refer"
             " to. The values that they change are changed in calls too; nothing else of them happens in a call"
         )
+
+    def summary(self) -> dict[str, Any]:
+        """What the engine consists of, for tools: dicts, lists, strings, numbers and None; ``json.dumps`` takes it.
+
+        ``signatures`` has an entry for each signature compiled so far: its ``backend``; whether it is ``captured``, and
+        the ``reason``; ``reasons``, the operators that forbid it, each with ``why``, ``operator`` and ``source`` (the
+        model's line); how many ``operators`` and ``flops`` (floating-point operations a call) run ``captured`` and
+        ``direct``, with ``share_captured`` from 0 to 1 (None where there are none); ``seconds`` of the build by phase
+        and in ``total``; how many ``contexts`` there are, ``bytes_per_context``, and ``bytes``, all that they hold now.
+        ``measured_us`` has the microseconds of a call as a ``graph`` and ``direct`` where both were measured.
+
+        Any thread. Nothing is queued on a device. Floating-point operations are counted, from shapes, the first time.
+        """
+        stats = self.stats()
+        return {
+            "model": self._settings.name,
+            "device": str(self._torch_device),
+            "backend": self._settings.backend,
+            "runtime": self.runtime,
+            "contexts": stats.contexts,
+            "bytes": stats.bytes,
+            "max_contexts": self._limits.max_contexts,
+            "memory_limit": self._limits.memory_limit,
+            "signatures": [s.summary().data() for s in list(self._specializations.values())],
+        }
 
     def stats(self) -> Stats:
         """Counters since compile."""

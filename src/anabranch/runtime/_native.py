@@ -59,6 +59,11 @@ class Pool:
         """Bytes of the last context built: what the next will take."""
         return int(self._signature.estimate())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the contexts that are alive."""
+        return sum(context.nbytes for context in list(self._alive))
+
     def add(self, context: Context) -> None:
         """Count a context that was just built; it is in its builder's hands."""
         self._alive.add(context)
@@ -244,7 +249,7 @@ class NativeSpecialization(Specialization):
         if runs and not self.uses_graphs and self.through_python and self._known is None and self.copies is None:
             # For what a capture shows of the kernels: few of them can be launched without it.
             try:
-                with neutral(self._device, self._index), self._device.building():
+                with neutral(self._device, self._index), self._device.building(), self._clock.phase("capture"):
                     self._capture_bound(False, lambda: None)
             except Exception as e:
                 self._device.check_error(e)

@@ -163,6 +163,12 @@ class ContextPool(Generic[_P]):
         with self._lock:
             return self._estimate
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the contexts that are alive."""
+        with self._lock:
+            return sum(context.nbytes for context in self._alive)
+
     def acquire(self, stream: int, may_build: Callable[[], bool]) -> _P | Reservation | None:
         """An idle context, by preference: last used on ``stream``; never used; a new one (room for it is reserved); the
         least recently used. When all are in the hands of other threads, waits for the first that comes back. None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import statistics
@@ -21,10 +22,13 @@ from anabranch.export import AliasOutput, Program, Signature, finisher, valid_in
 from anabranch.plan import Plan
 from anabranch.plan._build import build_plan, uses_workspace
 from anabranch.race import check_plan
+from anabranch.runtime import _summary
 from anabranch.runtime._build import neutral, process
 from anabranch.runtime._context import Context
 from anabranch.runtime._flags import Flags, sensitive
+from anabranch.runtime._flops import flops_of
 from anabranch.runtime._instances import Instances, Member
+from anabranch.runtime._phases import Clock
 from anabranch.runtime._pool import ContextPool, Limits, Reservation
 from anabranch.runtime._stats import Counters
 
@@ -75,10 +79,12 @@ class Specialization:
         limits: Limits,
         counters: Counters,
         given: Sequence[torch.Tensor] = (),
+        clock: Clock | None = None,
     ) -> None:
         """Compile. Called with the build lock held; blocks until everything that was queued here is done.
 
-        ``given``: inputs with values, for a device without streams, where they may be read at once.
+        ``given``: inputs with values, for a device without streams, where they may be read at once. ``clock``: of the
+        build that this is the end of.
         """
         device = settings.device
         if not program.data_dependent and not program.is_empty:
@@ -114,6 +120,7 @@ class Specialization:
         self._pool = self._make_pool()
         #: Whether calls may build contexts; not after a build failed.
         self._may_grow = True
+        self._clock = clock or Clock()
         #: Figures of the build for explain(): microseconds a call.
         self.measured: dict[str, float] = {}
 
@@ -125,8 +132,10 @@ class Specialization:
         self._built()
         if isinstance(self._kernels, Instances):
             if not self.uses_graphs:
-                self._kernels.prepare(1)
-            self._kernels.prepare_spare(1)  # a call in a caller's capture cannot build any
+                with self._clock.phase("warm-up"):
+                    self._kernels.prepare(1)
+            with self._clock.phase("warm-up"):
+                self._kernels.prepare_spare(1)  # a call in a caller's capture cannot build any
         self._check_flags()  # another thread may have set one while kernels were chosen and captured
         #: That no two steps of the plan can race. Raises PlanError before anything could run.
         self.proof = check_plan(self.plan()).raise_if_unordered()
@@ -134,6 +143,8 @@ class Specialization:
         # covered by an event recorded before it lets go.
         weakref.finalize(self, _retire, device, list(program.weights), self._last_uses).atexit = False
         counters.add("specializations")
+        #: Of the build, by phase.
+        self.seconds = self._clock.read()
 
     # -- what another runtime does otherwise --------------------------------------------------------------------
 
@@ -180,8 +191,9 @@ class Specialization:
                 f"require_full=True given, and backend {self.settings.backend!r} does not run this model:"
                 f" {self.program.direct_only}. Leave require_full out to have PyTorch run it."
             )
-        self._lowered = get_backend(self.backend).lower(self.program, examples, Options(full, flags.tf32))
-        run = of_one(self._lowered, own)
+        with self._clock.phase("lowering"):
+            self._lowered = get_backend(self.backend).lower(self.program, examples, Options(full, flags.tf32))
+            run = of_one(self._lowered, own)
         self._kernels: Kernels = (
             Instances(
                 self._device,
@@ -212,7 +224,8 @@ class Specialization:
                 if not self.program.data_dependent and not self.program.is_empty:
                     self._warm_up(run, examples, times=2)
                 self._set_program()
-            lane.stream.synchronize()
+            with self._clock.phase("warm-up"):
+                lane.stream.synchronize()
             drained = True
             reason = self._why_not_captured()
             if not reason and isinstance(self._lowered, Stateful):
@@ -223,7 +236,8 @@ class Specialization:
                     )
             if reason:
                 return False, reason
-            context = self._first_context(scratch)
+            with self._clock.phase("capture"):
+                context = self._first_context(scratch)
             if isinstance(context, str):
                 return False, context
             if settings.cuda_graphs:
@@ -232,7 +246,7 @@ class Specialization:
             if not device.has_time:
                 self._pool.release(context)
                 return True, "there is no time to measure on this device"
-            with scratch.memory.using():
+            with scratch.memory.using(), self._clock.phase("measuring"):
                 graph, direct = self._measure(context, run, examples, lane.stream)
             self.measured = {"graph": graph.us, "direct": direct.us}
             figures = f"measured {graph} as a graph, {direct} direct"
@@ -265,8 +279,9 @@ class Specialization:
         Export checks shapes; that an operator takes these dtypes shows here only.
         """
         try:
-            for _ in range(times):
-                run(examples)
+            with self._clock.phase("warm-up"):
+                for _ in range(times):
+                    run(examples)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # in torch.linalg, not in its stubs
             pass  # the values were at fault (not positive definite, say); the caller's own may do
         except torch.OutOfMemoryError:
@@ -648,11 +663,35 @@ class Specialization:
             notes={f"{how} path, us a call": f"{us:.1f}" for how, us in self.measured.items()},
         )
 
+    def summary(self) -> _summary.SignatureSummary:
+        """What it consists of, as plain data. Floating-point operations are counted at the first time."""
+        instances = self._kernels if isinstance(self._kernels, Instances) else None
+        return _summary.SignatureSummary(
+            signature=str(self.signature),
+            captured=self.uses_graphs,
+            backend=self.backend,
+            reason=self.reason,
+            uncaptured=self.program.uncaptured,
+            operators=_summary.Shared(_summary.count_operators(self.program.module.graph), self.uses_graphs),
+            flops=_summary.Shared(self._flops, self.uses_graphs),
+            seconds=self.seconds,
+            contexts=len(self._pool),
+            bytes_per_context=self._pool.estimate if self.uses_graphs else 0,
+            bytes=self._pool.nbytes + (instances.nbytes if instances is not None else 0),
+            measured_us=self.measured,
+        )
+
+    @functools.cached_property
+    def _flops(self) -> int | None:
+        counts = flops_of(self.program.module.graph).values()
+        return None if None in counts else sum(n for n in counts if n)
+
     def explain(self) -> list[str]:
         """Why it runs as it does, a line each."""
         settings = self.settings
         way = "captured: one CUDA graph launch a call" if self.uses_graphs else "direct"
         lines = [f"{self.signature}: {way} ({self.reason})"]
+        lines += [f"  {line}" for line in self.summary().lines()]
         lines.append(f"  plan: {self.proof.pairs} conflicting pairs of accesses, all ordered")
         if isinstance(self._lowered, Stateful):
             lines += [f"  {line}" for line in self._lowered.describe()]

@@ -1,0 +1,83 @@
+"""What an engine consists of, as plain data for tools: what ``Engine.summary`` returns and ``explain`` prints."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from anabranch.export import Uncaptured
+from anabranch.runtime import _phases
+
+
+@dataclass(frozen=True)
+class Shared:
+    """How much of something runs in CUDA graphs; the rest runs operator by operator. None: it depends on data."""
+
+    total: int | None
+    is_captured: bool
+
+    @property
+    def share(self) -> float | None:
+        """The captured share, from 0 to 1; None where there is nothing of it."""
+        return None if self.total == 0 else float(self.is_captured)
+
+    def data(self) -> dict[str, Any]:
+        captured, direct = (self.total, 0) if self.is_captured else (0, self.total)
+        return {"captured": captured, "direct": direct, "share_captured": self.share}
+
+
+@dataclass(frozen=True)
+class SignatureSummary:
+    """Of one signature. ``seconds``: of its build, by phase; contexts that were built later do not count."""
+
+    signature: str
+    captured: bool
+    backend: str
+    reason: str
+    uncaptured: Sequence[Uncaptured]
+    operators: Shared
+    flops: Shared
+    seconds: Mapping[str, float]
+    contexts: int
+    bytes_per_context: int
+    bytes: int
+    measured_us: Mapping[str, float]
+
+    def data(self) -> dict[str, Any]:
+        """Dicts, lists, strings and numbers, as ``json.dumps`` takes them."""
+        seconds = {name: round(s, 6) for name, s in self.seconds.items()}
+        return {
+            "signature": self.signature,
+            "captured": self.captured,
+            "backend": self.backend,
+            "reason": self.reason,
+            "reasons": [u._asdict() for u in self.uncaptured],
+            "operators": self.operators.data(),
+            "flops": self.flops.data(),
+            "seconds": {**seconds, "total": round(sum(self.seconds.values()), 6)},
+            "contexts": self.contexts,
+            "bytes_per_context": self.bytes_per_context,
+            "bytes": self.bytes,
+            "measured_us": dict(self.measured_us),
+        }
+
+    def lines(self) -> list[str]:
+        """For people: counts and times, a line each."""
+        lines = []
+        if self.operators.total:
+            counts = self.operators.data()
+            lines.append(f"operators: {counts['captured']} captured, {counts['direct']} direct")
+        if self.flops.total is None:
+            lines.append("floating-point operations: how many depends on data")
+        elif self.flops.total:
+            lines.append(f"floating-point operations: {self.flops.total:,} a call, {self.flops.share:.0%} captured")
+        return [*lines, _phases.describe(self.seconds)]
+
+
+def count_operators(graph: fx.Graph) -> int:
+    """Operators of a graph; taking one of several results is none."""
+    return sum(n.op in ("call_function", "call_module") and n.target is not operator.getitem for n in graph.nodes)
