@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,25 +22,24 @@ def undisturbed() -> Iterator[None]:
       for one library. Others' operators would run other kernels. Nothing is taken apart here, so they stay on.
     - A function that ``torch.compile`` made refuses to run while any thread traces symbolically, unless somebody says
       that it is for a compiler. That is said here.
-    - A function that is kept from Dynamo writes itself into the notes of the trace under way, whoever's it is; two that
-      do so at once raise ``KeyError``. Here only this thread's do.
+    - While any thread exports, ``torch.compile`` compiles nothing, and a function that is kept from Dynamo writes
+      itself into the notes of the trace under way, whoever's it is; two that do so at once raise ``KeyError``. Here only
+      this thread is told that it exports.
 
     Where a PyTorch version lacks one of these hooks, that part does nothing. Called with the locks of
     ``process.compiling()`` held, so by one thread at a time.
     """
     # Loads half of the compiler, so not at import.
     tracer = importlib.import_module("torch.export._trace")
-    notes = importlib.import_module("torch.fx.traceback")
-    here, annotate = threading.get_ident(), getattr(notes, "annotate", None)
+    here, is_exporting = threading.get_ident(), torch.compiler.is_exporting
 
-    def annotate_here(*args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        assert annotate is not None
-        return annotate(*args, **kwargs) if threading.get_ident() == here else contextlib.nullcontext()
+    def is_exporting_here() -> bool:
+        return threading.get_ident() == here and is_exporting()
 
     with (
         _replaced(tracer, "_ignore_backend_decomps", contextlib.nullcontext),
         _replaced(torch.compiler, "_is_compiling_flag", True),
-        _replaced(notes, "annotate", annotate_here),
+        _replaced(torch.compiler, "is_exporting", is_exporting_here),
     ):
         yield
 

@@ -1,0 +1,169 @@
+"""Three transformers at their true size, random weights, float16: one call, and many streams of one engine.
+
+    python benchmarks/true_size.py --json benchmarks/results/true_size_h200.json
+
+All systems are in one process and are timed in turn, in rounds; the median of the rounds counts. A call's time is until
+its results are there. Needs transformers and a CUDA device.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import anabranch
+from anabranch.check import write_json
+
+Make = Callable[[], tuple[torch.nn.Module, dict[str, Any]]]
+
+
+def _ids(vocabulary: int) -> torch.Tensor:
+    return torch.randint(3, vocabulary, (1, 128), generator=torch.Generator().manual_seed(1)).cuda()
+
+
+def bert() -> tuple[torch.nn.Module, dict[str, Any]]:
+    import transformers
+
+    return transformers.BertModel(transformers.BertConfig()), {"input_ids": _ids(30_000)}
+
+
+def vit() -> tuple[torch.nn.Module, dict[str, Any]]:
+    import transformers
+
+    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1)).to("cuda", torch.float16)
+    return transformers.ViTForImageClassification(transformers.ViTConfig()), {"pixel_values": pixels}
+
+
+def llama() -> tuple[torch.nn.Module, dict[str, Any]]:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=8192,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config), {"input_ids": _ids(32_000), "use_cache": False}
+
+
+MODELS: dict[str, Make] = {"bert-base": bert, "vit-b16": vit, "llama-1b": llama}
+
+
+def latency(call: Callable[[], Any], calls: int) -> float:
+    """Microseconds of the median call."""
+    took = []
+    for _ in range(calls):
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+    return statistics.median(took) * 1e6
+
+
+def throughput(call: Callable[[], Any], streams: int, seconds: float) -> float:
+    """Calls a second of so many threads, each on a stream of its own."""
+    made, end = [0] * streams, threading.Event()
+    barrier = threading.Barrier(streams + 1)
+
+    def work(thread: int) -> None:
+        stream = torch.cuda.Stream()
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+            stream.synchronize()
+            barrier.wait()
+            while not end.is_set():
+                for _ in range(4):
+                    call()
+                stream.synchronize()
+                made[thread] += 4
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(streams)]
+    for t in threads:
+        t.start()
+    barrier.wait()
+    began = time.perf_counter()
+    time.sleep(seconds)
+    end.set()
+    for t in threads:
+        t.join()
+    return sum(made) / (time.perf_counter() - began)
+
+
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model, inputs = MODELS[name]()
+    model = model.half().cuda().eval()
+    built = {}
+    began = time.monotonic()
+    engine = anabranch.compile(model, kwargs=inputs)
+    engine.warm(contexts=16)
+    built["anabranch"] = time.monotonic() - began
+    calls: dict[str, Callable[[], Any]] = {"anabranch": lambda: engine(**inputs), "eager": lambda: model(**inputs)}
+    peers: dict[str, dict[str, Any]] = {"torch.compile": {}, "reduce-overhead": {"mode": "reduce-overhead"}}
+    for label, options in peers.items():
+        torch._dynamo.reset()
+        began = time.monotonic()
+        compiled: Any = torch.compile(model, dynamic=False, **options)
+        calls[label] = partial(compiled, **inputs)
+        for _ in range(4):
+            calls[label]()
+        built[label] = time.monotonic() - began
+        # One after the other: both would share what Dynamo keeps of the model.
+        latency(calls["anabranch"], 20)
+        pairs = [{k: latency(calls[k], 30) for k in ("anabranch", "eager", label)} for _ in range(rounds)]
+        built[f"rounds with {label}"] = pairs  # type: ignore[assignment]
+    rows = [*built.pop("rounds with torch.compile"), *built.pop("rounds with reduce-overhead")]  # type: ignore[misc]
+    us = {k: round(statistics.median(r[k] for r in rows if k in r), 1) for k in calls}
+    with torch.no_grad():
+        rates = {n: round(throughput(calls["anabranch"], n, 2.0), 1) for n in (1, 4, 16)}
+    return {
+        "model": name,
+        "us": us,
+        "faster than": {k: round(v / us["anabranch"], 3) for k, v in us.items() if k != "anabranch"},
+        "calls a second, by streams": rates,
+        "16 streams against one": round(rates[16] / rates[1], 2),
+        "build s": {k: round(v, 1) for k, v in built.items()},
+        "stats": {k: getattr(engine.stats(), k) for k in ("calls", "graph_calls", "direct_calls", "contexts", "bytes")},
+        "rounds": rows,
+    }
+
+
+@click.command()
+@click.option("--only", default=",".join(MODELS), show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--json", "target", type=click.Path(path_type=Path))
+def main(only: str, rounds: int, target: Path | None) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+    environment = {
+        "date": date.today().isoformat(),
+        "device": anabranch.devices.get_device("cuda").describe(0),
+        "torch": torch.__version__,
+        "command": f"python benchmarks/true_size.py --rounds {rounds}",
+    }
+    rows = []
+    with torch.no_grad():
+        for name in only.split(","):
+            rows.append(measure(name, rounds))
+            print({k: v for k, v in rows[-1].items() if k != "rounds"}, flush=True)
+            if target is not None:
+                write_json(target, {"environment": environment, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
