@@ -23,8 +23,8 @@ def undisturbed() -> Iterator[None]:
     - A function that ``torch.compile`` made refuses to run while any thread traces symbolically, unless somebody says
       that it is for a compiler. That is said here.
     - While any thread exports, ``torch.compile`` compiles nothing, and a function that is kept from Dynamo writes
-      itself into the notes of the trace under way, whoever's it is; two that do so at once raise ``KeyError``. Here only
-      this thread is told that it exports.
+      itself into the notes of the trace under way, whoever's it is; two that do so at once raise ``KeyError``. Here
+      only this thread is told that it exports.
 
     Where a PyTorch version lacks one of these hooks, that part does nothing. Called with the locks of
     ``process.compiling()`` held, so by one thread at a time.
