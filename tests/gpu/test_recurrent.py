@@ -93,3 +93,26 @@ def test_in_half_precision(gpu: Gpu) -> None:
     given, want = engine(inputs(1))[0], model(inputs(1))[0]
     assert given.dtype is torch.float32
     assert torch.allclose(given, want, atol=1e-2)
+
+
+class Packed(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.layer = kind(12, 16, 2, bidirectional=True, batch_first=True)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> Any:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        y, state = self.layer(packed)
+        return nn.utils.rnn.pad_packed_sequence(y, batch_first=True), state
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU], ids=["lstm", "gru"])
+def test_packed_sequences(gpu: Gpu, kind: type[nn.Module], runtime: str) -> None:
+    model = Packed(kind).eval().cuda()
+    lengths = [[7, 3, 1], [2, 6, 6], [1, 1, 4]]
+    first = inputs(0).transpose(0, 1).contiguous()
+    engine = anabranch.compile(model, [first, torch.tensor([1, 1, 1]).cuda()], runtime=runtime)
+    with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+        for k, given in enumerate(lengths):
+            x, n = inputs(k).transpose(0, 1).contiguous(), torch.tensor(given).cuda()
+            assert not differences(engine(x, n), model(x, n), rounding=Rounding(), inputs=[x, n])

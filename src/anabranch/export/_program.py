@@ -22,7 +22,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from anabranch.errors import UnsupportedModel
-from anabranch.export import _functional
+from anabranch.export import _functional, _packed
 from anabranch.export._bystanders import undisturbed
 from anabranch.export._constants import compute_constants
 from anabranch.export._default_dtype import pin_default_dtype
@@ -295,7 +295,12 @@ def _export(
         with torch.no_grad():
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: TensorSpec.of(x).in_memory(x), (args, kwargs))
             # The graph's inputs follow the order of keywords given here.
-            with undisturbed(), _fake_tensor_errors_unlogged(), weights_apart(module.model):
+            with (
+                undisturbed(),
+                _fake_tensor_errors_unlogged(),
+                weights_apart(module.model),
+                _packed.traced(module.model),
+            ):
                 exported = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
                 if decompose:
                     _inline_grad_modes(exported)
@@ -458,6 +463,7 @@ def _flatten(
         cast.fold(gm, weights, traced, aside)
         original = functools.partial(cast.original, traced)
     call_cudnn(gm, weights, aside)
+    _packed.put_back(gm.graph)
     # A graph for one signature has the types that it was traced with. Compilers check these notes again where they have
     # computed a value in another type, and fail.
     for node in gm.graph.find_nodes(op="call_function", target=_aten._assert_tensor_metadata.default):
