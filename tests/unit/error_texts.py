@@ -78,12 +78,19 @@ INTERNAL = {
         ("a profiler watches this thread", "the reason why calls copy their inputs, which explain() shows"),
         ("ends on the thread that began it", "a rule between the package's own functions"),
     ],
+    "src/anabranch/runtime/_core/numbers.cpp": [
+        ("no operation on numbers is called", "a rule between the package's own functions"),
+    ],
     "src/anabranch/runtime/_core/program.cpp": [
         ("arguments, given", "a rule between the package's own functions"),
         ("the program takes {} tensors", "a rule between the package's own functions"),
     ],
     "src/anabranch/runtime/_core/python.cpp": [
         ("expected a torch.Event", "a rule between the package's own functions"),
+        ("a kernel's result is neither", "a rule between the package's own functions"),
+        ("that is computed", "the reason why calls are queued from Python, which explain() shows"),
+        ("is no list", "the reason why calls are queued from Python, which explain() shows"),
+        ("expected a value from a slot", "a rule between the package's own functions"),
         ("the slot is in other hands", "a rule between the package's own functions"),
     ],
     "src/anabranch/sim/_core/backend.cpp": [("not an address of device memory", "PyTorch gives none")],
@@ -220,7 +227,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("output {position} is a parameter that nothing else uses", "return a copy of it"),
         ("no path given", "expected save_program(model, inputs, path)"),
         ("{engine} runs kernels of {first.backend}", "only Python can launch", "give save_program the model itself"),
-        ("the model cannot be saved for C++: {flat}", "docs/cpp.md says what C++ lacks", "Engines in Python run it"),
+        ("the model cannot be saved for C++: {why}", "docs/cpp.md says what C++ lacks", "Engines in Python run it"),
         ("the model's {name} is a {what}", "files hold plain tensors", "Engines in Python run it"),
         ("{what} is {dtype}", "which program files do not know", "Engines in Python run it"),
         ("output {position} is {value}", "in C++ results are tensors", "Engines in Python run it"),

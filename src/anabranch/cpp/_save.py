@@ -19,7 +19,7 @@ from anabranch._version import __version__
 from anabranch.errors import InputError, UnsupportedModel
 from anabranch.export import AliasOutput, ComputedOutput, ConstantOutput, Program, TensorSpec
 from anabranch.runtime import Engine, compile
-from anabranch.runtime._flat import Argument, Call, FlatProgram, flatten
+from anabranch.runtime._flat import Argument, Call, FlatProgram, Pick, flatten
 
 FORMAT = "anabranch program"
 VERSION = 1
@@ -88,8 +88,10 @@ def save_program(
 def describe(program: Program, inputs: Sequence[TensorSpec], device: torch.device) -> dict[str, Any]:
     """What is in the file. Raises :class:`UnsupportedModel`."""
     flat = flatten(program)
-    if isinstance(flat, str):
-        raise UnsupportedModel(f"the model cannot be saved for C++: {flat}.{_HINT}")
+    why = flat if isinstance(flat, str) else flat.depends
+    if why:
+        raise UnsupportedModel(f"the model cannot be saved for C++: {why}.{_HINT}")
+    assert isinstance(flat, FlatProgram)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -99,12 +101,7 @@ def describe(program: Program, inputs: Sequence[TensorSpec], device: torch.devic
             (_dtype(x.dtype, f"input {i}"), list(x.shape), [] if x.is_contiguous else list(x.strides))
             for i, x in enumerate(inputs)
         ],
-        "steps": [
-            _call(step, device)
-            if isinstance(step, Call)
-            else ("", "", [("slot", step.slot), ("constant", step.position)])
-            for step in flat.steps
-        ],
+        "steps": [_step(step, device) for step in flat.steps],
         "results": [_result(output, i, program, flat) for i, output in enumerate(program.outputs)],
     }
 
@@ -147,6 +144,13 @@ def _result(output: Any, position: int, program: Program, flat: FlatProgram) -> 
     raise UnsupportedModel(f"output {position} is a parameter that nothing else uses; return a copy of it.{_HINT}")
 
 
+def _step(step: Any, device: torch.device) -> tuple[str, str, list[Argument]]:
+    if isinstance(step, Pick):
+        return "", "", [("slot", step.slot), ("constant", step.position)]
+    assert isinstance(step, Call), step  # of others nothing would be left without numbers
+    return _call(step, device)
+
+
 def _call(step: Call, device: torch.device) -> tuple[str, str, list[Argument]]:
     if not step.name.startswith("aten::"):
         raise UnsupportedModel(
@@ -161,6 +165,8 @@ def _call(step: Call, device: torch.device) -> tuple[str, str, list[Argument]]:
 
 def _encode(kind: str, value: Any, device: torch.device) -> Argument:
     """An argument without Python's own types in it; see ``argument_of`` in ``file.cpp``."""
+    if kind == "list":
+        return kind, [-1 if k == "constant" else v for k, v in value]  # of tensors; -1: none
     if kind != "constant" or value is None or type(value) in (bool, int, float, str):
         return kind, value
     if type(value) is complex:

@@ -179,7 +179,8 @@ c10::IValue conform(const c10::IValue& value, const c10::TypePtr& type, std::opt
 
 class Builder {
  public:
-  Builder(size_t weights, size_t inputs) : end_(weights + inputs), made_(static_cast<int>(end_)) {}
+  Builder(const std::vector<at::Tensor>& weights, size_t inputs)
+      : end_(weights.size() + inputs), made_(weights, static_cast<int>(inputs)) {}
 
   void append(const Step& step) {
     if (step.name.empty()) return pick(step);
@@ -239,8 +240,14 @@ class Builder {
         if (auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
         auto list = type->cast<c10::ListType>();
         if (!list) throw InputError("a list is given for " + declared.name() + ", which is a " + type->str());
-        made.optional = list->getElementType()->kind() == c10::TypeKind::OptionalType;
-        for (auto slot : given.slots) made.slots.push_back(slot == -1 && made.optional ? -1 : checked(slot));
+        made.element = list->getElementType();
+        bool optional = made.element->kind() == c10::TypeKind::OptionalType;
+        for (auto slot : given.slots) {
+          auto& item = made.items.emplace_back();  // a constant None
+          if (slot == -1 && optional) continue;
+          item.kind = runtime::Program::Argument::kSlot;
+          item.slot = checked(slot);
+        }
         break;
       }
       case Argument::kConstant:
@@ -299,12 +306,12 @@ std::string Input::str() const {
 // -- Engine ----------------------------------------------------------------------------------------------------------
 
 struct Engine::Impl {
-  Impl(const Program& program, std::vector<at::Tensor> weights, std::vector<Input> given, c10::Device device,
+  Impl(const Program& program, std::vector<at::Tensor> given_weights, std::vector<Input> given, c10::Device device,
        const runtime::DeviceApi* api)
       : inputs(std::move(given)), spec(device, api, specs_of(inputs), &limits, &counters), guard(device.type()) {
-    for (size_t i = 0; i < weights.size(); ++i) {
+    for (size_t i = 0; i < given_weights.size(); ++i) {
       auto name = "weight " + std::to_string(i);
-      auto& w = weights[i];
+      auto& w = given_weights[i];
       if (!w.defined() || !runtime::is_plain(w)) {
         throw InputError(name + " is no plain tensor with memory; expected one. Pass w.clone().");
       }
@@ -315,13 +322,13 @@ struct Engine::Impl {
       if (runtime::extent(w).second > w.storage().nbytes())
         throw InputError(name +
                          " does not fit into its storage; expected a storage of all of its elements. Pass w.clone().");
-      spec.weights.push_back(w.detach());
+      weights.push_back(w.detach());
     }
     build(program);
     if (!api) return;
     // What was written on this stream just before is there for every stream.
     guard.synchronizeStream(guard.getStream(device));
-    if (spec.weights.empty()) return;
+    if (weights.empty()) return;
     spec.has_weights = true;
     spec.new_event = [type = device.type()](c10::StreamId) -> std::unique_ptr<runtime::Payload> {
       auto event = std::make_shared<c10::Event>(type);
@@ -349,10 +356,10 @@ struct Engine::Impl {
       std::vector<c10::Event*> last_uses;
       spec.events.for_each([&](runtime::Payload& p) { last_uses.push_back(static_cast<runtime::Context&>(p).done); });
       for (auto* event : last_uses) event->block(*reaper);
-      for (auto& w : spec.weights) guard.recordDataPtrOnStream(w.storage().data_ptr(), *reaper);
+      for (auto& w : weights) guard.recordDataPtrOnStream(w.storage().data_ptr(), *reaper);
     } catch (...) {
       // The device is lost, or the process at its end: nothing says when a last use is over, so nothing is freed.
-      (void)new std::vector<at::Tensor>(std::move(spec.weights));
+      (void)new std::vector<at::Tensor>(std::move(weights));
     }
   }
   Impl(const Impl&) = delete;
@@ -380,7 +387,7 @@ struct Engine::Impl {
   }
 
   void build(const Program& program) {
-    auto weights = spec.weights.size(), given = weights + inputs.size();
+    auto given = weights.size() + inputs.size();
     Builder builder(weights, inputs.size());
     for (size_t i = 0; i < program.steps.size(); ++i) {
       auto& step = program.steps[i];
@@ -420,7 +427,7 @@ struct Engine::Impl {
                          " at::NoGradGuard.");
       }
     }
-    runtime::Tensors computed;
+    runtime::Values computed;
     try {
       if (spec.run(given.data(), nullptr, computed) != runtime::Specialization::Outcome::kDone) {
         throw NotCapturable(
@@ -433,15 +440,16 @@ struct Engine::Impl {
     std::vector<at::Tensor> results;
     for (auto slot : outputs) {
       auto i = static_cast<size_t>(slot);
-      auto weights = spec.weights.size();
-      results.push_back(i < weights                   ? spec.weights[i]
-                        : i < weights + inputs.size() ? given[i - weights]
-                                                      : computed[i - weights - inputs.size()]);
+      auto first = weights.size();
+      results.push_back(i < first                   ? weights[i]
+                        : i < first + inputs.size() ? given[i - first]
+                                                    : computed[i - first - inputs.size()].toTensor());
     }
     return results;
   }
 
   std::vector<Input> inputs;
+  std::vector<at::Tensor> weights;
   runtime::Limits limits{0, -1};
   runtime::Counters counters;
   runtime::Specialization spec;
@@ -489,7 +497,7 @@ Stats Engine::stats() const {
 }
 
 const std::vector<at::Tensor>& Tests::weights(const Engine& engine) {
-  return engine.impl_->spec.weights;
+  return engine.impl_->weights;
 }
 
 }  // namespace anabranch

@@ -20,7 +20,7 @@ from anabranch.runtime import _library
 from anabranch.runtime._build import neutral, process
 from anabranch.runtime._context import Context, StaticOutputs
 from anabranch.runtime._engine import Engine
-from anabranch.runtime._flat import Pick, flatten
+from anabranch.runtime._flat import Branch, Check, FlatProgram, Number, Pick, flatten
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._stats import Stats
 
@@ -143,6 +143,8 @@ class NativeSpecialization(Specialization):
         )
         #: Why a direct call goes through Python, or None where it does not.
         self.through_python: str | None = "nothing is computed"
+        #: Whether the C++ has Python launch the kernels, and does the rest of such a call itself.
+        self._launches = False
         #: A recording that shows which kernels take which addresses from a call.
         self._known: Any = None
         #: Why graphs have memory of their own for inputs and results, or None where they use the caller's.
@@ -161,12 +163,17 @@ class NativeSpecialization(Specialization):
         if self.program.is_empty:
             return
         program = translate(self.program) if self.backend == "eager" else f"{self.backend} launches its kernels itself"
-        if isinstance(program, str):
-            self.through_python = program
-            return
-        self.through_python = None
         unchanged = self._flags.unchanged if self._sensitive else None
-        self._core.set_program(program, list(self.program.weights), unchanged)
+        watched = unchanged, not self.program.asks_default_dtype
+        if not isinstance(program, str):
+            self.through_python = None
+            self._core.set_program(program, *watched)
+        else:
+            self.through_python = program
+            if isinstance(self._lowered, Stateful):
+                return
+            self._core.set_python(self._lowered, *watched)
+            self._launches = True
         self._keep_weights()
 
     def _keep_weights(self) -> None:
@@ -242,7 +249,6 @@ class NativeSpecialization(Specialization):
         if not recording.table.why_not_direct and self.through_python and not isinstance(self._lowered, Stateful):
             self._core.set_kernels(recording.results, [kernel_tuple(patch) for patch in recording.patches])
             self.through_python = None
-            self._keep_weights()
 
     def _built(self) -> None:
         runs = not (self.program.is_empty or self.program.direct_only)
@@ -277,7 +283,7 @@ class NativeSpecialization(Specialization):
     @property
     def runs_here(self) -> bool:
         """Whether the C++ can run calls at all."""
-        return self.uses_graphs or self.through_python is None
+        return self.uses_graphs or self.through_python is None or self._launches
 
     @property
     def finish(self) -> str:
@@ -328,7 +334,7 @@ class NativeSpecialization(Specialization):
             lines.append(f"  through Python, when direct: {self.through_python}")
         if self.uses_graphs:
             lines.append(f"  inputs and results are copied: {self.copies}" if self.copies else "  nothing is copied")
-        if self._sensitive and not self.through_python and self._known is None:
+        if self._sensitive and not self.through_python and self._known is None and not self._core.sees_flags():
             lines.append("  through Python, when direct: a look at the numerics flags before and after")
         return lines
 
@@ -346,15 +352,29 @@ def translate(program: Program) -> Any:
     flat = flatten(program)
     if isinstance(flat, str):
         return flat
-    made = core.Program(flat.inputs)
+    try:
+        return _translate(flat, list(program.weights))
+    except (RuntimeError, TypeError) as e:
+        return (str(e).splitlines() or [""])[0]
+
+
+def _translate(flat: FlatProgram, weights: list[torch.Tensor]) -> Any:
+    made = core.Program(weights, flat.inputs - len(weights))
     for step in flat.steps:
         if isinstance(step, Pick):
             made.pick(step.slot, step.position)
-            continue
-        try:
-            made.call(step.name, step.overload, step.arguments)
-        except (RuntimeError, TypeError) as e:
-            return f"{step.name}: {(str(e).splitlines() or [''])[0]}"
+        elif isinstance(step, Number):
+            made.number(step.name, step.arguments)
+        elif isinstance(step, Check):
+            made.check(step.holds, step.message)
+        elif isinstance(step, Branch):
+            yes, no = _translate(step.yes, []), _translate(step.no, [])
+            made.branch(step.condition, yes, no, step.operands, len(step.yes.results))
+        else:
+            try:
+                made.call(step.name, step.overload, step.arguments)
+            except (RuntimeError, TypeError) as e:
+                raise RuntimeError(f"{step.name}: {(str(e).splitlines() or [''])[0]}") from e
     made.finish(flat.results)
     return made
 

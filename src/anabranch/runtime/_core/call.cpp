@@ -23,6 +23,10 @@ void check(const char* call, int code) {
 
 std::atomic<size_t> next_thread{0};
 
+void fill(Values& results, Tensors&& tensors) {
+  for (auto& y : tensors) results.emplace_back(std::move(y));
+}
+
 }  // namespace
 
 bool is_plain(const at::Tensor& x) {
@@ -125,17 +129,16 @@ bool Specialization::accepts(const at::Tensor* const* inputs, size_t count) cons
   return true;
 }
 
-Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Builder& build, Tensors& results) {
+Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Builder& build, Values& results) {
   for (size_t i = 0; i < specs.size(); ++i) {
     if (!is_plain(inputs[i])) return Outcome::kElsewhere;
   }
   std::optional<c10::InferenceMode> normal;
   if (c10::InferenceMode::is_enabled()) normal.emplace(false);
-  bool runs_direct = program || !kernels.empty();
+  bool runs_direct = program || !kernels.empty() || python;
   if (!api_) {
-    if (!runs_direct || (flags_unchanged && !flags_unchanged())) return Outcome::kElsewhere;
-    direct(inputs, {}, results);
-    return finish_direct(results);
+    if (!runs_direct || !is_unchanged()) return Outcome::kElsewhere;
+    return finish_direct(direct(inputs, {}, results), results);
   }
   std::optional<c10::DeviceGuard> on_device;
   if (guard_.getDevice() != device) on_device.emplace(device);
@@ -159,7 +162,7 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Buil
       try {
         auto regions = layout->allocate();
         launch(context, grant.again, inputs, stream, ref, regions);
-        results = layout->tensors(regions);
+        fill(results, layout->tensors(regions));
       } catch (...) {
         // Part of it may be queued: whatever that is, the context is freed after it, and used by no other call.
         auto remains = pool.discard(grant.slot);
@@ -180,9 +183,10 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Buil
     }
   }
 
-  if (!runs_direct || (flags_unchanged && !flags_unchanged())) return Outcome::kElsewhere;
+  if (!runs_direct || !is_unchanged()) return Outcome::kElsewhere;
+  bool is_done = false;
   if (!has_weights) {
-    direct(inputs, ref, results);
+    is_done = direct(inputs, ref, results);
   } else {
     auto grant = events.acquire(ref.id, true);
     auto* slot = grant.kind == Pool::Grant::kContext ? grant.slot : events.add(new_event(ref.id), 0);
@@ -190,7 +194,7 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Buil
     try {
       // The stream may be a new one under the handle of one that died: what that one still runs stays covered.
       last_use.done->block(stream);
-      direct(inputs, ref, results);
+      is_done = direct(inputs, ref, results);
       last_use.done->record(stream);
     } catch (...) {
       try {
@@ -203,12 +207,19 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Buil
     }
     events.release(slot, ref.id);
   }
-  return finish_direct(results);
+  return finish_direct(is_done, results);
 }
 
-// What was queued under flags that changed meanwhile is thrown away.
-Specialization::Outcome Specialization::finish_direct(Tensors& results) {
-  if (flags_unchanged && !flags_unchanged()) {
+// Another thread may be setting flags at any time: the look at them costs no GIL as long as they are what they were.
+bool Specialization::is_unchanged() const {
+  bool asks = program || kernels.empty();  // kernels by themselves were chosen at compile
+  if (!flags_unchanged || !asks) return true;
+  return (flags && flags_now() == flags) || flags_unchanged();
+}
+
+// What was queued under flags that changed meanwhile is thrown away, and so is what was given up.
+Specialization::Outcome Specialization::finish_direct(bool is_done, Values& results) {
+  if (!is_done || !is_unchanged()) {
     results.clear();
     return Outcome::kElsewhere;
   }
@@ -286,18 +297,19 @@ at::Tensor Specialization::canonical(const at::Tensor& x, size_t i) const {
   return at::empty_strided(specs[i].sizes, specs[i].strides, x.options()).copy_(x);
 }
 
-// The kernels without a graph, on the current stream.
-void Specialization::direct(const at::Tensor* inputs, const StreamRef& ref, Tensors& results) {
+// The kernels without a graph, on the current stream. False: this call takes another way.
+bool Specialization::direct(const at::Tensor* inputs, const StreamRef& ref, Values& results) {
   if (program && device.is_cpu()) {
     // PyTorch's operators take any layout, and give eager's bits for it. Elsewhere graphs give those of a dense copy.
-    for (auto& y : program->run(weights, inputs, specs.size())) results.push_back(std::move(y));
-    return;
+    return program->run(inputs, specs.size(), device, results);
   }
   Tensors read;
   for (size_t i = 0; i < specs.size(); ++i) read.push_back(canonical(inputs[i], i));
-  if (program) {
-    for (auto& y : program->run(weights, read.data(), read.size())) results.push_back(std::move(y));
-    return;
+  if (program) return program->run(read.data(), read.size(), device, results);
+  if (kernels.empty()) {
+    Neutral neutral(device.type());
+    python({read.begin(), read.end()}, results);
+    return true;
   }
   auto regions = layout->allocate();
   c10::SmallVector<const void*, 8> buffers;
@@ -308,7 +320,8 @@ void Specialization::direct(const at::Tensor* inputs, const StreamRef& ref, Tens
     Arguments arguments(kernel, params.data(), buffers.data());
     check("launching a kernel", api_->launch_kernel(arguments.launch(), ref));
   }
-  results = layout->tensors(regions);
+  fill(results, layout->tensors(regions));
+  return true;
 }
 
 }  // namespace anabranch::runtime

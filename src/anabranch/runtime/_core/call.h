@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "device.h"
+#include "flags.h"
 #include "pool.h"
 #include "program.h"
 #include "results.h"
@@ -107,9 +108,11 @@ class Specialization {
   //
   // Threads: any, without the GIL. Blocks for other threads' hosts only. Throws what the device throws; the context is
   // then out of use.
-  Outcome run(const at::Tensor* inputs, const Builder& build, Tensors& results);
+  Outcome run(const at::Tensor* inputs, const Builder& build, Values& results);
 
   bool accepts(const at::Tensor* const* inputs, size_t count) const;
+  // Whether a call runs in Python in the end, so that it need not let go of the GIL.
+  bool needs_gil() const { return !uses_graphs && !program && kernels.empty(); }
   bool is_lost() const { return api_ && api_->is_lost && api_->is_lost(); }
 
   const c10::Device device;
@@ -124,11 +127,14 @@ class Specialization {
   size_t alignment = 16;                   // bytes: of an input that kernels read where the caller has it
   std::optional<ResultLayout> layout;      // of results of a graph or of `kernels`
   std::vector<Kernel> kernels;             // launched one by one: the direct path of a program without temporaries
-  std::shared_ptr<const Program> program;  // the direct path otherwise
-  std::vector<at::Tensor> weights;         // what `program` takes ahead of the inputs
+  std::shared_ptr<const Program> program;  // the direct path of operators
+  // The direct path otherwise: kernels that only Python can launch. Asks for the GIL.
+  std::function<void(const std::vector<at::Tensor>& inputs, Values& results)> python;
   std::function<std::unique_ptr<Payload>(c10::StreamId)> new_event;
-  // Whether operators still read the numerics flags that the engine was compiled under; null: they read none.
+  // Whether operators still read the numerics flags that the engine was compiled under; null: they read none. Asked
+  // where they are not `flags`, in which case they are, for sure.
   std::function<bool()> flags_unchanged;
+  std::optional<Flags> flags;
   Atomic<bool> may_grow{"may grow", true};
 
  private:
@@ -137,8 +143,9 @@ class Specialization {
               const Regions& regions);
   void wait(const c10::Event& event, const c10::Stream& stream, const StreamRef& ref) const;
   void record(c10::Event& event, const c10::Stream& stream, const StreamRef& ref) const;
-  Outcome finish_direct(Tensors& results);
-  void direct(const at::Tensor* inputs, const StreamRef& ref, Tensors& results);
+  bool is_unchanged() const;
+  Outcome finish_direct(bool is_done, Values& results);
+  bool direct(const at::Tensor* inputs, const StreamRef& ref, Values& results);
 
   const DeviceApi* const api_;
   const c10::impl::VirtualGuardImpl guard_;

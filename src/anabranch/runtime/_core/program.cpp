@@ -1,12 +1,9 @@
 #include "program.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
-#include <ATen/core/grad_mode.h>
-#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
-#include <array>
-#include <optional>
 #include <set>
 
 // Declared here as in <ATen/autocast_mode.h>, which brings all of PyTorch's operators along: seconds of compiling.
@@ -17,116 +14,212 @@ TORCH_API void set_autocast_enabled(at::DeviceType device_type, bool enabled);
 
 namespace anabranch::runtime {
 
+Neutral::Neutral(c10::DeviceType device) : types_{device, c10::kCPU} {
+  if (c10::InferenceMode::is_enabled()) normal_.emplace(false);
+  for (size_t i = 0; i < types_.size(); ++i) {
+    autocast_[i] = at::autocast::is_autocast_enabled(types_[i]);
+    if (autocast_[i]) at::autocast::set_autocast_enabled(types_[i], false);
+  }
+}
+
+Neutral::~Neutral() {
+  for (size_t i = 0; i < types_.size(); ++i) {
+    if (autocast_[i]) at::autocast::set_autocast_enabled(types_[i], true);
+  }
+}
+
+Program::Program(std::vector<at::Tensor> weights, int inputs)
+    : weights_(std::move(weights)), inputs_(inputs), slots_(static_cast<int>(weights_.size()) + inputs) {}
+
+// Weights are the same at each call, and so are lists of them.
+void Program::fold(Argument& argument) const {
+  if (argument.kind == Argument::kSlot && static_cast<size_t>(argument.slot) < weights_.size()) {
+    argument.kind = Argument::kConstant;
+    argument.constant = weights_[static_cast<size_t>(argument.slot)];
+  }
+  if (argument.kind != Argument::kList) return;
+  bool is_constant = true;
+  for (auto& item : argument.items) {
+    fold(item);
+    is_constant = is_constant && item.kind == Argument::kConstant;
+  }
+  if (!is_constant) return;
+  Slots none;
+  argument.constant = value(argument, none);
+  argument.kind = Argument::kConstant;
+  argument.items.clear();
+}
+
+int Program::append(Step step) {
+  for (auto& argument : step.arguments) fold(argument);
+  step.first = slots_;
+  slots_ += static_cast<int>(step.results);
+  steps_.push_back(std::move(step));
+  return steps_.back().first;
+}
+
 int Program::call(const std::string& name, const std::string& overload, std::vector<Argument> arguments) {
   auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
-  auto results = op.schema().returns().size();
   TORCH_CHECK(arguments.size() == op.schema().arguments().size(), name, " takes ", op.schema().arguments().size(),
               " arguments, given ", arguments.size());
-  steps_.push_back({op, 0, std::move(arguments), slots_, results, {}});
-  slots_ += static_cast<int>(results);
-  return steps_.back().first;
+  only_aten_ = only_aten_ && name.rfind("aten::", 0) == 0;
+  Step step(Kind::kCall, op.schema().returns().size(), std::move(arguments));
+  step.op = op;
+  return append(std::move(step));
 }
 
 int Program::pick(int slot, int index) {
   Argument list;
   list.kind = Argument::kSlot;
   list.slot = slot;
-  steps_.push_back({std::nullopt, index, {list}, slots_, 1, {}});
-  return slots_++;
+  Step step(Kind::kPick, 1, {list});
+  step.picked = index;
+  return append(std::move(step));
+}
+
+int Program::number(const std::string& name, std::vector<Argument> arguments) {
+  Step step(Kind::kNumber, 1, std::move(arguments));
+  step.number = number_op(name);
+  return append(std::move(step));
+}
+
+int Program::check(Argument holds, const std::string& message) {
+  Step step(Kind::kCheck, 0, {std::move(holds)});
+  step.message = message;
+  return append(std::move(step));
+}
+
+int Program::branch(Argument condition, std::shared_ptr<const Program> yes, std::shared_ptr<const Program> no,
+                    std::vector<Argument> operands, size_t results) {
+  operands.insert(operands.begin(), std::move(condition));
+  Step step(Kind::kBranch, results, std::move(operands));
+  only_aten_ = only_aten_ && yes->only_aten_ && no->only_aten_;
+  step.yes = std::move(yes);
+  step.no = std::move(no);
+  return append(std::move(step));
 }
 
 void Program::finish(std::vector<int> results) {
   results_ = std::move(results);
-  // Each value is let go of after its last use, so that its memory can serve later steps.
+  // Each value is let go of at its last use, so that its memory can serve later steps.
   std::set<int> needed(results_.begin(), results_.end());
-  for (int i = 0; i < inputs_; ++i) needed.insert(i);  // the caller's, not ours to let go of
   for (auto step = steps_.rbegin(); step != steps_.rend(); ++step) {
-    auto use = [&](int slot) {
-      if (slot >= 0 && needed.insert(slot).second) step->last_uses.push_back(slot);
+    for (size_t i = 0; i < step->results; ++i) {
+      int slot = step->first + static_cast<int>(i);
+      if (needed.insert(slot).second) step->unused.push_back(slot);
+    }
+    // From behind, as arguments are read from the front.
+    auto use = [&](Argument& argument, auto& again) -> void {
+      for (auto item = argument.items.rbegin(); item != argument.items.rend(); ++item) again(*item, again);
+      if (argument.slot >= 0) argument.is_last = needed.insert(argument.slot).second;
     };
-    for (size_t i = 0; i < step->results; ++i) use(step->first + static_cast<int>(i));
-    for (auto& argument : step->arguments) {
-      use(argument.slot);
-      for (int slot : argument.slots) use(slot);
+    for (auto argument = step->arguments.rbegin(); argument != step->arguments.rend(); ++argument) use(*argument, use);
+  }
+}
+
+c10::IValue Program::value(const Argument& argument, Slots& slots) const {
+  switch (argument.kind) {
+    case Argument::kConstant:
+      return argument.constant;
+    case Argument::kSlot: {
+      auto& slot = slots[static_cast<size_t>(argument.slot)];
+      return argument.is_last ? std::move(slot) : slot;
+    }
+    case Argument::kNumber:
+      return converted(slots[static_cast<size_t>(argument.slot)], argument.wanted);
+    case Argument::kList:
+      break;
+  }
+  switch (argument.element->kind()) {
+    case c10::TypeKind::TensorType: {
+      c10::List<at::Tensor> list;
+      list.reserve(argument.items.size());
+      for (auto& item : argument.items) list.push_back(value(item, slots).toTensor());
+      return list;
+    }
+    case c10::TypeKind::OptionalType: {
+      c10::List<std::optional<at::Tensor>> list;
+      list.reserve(argument.items.size());
+      for (auto& item : argument.items) list.push_back(value(item, slots).toOptional<at::Tensor>());
+      return list;
+    }
+    case c10::TypeKind::IntType: {
+      c10::List<int64_t> list;
+      list.reserve(argument.items.size());
+      for (auto& item : argument.items) list.push_back(value(item, slots).toInt());
+      return list;
+    }
+    case c10::TypeKind::FloatType: {
+      c10::List<double> list;
+      list.reserve(argument.items.size());
+      for (auto& item : argument.items) list.push_back(value(item, slots).toDouble());
+      return list;
+    }
+    default: {
+      c10::impl::GenericList list(argument.element);
+      for (auto& item : argument.items) list.push_back(value(item, slots));
+      return list;
     }
   }
 }
 
-namespace {
-
-// As a call of the engine promises, whatever the caller is in the middle of.
-struct Neutral {
-  // A graph may hold numbers as tensors on the CPU, whatever its device.
-  explicit Neutral(c10::DeviceType device) : types{device, c10::kCPU} {
-    if (c10::InferenceMode::is_enabled()) normal.emplace(false);
-    for (size_t i = 0; i < types.size(); ++i) {
-      autocast[i] = at::autocast::is_autocast_enabled(types[i]);
-      if (autocast[i]) at::autocast::set_autocast_enabled(types[i], false);
-    }
-  }
-  ~Neutral() {
-    for (size_t i = 0; i < types.size(); ++i) {
-      if (autocast[i]) at::autocast::set_autocast_enabled(types[i], true);
-    }
-  }
-  std::array<c10::DeviceType, 2> types;
-  std::array<bool, 2> autocast{};
-  std::optional<c10::InferenceMode> normal;
-  at::NoGradGuard no_grad;
-};
-
-}  // namespace
-
-std::vector<at::Tensor> Program::run(const std::vector<at::Tensor>& weights, const at::Tensor* inputs,
-                                     size_t count) const {
-  TORCH_CHECK(weights.size() + count == static_cast<size_t>(inputs_), "the program takes ", inputs_, " tensors, given ",
-              weights.size() + count);
-  auto device = count ? inputs[0].device() : weights.empty() ? c10::Device(c10::kCPU) : weights[0].device();
-  Neutral neutral(device.type());
-  std::vector<c10::IValue> slots(static_cast<size_t>(slots_));
-  size_t at = 0;
-  for (auto& weight : weights) slots[at++] = weight;
-  for (size_t i = 0; i < count; ++i) slots[at++] = inputs[i];
-
+void Program::execute(Slots& slots, Values& results) const {
   torch::jit::Stack stack;
   for (auto& step : steps_) {
-    if (!step.op) {
-      auto listed = slots[static_cast<size_t>(step.arguments[0].slot)].toTensorVector();
-      slots[static_cast<size_t>(step.first)] = listed.at(static_cast<size_t>(step.picked));
-      for (int slot : step.last_uses) slots[static_cast<size_t>(slot)] = c10::IValue();
-      continue;
-    }
+    auto* made = slots.data() + step.first;
     stack.clear();
-    for (auto& argument : step.arguments) {
-      switch (argument.kind) {
-        case Argument::kSlot:
-          stack.push_back(slots[static_cast<size_t>(argument.slot)]);
-          break;
-        case Argument::kConstant:
-          stack.push_back(argument.constant);
-          break;
-        case Argument::kList:
-          if (argument.optional) {
-            c10::List<std::optional<at::Tensor>> list;
-            for (int slot : argument.slots) {
-              list.push_back(slot < 0 ? std::optional<at::Tensor>() : slots[static_cast<size_t>(slot)].toTensor());
-            }
-            stack.emplace_back(std::move(list));
-          } else {
-            c10::List<at::Tensor> list;
-            for (int slot : argument.slots) list.push_back(slots[static_cast<size_t>(slot)].toTensor());
-            stack.emplace_back(std::move(list));
-          }
-          break;
+    for (auto& argument : step.arguments) stack.push_back(value(argument, slots));
+    switch (step.kind) {
+      case Kind::kCall:
+        step.op->callBoxed(stack);
+        for (size_t i = 0; i < step.results; ++i) made[i] = std::move(stack[i]);
+        break;
+      case Kind::kPick: {
+        // Of tensors mostly; of numbers, where an operator returns a size.
+        auto list = stack[0].toListRef();
+        made[0] = list.at(static_cast<size_t>(step.picked));
+        break;
+      }
+      case Kind::kNumber:
+        made[0] = compute(step.number, stack.data(), stack.size());
+        break;
+      case Kind::kCheck:
+        if (!stack[0].isBool()) throw Declined{};
+        TORCH_CHECK(stack[0].toBool(), step.message);
+        break;
+      case Kind::kBranch: {
+        auto& program = is_true(stack[0]) ? *step.yes : *step.no;
+        Slots inner(static_cast<size_t>(program.slots_));
+        std::move(stack.begin() + 1, stack.end(), inner.begin() + static_cast<int64_t>(program.weights_.size()));
+        Values returned;
+        program.execute(inner, returned);
+        for (size_t i = 0; i < step.results; ++i) made[i] = std::move(returned[i]);
+        break;
       }
     }
-    step.op->callBoxed(stack);
-    for (size_t i = 0; i < step.results; ++i) slots[static_cast<size_t>(step.first) + i] = std::move(stack[i]);
-    for (int slot : step.last_uses) slots[static_cast<size_t>(slot)] = c10::IValue();
+    for (int slot : step.unused) slots[static_cast<size_t>(slot)] = c10::IValue();
   }
-  std::vector<at::Tensor> results;
-  for (int slot : results_) results.push_back(slots[static_cast<size_t>(slot)].toTensor());
-  return results;
+  for (int slot : results_) {
+    auto at = static_cast<size_t>(slot);
+    results.push_back(at < weights_.size() ? c10::IValue(weights_[at]) : slots[at]);
+  }
+}
+
+bool Program::run(const at::Tensor* inputs, size_t count, c10::Device device, Values& results) const {
+  TORCH_CHECK(count == static_cast<size_t>(inputs_), "the program takes ", inputs_, " tensors, given ", count);
+  Neutral neutral(device.type());
+  // Nothing here is recorded for a backward pass. What others register may rely on being asked all the same.
+  std::optional<at::AutoDispatchBelowAutograd> below;
+  if (only_aten_) below.emplace();
+  Slots slots(static_cast<size_t>(slots_));
+  std::copy(inputs, inputs + count, slots.begin() + static_cast<int64_t>(weights_.size()));
+  try {
+    execute(slots, results);
+  } catch (Declined&) {
+    results.clear();
+    return false;
+  }
+  return true;
 }
 
 }  // namespace anabranch::runtime

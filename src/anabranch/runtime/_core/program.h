@@ -3,55 +3,111 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/core/ivalue.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/util/SmallVector.h>
 
+#include <array>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "numbers.h"
+
 namespace anabranch::runtime {
+
+// Results of a call: tensors, and numbers.
+using Values = c10::SmallVector<c10::IValue, 4>;
+
+// While it lives: what the caller is in the middle of (autograd, autocast, inference mode) makes no difference, as a
+// call of the engine promises.
+class Neutral {
+ public:
+  explicit Neutral(c10::DeviceType device);
+  ~Neutral();
+  Neutral(const Neutral&) = delete;
+  Neutral& operator=(const Neutral&) = delete;
+
+ private:
+  // A graph may hold numbers as tensors on the CPU, whatever its device.
+  std::array<c10::DeviceType, 2> types_;
+  std::array<bool, 2> autocast_{};
+  std::optional<c10::InferenceMode> normal_;
+  at::NoGradGuard no_grad_;
+};
 
 // Immutable once it is finished; any number of threads may run it at once, each on its own current stream.
 class Program {
  public:
-  // An argument of an operator: a value that an earlier instruction left in a slot, a list of such values, a constant.
   struct Argument {
-    enum Kind { kSlot, kList, kConstant } kind = kConstant;
+    // A value that an earlier step left in a slot; a number from there; a list; a constant.
+    enum Kind { kSlot, kNumber, kList, kConstant } kind = kConstant;
     int slot = -1;
-    std::vector<int> slots;  // of a list; -1: none
-    bool optional = false;   // a list of optional tensors
+    bool is_last = false;                              // nothing needs the slot afterwards
+    c10::TypeKind wanted = c10::TypeKind::NumberType;  // of a number: what the operator takes
+    std::vector<Argument> items;                       // of a list; its constants may be None
+    c10::TypePtr element;                              // of a list
     c10::IValue constant;
   };
 
-  // The first slots hold what `run` is given.
-  explicit Program(int inputs) : inputs_(inputs), slots_(inputs) {}
+  // The first slots hold `weights`, the next ones the `inputs` values that `run` is given.
+  Program(std::vector<at::Tensor> weights, int inputs);
 
-  // Append a call of an operator by its schema's name ("aten::relu"). Returns the slot of its (first) result; several
-  // results lie one after another. Throws c10::Error where there is no such operator.
+  // Each appends a step and returns the slot of its (first) result; several results lie one after another.
+
+  // Call an operator by its schema's name ("aten::relu"). Throws c10::Error where there is no such operator.
   int call(const std::string& name, const std::string& overload, std::vector<Argument> arguments);
-  // The `index`-th of the tensors that are listed in `slot`. Returns its slot.
+  // The `index`-th of the list in `slot`.
   int pick(int slot, int index);
+  // Python's arithmetic.
+  int number(const std::string& name, std::vector<Argument> arguments);
+  // Throws `message` where the argument is false.
+  int check(Argument holds, const std::string& message);
+  // The `results` values that `yes` returns, or `no`, given `operands`. `condition`: a number or a tensor of one
+  // element.
+  int branch(Argument condition, std::shared_ptr<const Program> yes, std::shared_ptr<const Program> no,
+             std::vector<Argument> operands, size_t results);
   // These slots are the results. Nothing may be appended afterwards.
   void finish(std::vector<int> results);
 
-  // Queue it on the current stream, without autograd and autocast. `weights` and then `inputs` fill the first slots.
-  std::vector<at::Tensor> run(const std::vector<at::Tensor>& weights, const at::Tensor* inputs, size_t count) const;
+  // Queue it on the current stream of `device`, without autograd and autocast. False: numbers are not what this knows
+  // to compute with; part of it may be queued, and nothing comes of it. May wait for the device, where numbers depend
+  // on data. Throws what operators throw.
+  bool run(const at::Tensor* inputs, size_t count, c10::Device device, Values& results) const;
 
   size_t size() const { return steps_.size(); }
 
  private:
+  enum class Kind { kCall, kPick, kNumber, kCheck, kBranch };
   struct Step {
-    std::optional<c10::OperatorHandle> op;  // none: the `picked`-th of a list, which is the argument
-    int picked;
-    std::vector<Argument> arguments;
-    int first;  // slot of the first result
+    Step(Kind kind, size_t results, std::vector<Argument> arguments)
+        : kind(kind), results(results), arguments(std::move(arguments)) {}
+    Kind kind;
+    int first = 0;  // slot of the first result
     size_t results;
-    std::vector<int> last_uses;  // slots that nothing needs afterwards
+    std::vector<Argument> arguments;
+    std::vector<int> unused;                // slots that it fills and nothing needs
+    std::optional<c10::OperatorHandle> op;  // of a call
+    int picked = 0;
+    NumberOp number = NumberOp::kAdd;
+    std::string message;
+    std::shared_ptr<const Program> yes, no;
   };
+  using Slots = std::vector<c10::IValue>;
+
+  int append(Step step);
+  void fold(Argument& argument) const;
+  c10::IValue value(const Argument& argument, Slots& slots) const;
+  void execute(Slots& slots, Values& results) const;
+
+  std::vector<at::Tensor> weights_;
   int inputs_;
   int slots_;
   std::vector<Step> steps_;
   std::vector<int> results_;
+  bool only_aten_ = true;
 };
 
 }  // namespace anabranch::runtime

@@ -139,6 +139,48 @@ void set_error(const std::exception_ptr& error) {
   }
 }
 
+// -- values ---------------------------------------------------------------------------------------------------------
+
+// What a program returns: a tensor, or a number that it read or computed.
+PyObject* wrap(c10::IValue&& value) {
+  if (value.isTensor()) return THPVariable_Wrap(std::move(value).toTensor());
+  if (value.isBool()) return PyBool_FromLong(value.toBool());
+  if (value.isInt()) return PyLong_FromLongLong(value.toInt());
+  if (value.isDouble()) return PyFloat_FromDouble(value.toDouble());
+  if (value.isComplexDouble()) {
+    auto z = value.toComplexDouble();
+    return PyComplex_FromDoubles(z.real(), z.imag());
+  }
+  if (value.isNone()) Py_RETURN_NONE;
+  PyErr_SetString(PyExc_TypeError, "a result is neither a tensor nor a number");
+  return nullptr;
+}
+
+py::handle checked(PyObject* object) {
+  if (!object) throw py::error_already_set();
+  return object;
+}
+
+// A Python number as it is.
+std::optional<c10::IValue> number_of(py::handle value) {
+  if (PyBool_Check(value.ptr())) return value.cast<bool>();
+  if (PyLong_Check(value.ptr())) return value.cast<int64_t>();
+  if (PyFloat_Check(value.ptr())) return value.cast<double>();
+  if (PyComplex_Check(value.ptr())) {
+    auto z = PyComplex_AsCComplex(value.ptr());
+    return c10::complex<double>(z.real, z.imag);
+  }
+  return std::nullopt;
+}
+
+// What kernels in Python return.
+c10::IValue unwrap(py::handle value) {
+  if (THPVariable_Check(value.ptr())) return THPVariable_Unpack(value.ptr());
+  if (auto number = number_of(value)) return *number;
+  TORCH_CHECK_TYPE(value.is_none(), "a kernel's result is neither a tensor nor a number");
+  return {};
+}
+
 // -- one signature ---------------------------------------------------------------------------------------------------
 
 // Threads that are inside a call. Guarded by the GIL.
@@ -208,19 +250,35 @@ struct Signature {
     if (auto* slot = std::exchange(t_added, nullptr)) (void)spec->pool.discard(slot).reset();
   }
 
-  // Called with the GIL, which is let go of meanwhile. False: this call has to take another way. Throws.
-  bool run(const at::Tensor* inputs, Tensors& results) {
+  // `is_unchanged`: () -> bool, see Specialization::flags_unchanged, or None. `only_numerics`: it looks at nothing
+  // else.
+  void watch_flags(const py::object& is_unchanged, bool only_numerics) {
+    if (is_unchanged.is_none()) return;
+    unchanged = keep(is_unchanged);
+    // Of the flags as they were at compile, which is known of them if nobody changes them meanwhile.
+    auto before = flags_now();
+    bool known = only_numerics && is_unchanged().cast<bool>() && flags_now() == before;
+    spec->flags = known ? before : std::nullopt;
+    spec->flags_unchanged = [kept = unchanged] {
+      Gil gil;
+      return py::reinterpret_borrow<py::object>(kept.get())().cast<bool>();
+    };
+  }
+
+  // Called with the GIL, which is let go of meanwhile, unless the kernels need it. False: this call has to take another
+  // way. Throws.
+  bool run(const at::Tensor* inputs, Values& results) {
     std::exception_ptr error;
     auto outcome = Specialization::Outcome::kElsewhere;
     ++calls_under_way;
     t_inside = true;
-    PyThreadState* state = PyEval_SaveThread();
+    PyThreadState* state = spec->needs_gil() ? nullptr : PyEval_SaveThread();
     try {
       outcome = spec->run(inputs, [this](int64_t reserved) { return build(reserved); }, results);
     } catch (...) {
       error = std::current_exception();
     }
-    PyEval_RestoreThread(state);
+    if (state) PyEval_RestoreThread(state);
     t_inside = false;
     --calls_under_way;
     if (error) {
@@ -344,14 +402,14 @@ void engine_dealloc(PyObject* self) {
 
 bool is_exiting = false;
 
-PyObject* finish(const EngineBase::Entry& entry, PyObject* args, Tensors& results) {
-  if (entry.finish == '1') return THPVariable_Wrap(std::move(results[0]));
+PyObject* finish(const EngineBase::Entry& entry, PyObject* args, Values& results) {
+  if (entry.finish == '1') return wrap(std::move(results[0]));
   auto count = static_cast<Py_ssize_t>(results.size());
   bool is_list = entry.finish != 't';
   PyObject* all = is_list ? PyList_New(count) : PyTuple_New(count);
   if (!all) return nullptr;
   for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject* result = THPVariable_Wrap(std::move(results[static_cast<size_t>(i)]));
+    PyObject* result = wrap(std::move(results[static_cast<size_t>(i)]));
     if (!result) {
       Py_DECREF(all);
       return nullptr;
@@ -420,7 +478,7 @@ PyObject* engine_call_or_throw(PyObject* object, PyObject* args, PyObject* kwarg
     // Tensors of our own: another thread may put others in the place of the caller's.
     c10::SmallVector<at::Tensor, 4> inputs;
     for (auto* x : given) inputs.push_back(*x);
-    Tensors results;
+    Values results;
     PyObject* answer = nullptr;
     bool is_done = false;
     try {
@@ -468,23 +526,59 @@ PyObject* make_engine_type() {
 
 // -- the direct path -------------------------------------------------------------------------------------------------
 
-// An operator's argument from Python: ("slot", i), ("list", [i, ...]) or ("constant", value).
-Program::Argument argument_of(const c10::Argument& declared, const py::tuple& given) {
+// An argument from Python: ("slot", i), ("number", i), ("list", [...]) or ("constant", value). `type`: what takes it.
+Program::Argument argument_of(const c10::Argument& declared, c10::TypePtr type, const py::tuple& given) {
   Program::Argument argument;
   auto kind = given[0].cast<std::string>();
-  if (kind == "slot") {
-    argument.kind = Program::Argument::kSlot;
+  if (auto optional = type->cast<c10::OptionalType>(); optional && kind != "constant")
+    type = optional->getElementType();
+  if (kind == "slot" || kind == "number") {
+    bool is_number = kind == "number";
+    argument.kind = is_number ? Program::Argument::kNumber : Program::Argument::kSlot;
     argument.slot = given[1].cast<int>();
+    argument.wanted = type->kind();
+    using Type = c10::TypeKind;
+    auto wanted = type->kind();
+    bool fits = wanted == Type::TensorType || (is_number && (wanted == Type::IntType || wanted == Type::FloatType ||
+                                                             wanted == Type::BoolType || wanted == Type::NumberType));
+    TORCH_CHECK_TYPE(fits, "argument ", declared.name(), " is a ", type->str(), ", given a ",
+                     is_number ? "number" : "tensor", " that is computed");
   } else if (kind == "list") {
     argument.kind = Program::Argument::kList;
-    argument.slots = given[1].cast<std::vector<int>>();
-    auto type = declared.type();
-    if (auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
-    argument.optional = type->expectRef<c10::ListType>().getElementType()->kind() == c10::TypeKind::OptionalType;
+    TORCH_CHECK_TYPE(type->kind() == c10::TypeKind::ListType, "argument ", declared.name(), " is no list");
+    argument.element = type->expectRef<c10::ListType>().getElementType();
+    for (auto item : given[1].cast<py::list>())
+      argument.items.push_back(argument_of(declared, argument.element, item.cast<py::tuple>()));
   } else {
-    argument.constant = torch::jit::toIValue(given[1], declared.type(), declared.N());
+    auto plain = type;
+    if (auto optional = type->cast<c10::OptionalType>()) plain = optional->getElementType();
+    auto number = plain->kind() == c10::TypeKind::TensorType ? number_of(given[1]) : std::nullopt;
+    // A number beside a tensor, as in `x * 2`.
+    argument.constant =
+        number ? converted(*number, c10::TypeKind::TensorType) : torch::jit::toIValue(given[1], type, declared.N());
   }
   return argument;
+}
+
+// An argument of what is no operator: a value as it is.
+Program::Argument any_argument(const py::tuple& given) {
+  Program::Argument argument;
+  auto kind = given[0].cast<std::string>();
+  if (kind == "slot" || kind == "number") {
+    argument.kind = kind == "slot" ? Program::Argument::kSlot : Program::Argument::kNumber;
+    argument.slot = given[1].cast<int>();
+    return argument;
+  }
+  auto number = number_of(given[1]);
+  TORCH_CHECK_TYPE(number, "expected a value from a slot, or a number");
+  argument.constant = *number;
+  return argument;
+}
+
+std::vector<Program::Argument> any_arguments(const py::list& given) {
+  std::vector<Program::Argument> all;
+  for (auto item : given) all.push_back(any_argument(item.cast<py::tuple>()));
+  return all;
 }
 
 int append_call(Program& program, const std::string& name, const std::string& overload, const py::list& given) {
@@ -492,7 +586,7 @@ int append_call(Program& program, const std::string& name, const std::string& ov
   std::vector<Program::Argument> arguments;
   auto& declared = op.schema().arguments();
   for (size_t i = 0; i < given.size(); ++i)
-    arguments.push_back(argument_of(declared.at(i), given[i].cast<py::tuple>()));
+    arguments.push_back(argument_of(declared.at(i), declared.at(i).type(), given[i].cast<py::tuple>()));
   return program.call(name, overload, std::move(arguments));
 }
 
@@ -548,10 +642,31 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       });
 
   // -- the direct path
+  m.def("flags", &flags_now);
+  // For tests: None where it is left to Python.
+  m.def("compute", [](const std::string& name, const py::list& given) -> py::object {
+    std::vector<c10::IValue> values;
+    for (auto x : given) values.push_back(unwrap(x));
+    try {
+      return py::reinterpret_steal<py::object>(checked(wrap(compute(number_op(name), values.data(), values.size()))));
+    } catch (Declined&) {
+      return py::none();
+    }
+  });
   py::class_<Program, std::shared_ptr<Program>>(m, "Program")
-      .def(py::init<int>())
+      .def(py::init<std::vector<at::Tensor>, int>())
       .def("call", &append_call)
       .def("pick", &Program::pick)
+      .def("number", [](Program& self, const std::string& name,
+                        const py::list& given) { return self.number(name, any_arguments(given)); })
+      .def("check", [](Program& self, const py::tuple& holds,
+                       const std::string& message) { return self.check(any_argument(holds), message); })
+      .def("branch",
+           [](Program& self, const py::tuple& condition, std::shared_ptr<Program> yes, std::shared_ptr<Program> no,
+              const py::list& operands, size_t results) {
+             return self.branch(any_argument(condition), std::move(yes), std::move(no), any_arguments(operands),
+                                results);
+           })
       .def("finish", &Program::finish)
       .def("__len__", &Program::size);
 
@@ -572,9 +687,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       }))
       .def("run",
            [](Signature& self, const std::vector<at::Tensor>& inputs) -> py::object {
-             Tensors results;
+             Values results;
              if (!self.run(inputs.data(), results)) return py::none();
-             return py::cast(std::vector<at::Tensor>(results.begin(), results.end()));
+             py::list all;
+             for (auto& y : results) all.append(py::reinterpret_steal<py::object>(checked(wrap(std::move(y)))));
+             return all;
            })
       .def("add", &add_context)
       .def(
@@ -606,18 +723,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("may_grow", [](Signature& self) { return self.spec->may_grow.load("read"); })
       .def("set_may_grow", [](Signature& self, bool value) { self.spec->may_grow.store("write", value); })
       .def("set_graphs", [](Signature& self, bool value) { self.spec->uses_graphs = value; })
-      .def(
-          "set_program",
-          [](Signature& self, std::shared_ptr<Program> program, std::vector<at::Tensor> weights, py::object unchanged) {
-            self.spec->program = std::move(program);
-            self.spec->weights = std::move(weights);
-            if (unchanged.is_none()) return;
-            self.unchanged = keep(unchanged);
-            self.spec->flags_unchanged = [kept = self.unchanged] {
-              Gil gil;
-              return py::reinterpret_borrow<py::object>(kept.get())().cast<bool>();
-            };
-          })
+      .def("set_program",
+           [](Signature& self, std::shared_ptr<Program> program, py::object unchanged, bool only_numerics) {
+             self.spec->program = std::move(program);
+             self.watch_flags(unchanged, only_numerics);
+           })
+      .def("set_python",
+           [](Signature& self, py::object kernels, py::object unchanged, bool only_numerics) {
+             self.spec->python = [kept = keep(kernels)](const std::vector<at::Tensor>& inputs, Values& results) {
+               Gil gil;
+               auto made = py::reinterpret_borrow<py::object>(kept.get())(inputs);
+               for (auto y : py::reinterpret_borrow<py::iterable>(made)) results.push_back(unwrap(y));
+             };
+             self.watch_flags(unchanged, only_numerics);
+           })
+      .def("sees_flags", [](Signature& self) { return self.spec->flags.has_value(); })
       .def("set_kernels",
            [](Signature& self, const std::vector<at::Tensor>& results, const std::vector<KernelTuple>& kernels) {
              self.spec->kernels = kernels_of(kernels);
