@@ -3,6 +3,8 @@
 from anabranch.export._bystanders import undisturbed
 from anabranch.export._diagnosis import run_in_eager
 from anabranch.export._indices import valid_integer
+from anabranch.export._number_tensors import tensorize
+from anabranch.export._numbers import NotCarried, Numbers, same_computation
 from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutput, SizeOutput, finisher
 from anabranch.export._precision import Cast
 from anabranch.export._program import (
@@ -30,6 +32,8 @@ __all__ = [
     "ComputedOutput",
     "ConstantOutput",
     "Input",
+    "NotCarried",
+    "Numbers",
     "Program",
     "Signature",
     "SizeOutput",
@@ -47,7 +51,9 @@ __all__ = [
     "name_of",
     "register_dataclasses",
     "run_in_eager",
+    "same_computation",
     "source_of",
+    "tensorize",
     "undisturbed",
     "valid_integer",
 ]

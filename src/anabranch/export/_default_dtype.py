@@ -132,12 +132,13 @@ def _pin_where(graph: fx.Graph, node: fx.Node) -> bool:
     """``where(condition, 1.0, 2.0)`` with its numbers as tensors of a type."""
     condition, *numbers = node.args
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or len(numbers) != 2 or any(isinstance(x, fx.Node) for x in numbers):
+    given = [x.meta.get("val") if isinstance(x, fx.Node) else x for x in numbers]
+    if not isinstance(value, torch.Tensor) or len(numbers) != 2 or any(isinstance(x, torch.Tensor) for x in given):
         return False
     typed: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
     with graph.inserting_before(node):
         made = [graph.call_function(_aten.scalar_tensor.default, (x,), typed) for x in numbers]
-    for new, x in zip(made, numbers, strict=True):
+    for new, x in zip(made, given, strict=True):
         new.meta = {**node.meta, "val": _with(value, lambda _, x=x: _aten.scalar_tensor.default(x, **typed))}
     node.target = _aten.where.self
     node.args = (condition, *made)

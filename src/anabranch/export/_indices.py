@@ -56,7 +56,8 @@ def valid_integer(graph: fx.Graph, inputs: Sequence[TensorSpec]) -> tuple[int, s
     ``graph`` takes weights, and then tensors of these specs; its nodes carry fake tensors under ``meta["val"]``.
     What depends on weights or on other inputs is not looked at.
     """
-    placeholders = graph.find_nodes(op="placeholder")
+    # Numbers, if any, come last.
+    placeholders = [n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)]
     given = dict(zip(placeholders[len(placeholders) - len(inputs) :], inputs, strict=True))
     given = {n: s for n, s in given.items() if _is_integer(s.dtype) and math.prod(s.shape) <= _LARGEST}
     if not given:

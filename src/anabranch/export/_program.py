@@ -30,6 +30,7 @@ from anabranch.export._diagnosis import copy_of, diagnose
 from anabranch.export._indices import has_mask
 from anabranch.export._layout import LayoutWatch, aliases, keep_copies
 from anabranch.export._leaks import Watch
+from anabranch.export._numbers import NotCarried, NumberInput, Numbers, Recorder, bind
 from anabranch.export._outputs import ComputedOutput, Output, Returned, classify, storage_of
 from anabranch.export._precision import Cast, HalfPrecision
 from anabranch.export._random import is_random
@@ -84,6 +85,17 @@ class Program:
     absolute: tuple[tuple[int, str], ...] = ()
     #: What a user should know of the export, a line each.
     notes: tuple[str, ...] = ()
+    #: The call's numbers that it takes after the tensors.
+    numbers: Numbers | None = None
+
+    @property
+    def takes_numbers(self) -> bool:
+        """Whether operators take numbers of the call as they are, so that PyTorch has to run them."""
+        return self.numbers is not None and bool(self.numbers.as_numbers)
+
+    @property
+    def is_random(self) -> bool:
+        return bool(self.direct_only) and not self.data_dependent and not self.takes_numbers
 
     @property
     def is_empty(self) -> bool:
@@ -100,6 +112,8 @@ class _Seen:
     reads_layout = False
     #: The stand-ins for tensors that it computed with.
     watch: Watch | None = None
+    #: What it did with the numbers that are inputs.
+    recorder: Recorder | None = None
 
 
 class _Forward(torch.nn.Module):
@@ -114,10 +128,13 @@ class _Forward(torch.nn.Module):
         specs: Sequence[TensorSpec],
         precision: torch.dtype | None = None,
         dtypes: Sequence[Any] = (),
+        numbers: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__()
         self.model = model
         self.seen = _Seen()
+        if numbers:
+            self.seen.recorder = Recorder(numbers)
         self._specs = specs
         self._precision = precision
         self._dtypes = dtypes
@@ -128,9 +145,11 @@ class _Forward(torch.nn.Module):
             specs = iter(self._specs)
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: next(specs).in_memory(x), (args, kwargs))
         watch = LayoutWatch(pytree.tree_leaves((args, kwargs)))
+        if self.seen.recorder is not None:
+            args, kwargs = self.seen.recorder.enter((args, kwargs))
         if self._precision is None:
             with watch:
-                result = self.model(*args, **kwargs)
+                result = self._call_model(args, kwargs)
             return tuple(self._note(result, watch))
 
         originals: dict[int, torch.Tensor] = {}
@@ -144,13 +163,25 @@ class _Forward(torch.nn.Module):
 
         args, kwargs = pytree.tree_map(enter, (args, kwargs))
         with watch, HalfPrecision(self._precision):
-            result = self.model(*args, **kwargs)
+            result = self._call_model(args, kwargs)
         # An input that is handed back is the caller's own, not a rounded copy.
         result = pytree.tree_map(lambda y: originals.get(id(y), y), result)
         return tuple(
             x.to(d) if isinstance(x, torch.Tensor) and d else x
             for x, d in zip(self._note(result, watch), self._dtypes, strict=True)
         )
+
+    def _call_model(self, args: Any, kwargs: Any) -> Any:
+        recorder = self.seen.recorder
+        if recorder is None:
+            return self.model(*args, **kwargs)
+        try:
+            result = self.model(*args, **kwargs)
+        except Exception as e:
+            recorder.check(e)
+        recorder.check()
+        recorder.check_result(result)
+        return result
 
     def _note(self, result: Any, watch: LayoutWatch) -> list[Any]:
         self.seen.returned, values = Returned.of(result)
@@ -165,8 +196,12 @@ def export_program(
     cast: Cast | None = None,
     given: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
     aside: Callable[..., Any] = lambda call, lasting=False: call(),
+    numbers: frozenset[int] = frozenset(),
 ) -> Program:
     """Export a copy of ``model`` for these inputs; with ``cast``, in that precision.
+
+    ``numbers``: positions of those among the leaves that become inputs of the program, in place of a part of it; see
+    :attr:`Program.numbers`. Raises :class:`NotCarried` where one cannot.
 
     Each input tensor must have memory of its own: what shares a storage is taken for one value. The program's inputs
     are what lies in memory of them, with canonical strides (see :class:`TensorSpec`). Their values are not read;
@@ -180,13 +215,13 @@ def export_program(
     """
     check_global_hooks()
     snapshot = model if isinstance(model, Snapshot) else Snapshot.of(model, values=False)
-    exporter = _Exporter(args, kwargs, given or (args, kwargs), aside)
+    exporter = _Exporter(args, kwargs, given or (args, kwargs), aside, numbers)
     options: tuple[Any, ...] = ()
     if cast is not None:
         exported, *_ = exporter.export(snapshot, decompose=False)
         options = (cast.precision, _output_dtypes(exported))
     exported, traced, seen = exporter.export(cast.snapshot if cast is not None else snapshot, *options)
-    program = _flatten(exported, traced, cast, exporter.specs, seen.returned, aside)
+    program = _flatten(exported, traced, cast, exporter.specs, seen, aside, pytree.tree_leaves((args, kwargs)))
     program.reads_layout = seen.reads_layout
     del exported, traced
     program.notes = exporter.notes()
@@ -196,7 +231,15 @@ def export_program(
 class _Exporter:
     """Exports copies of a model for one signature."""
 
-    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], given: Any, aside: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        given: Any,
+        aside: Callable[..., Any],
+        numbers: frozenset[int],
+    ) -> None:
+        self._numbers = numbers
         self._args = tuple(args)
         self._kwargs = dict(kwargs)
         self._given = given[0], {name: given[1][name] for name in kwargs}
@@ -233,7 +276,7 @@ class _Exporter:
         return exported, traced, seen
 
     def _trace(self, traced: Fresh, options: Any, decompose: bool) -> tuple[ExportedProgram, _Seen]:
-        forward = _Forward(traced.module, self.specs, *options)
+        forward = _Forward(traced.module, self.specs, *(options or (None, ())), self._numbers)
         exported = _export(forward, self._args, self._kwargs, self._given, decompose)
         self._watches.append(forward.seen.watch)
         return exported, forward.seen
@@ -309,6 +352,8 @@ def _export(
                         with _functional.kept_whole():
                             exported = exported.run_decompositions({})
     except Exception as e:
+        if module.seen.recorder is not None:
+            module.seen.recorder.check(e)
         if isinstance(e, UnsupportedModel) and exported is not None:
             raise
         refusal = getattr(module.seen, "returned", None) and module.seen.returned.refusal
@@ -414,9 +459,11 @@ def _flatten(
     traced: Fresh,
     cast: Cast | None,
     specs: Sequence[TensorSpec],
-    returned: Returned,
+    seen: _Seen,
     aside: Callable[..., Any],
+    leaves: Sequence[Any],
 ) -> Program:
+    returned = seen.returned
     signature = exported.graph_signature
     for spec in signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
@@ -429,7 +476,9 @@ def _flatten(
             )
 
     gm = fx.GraphModule(exported.graph_module, copy.deepcopy(exported.graph_module.graph))
+    numbers = bind(gm, seen.recorder, leaves) if seen.recorder is not None else []
     placeholders = gm.graph.find_nodes(op="placeholder")
+    placeholders = placeholders[: len(placeholders) - len(numbers)]
     tensors: dict[str, torch.Tensor] = {**exported.state_dict, **exported.constants}
     for named in (traced.module.named_parameters, traced.module.named_buffers):
         tensors.update((f"model.{name}", t) for name, t in named(remove_duplicate=False))
@@ -507,6 +556,9 @@ def _flatten(
         uncaptured=uncaptured,
         asks_default_dtype=tuple(_named(n) for n in asks),
         absolute=absolute,
+        numbers=Numbers(tuple(map(NumberInput, numbers)), tuple(sorted(seen.recorder.positions)))
+        if seen.recorder is not None
+        else None,
     )
 
 

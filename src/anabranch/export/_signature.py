@@ -249,30 +249,60 @@ def _check_tensor(x: torch.Tensor, position: int) -> None:
 
 
 @dataclass(frozen=True)
+class AnyNumber:
+    """A number of a signature that serves all its values."""
+
+    kind: type
+    #: One that it had.
+    example: Any = dataclasses.field(default=0, compare=False)
+
+    def __repr__(self) -> str:
+        return f"any {self.kind.__name__}"
+
+
+@dataclass(frozen=True)
 class Signature:
     """Structure of a call, with the spec of each tensor leaf and the value of each other leaf."""
 
     structure: pytree.TreeSpec
     leaves: tuple[Any, ...]
+    #: Of tensors that are made of a call's numbers; the program takes them after the others.
+    numbers: tuple[TensorSpec, ...] = ()
 
     @classmethod
     def of(cls, leaves: Sequence[Any], structure: pytree.TreeSpec) -> Signature:
         return cls(structure, tuple(TensorSpec.of(x) if isinstance(x, torch.Tensor) else x for x in leaves))
 
     @property
-    def tensors(self) -> tuple[TensorSpec, ...]:
+    def given(self) -> tuple[TensorSpec, ...]:
+        """Of the tensors that a call is given."""
         return tuple(x for x in self.leaves if isinstance(x, TensorSpec))
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Of the tensors that a program is given."""
+        return (*self.given, *self.numbers)
 
     @property
     def layouts(self) -> tuple[Any, ...] | None:
         """The layout of each tensor, or None where all are canonical."""
-        layouts = tuple(x.layout for x in self.tensors)
+        layouts = tuple(x.layout for x in self.given)
         return layouts if any(x is not None for x in layouts) else None
 
     def with_integer(self, value: int) -> Signature:
         """The same signature; integers that are made up for it are ``value``."""
         leaves = (replace(x, integer=value) if isinstance(x, TensorSpec) else x for x in self.leaves)
-        return Signature(self.structure, tuple(leaves))
+        return Signature(self.structure, tuple(leaves), self.numbers)
+
+    def with_numbers(self, positions: Sequence[int], tensors: Sequence[TensorSpec]) -> Signature:
+        """The same signature for all values of the numbers at ``positions``."""
+        leaves = (AnyNumber(type(x), x) if i in positions else x for i, x in enumerate(self.leaves))
+        return Signature(self.structure, tuple(leaves), tuple(tensors))
+
+    @property
+    def values(self) -> list[Any]:
+        """The leaves of a call of this signature, but for its tensors."""
+        return [x.example if isinstance(x, AnyNumber) else x for x in self.leaves]
 
     def examples(self, device: torch.device) -> list[Any]:
         """Leaves to export on: each tensor a new one of its own memory, with no values."""

@@ -83,7 +83,8 @@ def build_plan(
     of: dict[fx.Node, tuple[Access, ...]] = {}
     for node, weight_name in zip(placeholders[:split], program.weight_names, strict=True):
         of[node] = (buffer(f"weight {weight_name}", "weight", node.meta["val"]),)
-    for i, (node, spec) in enumerate(zip(placeholders[split:], inputs, strict=True)):
+    tensors = [n for n in placeholders[split:] if isinstance(n.meta.get("val"), torch.Tensor)]  # and numbers
+    for i, (node, spec) in enumerate(zip(tensors, inputs, strict=True)):
         source = buffer(f"input {i}", "input", spec)
         if captured:
             static = buffer(f"static input {i}", "static", spec)
@@ -135,7 +136,7 @@ def build_plan(
             extra = workspace if _uses_workspace(node) else ()
             steps.append(Step(node.name, lane, reads, (*writes, *extra), "op", str(node.target), source_of(node)))
     elif not program.is_empty:
-        reads = _unique(a for n in placeholders for a in of[n])
+        reads = _unique(a for n in placeholders for a in of.get(n, ()))
         writes = tuple(buffer(*label_of(n), n.meta["val"]) for n in dict.fromkeys(results))
         for n, w in zip(dict.fromkeys(results), writes, strict=True):
             of[n] = (w,)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from anabranch.errors import (
 from anabranch.export import (
     Cast,
     Input,
+    NotCarried,
+    Program,
     Signature,
     Snapshot,
     export_program,
@@ -41,6 +44,8 @@ from anabranch.export import (
     name_of,
     register_dataclasses,
     run_in_eager,
+    same_computation,
+    tensorize,
 )
 from anabranch.plan import Plan
 from anabranch.runtime import _phases
@@ -50,6 +55,7 @@ from anabranch.runtime._phases import Clock
 from anabranch.runtime._pool import Limits
 from anabranch.runtime._specialization import Settings, Specialization
 from anabranch.runtime._stats import Counters, Stats
+from anabranch.runtime._varying import Varying, has_numbers, used
 
 _log = logging.getLogger("anabranch")
 RUNTIMES = ("native", "python")
@@ -340,6 +346,7 @@ class Engine:
         #: By signature. Written with the build lock held; read without, which a dict allows.
         self._specializations: dict[Any, Specialization] = _sync.dict_("specializations")
         self._primary: Specialization | None = None
+        self._varying = Varying()
         self._closed = False
         self._generation = process.generation
         process.register(self)
@@ -382,7 +389,19 @@ class Engine:
         return leaves, (structure, *[leaf_key(x, i, device) for i, x in enumerate(leaves)])
 
     def _find(self, key: Any, leaves: Sequence[Any]) -> Specialization | None:
-        """The specialization for a call, if there is one."""
+        """The specialization for a call, if there is one: for its very numbers, or for all."""
+        found = self._look_up(key, leaves)
+        if has_numbers(key):
+            if found is None:
+                any_value = self._varying.key_of(key)
+                found = self._look_up(any_value, leaves) if any_value is not None else None
+                if found is not None and not found.takes(leaves):
+                    return None
+            if found is not None:
+                used(found)
+        return found
+
+    def _look_up(self, key: Any, leaves: Sequence[Any]) -> Specialization | None:
         found = self._specializations.get(key)
         if found is not None and not found.program.reads_layout:
             return found
@@ -412,52 +431,142 @@ class Engine:
             self._check_compile_flags()
             leaves, structure = flatten_call(args, kwargs, self._in_order)
             signature = Signature.of(leaves, structure)
-            given, program = (args, kwargs), None
             clock = clock or Clock()
+            made = self._compile_for_all(key, signature, (args, kwargs), leaves, clock)
+            made = made or self._compile(key, signature, (args, kwargs), leaves, clock)
+            _log.info("%s(%s): %s", self._settings.name, made.signature, _phases.describe(made.seconds))
+            return made
+
+    def _compile(
+        self, key: Any, signature: Signature, given: Any, leaves: Sequence[Any], clock: Clock
+    ) -> Specialization:
+        """A specialization for these very numbers. With the build lock held."""
+        program = None
+        try:
+            self._device.reap()
+            with self._compiling():
+                program = self._export(signature, given)
+                made = self._build(program, signature, leaves)
+        except InputError as e:
+            if program is not None and self._runs_in_eager(given):
+                raise BuildError(
+                    f"the model runs in eager on these inputs ({signature}), and its graph does not run with"
+                    f" backend {self._settings.backend!r}: {e.__cause__ or e}. Try another backend."
+                ) from e.__cause__
+            if self._specializations:
+                raise InputError(f"{e} Compiled so far: {self._known()}") from e.__cause__
+            raise
+        except AnabranchError:
+            raise
+        except Exception as e:
+            self._device.check_error(e)
+            raise
+        self._keep(key, signature, made)
+        for old in self._varying.add(key, made):
+            self._give_up(old)
+        return made
+
+    def _compile_for_all(
+        self, key: Any, signature: Signature, given: Any, leaves: Sequence[Any]
+    ) -> Specialization | None:
+        """A specialization for all values of the numbers that have varied; None where there is, or can be, none.
+
+        Whatever goes wrong, the numbers' values become a part of the signature. With the build lock held.
+        """
+        while positions := self._varying.to_carry(key):
+            any_value = self._varying.key_of(key)
+            if self._look_up(any_value, leaves) is not None:
+                return None  # it is not right for this value
             try:
-                device.reap()
-                with (
-                    process.compiling(),
-                    _disable_current_modes(),
-                    neutral(device, index),
-                    device.building(),
-                    self._on_default_device(),
-                ):
-                    # Not on the caller's own tensors: one that is passed twice, or two that share memory, would be
-                    # taken for one input by this call and by all later ones.
-                    args, kwargs = pytree.tree_unflatten(signature.examples(self._torch_device), structure)
-                    assert self._snapshot is not None  # it is usable, and this thread has the lock
-                    with clock.phase("export"):
-                        program = export_program(self._snapshot, args, kwargs, self._cast, given, self._aside)
-                    self._check_compile_flags()  # another thread may have set one meanwhile
-                    made = self._make_specialization(
-                        self._settings,
-                        program,
-                        signature,
-                        self._limits,
-                        self._counters,
-                        () if device.has_streams else [x for x in leaves if isinstance(x, torch.Tensor)],
-                        clock,
-                    )
-            except InputError as e:
-                if program is not None and self._runs_in_eager(given):
-                    raise BuildError(
-                        f"the model runs in eager on these inputs ({signature}), and its graph does not run with"
-                        f" backend {self._settings.backend!r}: {e.__cause__ or e}. Try another backend."
-                    ) from e.__cause__
-                if self._specializations:
-                    raise InputError(f"{e} Compiled so far: {self._known()}") from e.__cause__
-                raise
-            except AnabranchError:
+                self._device.reap()
+                with self._compiling():
+                    program = self._export(signature, given, positions)
+                    reference = self._reference(key, signature, given)
+                    if not same_computation(program, reference[0], reference[1]):
+                        raise NotCarried(dict.fromkeys(positions, "the model asks for its type"))
+                    self._choose_numbers(program)
+                    assert program.numbers is not None
+                    if program.numbers.values(leaves) is None:
+                        return None
+                    tensors = [x.spec for x in program.numbers.inputs if x.dtype is not None]
+                    of_all = signature.with_numbers(program.numbers.positions, tensors)
+                    made = self._build(program, of_all, leaves)
+            except NotCarried as e:
+                self._varying.refuse(key, e.reasons)
+            except (FlagsChanged, DeviceLost, EngineClosed):
                 raise
             except Exception as e:
-                device.check_error(e)
-                raise
-            if program.reads_layout and signature.layouts is not None:
-                key = (key, signature.layouts)
-            self._add(key, made)
-            _log.info("%s(%s): %s", self._settings.name, signature, _phases.describe(made.seconds))
-            return made
+                self._device.check_error(e)
+                why = (str(e).splitlines() or [""])[0]
+                self._varying.refuse(key, dict.fromkeys(positions, f"{type(e).__name__}: {why}"))
+            else:
+                self._keep(any_value, of_all, made)
+                return made
+        return None
+
+    def _choose_numbers(self, program: Program) -> None:
+        """Whether a program takes its numbers as tensors or as they are."""
+        device, backend = self._device, self._settings.backend
+        if backend == "eager" and not device.has_streams:
+            why = "nothing is captured or compiled, and so the bits are eager's"
+        elif program.data_dependent:
+            why = "the model depends on data"
+        else:
+            why = tensorize(program, self._torch_device, exact=backend == "eager")
+        if not why:
+            return
+        if self._settings.require_full and backend != "eager":
+            raise BuildError(f"require_full=True given, and {why}. Leave it out to have PyTorch run the model.")
+        assert program.numbers is not None
+        program.numbers = replace(program.numbers, as_numbers=why)
+        if device.has_streams or backend != "eager":
+            program.direct_only = program.direct_only or f"numbers of the call are no tensors: {why}"
+
+    def _reference(self, key: Any, signature: Signature, given: Any) -> tuple[Program, Sequence[Any]]:
+        """A program that has the numbers of a call written into it, and the call's leaves."""
+        for made in self._varying.values_of(key):
+            if made.signature.given == signature.given:
+                return made.program, made.signature.values
+        return self._export(signature, given), signature.values
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        with (
+            process.compiling(),
+            _disable_current_modes(),
+            neutral(self._device, self._index),
+            self._device.building(),
+            self._on_default_device(),
+        ):
+            yield
+
+    def _export(self, signature: Signature, given: Any, numbers: frozenset[int] = frozenset()) -> Program:
+        # Not on the caller's own tensors: one that is passed twice, or two that share memory, would be taken for one
+        # input by this call and by all later ones.
+        args, kwargs = pytree.tree_unflatten(signature.examples(self._torch_device), signature.structure)
+        assert self._snapshot is not None  # it is usable, and this thread has the lock
+        program = export_program(self._snapshot, args, kwargs, self._cast, given, self._aside, numbers)
+        self._check_compile_flags()  # another thread may have set one meanwhile
+        return program
+
+    def _build(self, program: Program, signature: Signature, leaves: Sequence[Any]) -> Specialization:
+        given = () if self._device.has_streams else [x for x in leaves if isinstance(x, torch.Tensor)]
+        return self._make_specialization(self._settings, program, signature, self._limits, self._counters, given)
+
+    def _keep(self, key: Any, signature: Signature, made: Specialization) -> None:
+        if made.program.reads_layout and signature.layouts is not None:
+            key = (key, signature.layouts)
+        self._add(key, made)
+
+    def _give_up(self, made: Specialization) -> None:
+        """Calls under way keep it alive. With the build lock held."""
+        if made is self._primary:
+            return  # what the engine shows of itself
+        for key in [k for k, other in self._specializations.items() if other is made]:
+            self._specializations.pop(key)
+        if made.loads_code:
+            del made
+            self._device.free_code()
 
     def _aside(self, call: Callable[[], Any], lasting: bool = False) -> None:
         """Make a call on a stream of our own: the caller's may be held up. The host blocks until it is done.
@@ -579,6 +688,7 @@ class Engine:
         with process.build_lock, _activity.building():
             loads_code = any(s.loads_code for s in self._specializations.values())
             self._specializations.clear()
+            self._varying.clear()
             self._primary = None
             self._snapshot = self._cast = None
             if loads_code:
@@ -620,6 +730,7 @@ class Engine:
             lines.append(self._about_hooks())
         for specialization in list(self._specializations.values()):
             lines += specialization.explain()
+        lines += self._varying.explain()
         limit = self._limits.memory_limit
         memory = "no limit on memory" if limit is None else f"{limit} bytes"
         lines.append(

@@ -349,6 +349,8 @@ def _key(stream: int) -> str:
 
 def translate(program: Program) -> Any:
     """``program`` for the C++ to run operator by operator, or the reason why it cannot."""
+    if program.takes_numbers:
+        return "operators take numbers of the call"
     flat = flatten(program)
     if isinstance(flat, str):
         return flat

@@ -125,7 +125,8 @@ class Specialization:
         self.measured: dict[str, float] = {}
 
         # What depends on data cannot be compiled for one shape: operators decide as they go.
-        self.backend = "eager" if program.data_dependent or program.is_empty else settings.backend
+        by_operators = program.data_dependent or program.is_empty or program.takes_numbers
+        self.backend = "eager" if by_operators else settings.backend
         if device.has_streams:
             device.prepare_retire(self._index)
         self.uses_graphs, self.reason = self._build(given)
@@ -178,7 +179,13 @@ class Specialization:
 
     def _examples(self) -> list[torch.Tensor]:
         """New inputs of this signature with made-up values, on the current stream."""
-        return [s.synthesize(self.settings.torch_device) for s in self._specs]
+        made: list[Any] = [s.synthesize(self.settings.torch_device) for s in self._specs]
+        return made + self._numbers(self.signature.values) if self.program.takes_numbers else made
+
+    def _numbers(self, leaves: Sequence[Any]) -> list[Any]:
+        """The inputs that are made of a call's numbers, on the current stream."""
+        numbers = self.program.numbers
+        return numbers.given(leaves, self.settings.torch_device) if numbers is not None else []
 
     def _lower(self, examples: Sequence[torch.Tensor], own: Any) -> Kernels | Instance:
         """Have the backend make the kernels; returns what this thread may run of them.
@@ -270,7 +277,8 @@ class Specialization:
             if not given:
                 raise
             # Made-up values may be at fault.
-            inputs = [s.in_memory(x) for s, x in zip(self._specs, given, strict=True)]
+            inputs = [s.in_memory(x) for s, x in zip(self.signature.given, given, strict=True)]
+            inputs += self._numbers(self.signature.values)
             self._warm_up(run, self._canonical(inputs), times=1)
 
     def _warm_up(self, run: Kernels | Instance, examples: Sequence[torch.Tensor], times: int) -> None:
@@ -443,6 +451,11 @@ class Specialization:
 
     # -- calling ------------------------------------------------------------------------------------------------
 
+    def takes(self, leaves: Sequence[Any]) -> bool:
+        """Whether it is right for the numbers of a call that has its signature."""
+        numbers = self.program.numbers
+        return numbers is None or numbers.values(leaves) is not None
+
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run one call on the calling thread's current stream. ``leaves`` have passed validation."""
         device = self._device
@@ -476,9 +489,10 @@ class Specialization:
                     f"input {position} begins {given[position].storage_offset()} elements into its storage, and the"
                     f" model reads from the storage's beginning ({what}). Pass x.clone(), or leave storage_offset out."
                 )
-        if not self._is_lazy:
-            return given, given
-        return given, [spec.in_memory(x) for spec, x in zip(self._specs, given, strict=True)]
+        inputs = given
+        if self._is_lazy:
+            inputs = [spec.in_memory(x) for spec, x in zip(self.signature.given, given, strict=True)]
+        return given, inputs + self._numbers(leaves) if self.program.numbers is not None else inputs
 
     def _acquire(self, stream: Any) -> Context | None:
         choice = self._pool.acquire(stream.stream_id, self._may_build)
@@ -636,9 +650,10 @@ class Specialization:
         if self.backend == "eager" and not self._device.has_streams:
             return list(inputs)
         device = self.settings.torch_device
-        return [
-            x if spec.matches(x) else spec.empty(device).copy_(x) for x, spec in zip(inputs, self._specs, strict=True)
+        tensors = [
+            x if spec.matches(x) else spec.empty(device).copy_(x) for x, spec in zip(inputs, self._specs, strict=False)
         ]
+        return tensors + list(inputs[len(tensors) :])  # and numbers
 
     def _check_flags(self) -> None:
         if self._sensitive and not self._flags.unchanged():
@@ -713,7 +728,9 @@ class Specialization:
             lines.append(f"  {handed_back} output(s) are inputs or parameters (or views of them), handed back as such")
         if self._sensitive and settings.device.kind == "cuda" and settings.flags["torch.backends.cudnn.benchmark"]:
             lines.append("  not deterministic across threads: torch.backends.cudnn.benchmark was on at compile")
-        if self.program.direct_only and not self.program.data_dependent:
+        if self.program.numbers is not None:
+            lines.append(f"  {self.program.numbers.explain()}")
+        if self.program.is_random:
             lines.append("  results differ from call to call: the model draws random numbers")
         lines += [f"  {note}" for note in self.program.notes]
         if self._sensitive and settings.device.kind != "cuda":

@@ -1,0 +1,121 @@
+"""Which numbers of an engine's calls have varied, and what is kept for which of their values."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Specializations that are kept for single values of a number, of calls that are otherwise alike.
+MOST_VALUES = 64
+#: What a specialization for all values has in its key, in the place of a value.
+_ANY = "any"
+_ticks = itertools.count()
+
+
+@dataclass
+class _Alike:
+    """Calls that differ in numbers alone. Written with the build lock held; read without."""
+
+    #: The key of the first one.
+    first: tuple[Any, ...]
+    #: Positions of the numbers that have had a second value.
+    varied: frozenset[int] = frozenset()
+    #: Of those: why a value is a part of the signature all the same.
+    refused: dict[int, str] = field(default_factory=dict)
+    #: The specializations for single values, by their keys.
+    kept: dict[Any, Any] = field(default_factory=dict)
+    #: How many were given up.
+    gone: int = 0
+
+
+class Varying:
+    """The numbers of one engine's calls.
+
+    The first value of a number is a part of its call's signature. When it has a second one, a specialization is made
+    that takes it as an input, and serves all further values. Where that cannot be, each value has a specialization of
+    its own, and the one that was called longest ago is given up beyond :data:`MOST_VALUES`.
+
+    Threads: ``key_of`` and ``used`` any; the others with the build lock held.
+    """
+
+    def __init__(self) -> None:
+        self._alike: dict[Any, _Alike] = {}
+
+    def key_of(self, key: Any) -> Any:
+        """The key of the specialization that serves a call, whatever its varying numbers are; None: there is none."""
+        alike = self._alike.get(_loose(key)) if has_numbers(key) else None
+        if alike is None or not alike.varied - alike.refused.keys():
+            return None
+        return _with_any(key, alike.varied - alike.refused.keys())
+
+    def to_carry(self, key: Any) -> frozenset[int]:
+        """Positions among the leaves of a call of the numbers that shall be inputs of a specialization for it."""
+        alike = self._alike.get(_loose(key)) if has_numbers(key) else None
+        if alike is None:
+            return frozenset()
+        differ = {p for p, (a, b) in enumerate(zip(alike.first[1:], key[1:], strict=True)) if a != b}
+        alike.varied |= frozenset(p for p in differ if key[p + 1][0] in (int, float))
+        return alike.varied - alike.refused.keys()
+
+    def refuse(self, key: Any, reasons: dict[int, str]) -> None:
+        """These numbers stay a part of the signature."""
+        alike = self._alike[_loose(key)]
+        alike.refused = {**alike.refused, **reasons}
+
+    def values_of(self, key: Any) -> Iterator[Any]:
+        """Specializations for single values, of calls that differ from this one in numbers that are inputs alone."""
+        wanted = self.key_of(key)
+        for other, made in self._alike[_loose(key)].kept.items():
+            if self.key_of(other) == wanted:
+                yield made
+
+    def add(self, key: Any, made: Any) -> list[Any]:
+        """A specialization for single values was made; returns the ones to give up."""
+        if not has_numbers(key):
+            return []
+        alike = self._alike.setdefault(_loose(key), _Alike(key))
+        made.last_call = next(_ticks)
+        alike.kept[key] = made
+        gone = sorted(alike.kept, key=lambda k: alike.kept[k].last_call)[: len(alike.kept) - MOST_VALUES]
+        alike.gone += len(gone)
+        return [alike.kept.pop(k) for k in gone]
+
+    def clear(self) -> None:
+        self._alike.clear()
+
+    def explain(self) -> list[str]:
+        """A line for each number of which single values have specializations."""
+        lines = []
+        for alike in list(self._alike.values()):
+            for p, why in alike.refused.items():
+                kind = alike.first[p + 1][0].__name__
+                given_up = f", {alike.gone} were given up" if alike.gone else ""
+                lines.append(
+                    f"input {p} ({kind}) varies, and each value is compiled by itself: {why}. The last {MOST_VALUES}"
+                    f" values are kept{given_up}"
+                )
+        return lines
+
+
+def has_numbers(key: Any) -> bool:
+    """Whether a call has numbers: a call of tensors alone has no structure in its key."""
+    return bool(key) and not isinstance(key[0], tuple) and any(_is_number(part) for part in key[1:])
+
+
+def used(made: Any) -> None:
+    """A call has come to a specialization."""
+    made.last_call = next(_ticks)
+
+
+def _is_number(part: Any) -> bool:
+    return part[0] in (int, float, complex)
+
+
+def _loose(key: Any) -> Any:
+    return (key[0], *((part[0], _ANY) if _is_number(part) else part for part in key[1:]))
+
+
+def _with_any(key: Any, positions: frozenset[int]) -> Any:
+    return (key[0], *((part[0], _ANY) if p in positions else part for p, part in enumerate(key[1:])))
