@@ -22,9 +22,7 @@ _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALF, torch.float32, torch.float64)
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
-_COMPARED = {
-    getattr(_aten, name).Scalar: getattr(_aten, name).Tensor for name in ("eq", "ne", "lt", "le", "gt", "ge")
-}
+_COMPARED = {getattr(_aten, name).Scalar: getattr(_aten, name).Tensor for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 #: Of what lies on the CPU: they give on the device what they give there, moved.
 _MOVED = (_aten.stack.default, _aten.cat.default, _aten.unsqueeze.default, _aten.view.default, _aten.reshape.default)
 
@@ -57,7 +55,7 @@ class _Rewriter:
         self._numbers: dict[fx.Node, Expression] = {
             n: x.expression for n, x in zip(placeholders[len(placeholders) - len(given) :], given, strict=True)
         }
-        self._mode = next(
+        self._mode: Any = next(
             (n.meta["val"].fake_mode for n in self._graph.nodes if hasattr(n.meta.get("val"), "fake_mode")), None
         )
         self._device = device
@@ -122,7 +120,8 @@ class _Rewriter:
         wanted = NumberInput(expression, dtype, finite)
         if wanted not in self._of:
             with self._graph.inserting_before(next(n for n in self._graph.nodes if n.op != "placeholder")):
-                node = self._graph.placeholder(f"number_{len(self._of)}")
+                node = self._graph.placeholder(f"number_tensor_{len(self._of)}")
+            node.target = node.name  # that of another may be the name that was asked for
             with self._mode:
                 node.meta["val"] = torch.empty((), dtype=dtype, device=self._device)
             self._of[wanted] = node
@@ -140,7 +139,7 @@ class _Rewriter:
         dtype = self._node.meta["val"].dtype
         if dtype not in _FLOATS and dtype not in _INTEGERS:
             raise _Kept(f"{self._node.target} gives {dtype}")
-        return dtype  # type: ignore[no-any-return]
+        return dtype
 
     def _not_exact(self) -> None:
         if self._exact:
@@ -178,6 +177,8 @@ class _Rewriter:
         alpha = node.kwargs.get("alpha", 1)
         target = node.target
         numbers = [n for n in (x, y) if not isinstance(n, fx.Node) or n in self._numbers]
+        if self._exact and not self._by_kernel and target in (_aten.add.Tensor, _aten.sub.Tensor):
+            computed = result  # the CPU rounds a number to half precision before it is added
         if numbers and numbers[0] is x and result in _HALF:
             self._not_exact()  # some kernels round it first
         if alpha != 1 or isinstance(alpha, fx.Node):

@@ -90,27 +90,26 @@ class NumberInput:
     def value(self, leaves: Sequence[Any]) -> Any:
         """Its value in a call; None where the program is not right for that."""
         try:
-            value = self.expression.of(leaves)
+            value: Any = self.expression.of(leaves)
         except Exception:
             return None
-        if type(value) is not self.expression.kind:
-            return None  # a power of a negative number is complex, of an integer maybe a fraction
-        if type(value) is int and not -(1 << 63) <= value < 1 << 63:
+        kind: Any = self.expression.kind
+        if type(value) is not kind:
+            return None  # a power of a negative number is complex, one of an integer may be a fraction
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
             return None
         dtype = self.dtype
-        if self.finite and value != value:
-            return None
-        if dtype is None or value != value:
+        if math.isnan(value):
+            return None if self.finite else value
+        if dtype is None or (math.isinf(value) and dtype.is_floating_point):
             return value
-        if dtype.is_floating_point:
-            fits = math.isinf(value) if type(value) is float else False
-            return value if fits or abs(value) <= torch.finfo(dtype).max else None
-        return value if torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max else None
+        limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+        return value if limits.min <= value <= limits.max else None
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers that a program takes after its tensors, and the positions of those in the call that they come from."""
+    """The numbers that a program takes after its tensors, and the positions in a call of those that they come from."""
 
     inputs: tuple[NumberInput, ...]
     positions: tuple[int, ...]
@@ -179,9 +178,9 @@ class Recorder:
 
     def look(self, number: Any, how: str) -> NoReturn:
         """Its value is asked for."""
-        self.refuse(number._expression.positions(), f"{how}{_line()}")
+        self.pin(number._expression.positions(), f"{how}{_line()}")
 
-    def refuse(self, positions: Iterable[int], why: str) -> NoReturn:
+    def pin(self, positions: Iterable[int], why: str) -> NoReturn:
         for p in positions:
             self.seen.setdefault(p, why)
         raise NotCarried(self.seen)
@@ -204,9 +203,10 @@ class Recorder:
     def check_result(self, result: Any) -> None:
         """A number that the model returns has to be one."""
         for x in pytree.tree_leaves(result, is_leaf=lambda y: isinstance(y, torch.Size)):
-            for part in x if isinstance(x, torch.Size) else (x,):
-                if type(part) in (_Float, _Int):
-                    self.refuse(part._expression.positions(), "the model returns it")
+            parts: Iterable[Any] = x if isinstance(x, torch.Size) else (x,)
+            for part in parts:
+                if _is_stand_in(part):
+                    self.pin(part._expression.positions(), "the model returns it")
 
 
 def _line() -> str:
@@ -241,9 +241,9 @@ def _computed(function: Callable[..., Any], *given: Any) -> Any:
     try:
         value = function(*(x._value if _is_stand_in(x) else x for x in given))
     except Exception as e:
-        recorder.refuse(positions, f"Python refuses it: {e}{_line()}")
+        recorder.pin(positions, f"Python refuses it: {e}{_line()}")
     if type(value) not in (int, float):
-        recorder.refuse(positions, f"Python makes a {type(value).__name__} of it{_line()}")
+        recorder.pin(positions, f"Python makes a {type(value).__name__} of it{_line()}")
     arguments = tuple(x._expression if _is_stand_in(x) else x for x in given)
     return recorder.stand_in(Expression(function, arguments, type(value)), value)
 
@@ -286,11 +286,11 @@ def _methods() -> dict[str, Any]:
         function = getattr(operator, f"{name}_" if name in ("and", "or") else name)
         made[f"__{name}__"] = _method(function)
         made[f"__r{name}__"] = _method(function, reflected=True)
-    for name, one in (("neg", operator.neg), ("pos", operator.pos), ("abs", operator.abs), ("invert", operator.invert)):
-        made[f"__{name}__"] = _method(one)
+    for name in ("neg", "pos", "abs", "invert"):
+        made[f"__{name}__"] = _method(getattr(operator, name))
+    for name in ("floor", "ceil", "trunc"):
+        made[f"__{name}__"] = _method(getattr(math, name))
     made["__round__"] = _method(_round)
-    for name, one in (("floor", math.floor), ("ceil", math.ceil), ("trunc", math.trunc)):
-        made[f"__{name}__"] = _method(one)
     for name in ("eq", "ne", "lt", "le", "gt", "ge"):
         made[f"__{name}__"] = _compared
     for name in ("bool", "int", "float", "complex", "index"):
@@ -336,12 +336,15 @@ def bind(gm: fx.GraphModule, recorder: Recorder, leaves: Sequence[Any]) -> list[
             if isinstance(mark, int | float) and _MARK <= mark < _MARK + len(recorder.expressions):
                 items.setdefault(int(mark) - _MARK, []).append(node)
     bound: list[Expression] = []
+    symbols: set[Any] = set()
     for k, nodes in sorted(items.items()):
         expression = recorder.expressions[k]
         with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
             number = graph.placeholder(f"number_{k}")
+        number.target = number.name  # an input of the model may have the name that was asked for
         number.meta["val"] = expression.of(leaves)
         for node in nodes:
+            symbols |= node.meta["val"].node.expr.free_symbols
             filled = node.args[0]
             node.replace_all_uses_with(number)
             graph.erase_node(node)
@@ -350,16 +353,30 @@ def bind(gm: fx.GraphModule, recorder: Recorder, leaves: Sequence[Any]) -> list[
         if not number.users:
             graph.erase_node(number)
             continue
+        _fold_writes(graph, number)
         _check_uses(number, expression)
         bound.append(expression)
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users and _is_symbolic(node.meta.get("val")):
+        if node.op == "call_function" and not node.users and _symbols(node.meta.get("val")) & symbols:
             graph.erase_node(node)
-    left = next((n for n in graph.nodes if n.op != "output" and _is_symbolic(n.meta.get("val"))), None)
+    left = next((n for n in graph.nodes if n.op != "output" and _symbols(n.meta.get("val")) & symbols), None)
     if left is not None:
-        raise NotCarried(dict.fromkeys(recorder.positions, f"{left.target} depends on values"))
+        raise NotCarried(dict.fromkeys(recorder.positions, f"PyTorch computes with it ({left.target})"))
     gm.recompile()
     return bound
+
+
+def _fold_writes(graph: fx.Graph, number: fx.Node) -> None:
+    """Have ``x[0] = sigma`` write a number, as it does where the number is known."""
+    for made in [n for n in number.users if n.target is _aten.scalar_tensor.default]:
+        for user in list(made.users):
+            if user.target is not _aten.copy.default or user.args[1] is not made:
+                continue
+            x, value = user.args[0].meta["val"], made.meta["val"]  # type: ignore[union-attr]
+            if (x.dtype, x.device) == (value.dtype, value.device):
+                user.target, user.args, user.kwargs = _aten.fill.Scalar, (user.args[0], number), {}
+        if not made.users:
+            graph.erase_node(made)
 
 
 def _check_uses(number: fx.Node, expression: Expression) -> None:
@@ -374,12 +391,15 @@ def _check_uses(number: fx.Node, expression: Expression) -> None:
                 )
 
 
-def _is_symbolic(value: Any) -> bool:
-    return any(
-        isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool)
-        or (isinstance(x, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in (*x.shape, *x.stride())))
-        for x in pytree.tree_leaves(value)
-    )
+def _symbols(value: Any) -> set[Any]:
+    """PyTorch's symbols in a value, or in how it lies in memory."""
+    found: set[Any] = set()
+    for x in pytree.tree_leaves(value):
+        is_strided = isinstance(x, torch.Tensor) and x.layout is torch.strided
+        for n in (*x.shape, *x.stride(), x.storage_offset()) if is_strided else (x,):
+            if isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool):
+                found |= n.node.expr.free_symbols
+    return found
 
 
 # -- the proof --------------------------------------------------------------------------------------------------------
@@ -413,6 +433,10 @@ def _same_outputs(a: Sequence[Any], b: Sequence[Any]) -> bool:
         return repr(output)
 
     return len(a) == len(b) and all(type(x) is type(y) and plain(x) == plain(y) for x, y in zip(a, b, strict=True))
+
+
+class _Unknown(Exception):
+    """A node depends on inputs, or is too large to be looked at."""
 
 
 class _Comparison:
@@ -473,6 +497,10 @@ class _Comparison:
             if a in self._names and b in self._names and self._names[a] == self._names[b]:
                 return a not in self._known or self._alike_values(a, b)
         elif a.op == b.op == "call_function" and a.target is b.target and a.kwargs.keys() == b.kwargs.keys():
+            if a.target is _aten.fill.Scalar and self._alike(a.args[0], b.args[0]):
+                # What is known may have been rounded to the type already.
+                written = [torch.tensor(self._value(n.args[1]), dtype=n.meta["val"].dtype) for n in (a, b)]
+                return self._alike_values(*written)
             pairs = [(a.args, b.args), *((a.kwargs[k], b.kwargs[k]) for k in a.kwargs)]
             if all(self._alike(x, y) for x, y in pairs):
                 return True
@@ -498,16 +526,16 @@ class _Comparison:
         if self._known.get(x) is None:
             value = x.meta["val"]
             if not isinstance(x.target, torch._ops.OpOverload) or value.numel() > _MOST or is_random(x):
-                raise ValueError("not known")
+                raise _Unknown
             if x.all_input_nodes and x not in self._known:
-                raise ValueError("not known")
+                raise _Unknown
 
             def of(y: Any) -> Any:
                 if isinstance(y, fx.Node):
                     return self._value(y)
                 return torch.device("cpu") if isinstance(y, torch.device) else y
 
-            args, kwargs = fx.node.map_aggregate((x.args, x.kwargs), of)  # type: ignore[misc]
+            args, kwargs = fx.node.map_aggregate((x.args, x.kwargs), of)
             with torch.no_grad():
                 self._known[x] = x.target(*args, **kwargs)
         found = self._known[x]

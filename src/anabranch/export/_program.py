@@ -30,7 +30,7 @@ from anabranch.export._diagnosis import copy_of, diagnose
 from anabranch.export._indices import has_mask
 from anabranch.export._layout import LayoutWatch, aliases, keep_copies
 from anabranch.export._leaks import Watch
-from anabranch.export._numbers import NotCarried, NumberInput, Numbers, Recorder, bind
+from anabranch.export._numbers import NumberInput, Numbers, Recorder, bind
 from anabranch.export._outputs import ComputedOutput, Output, Returned, classify, storage_of
 from anabranch.export._precision import Cast, HalfPrecision
 from anabranch.export._random import is_random
@@ -128,6 +128,7 @@ class _Forward(torch.nn.Module):
         specs: Sequence[TensorSpec],
         precision: torch.dtype | None = None,
         dtypes: Sequence[Any] = (),
+        *,
         numbers: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__()
@@ -276,7 +277,7 @@ class _Exporter:
         return exported, traced, seen
 
     def _trace(self, traced: Fresh, options: Any, decompose: bool) -> tuple[ExportedProgram, _Seen]:
-        forward = _Forward(traced.module, self.specs, *(options or (None, ())), self._numbers)
+        forward = _Forward(traced.module, self.specs, *options, numbers=self._numbers)
         exported = _export(forward, self._args, self._kwargs, self._given, decompose)
         self._watches.append(forward.seen.watch)
         return exported, forward.seen

@@ -90,7 +90,9 @@ def compile(
         model meanwhile. ``docs/contract.md`` says what is copied, what is shared and what is refused.
     :param inputs: positional inputs, each a tensor, an :class:`Input`, a number, or a pytree of them; a mapping is
         taken as keyword inputs. Of tensors only shape, dtype, strides and device count. Exported programs default to
-        their own example inputs. Further signatures are compiled at their first call, or by :meth:`Engine.warm`.
+        their own example inputs. Further signatures are compiled at their first call, or by :meth:`Engine.warm`. A
+        float or an integer is a part of the signature until it has a second value; then one more specialization is
+        compiled that serves all its values, unless the model needs to know the value (``docs/contract.md``).
     :param kwargs: keyword inputs, likewise.
     :param backend: ``"inductor"``, ``"eager"``, ``"tensorrt"`` (on a GPU, with ``tensorrt`` or ``tensorrt_rtx``
         installed), or None for the device's best: ``"inductor"``, and on ``sim``, which
@@ -445,8 +447,8 @@ class Engine:
         try:
             self._device.reap()
             with self._compiling():
-                program = self._export(signature, given)
-                made = self._build(program, signature, leaves)
+                program = self._export(signature, given, clock)
+                made = self._build(program, signature, leaves, clock)
         except InputError as e:
             if program is not None and self._runs_in_eager(given):
                 raise BuildError(
@@ -467,7 +469,7 @@ class Engine:
         return made
 
     def _compile_for_all(
-        self, key: Any, signature: Signature, given: Any, leaves: Sequence[Any]
+        self, key: Any, signature: Signature, given: Any, leaves: Sequence[Any], clock: Clock
     ) -> Specialization | None:
         """A specialization for all values of the numbers that have varied; None where there is, or can be, none.
 
@@ -480,32 +482,37 @@ class Engine:
             try:
                 self._device.reap()
                 with self._compiling():
-                    program = self._export(signature, given, positions)
-                    reference = self._reference(key, signature, given)
+                    program = self._export(signature, given, clock, positions)
+                    reference = self._reference(key, signature, given, clock)
                     if not same_computation(program, reference[0], reference[1]):
                         raise NotCarried(dict.fromkeys(positions, "the model asks for its type"))
                     self._choose_numbers(program)
-                    assert program.numbers is not None
-                    if program.numbers.values(leaves) is None:
+                    numbers = program.numbers
+                    assert numbers is not None
+                    if numbers.values(leaves) is None:
                         return None
-                    tensors = [x.spec for x in program.numbers.inputs if x.dtype is not None]
-                    of_all = signature.with_numbers(program.numbers.positions, tensors)
-                    made = self._build(program, of_all, leaves)
+                    tensors = [x.spec for x in numbers.inputs if x.dtype is not None]
+                    of_all = signature.with_numbers(numbers.positions, tensors)
+                    made = self._build(program, of_all, leaves, clock)
             except NotCarried as e:
-                self._varying.refuse(key, e.reasons)
+                known = {p: why for p, why in e.reasons.items() if p in positions}
+                self._varying.pin(key, known or dict.fromkeys(positions, str(e)))
             except (FlagsChanged, DeviceLost, EngineClosed):
                 raise
             except Exception as e:
                 self._device.check_error(e)
                 why = (str(e).splitlines() or [""])[0]
-                self._varying.refuse(key, dict.fromkeys(positions, f"{type(e).__name__}: {why}"))
+                self._varying.pin(key, dict.fromkeys(positions, f"{type(e).__name__}: {why}"))
             else:
                 self._keep(any_value, of_all, made)
+                for old in self._varying.add(any_value, made):
+                    self._give_up(old)
                 return made
         return None
 
     def _choose_numbers(self, program: Program) -> None:
         """Whether a program takes its numbers as tensors or as they are."""
+        assert program.numbers is not None
         device, backend = self._device, self._settings.backend
         if backend == "eager" and not device.has_streams:
             why = "nothing is captured or compiled, and so the bits are eager's"
@@ -516,18 +523,17 @@ class Engine:
         if not why:
             return
         if self._settings.require_full and backend != "eager":
-            raise BuildError(f"require_full=True given, and {why}. Leave it out to have PyTorch run the model.")
-        assert program.numbers is not None
+            raise NotCarried(dict.fromkeys(program.numbers.positions, f"require_full=True was given, and {why}"))
         program.numbers = replace(program.numbers, as_numbers=why)
         if device.has_streams or backend != "eager":
             program.direct_only = program.direct_only or f"numbers of the call are no tensors: {why}"
 
-    def _reference(self, key: Any, signature: Signature, given: Any) -> tuple[Program, Sequence[Any]]:
+    def _reference(self, key: Any, signature: Signature, given: Any, clock: Clock) -> tuple[Program, Sequence[Any]]:
         """A program that has the numbers of a call written into it, and the call's leaves."""
         for made in self._varying.values_of(key):
             if made.signature.given == signature.given:
                 return made.program, made.signature.values
-        return self._export(signature, given), signature.values
+        return self._export(signature, given, clock), signature.values
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:
@@ -540,18 +546,19 @@ class Engine:
         ):
             yield
 
-    def _export(self, signature: Signature, given: Any, numbers: frozenset[int] = frozenset()) -> Program:
+    def _export(self, signature: Signature, given: Any, clock: Clock, numbers: frozenset[int] = frozenset()) -> Program:
         # Not on the caller's own tensors: one that is passed twice, or two that share memory, would be taken for one
         # input by this call and by all later ones.
         args, kwargs = pytree.tree_unflatten(signature.examples(self._torch_device), signature.structure)
         assert self._snapshot is not None  # it is usable, and this thread has the lock
-        program = export_program(self._snapshot, args, kwargs, self._cast, given, self._aside, numbers)
+        with clock.phase("export"):
+            program = export_program(self._snapshot, args, kwargs, self._cast, given, self._aside, numbers)
         self._check_compile_flags()  # another thread may have set one meanwhile
         return program
 
-    def _build(self, program: Program, signature: Signature, leaves: Sequence[Any]) -> Specialization:
+    def _build(self, program: Program, signature: Signature, leaves: Sequence[Any], clock: Clock) -> Specialization:
         given = () if self._device.has_streams else [x for x in leaves if isinstance(x, torch.Tensor)]
-        return self._make_specialization(self._settings, program, signature, self._limits, self._counters, given)
+        return self._make_specialization(self._settings, program, signature, self._limits, self._counters, given, clock)
 
     def _keep(self, key: Any, signature: Signature, made: Specialization) -> None:
         if made.program.reads_layout and signature.layouts is not None:

@@ -23,8 +23,8 @@ class _Alike:
     #: Positions of the numbers that have had a second value.
     varied: frozenset[int] = frozenset()
     #: Of those: why a value is a part of the signature all the same.
-    refused: dict[int, str] = field(default_factory=dict)
-    #: The specializations for single values, by their keys.
+    pinned: dict[int, str] = field(default_factory=dict)
+    #: The specializations for them, by their keys.
     kept: dict[Any, Any] = field(default_factory=dict)
     #: How many were given up.
     gone: int = 0
@@ -46,9 +46,9 @@ class Varying:
     def key_of(self, key: Any) -> Any:
         """The key of the specialization that serves a call, whatever its varying numbers are; None: there is none."""
         alike = self._alike.get(_loose(key)) if has_numbers(key) else None
-        if alike is None or not alike.varied - alike.refused.keys():
+        if alike is None or not alike.varied - alike.pinned.keys():
             return None
-        return _with_any(key, alike.varied - alike.refused.keys())
+        return _with_any(key, alike.varied - alike.pinned.keys())
 
     def to_carry(self, key: Any) -> frozenset[int]:
         """Positions among the leaves of a call of the numbers that shall be inputs of a specialization for it."""
@@ -56,29 +56,33 @@ class Varying:
         if alike is None:
             return frozenset()
         differ = {p for p, (a, b) in enumerate(zip(alike.first[1:], key[1:], strict=True)) if a != b}
-        alike.varied |= frozenset(p for p in differ if key[p + 1][0] in (int, float))
-        return alike.varied - alike.refused.keys()
+        alike.varied |= differ
+        for p in differ:
+            if key[p + 1][0] is complex:
+                alike.pinned = {**alike.pinned, p: "it is complex"}
+        return alike.varied - alike.pinned.keys()
 
-    def refuse(self, key: Any, reasons: dict[int, str]) -> None:
+    def pin(self, key: Any, reasons: dict[int, str]) -> None:
         """These numbers stay a part of the signature."""
         alike = self._alike[_loose(key)]
-        alike.refused = {**alike.refused, **reasons}
+        alike.pinned = {**alike.pinned, **reasons}
 
     def values_of(self, key: Any) -> Iterator[Any]:
         """Specializations for single values, of calls that differ from this one in numbers that are inputs alone."""
         wanted = self.key_of(key)
         for other, made in self._alike[_loose(key)].kept.items():
-            if self.key_of(other) == wanted:
+            if made.program.numbers is None and self.key_of(other) == wanted:
                 yield made
 
     def add(self, key: Any, made: Any) -> list[Any]:
-        """A specialization for single values was made; returns the ones to give up."""
+        """A specialization was made, for single values or for all; returns the ones to give up."""
         if not has_numbers(key):
             return []
         alike = self._alike.setdefault(_loose(key), _Alike(key))
         made.last_call = next(_ticks)
         alike.kept[key] = made
-        gone = sorted(alike.kept, key=lambda k: alike.kept[k].last_call)[: len(alike.kept) - MOST_VALUES]
+        by_age = sorted(alike.kept, key=lambda k: alike.kept[k].last_call)
+        gone = by_age[: max(0, len(by_age) - MOST_VALUES)]
         alike.gone += len(gone)
         return [alike.kept.pop(k) for k in gone]
 
@@ -89,7 +93,7 @@ class Varying:
         """A line for each number of which single values have specializations."""
         lines = []
         for alike in list(self._alike.values()):
-            for p, why in alike.refused.items():
+            for p, why in alike.pinned.items():
                 kind = alike.first[p + 1][0].__name__
                 given_up = f", {alike.gone} were given up" if alike.gone else ""
                 lines.append(
