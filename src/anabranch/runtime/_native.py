@@ -162,6 +162,9 @@ class NativeSpecialization(Specialization):
     def _set_program(self) -> None:
         if self.program.is_empty:
             return
+        if self.program.takes_numbers:
+            self.through_python = "operators take numbers of the call"
+            return
         program = translate(self.program) if self.backend == "eager" else f"{self.backend} launches its kernels itself"
         unchanged = self._flags.unchanged if self._sensitive else None
         watched = unchanged, not self.program.asks_default_dtype
@@ -349,8 +352,6 @@ def _key(stream: int) -> str:
 
 def translate(program: Program) -> Any:
     """``program`` for the C++ to run operator by operator, or the reason why it cannot."""
-    if program.takes_numbers:
-        return "operators take numbers of the call"
     flat = flatten(program)
     if isinstance(flat, str):
         return flat
