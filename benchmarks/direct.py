@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,18 @@ class Recurrent(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.layers(x)[0][:, -1])
+
+
+class Packed(nn.Module):
+    """Sequences of different lengths, as one has them for a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.LSTM(64, 64, batch_first=True)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.layers(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 
 
 class Masks(nn.Module):
@@ -139,19 +152,30 @@ class Block(nn.Module):
         return x + self.feed(self.other(x))
 
 
-#: Of each: the model, what eager runs if it is another one, and the shape of the input.
-WORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module] | None, tuple[int, ...]]] = {
-    "detector": (Detector, None, (1, 3, 96, 96)),
-    "lstm": (lambda: Recurrent("LSTM"), None, (4, 16, 64)),
-    "gru": (lambda: Recurrent("GRU"), None, (4, 16, 64)),
-    "masks": (Masks, None, (32, 32)),
-    "count": (Count, None, (32, 32)),
-    "choice": (Choice, ChoiceInEager, (32, 32)),
-    "tiny": (Tiny, None, (4, 4)),
-    "random": (Random, None, (8, 64)),
-    "transformer": (lambda: nn.Sequential(*(Block() for _ in range(4))), None, (2, 16, 64)),
+@dataclass(frozen=True)
+class Work:
+    make: Callable[[], nn.Module]
+    #: Of the first input.
+    shape: tuple[int, ...]
+    #: What eager runs, if it is another model.
+    eager: Callable[[], nn.Module] | None = None
+    #: Further inputs, which stay on the CPU.
+    more: tuple[torch.Tensor, ...] = ()
+
+
+WORKS = {
+    "detector": Work(Detector, (1, 3, 96, 96)),
+    "lstm": Work(lambda: Recurrent("LSTM"), (4, 16, 64)),
+    "gru": Work(lambda: Recurrent("GRU"), (4, 16, 64)),
+    "packed": Work(Packed, (4, 16, 64), more=(torch.tensor([16, 9, 12, 3]),)),
+    "masks": Work(Masks, (32, 32)),
+    "count": Work(Count, (32, 32)),
+    "choice": Work(Choice, (32, 32), ChoiceInEager),
+    "tiny": Work(Tiny, (4, 4)),
+    "random": Work(Random, (8, 64)),
+    "transformer": Work(lambda: nn.Sequential(*(Block() for _ in range(4))), (2, 16, 64)),
 }
-Call = Callable[[torch.Tensor], Any]
+Call = Callable[..., Any]
 
 
 @contextmanager
@@ -166,7 +190,7 @@ def on_stream(device: torch.device) -> Iterator[Callable[[], None]]:
         yield stream.synchronize
 
 
-def rate(call: Call, x: torch.Tensor, threads: int, seconds: float) -> float:
+def rate(call: Call, inputs: tuple[torch.Tensor, ...], threads: int, seconds: float) -> float:
     """Calls a second of ``threads`` threads, each of which calls for ``seconds``."""
     counts: list[tuple[int, float]] = []
     ready = threading.Barrier(threads)
@@ -175,15 +199,15 @@ def rate(call: Call, x: torch.Tensor, threads: int, seconds: float) -> float:
     def run() -> None:
         try:
             torch.set_num_threads(1)  # what oneDNN goes by is each thread's own
-            with torch.inference_mode(), on_stream(x.device) as synchronize:
-                call(x)
+            with torch.inference_mode(), on_stream(inputs[0].device) as synchronize:
+                call(*inputs)
                 synchronize()
                 ready.wait()
                 start = time.perf_counter()
                 count, spent = 0, 0.0
                 while spent < seconds:
                     for _ in range(8):
-                        call(x)
+                        call(*inputs)
                     count += 8
                     spent = time.perf_counter() - start
                 synchronize()
@@ -202,10 +226,10 @@ def rate(call: Call, x: torch.Tensor, threads: int, seconds: float) -> float:
     return sum(count for count, _ in counts) / max(spent for _, spent in counts)
 
 
-def check(call: Call, eager: Call, x: torch.Tensor, exact: bool, random: bool) -> None:
+def check(call: Call, eager: Call, inputs: tuple[torch.Tensor, ...], exact: bool, random: bool) -> None:
     """Raise where an engine's results are not eager's."""
     with torch.inference_mode():
-        actual, expected = call(x), eager(x)
+        actual, expected = call(*inputs), eager(*inputs)
     found, pairs = pair(actual, expected)
     if found:
         raise AssertionError(found)
@@ -217,21 +241,21 @@ def check(call: Call, eager: Call, x: torch.Tensor, exact: bool, random: bool) -
 
 def measure(name: str, device: torch.device, threads: list[int], rounds: int, seconds: float) -> list[dict[str, Any]]:
     """A row for each number of threads; ``seconds``: of all measurements of this model together."""
-    make, other, shape = WORKS[name]
+    work = WORKS[name]
     torch.manual_seed(0)
-    model = make().eval().requires_grad_(False).to(device)
-    x = torch.randn(shape, device=device)
-    eager = other().eval() if other else model
+    model = work.make().eval().requires_grad_(False).to(device)
+    inputs = (torch.randn(work.shape, device=device), *work.more)
+    eager = work.eager().eval() if work.eager else model
     ways: dict[str, Call] = {"eager": eager}
     notes: dict[str, Any] = {}
     for backend in ("eager", None):
         key = f"anabranch, {backend or 'default'}"
         try:
-            engine = anabranch.compile(model, [x], backend=backend, runtime="native", cuda_graphs=False)
+            engine = anabranch.compile(model, list(inputs), backend=backend, runtime="native", cuda_graphs=False)
         except anabranch.AnabranchError as e:
             notes[key] = f"{type(e).__name__}: {str(e).splitlines()[0]}"
             continue
-        check(engine, eager, x, backend == "eager", name == "random")
+        check(engine, eager, inputs, backend == "eager", name == "random")
         ways[key] = engine
         notes[key] = [line.strip() for line in engine.explain().splitlines()]
     rows = []
@@ -240,7 +264,7 @@ def measure(name: str, device: torch.device, threads: list[int], rounds: int, se
         rates: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(rounds):
             for way, call in ways.items():
-                rates[way].append(rate(call, x, count, each))
+                rates[way].append(rate(call, inputs, count, each))
         medians = {way: statistics.median(found) for way, found in rates.items()}
         row = {
             "model": name,

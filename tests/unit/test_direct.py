@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.utils import _pytree as pytree
 
 import anabranch
 from anabranch.runtime import _flags
 from anabranch.runtime._flat import NUMBERS
+from contract.numbers import MODELS, assert_eagers, inputs_of, same
 
 core = pytest.importorskip("anabranch.runtime._native").core
 
@@ -41,10 +40,6 @@ def by_python(function: Callable[..., Any], given: tuple[Any, ...]) -> Any:
     if isinstance(result, complex) or (isinstance(result, int) and not -(2**63) <= result < 2**63):
         return None
     return result
-
-
-def same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and repr(a) == repr(b)  # tells zeros apart, and takes NaN for NaN
 
 
 @pytest.mark.parametrize(("function", "name"), NUMBERS.items(), ids=lambda x: getattr(x, "__name__", x))
@@ -79,103 +74,12 @@ def test_arithmetic_is_pythons(function: Callable[..., Any], name: str) -> None:
 # -- programs --------------------------------------------------------------------------------------------------------
 
 
-class Sizes(nn.Module):
-    """What sizes that depend on data are used for."""
-
-    def forward(self, x: torch.Tensor) -> Any:
-        kept = x[x > 0]
-        n = kept.shape[0]
-        places = torch.nonzero(x > 0.5)
-        ones = x.new_ones(n, 2)
-        halves = torch.arange(n, device=x.device) // 2
-        return (
-            kept / (n + 1),
-            ones * n,
-            halves,
-            places[:, 0] - places.size(0),
-            kept.sum() % (n + 2),
-            n,
-            (n * 3 - 7) // 2,
-        )
-
-
-class Values(nn.Module):
-    """Numbers that the host reads."""
-
-    def forward(self, x: torch.Tensor) -> Any:
-        n: Any = (x > 0).sum().item()
-        torch._check(n >= 0)
-        torch._check(n <= x.numel())
-        first: Any = x.reshape(-1)[0].item()
-        return (
-            x.reshape(-1).narrow(0, 0, n) * first,
-            functional.pad(x, (0, 1), value=1.5) * (n // 3 - 7) + n / 5,
-            torch.full((3,), n, dtype=torch.float32),
-            x.clamp(min=first),
-            *(-n % 5, (n - 9) // 4, (n - 9) % 4, n > 4, first * 2, torch.sym_max(n, 3), -first),
-        )
-
-
-class Repeats(nn.Module):
-    def forward(self, x: torch.Tensor) -> Any:
-        times = x.abs().reshape(-1).long()
-        y = torch.repeat_interleave(x.reshape(-1), times)
-        return y * 2, torch.unique(times), torch.masked_select(x, x < 0), y.numel()
-
-
-class Chooses(nn.Module):
-    """As ``torch.cond``, which is slow in eager, has it."""
-
-    def forward(self, x: torch.Tensor) -> Any:
-        def yes(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return y * 2, y.relu() + 1
-
-        def no(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return y - 1, y.sigmoid()
-
-        if torch.compiler.is_exporting():
-            a, b = torch.cond(x.sum() > 0, yes, no, (x,))
-        else:
-            a, b = (yes if x.sum() > 0 else no)(x)
-        return a + b
-
-
-class Scalars(nn.Module):
-    """Numbers beside tensors: of the model's code, whole and broken, and complex."""
-
-    def forward(self, x: torch.Tensor) -> Any:
-        i = (x * 3).long()
-        return x * 2, i * 2, i + 0.5, (i > 1) * 3, x - 1j, 2**x, torch.where(x > 0, x, 0.25)
-
-
-def inputs_of(seed: int) -> Iterator[torch.Tensor]:
-    torch.manual_seed(seed)
-    for scale in (1.0, 3.0):
-        yield torch.randn(5, 4) * scale
-    yield -torch.rand(5, 4) * 4 - 1  # nothing is selected
-    yield torch.rand(5, 4) * 4 + 1  # everything is
-
-
-MODELS = [Sizes(), Values(), Repeats(), Chooses(), Scalars()]
-
-
 @pytest.mark.parametrize("runtime", ["native", "python"])
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: type(m).__name__)
 def test_results_are_eagers(model: nn.Module, runtime: str) -> None:
     engine = anabranch.compile(model.eval(), [torch.randn(5, 4)], backend="eager", runtime=runtime)
     for x in inputs_of(17):
-        actual, expected = engine(x), model(x)
-        (ours, structure), (theirs, expected_structure) = pytree.tree_flatten(actual), pytree.tree_flatten(expected)
-        assert structure == expected_structure
-        for y, z in zip(ours, theirs, strict=True):
-            assert type(y) is type(z)
-            if isinstance(y, torch.Tensor):
-                assert y.dtype is z.dtype
-                assert y.shape == z.shape
-                assert y.stride() == z.stride()
-                assert torch.equal(y, z)
-            else:
-                assert same(y, z)
+        assert_eagers(engine(x), model(x))
     if runtime == "native":
         assert "through Python" not in engine.explain()
         assert engine.stats().direct_calls == 4
