@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 FLOATS = (0.5, 0.1, 1 / 3, -0.0, 0.0, 2.0, -1.7, math.nan, math.inf, -math.inf)
 NAMES = {"0.25": 3.0}
+KEPT: list[Any] = []
 
 
 class Model(nn.Module):
@@ -297,13 +298,28 @@ def test_one_number_is_an_input_and_the_other_a_size() -> None:
     assert "input 2 (int) varies, and each value is compiled by itself" in engine.explain()
 
 
-def test_the_model_keeps_no_stand_in() -> None:
+def test_what_a_model_keeps_of_a_number_is_its_value() -> None:
     def keeps(m: Any, x: Any, s: Any) -> Any:
         m.last = s
+        KEPT.append(s * 2)
         return x * m.last
 
+    KEPT.clear()
     _, model = check(keeps, torch.rand(3), [0.5, 0.25, 0.125], runtime="python")
     assert type(model.last) is float
+    assert {float(s) for s in KEPT} == {1.0, 0.5, 0.25}
+    assert sorted(KEPT)[0] + 1 == 1.25
+    assert f"{max(KEPT)}" == "1.0"
+    assert len(set(KEPT)) == 3
+
+
+def test_an_exported_program_stays_right() -> None:
+    x = torch.rand(3)
+    program = torch.export.export(Model(lambda m, x, s: x * s).eval(), (x, 0.5))
+    engine = anabranch.compile(program, [x, 0.5], backend="eager", runtime="python")
+    assert torch.equal(engine(x, 0.5), x * 0.5)
+    with pytest.raises(anabranch.AnabranchError):
+        engine(x, 0.25)  # torch.export has written the number into the program
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from anabranch.errors import UnsupportedModel
+from anabranch.export._numbers import is_stand_in
 from anabranch.export._signature import layout_of
 from anabranch.export._trial import written
 
@@ -255,6 +256,8 @@ def is_functional(exported: ExportedProgram) -> bool:
 
 
 def _is_functional(node: fx.Node) -> bool:
+    if is_stand_in(node):
+        return True
     values = node.meta.get("val")
     found = values if isinstance(values, list | tuple) else (values,)
     if any(not isinstance(x, torch.Tensor) or x.is_complex() or x.is_neg() for x in found):

@@ -31,19 +31,21 @@ class _Kept(Exception):
     """It has to stay a number."""
 
 
-def tensorize(program: Any, device: torch.device, exact: bool) -> str:
+def tensorize(program: Any, device: torch.device, exact: bool) -> tuple[str, fx.Node | None]:
     """Change ``program``, which takes numbers as such, into one that takes tensors on ``device``; or say why not.
+
+    Returns the reason, if any, and the operator that is the reason.
 
     ``exact``: PyTorch runs the operators, and the bits have to be eager's. A compiler's need not.
     """
+    made = _Rewriter(program, device, exact)
     try:
-        made = _Rewriter(program, device, exact)
         made.run()
     except _Kept as e:
-        return str(e)
+        return str(e), made.node
     program.module = made.module
     program.numbers = replace(program.numbers, inputs=tuple(made.inputs.values()))
-    return ""
+    return "", None
 
 
 class _Rewriter:
@@ -61,7 +63,8 @@ class _Rewriter:
         self._device = device
         self._exact = exact
         self._by_kernel = device.type == "cuda"
-        self._node: fx.Node
+        #: The operator at which it is.
+        self.node: fx.Node | None = None
         self._of: dict[NumberInput, fx.Node] = {}
         #: By node of the new graph's tensors that came from the CPU: whether they are on the device now.
         self._moved: set[fx.Node] = set()
@@ -80,7 +83,7 @@ class _Rewriter:
             moved = [n for n in node.all_input_nodes if n in self._moved]
             if not taken and not moved:
                 continue
-            self._node = node
+            self.node = node
             with self._graph.inserting_before(node):
                 made = self._followed() if moved else self._rule(node.target)(node)
             self._check(made)
@@ -134,6 +137,11 @@ class _Rewriter:
         if x.meta["val"].device != self._device:
             raise _Kept(f"{self._node.target} reads a tensor on the CPU")
         return x if x.meta["val"].dtype is dtype else self._call(_aten._to_copy.default, x, dtype=dtype)
+
+    @property
+    def _node(self) -> fx.Node:
+        assert self.node is not None
+        return self.node
 
     def _result(self) -> torch.dtype:
         dtype = self._node.meta["val"].dtype

@@ -149,6 +149,8 @@ class Recorder:
     seen: dict[int, str] = field(default_factory=dict)
     #: What it was given for them.
     given: dict[int, Any] = field(default_factory=dict)
+    #: Whether the trace has ended: a stand-in that the model kept somewhere then gives its value to whoever finds it.
+    is_over: bool = False
     #: By the name of PyTorch's symbol: the expression.
     symbols: dict[str, Expression] = field(default_factory=dict)
 
@@ -237,6 +239,8 @@ def _computed(function: Callable[..., Any], *given: Any) -> Any:
         return NotImplemented
     first = next(x for x in given if _is_stand_in(x))
     recorder = first._recorder
+    if recorder.is_over:
+        return function(*(x._value if _is_stand_in(x) else x for x in given))
     positions = {p for x in given if _is_stand_in(x) for p in x._expression.positions()}
     try:
         value = function(*(x._value if _is_stand_in(x) else x for x in given))
@@ -254,25 +258,42 @@ def _method(function: Callable[..., Any], reflected: bool = False) -> Any:
     return lambda self, *others: _computed(function, self, *others)
 
 
-def _looking(how: str) -> Any:
-    def look(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _looking(how: str, name: str) -> Any:
+    def look(self: Any, *args: Any) -> Any:
+        if self._recorder.is_over:
+            return getattr(self._value, name)(*args)
         self._recorder.look(self, how)
 
     return look
 
 
-def _compared(self: Any, other: Any) -> Any:
-    if _is_stand_in(other) or type(other) in (int, float, bool, complex):
-        self._recorder.look(self, "it is compared")
-    return NotImplemented
+def _asked(name: str) -> Any:
+    def look(self: Any) -> Any:
+        return getattr(self._value, name) if self._recorder.is_over else self._recorder.look(self, f"{name} is asked")
+
+    return property(look)
 
 
-def _text(self: Any, *args: Any) -> str:
-    name = sys._getframe(1).f_code.co_filename
-    if name.startswith((_TORCH, _PACKAGE)):
-        return "a number"  # for a message of theirs
-    self._recorder.look(self, "it is made a text")
-    raise AssertionError
+def _compared(name: str) -> Any:
+    def compare(self: Any, other: Any) -> Any:
+        if self._recorder.is_over:
+            return getattr(self._value, name)(other._value if _is_stand_in(other) else other)
+        if _is_stand_in(other) or type(other) in (int, float, bool, complex):
+            self._recorder.look(self, "it is compared")
+        return NotImplemented
+
+    return compare
+
+
+def _text(name: str) -> Any:
+    def text(self: Any, *args: Any) -> Any:
+        if self._recorder.is_over:
+            return getattr(self._value, name)(*args)
+        if sys._getframe(1).f_code.co_filename.startswith((_TORCH, _PACKAGE)):
+            return "a number"  # for a message of theirs
+        self._recorder.look(self, "it is made a text")
+
+    return text
 
 
 def _round(x: Any, *digits: Any) -> Any:
@@ -292,19 +313,19 @@ def _methods() -> dict[str, Any]:
         made[f"__{name}__"] = _method(getattr(math, name))
     made["__round__"] = _method(_round)
     for name in ("eq", "ne", "lt", "le", "gt", "ge"):
-        made[f"__{name}__"] = _compared
+        made[f"__{name}__"] = _compared(f"__{name}__")
     for name in ("bool", "int", "float", "complex", "index"):
-        made[f"__{name}__"] = _looking(f"its {name} is taken")
-    for name in ("str", "repr", "format"):
-        made[f"__{name}__"] = _text
-    made["__hash__"] = _looking("it is a key")
-    made["__reduce_ex__"] = _looking("it is pickled")
+        made[f"__{name}__"] = _looking(f"its {name} is taken", f"__{name}__")
+    for name in ("__str__", "__repr__", "__format__"):
+        made[name] = _text(name)
+    made["__hash__"] = _looking("it is a key", "__hash__")
+    made["__reduce_ex__"] = _looking("it is pickled", "__reduce_ex__")
     for name in ("__divmod__", "__rdivmod__", "is_integer", "as_integer_ratio", "hex", "conjugate", "bit_length"):
-        made[name] = _looking(f"{name} is asked of it")
+        made[name] = _looking(f"{name} is asked of it", name)
     for name in ("bit_count", "to_bytes"):
-        made[name] = _looking(f"{name} is asked of it")
+        made[name] = _looking(f"{name} is asked of it", name)
     for name in ("real", "imag", "numerator", "denominator"):
-        made[name] = property(_looking(f"{name} is asked of it"))
+        made[name] = _asked(name)
     made["__copy__"] = lambda self: self
     made["__deepcopy__"] = lambda self, memo: self
     return made
@@ -316,6 +337,15 @@ _Int: Any = type("_Int", (torch.SymInt,), {**_methods(), "__class__": property(l
 
 
 # -- the graph --------------------------------------------------------------------------------------------------------
+
+
+def is_stand_in(node: fx.Node) -> bool:
+    """Whether a node of a trace is what stands in for a number there."""
+    filled = node.args[0] if node.target in _ITEMS else None
+    if not isinstance(filled, fx.Node) or filled.target is not _aten.full.default:
+        return False
+    mark = filled.args[1]
+    return isinstance(mark, int | float) and _MARK <= mark < _MARK + _MOST
 
 
 def bind(gm: fx.GraphModule, recorder: Recorder, leaves: Sequence[Any]) -> list[Expression]:
@@ -331,10 +361,8 @@ def bind(gm: fx.GraphModule, recorder: Recorder, leaves: Sequence[Any]) -> list[
         raise NotCarried(dict.fromkeys(recorder.positions, "the model has parts that torch.export keeps apart"))
     items: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.target in _ITEMS and isinstance(node.args[0], fx.Node) and node.args[0].target is _aten.full.default:
-            mark = node.args[0].args[1]
-            if isinstance(mark, int | float) and _MARK <= mark < _MARK + len(recorder.expressions):
-                items.setdefault(int(mark) - _MARK, []).append(node)
+        if is_stand_in(node):
+            items.setdefault(int(node.args[0].args[1]) - _MARK, []).append(node)
     bound: list[Expression] = []
     symbols: set[Any] = set()
     for k, nodes in sorted(items.items()):
@@ -367,13 +395,13 @@ def bind(gm: fx.GraphModule, recorder: Recorder, leaves: Sequence[Any]) -> list[
 
 
 def _fold_writes(graph: fx.Graph, number: fx.Node) -> None:
-    """Have ``x[0] = sigma`` write a number, as it does where the number is known."""
+    """Have ``x[0] = sigma`` write a number, as it does on the CPU where the number is known."""
     for made in [n for n in number.users if n.target is _aten.scalar_tensor.default]:
         for user in list(made.users):
             if user.target is not _aten.copy.default or user.args[1] is not made:
                 continue
             x, value = user.args[0].meta["val"], made.meta["val"]  # type: ignore[union-attr]
-            if (x.dtype, x.device) == (value.dtype, value.device):
+            if x.device.type == "cpu" and (x.dtype, x.device) == (value.dtype, value.device):
                 user.target, user.args, user.kwargs = _aten.fill.Scalar, (user.args[0], number), {}
         if not made.users:
             graph.erase_node(made)

@@ -50,7 +50,8 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 class Uncaptured(NamedTuple):
-    """An operator that keeps a graph from being captured: ``why`` is ``data-dependent`` or ``random``."""
+    """An operator that keeps a graph from being captured: ``why`` is ``data-dependent``, ``random``, or ``number``: it
+    takes a number of the call that cannot be a tensor."""
 
     why: str
     operator: str
@@ -178,10 +179,11 @@ class _Forward(torch.nn.Module):
             return self.model(*args, **kwargs)
         try:
             result = self.model(*args, **kwargs)
+            recorder.check()
+            recorder.check_result(result)
         except Exception as e:
             recorder.check(e)
-        recorder.check()
-        recorder.check_result(result)
+            raise
         return result
 
     def _note(self, result: Any, watch: LayoutWatch) -> list[Any]:
@@ -278,7 +280,11 @@ class _Exporter:
 
     def _trace(self, traced: Fresh, options: Any, decompose: bool) -> tuple[ExportedProgram, _Seen]:
         forward = _Forward(traced.module, self.specs, *options, numbers=self._numbers)
-        exported = _export(forward, self._args, self._kwargs, self._given, decompose)
+        try:
+            exported = _export(forward, self._args, self._kwargs, self._given, decompose)
+        finally:
+            if forward.seen.recorder is not None:
+                forward.seen.recorder.is_over = True
         self._watches.append(forward.seen.watch)
         return exported, forward.seen
 

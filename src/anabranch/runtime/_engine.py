@@ -35,6 +35,7 @@ from anabranch.export import (
     Program,
     Signature,
     Snapshot,
+    Uncaptured,
     export_program,
     flatten_call,
     hooks_of,
@@ -45,6 +46,7 @@ from anabranch.export import (
     register_dataclasses,
     run_in_eager,
     same_computation,
+    source_of,
     tensorize,
 )
 from anabranch.plan import Plan
@@ -485,7 +487,9 @@ class Engine:
                     program = self._export(signature, given, clock, positions)
                     reference = self._reference(key, signature, given, clock)
                     if not same_computation(program, reference[0], reference[1]):
-                        raise NotCarried(dict.fromkeys(positions, "the model asks for its type"))
+                        raise NotCarried(
+                            dict.fromkeys(positions, "the model computes otherwise where it cannot know the value")
+                        )
                     self._choose_numbers(program)
                     numbers = program.numbers
                     assert numbers is not None
@@ -514,19 +518,24 @@ class Engine:
         """Whether a program takes its numbers as tensors or as they are."""
         assert program.numbers is not None
         device, backend = self._device, self._settings.backend
-        if backend == "eager" and not device.has_streams:
+        at = None
+        if not program.numbers.inputs:
+            why = ""
+        elif backend == "eager" and not device.has_streams:
             why = "nothing is captured or compiled, and so the bits are eager's"
         elif program.data_dependent:
             why = "the model depends on data"
         else:
-            why = tensorize(program, self._torch_device, exact=backend == "eager")
+            why, at = tensorize(program, self._torch_device, exact=backend == "eager")
         if not why:
             return
         if self._settings.require_full and backend != "eager":
             raise NotCarried(dict.fromkeys(program.numbers.positions, f"require_full=True was given, and {why}"))
         program.numbers = replace(program.numbers, as_numbers=why)
+        if at is not None:
+            program.uncaptured = (*program.uncaptured, Uncaptured("number", str(at.target), source_of(at)))
         if device.has_streams or backend != "eager":
-            program.direct_only = program.direct_only or f"numbers of the call are no tensors: {why}"
+            program.direct_only = program.direct_only or f"a number of the call is no tensor: {why}"
 
     def _reference(self, key: Any, signature: Signature, given: Any, clock: Clock) -> tuple[Program, Sequence[Any]]:
         """A program that has the numbers of a call written into it, and the call's leaves."""
