@@ -1,0 +1,473 @@
+"""One model of ``benchmarks/zoo.py``, in this process: is what anabranch makes of it right, and what does it cost?
+
+The figures of a model are gathered in one dictionary, which is handed on after each step: whatever ends the process,
+what was found before is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import json
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from zoo_models import Inputs, make
+
+import anabranch
+from anabranch import _judge
+from anabranch.errors import AnabranchError
+
+THREADS, CALLS_A_THREAD = 4, 24
+#: Contexts that are built beyond the first one, to see what one takes.
+FURTHER = 2
+
+Call = Callable[[Inputs], Any]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is run; ``alone``: no other process uses the GPU, so that its free memory means something."""
+
+    device: str
+    dtype: str
+    backend: str | None = None
+    flip: bool = False
+    overhead: bool = False
+    rounds: int = 5
+    alone: bool = False
+    lock: str = ""
+
+
+class Stopped(Exception):
+    """The model cannot be judged further; the row says why."""
+
+
+def measure(name: str, options: Options, tell: Callable[[Row], None]) -> None:
+    """Fills a row for a model and tells it after each step. Only one thread may be running."""
+    torch.set_grad_enabled(False)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    _Subject(name, options, tell).run()
+
+
+def prepare(device: str) -> None:
+    """What a process, or a machine, pays once is no model's build: C++ that is compiled at first use, libraries."""
+    x = torch.ones(8, 8, device=device)
+    layer = torch.nn.Linear(8, 8).eval().requires_grad_(False).to(device)
+    torch.compile(lambda x: x * 2 + 1)(x)
+    with anabranch.compile(layer, inputs=[x]) as engine:
+        engine(x)
+
+
+@dataclass
+class _Subject:
+    name: str
+    options: Options
+    tell: Callable[[Row], None]
+    row: Row = field(default_factory=dict)
+    engine: Any = None
+    peer: Any = None
+
+    def run(self) -> None:
+        self.row |= {"model": self.name, "dtype": self.options.dtype, "stage": "start"}
+        self.device = torch.device(self.options.device)
+        self.gauge = _Gauge(self.device, self.options.alone)
+        try:
+            with self._stage("prepare"):
+                prepare(self.options.device)
+            with self._stage("make"):
+                self.model, self.given = make(self.name)
+                self.row["parameters"] = sum(p.numel() for p in self.model.parameters())
+            with self._stage("eager"):
+                self._eager()
+            self._build()
+            with self._stage("serial calls"):
+                self._serial()
+            with self._stage("summary"):
+                self._summary()
+            with self._stage("threads"):
+                self._threads()
+            with self._stage("latency"):
+                self._latency()
+            if self.device.type == "cuda":
+                with self._stage("profile"):
+                    self.row["launches"] = _profiled(lambda: self.engine_call(self.sets[0]))
+            if self.options.overhead:
+                with self._stage("reduce-overhead"):
+                    self._overhead()
+        except Stopped:
+            return
+        self.row["stage"] = "done"
+        self.tell(self.row)
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        self.row["stage"] = name
+        self.tell(self.row)
+        try:
+            yield
+        except Exception as error:
+            self.row |= {
+                "failure": f"{type(error).__name__}: {error}"[:1500],
+                "refused": isinstance(error, AnabranchError),
+            }
+            self.tell(self.row)
+            raise Stopped from error
+
+    # -- what is expected ---------------------------------------------------------------------------------------------
+
+    def _eager(self) -> None:
+        """Float32 results, and those in the dtype that is judged: float32 too where eager cannot do it in half."""
+        dtype = getattr(torch, self.options.dtype)
+        self.base = self.gauge.now()
+        self.model = self.model.to(self.device)
+        self.wide = [self._kept(self.model, _cast(i, self.device, torch.float32)) for i in self.given]
+        self.model = self.model.to(dtype)
+        self.sets = [_cast(i, self.device, dtype) for i in self.given]
+        try:
+            self.expected = [self._kept(self.model, i) for i in self.sets]
+        except Exception as error:
+            if dtype is torch.float32:
+                raise
+            self.row |= {"dtype": "float32", "dtype_reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            self.model = self.model.float()
+            self.sets = [_cast(i, self.device, torch.float32) for i in self.given]
+            self.expected = [self._kept(self.model, i) for i in self.sets]
+        use = self.gauge.call(lambda: self.eager_call(self.sets[0]))
+        self.resident = use.before - self.base
+        if self.resident.known:
+            weights = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self._weights()}
+            self.row["memory"] = {
+                "weights": sum(weights.values()),
+                "eager": (use.peak - self.base).data(),
+                "eager_activations": (use.peak - use.before).data(),
+            }
+
+    def _weights(self) -> list[torch.Tensor]:
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    def _kept(self, call: Any, inputs: Inputs) -> Any:
+        """The results, in memory of their own."""
+        return _copied(call(*_copied(inputs.args), **_copied(inputs.kwargs or {})))
+
+    def eager_call(self, i: Inputs) -> Any:
+        return self.model(*i.args, **(i.kwargs or {}))
+
+    def engine_call(self, i: Inputs) -> Any:
+        return self.engine(*i.args, **(i.kwargs or {}))
+
+    def peer_call(self, i: Inputs) -> Any:
+        return self.peer(*i.args, **(i.kwargs or {}))
+
+    # -- builds -------------------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        """Both, each with an empty cache of its own, until the first results are there."""
+        order = ["compile", "ours"] if self.options.flip else ["ours", "compile"]
+        self.row["builds"] = [{"first": order[0]}]
+        for who in order:
+            if who == "ours":
+                with self._stage("build"):
+                    self._timed("ours", self._build_ours, self.engine_call)
+                    self._contexts()
+            else:
+                self.row["stage"] = "build of torch.compile"
+                self.tell(self.row)
+                try:
+                    self._timed("compile", self._build_peer, self.peer_call)
+                except Exception as error:
+                    self.peer = None
+                    self.row["compile_error"] = f"{type(error).__name__}: {error}"[:500]
+
+    def _build_ours(self) -> None:
+        first = self.sets[0]
+        options = {"backend": self.options.backend} if self.options.backend else {}
+        self.engine = anabranch.compile(self.model, inputs=list(first.args), kwargs=first.kwargs, **options)
+
+    def _build_peer(self) -> None:
+        self.peer = torch.compile(self.model, dynamic=False)
+
+    def _timed(self, who: str, build: Callable[[], None], call: Call) -> None:
+        inputs = _copied(self.sets[0])
+        with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
+            os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
+            before = self.gauge.now()
+            began = time.perf_counter()
+            build()
+            call(inputs)
+            self._wait()
+            self.row["builds"][0][f"{who}_s"] = round(time.perf_counter() - began, 2)
+            # The second call of torch.compile may compile again.
+            self._wait_for(call(self.sets[1]))
+            use = self.gauge.call(lambda: call(inputs))
+        if self.resident.known:
+            self.row["memory"][who] = (use.peak - before + self.resident).data()
+
+    def _contexts(self) -> None:
+        """What each further context takes; nothing where there are none."""
+        before, held = self.gauge.now(), self.engine.stats().contexts
+        if not self.resident.known or not held:
+            return
+        self.engine.warm(contexts=held + FURTHER)
+        built = self.engine.stats().contexts - held
+        if built > 0:
+            self.row["memory"]["further_context"] = ((self.gauge.now() - before) // built).data()
+
+    # -- right? -------------------------------------------------------------------------------------------------------
+
+    def _serial(self) -> None:
+        self.reference = [self._kept(self.engine, i) for i in self.sets]
+        again = [self._kept(self.engine, i) for i in self.sets]
+        self.row["repeats"] = not any(_differences(a, b) for a, b in zip(again, self.reference, strict=True))
+        structure: list[str] = []
+        errors = {"error": 0.0, "eager_error": 0.0, "error_to_eager": 0.0, "integers_differ": 0.0}
+        for got, low, wide in zip(self.reference, self.expected, self.wide, strict=True):
+            structure += _judge.pair(got, low)[0]
+            _, near = _judge.pair(got, low, strides=False)
+            errors["error_to_eager"] = max(errors["error_to_eager"], _error(near))
+            errors["integers_differ"] = max(errors["integers_differ"], _integers_differ(near))
+            other, of_eager = _judge.pair(low, wide, dtypes=False, strides=False)
+            if other:  # Eager itself finds other things in this dtype: boxes, say.
+                self.row["eager_differs"] = other[0][:200]
+                continue
+            errors["eager_error"] = max(errors["eager_error"], _error(of_eager))
+            errors["error"] = max(errors["error"], _error(_judge.pair(got, wide, dtypes=False, strides=False)[1]))
+        self.row |= errors
+        self.row["structure"] = structure[0][:300] if structure else ""
+
+    def _threads(self) -> None:
+        """Calls from threads on streams of their own; each result must have the bits of that of a call by itself."""
+        wrong, calls, errors, said = [0] * THREADS, [0] * THREADS, [], []
+        start = threading.Barrier(THREADS)
+
+        def work(number: int) -> None:
+            try:
+                torch.set_grad_enabled(False)
+                with _stream(self.device):
+                    start.wait()
+                    for turn in range(CALLS_A_THREAD):
+                        which = (number * 3 + turn) % len(self.sets)
+                        inputs = _copied(self.sets[which])
+                        got = self.engine_call(inputs)
+                        del inputs
+                        found = _differences(got, self.reference[which])
+                        wrong[number] += bool(found)
+                        calls[number] += 1
+                        said.extend(found[:1])
+            except Exception as error:
+                start.abort()
+                errors.append(f"{type(error).__name__}: {error}"[:500])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(THREADS)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        self.row |= {"calls": sum(calls), "wrong": sum(wrong), "wrong_first": said[0][:300] if said else ""}
+        if errors:
+            self.row["thread_error"] = errors[0]
+
+    # -- what it costs ------------------------------------------------------------------------------------------------
+
+    def _summary(self) -> None:
+        content = self.engine.summary()
+        signature = content["signatures"][0]
+        self.row["summary"] = {
+            **{k: signature[k] for k in ("captured", "backend", "reason", "operators", "flops", "seconds")},
+            "reasons": [f"{r['operator']}: {r['why']} ({r['source']})" for r in signature["reasons"]][:5],
+            "runtime": content["runtime"],
+        }
+
+    def _latency(self) -> None:
+        calls = {"us": self.engine_call, "eager_us": self.eager_call}
+        if self.peer is not None:
+            calls["compile_us"] = self.peer_call
+        self._alternate(calls)
+
+    def _overhead(self) -> None:
+        """Last, as forgetting what Dynamo compiled ends ``torch.compile``'s turn."""
+        torch._dynamo.reset()
+        self.peer = torch.compile(self.model, dynamic=False, mode="reduce-overhead")
+        for _ in range(4):
+            self._wait_for(self.peer_call(self.sets[0]))
+        self._alternate({"us_beside_overhead": self.engine_call, "overhead_us": self.peer_call})
+
+    def _alternate(self, calls: dict[str, Call]) -> None:
+        """Each in turn, in rounds; the medians. One process of a run measures at a time."""
+        with _held(self.options.lock):
+            once = {k: self._sample(call, 3) for k, call in calls.items()}
+            count = {k: int(min(max(2e5 / us, 3), 30)) for k, us in once.items()}
+            rounds = [{k: self._sample(c, count[k]) for k, c in calls.items()} for _ in range(self.options.rounds)]
+        for k in calls:
+            self.row[k] = round(statistics.median(r[k] for r in rounds), 1)
+            self.row.setdefault("rounds", {})[k] = [round(r[k], 1) for r in rounds]
+
+    def _sample(self, call: Call, count: int) -> float:
+        """Microseconds until the results of a call are there: the median of so many."""
+        took = []
+        for _ in range(count):
+            began = time.perf_counter()
+            call(self.sets[0])
+            self._wait()
+            took.append(time.perf_counter() - began)
+        return statistics.median(took) * 1e6
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _wait_for(self, _: Any) -> None:
+        self._wait()
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """In PyTorch's allocator, and taken from the device as the driver counts it; None where that is not known."""
+
+    allocated: int | None = None
+    device: int | None = None
+
+    def __add__(self, other: _Bytes) -> _Bytes:
+        return self._with(other, lambda a, b: a + b)
+
+    def __sub__(self, other: _Bytes) -> _Bytes:
+        return self._with(other, lambda a, b: a - b)
+
+    def __floordiv__(self, by: int) -> _Bytes:
+        return self._with(self, lambda a, _: a // by)
+
+    def _with(self, other: _Bytes, how: Callable[[int, int], int]) -> _Bytes:
+        pairs = ((self.allocated, other.allocated), (self.device, other.device))
+        return _Bytes(*(None if a is None or b is None else how(a, b) for a, b in pairs))
+
+    @property
+    def known(self) -> bool:
+        return self.allocated is not None
+
+    def data(self) -> dict[str, int | None]:
+        return {"allocated": self.allocated, "device": self.device}
+
+
+@dataclass(frozen=True)
+class _Use:
+    before: _Bytes
+    peak: _Bytes
+
+
+@dataclass(frozen=True)
+class _Gauge:
+    device: torch.device
+    alone: bool
+
+    def now(self) -> _Bytes:
+        """What is held while nothing runs and nothing is cached."""
+        if self.device.type != "cuda":
+            return _Bytes()
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return _Bytes(torch.cuda.memory_allocated(), self._taken())
+
+    def call(self, call: Callable[[], Any]) -> _Use:
+        """The most that is held during a call; the allocator keeps what it took, so the driver counts a peak, too."""
+        before = self.now()
+        if self.device.type != "cuda":
+            return _Use(before, before)
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        torch.cuda.synchronize()
+        use = _Use(before, _Bytes(torch.cuda.max_memory_allocated(), self._taken()))
+        del result
+        return use
+
+    def _taken(self) -> int | None:
+        if not self.alone:
+            return None
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def _profiled(call: Callable[[], Any]) -> dict[str, int]:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    for _ in range(2):  # The first one starts the profiler's libraries.
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
+        file = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(file))
+        return launches(json.loads(file.read_text()))
+
+
+def launches(trace: dict[str, Any]) -> dict[str, int]:
+    """Kernels that ran, and how many of them a launch of a CUDA graph brought, in a trace of ``torch.profiler``."""
+    events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and "correlation" in e.get("args", {})]
+    graphs = {
+        e["args"]["correlation"]
+        for e in events
+        if e.get("cat") in ("cuda_runtime", "cuda_driver") and "GraphLaunch" in e["name"]
+    }
+    kernels = [e["args"]["correlation"] for e in events if e.get("cat") == "kernel"]
+    return {"all": len(kernels), "captured": sum(k in graphs for k in kernels)}
+
+
+# -- small things -----------------------------------------------------------------------------------------------------
+
+
+def _cast(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:
+    def one(x: Any) -> Any:
+        return x.to(device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, torch.Tensor) else x
+
+    return Inputs(pytree.tree_map(one, inputs.args), pytree.tree_map(one, inputs.kwargs))
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Inputs):
+        return Inputs(_copied(value.args), _copied(value.kwargs))
+    return pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, value)
+
+
+def _differences(got: Any, reference: Any) -> list[str]:
+    return _judge.differences(got, reference, nan_bits=True, strides=False)
+
+
+def _error(pairs: list[_judge.Pair]) -> float:
+    floats = [p for p in pairs if p.expected.is_floating_point() or p.expected.is_complex()]
+    return max((_judge.error(p.actual, p.expected) for p in floats), default=0.0)
+
+
+def _integers_differ(pairs: list[_judge.Pair]) -> float:
+    """The share of elements of integers and booleans that differ, in the worst tensor."""
+    whole = [p for p in pairs if not (p.expected.is_floating_point() or p.expected.is_complex()) and p.actual.numel()]
+    return max((float((p.actual != p.expected).float().mean()) for p in whole), default=0.0)
+
+
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _held(lock: str) -> Iterator[None]:
+    if not lock:
+        yield
+        return
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
