@@ -154,6 +154,15 @@ def test_keywords_containers_and_two_numbers_of_which_one_varies(runtime: str) -
     assert engine.stats().specializations == 4
 
 
+def test_a_number_that_varied_with_one_shape_is_an_input_with_all() -> None:
+    engine, model = check(lambda m, x, s, n=None: x * s + m.table[0], torch.rand(2), [0.5, 0.25], runtime="python")
+    for size in (3, 4, 3, 5):
+        for s in (0.1 * size, 0.5, 2.0 + size):
+            x = torch.rand(size)
+            assert torch.equal(engine(x, s), model(x, s))
+    assert engine.stats().specializations == 5
+
+
 def test_a_model_that_depends_on_data_takes_numbers() -> None:
     def chosen(m: Any, x: Any, s: Any) -> Any:
         return x[x > 0] * s, x.nonzero() + 1, x * x.max().item() + s

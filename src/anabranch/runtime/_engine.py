@@ -351,6 +351,8 @@ class Engine:
         self._specializations: dict[Any, Specialization] = _sync.dict_("specializations")
         self._primary: Specialization | None = None
         self._varying = Varying()
+        #: By structure of a call, what stands for it in keys.
+        self._structures: dict[pytree.TreeSpec, object] = {}
         self._closed = False
         self._generation = process.generation
         process.register(self)
@@ -390,7 +392,9 @@ class Engine:
         if not kwargs and all(type(x) is torch.Tensor for x in args):
             return args, tuple([leaf_key(x, i, device) for i, x in enumerate(args)])
         leaves, structure = flatten_call(args, kwargs, self._in_order)
-        return leaves, (structure, *[leaf_key(x, i, device) for i, x in enumerate(leaves)])
+        # A structure's hash is slow, and a call with numbers is looked up several times.
+        token = self._structures.get(structure) or self._structures.setdefault(structure, object())
+        return leaves, (token, *[leaf_key(x, i, device) for i, x in enumerate(leaves)])
 
     def _find(self, key: Any, leaves: Sequence[Any]) -> Specialization | None:
         """The specialization for a call, if there is one: for its very numbers, or for all."""

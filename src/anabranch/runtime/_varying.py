@@ -52,15 +52,31 @@ class Varying:
 
     def to_carry(self, key: Any) -> frozenset[int]:
         """Positions among the leaves of a call of the numbers that shall be inputs of a specialization for it."""
-        alike = self._alike.get(_loose(key)) if has_numbers(key) else None
-        if alike is None:
+        if not has_numbers(key):
             return frozenset()
+        alike = self._alike.get(_loose(key))
+        if alike is None:
+            varied = self._varied_elsewhere(key)
+            if varied:
+                self._alike[_loose(key)] = _Alike(key, varied)
+            return varied
         differ = {p for p, (a, b) in enumerate(zip(alike.first[1:], key[1:], strict=True)) if a != b}
         alike.varied |= differ
         for p in differ:
             if key[p + 1][0] is complex:
                 alike.pinned = {**alike.pinned, p: "it is complex"}
         return alike.varied - alike.pinned.keys()
+
+    def _varied_elsewhere(self, key: Any) -> frozenset[int]:
+        """The numbers that are inputs in calls of other shapes: they need not vary again."""
+        kinds = [part[0] if _is_number(part) else None for part in key[1:]]
+        others = [
+            other
+            for other in self._alike.values()
+            if other.first[0] == key[0] and [p[0] if _is_number(p) else None for p in other.first[1:]] == kinds
+        ]
+        varied = frozenset(p for other in others for p in other.varied)
+        return varied - {p for other in others for p in other.pinned}
 
     def pin(self, key: Any, reasons: dict[int, str]) -> None:
         """These numbers stay a part of the signature."""
