@@ -85,7 +85,7 @@ INTERNAL = {
     ],
     "src/anabranch/runtime/_core/program.cpp": [
         ("arguments, given", "a rule between the package's own functions"),
-        ("the program takes {} tensors", "a rule between the package's own functions"),
+        ("the program takes {} values", "a rule between the package's own functions"),
     ],
     "src/anabranch/runtime/_core/python.cpp": [
         ("expected a torch.Event", "a rule between the package's own functions"),

@@ -126,6 +126,25 @@ def test_what_numbers_of_64_bits_do_not_hold_python_computes() -> None:
     assert engine.stats().direct_calls == 2
 
 
+class Scaled(nn.Module):
+    """With numbers of the call: broken and whole, beside tensors, as sizes' parts and as what they come to."""
+
+    def forward(self, x: torch.Tensor, factor: float, k: int) -> Any:
+        kept = x[x > factor]
+        return x * factor, (x * 3).long() + k, kept / (kept.shape[0] + 1) - factor**2, torch.clamp(x, min=factor)
+
+
+@pytest.mark.parametrize("runtime", ["native", "python"])
+def test_numbers_of_the_call_are_taken_as_they_are(runtime: str) -> None:
+    model = Scaled()
+    engine = anabranch.compile(model, [torch.randn(5, 4), 0.5, 3], backend="eager", runtime=runtime)
+    for x in inputs_of(5):
+        for factor, k in ((0.25, 7), (-1.5, -7), (0.5, 3), (1e9, 2**40)):
+            assert_eagers(engine(x, factor, k), model(x, factor, k))
+    assert "any float, any int" in engine.explain()
+    assert "through Python" not in engine.explain()
+
+
 class Nested(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.higher_order.while_loop(lambda y: y.sum() < 10, lambda y: (y + 1,), (x,), ())[0]

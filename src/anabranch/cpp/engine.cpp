@@ -429,7 +429,7 @@ struct Engine::Impl {
     }
     runtime::Values computed;
     try {
-      if (spec.run(given.data(), nullptr, computed) != runtime::Specialization::Outcome::kDone) {
+      if (spec.run(given.data(), {}, nullptr, computed) != runtime::Specialization::Outcome::kDone) {
         throw NotCapturable(
             "this call is made while its stream is under capture, which engines in C++ cannot take part in. Call the"
             " engine outside the capture.");

@@ -124,6 +124,7 @@ _OF_TENSORS = {
     _aten.sym_numel.default: "numel",
     _aten.sym_storage_offset.default: "offset",
 }
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
 #: How schemas name the types of numbers.
 _NUMBER_TYPES = ("int", "float", "bool", "number")
 
@@ -150,9 +151,7 @@ class _Flattening:
         self._module = module
         self._end = len(placeholders)
         self._slots: dict[fx.Node, int] = {n: i for i, n in enumerate(placeholders)}
-        self.made.numbers |= {
-            i for n, i in self._slots.items() if isinstance(n.meta.get("val"), torch.SymInt | torch.SymFloat | int)
-        }
+        self.made.numbers |= {i for n, i in self._slots.items() if isinstance(n.meta.get("val"), _NUMBERS)}
         #: Nodes whose value is several ones: the slot of the first, and whether they are one list.
         self._several: dict[fx.Node, tuple[int, bool]] = {}
         for node in module.graph.nodes:

@@ -162,9 +162,6 @@ class NativeSpecialization(Specialization):
     def _set_program(self) -> None:
         if self.program.is_empty:
             return
-        if self.program.takes_numbers:
-            self.through_python = "operators take numbers of the call"
-            return
         program = translate(self.program) if self.backend == "eager" else f"{self.backend} launches its kernels itself"
         unchanged = self._flags.unchanged if self._sensitive else None
         watched = unchanged, not self.program.asks_default_dtype
@@ -173,7 +170,7 @@ class NativeSpecialization(Specialization):
             self._core.set_program(program, *watched)
         else:
             self.through_python = program
-            if isinstance(self._lowered, Stateful):
+            if isinstance(self._lowered, Stateful) or self.program.takes_numbers:
                 return
             self._core.set_python(self._lowered, *watched)
             self._launches = True

@@ -129,16 +129,17 @@ bool Specialization::accepts(const at::Tensor* const* inputs, size_t count) cons
   return true;
 }
 
-Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Builder& build, Values& results) {
+Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Values& numbers, const Builder& build,
+                                            Values& results) {
   for (size_t i = 0; i < specs.size(); ++i) {
     if (!is_plain(inputs[i])) return Outcome::kElsewhere;
   }
   std::optional<c10::InferenceMode> normal;
   if (c10::InferenceMode::is_enabled()) normal.emplace(false);
-  bool runs_direct = program || !kernels.empty() || python;
+  bool runs_direct = program || (numbers.empty() && (!kernels.empty() || python));
   if (!api_) {
     if (!runs_direct || !is_unchanged()) return Outcome::kElsewhere;
-    return finish_direct(direct(inputs, {}, results), results);
+    return finish_direct(direct(inputs, numbers, {}, results), results);
   }
   std::optional<c10::DeviceGuard> on_device;
   if (guard_.getDevice() != device) on_device.emplace(device);
@@ -186,7 +187,7 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Buil
   if (!runs_direct || !is_unchanged()) return Outcome::kElsewhere;
   bool is_done = false;
   if (!has_weights) {
-    is_done = direct(inputs, ref, results);
+    is_done = direct(inputs, numbers, ref, results);
   } else {
     auto grant = events.acquire(ref.id, true);
     auto* slot = grant.kind == Pool::Grant::kContext ? grant.slot : events.add(new_event(ref.id), 0);
@@ -194,7 +195,7 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Buil
     try {
       // The stream may be a new one under the handle of one that died: what that one still runs stays covered.
       last_use.done->block(stream);
-      is_done = direct(inputs, ref, results);
+      is_done = direct(inputs, numbers, ref, results);
       last_use.done->record(stream);
     } catch (...) {
       try {
@@ -298,14 +299,14 @@ at::Tensor Specialization::canonical(const at::Tensor& x, size_t i) const {
 }
 
 // The kernels without a graph, on the current stream. False: this call takes another way.
-bool Specialization::direct(const at::Tensor* inputs, const StreamRef& ref, Values& results) {
+bool Specialization::direct(const at::Tensor* inputs, const Values& numbers, const StreamRef& ref, Values& results) {
   if (program && device.is_cpu()) {
     // PyTorch's operators take any layout, and give eager's bits for it. Elsewhere graphs give those of a dense copy.
-    return program->run(inputs, specs.size(), device, results);
+    return program->run(inputs, specs.size(), numbers, device, results);
   }
   Tensors read;
   for (size_t i = 0; i < specs.size(); ++i) read.push_back(canonical(inputs[i], i));
-  if (program) return program->run(read.data(), read.size(), device, results);
+  if (program) return program->run(read.data(), read.size(), numbers, device, results);
   if (kernels.empty()) {
     Neutral neutral(device.type());
     python({read.begin(), read.end()}, results);

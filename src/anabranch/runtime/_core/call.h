@@ -103,12 +103,13 @@ class Specialization {
   Specialization(c10::Device device, const DeviceApi* api, std::vector<InputSpec> specs, Limits* limits,
                  Counters* counters);
 
-  // Run one call on the calling thread's current stream of the device. `inputs` have this signature. `kElsewhere`:
+  // Run one call on the calling thread's current stream of the device. `inputs` have this signature, `numbers` are what
+  // `program` takes after them. `kElsewhere`:
   // nothing was queued; this call takes a way that is not known here (it is inside a caller's capture, say).
   //
   // Threads: any, without the GIL. Blocks for other threads' hosts only. Throws what the device throws; the context is
   // then out of use.
-  Outcome run(const at::Tensor* inputs, const Builder& build, Values& results);
+  Outcome run(const at::Tensor* inputs, const Values& numbers, const Builder& build, Values& results);
 
   bool accepts(const at::Tensor* const* inputs, size_t count) const;
   // Whether a call runs in Python in the end, so that it need not let go of the GIL.
@@ -145,7 +146,7 @@ class Specialization {
   void record(c10::Event& event, const c10::Stream& stream, const StreamRef& ref) const;
   bool is_unchanged() const;
   Outcome finish_direct(bool is_done, Values& results);
-  bool direct(const at::Tensor* inputs, const StreamRef& ref, Values& results);
+  bool direct(const at::Tensor* inputs, const Values& numbers, const StreamRef& ref, Values& results);
 
   const DeviceApi* const api_;
   const c10::impl::VirtualGuardImpl guard_;

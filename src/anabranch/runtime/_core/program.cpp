@@ -205,14 +205,17 @@ void Program::execute(Slots& slots, Values& results) const {
   }
 }
 
-bool Program::run(const at::Tensor* inputs, size_t count, c10::Device device, Values& results) const {
-  TORCH_CHECK(count == static_cast<size_t>(inputs_), "the program takes ", inputs_, " tensors, given ", count);
+bool Program::run(const at::Tensor* inputs, size_t count, const Values& numbers, c10::Device device,
+                  Values& results) const {
+  auto given = count + numbers.size();
+  TORCH_CHECK(given == static_cast<size_t>(inputs_), "the program takes ", inputs_, " values, given ", given);
   Neutral neutral(device.type());
   // Nothing here is recorded for a backward pass. What others register may rely on being asked all the same.
   std::optional<at::AutoDispatchBelowAutograd> below;
   if (only_aten_) below.emplace();
   Slots slots(static_cast<size_t>(slots_));
-  std::copy(inputs, inputs + count, slots.begin() + static_cast<int64_t>(weights_.size()));
+  auto rest = std::copy(inputs, inputs + count, slots.begin() + static_cast<int64_t>(weights_.size()));
+  std::copy(numbers.begin(), numbers.end(), rest);
   try {
     execute(slots, results);
   } catch (Declined&) {

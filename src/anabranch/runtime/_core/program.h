@@ -52,7 +52,7 @@ class Program {
     c10::IValue constant;
   };
 
-  // The first slots hold `weights`, the next ones the `inputs` values that `run` is given.
+  // The first slots hold `weights`, the next ones the `inputs` values that `run` is given: tensors, then numbers.
   Program(std::vector<at::Tensor> weights, int inputs);
 
   // Each appends a step and returns the slot of its (first) result; several results lie one after another.
@@ -75,7 +75,7 @@ class Program {
   // Queue it on the current stream of `device`, without autograd and autocast. False: numbers are not what this knows
   // to compute with; part of it may be queued, and nothing comes of it. May wait for the device, where numbers depend
   // on data. Throws what operators throw.
-  bool run(const at::Tensor* inputs, size_t count, c10::Device device, Values& results) const;
+  bool run(const at::Tensor* inputs, size_t count, const Values& numbers, c10::Device device, Values& results) const;
 
   size_t size() const { return steps_.size(); }
 

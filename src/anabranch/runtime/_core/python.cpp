@@ -161,10 +161,15 @@ py::handle checked(PyObject* object) {
   return object;
 }
 
-// A Python number as it is.
+// A Python number as it is; none for what is no number of 64 bits.
 std::optional<c10::IValue> number_of(py::handle value) {
   if (PyBool_Check(value.ptr())) return value.cast<bool>();
-  if (PyLong_Check(value.ptr())) return value.cast<int64_t>();
+  if (PyLong_Check(value.ptr())) {
+    int is_past = 0;
+    auto number = PyLong_AsLongLongAndOverflow(value.ptr(), &is_past);
+    if (is_past) return std::nullopt;
+    return static_cast<int64_t>(number);
+  }
   if (PyFloat_Check(value.ptr())) return value.cast<double>();
   if (PyComplex_Check(value.ptr())) {
     auto z = PyComplex_AsCComplex(value.ptr());
@@ -267,14 +272,14 @@ struct Signature {
 
   // Called with the GIL, which is let go of meanwhile, unless the kernels need it. False: this call has to take another
   // way. Throws.
-  bool run(const at::Tensor* inputs, Values& results) {
+  bool run(const at::Tensor* inputs, const Values& numbers, Values& results) {
     std::exception_ptr error;
     auto outcome = Specialization::Outcome::kElsewhere;
     ++calls_under_way;
     t_inside = true;
     PyThreadState* state = spec->needs_gil() ? nullptr : PyEval_SaveThread();
     try {
-      outcome = spec->run(inputs, [this](int64_t reserved) { return build(reserved); }, results);
+      outcome = spec->run(inputs, numbers, [this](int64_t reserved) { return build(reserved); }, results);
     } catch (...) {
       error = std::current_exception();
     }
@@ -482,7 +487,7 @@ PyObject* engine_call_or_throw(PyObject* object, PyObject* args, PyObject* kwarg
     PyObject* answer = nullptr;
     bool is_done = false;
     try {
-      is_done = entry.signature->run(inputs.data(), results);
+      is_done = entry.signature->run(inputs.data(), {}, results);
       if (is_done) answer = finish(entry, args, results);
     } catch (py::error_already_set& e) {
       is_done = true;
@@ -686,9 +691,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return self;
       }))
       .def("run",
-           [](Signature& self, const std::vector<at::Tensor>& inputs) -> py::object {
-             Values results;
-             if (!self.run(inputs.data(), results)) return py::none();
+           [](Signature& self, const py::list& given) -> py::object {
+             std::vector<at::Tensor> inputs;
+             Values numbers, results;
+             for (auto x : given) {
+               if (inputs.size() < self.spec->specs.size()) {
+                 inputs.push_back(x.cast<at::Tensor>());
+               } else if (auto number = number_of(x)) {
+                 numbers.push_back(*number);
+               } else {
+                 return py::none();  // past 64 bits
+               }
+             }
+             if (!self.run(inputs.data(), numbers, results)) return py::none();
              py::list all;
              for (auto& y : results) all.append(py::reinterpret_steal<py::object>(checked(wrap(std::move(y)))));
              return all;
