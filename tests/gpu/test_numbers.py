@@ -105,6 +105,7 @@ def test_the_number_is_ordered_on_the_callers_stream_and_the_host_does_not_wait(
     x = _inputs(torch.float16)
     engine = anabranch.compile(Fn(_arithmetic).eval(), [x, 1.5], backend="eager", runtime=runtime, cuda_graphs=True)
     engine(x, 2.5)
+    assert engine.warm([x, 2.5], contexts=3) == 3  # a call that builds one does wait
     streams = [torch.cuda.Stream() for _ in range(3)]
     torch.cuda.synchronize()
     results: list[tuple[float, Any]] = []

@@ -109,7 +109,7 @@ def constants(m: Fn, x: torch.Tensor) -> Any:
     y = x.masked_fill(torch.ones(3, 8).tril().bool().logical_not().to(x.device), -5.0)
     y = y + torch.arange(8.0).to(x.device) * torch.tensor([[0.5], [1.5], [2.0]]).to(x.device)
     y = y[:, torch.tensor([2, 0, 3, 7])] + (~torch.zeros(3, 4).to(x.device, torch.bool)).cumsum(1, dtype=x.dtype)
-    y = y.clone().index_put_((torch.tensor([0, 2]),), torch.tensor(7.0, dtype=x.dtype))
+    y = y.to(x.dtype).clone().index_put_((torch.tensor([0, 2]),), torch.tensor(7.0, dtype=x.dtype))
     return torch.where(y > 0, torch.tensor(0.3, dtype=x.dtype), y * torch.tensor(0.1)), x * 3
 
 

@@ -18,8 +18,18 @@ from torch.utils import _pytree as pytree
 from anabranch.export._random import is_random
 
 _aten = torch.ops.aten
-#: They read a tensor on the CPU by copying it to the device of the first, whatever its size.
-_COPYING = {_aten.index.Tensor, _aten.index_put.default, _aten._unsafe_index.Tensor, _aten._index_put_impl.default}
+#: They take a single number on the CPU for an argument of their kernel, in which halves are computed in float32. What
+#: else takes one copies it to the device in each call.
+_TAKING_NUMBERS = {
+    getattr(_aten, name).Tensor
+    for name in (
+        *("add", "sub", "rsub", "mul", "div", "remainder", "fmod", "eq", "ne", "lt", "le", "gt", "ge"),
+        *("bitwise_and", "bitwise_or", "bitwise_xor"),
+    )
+} | {
+    *(_aten.div.Tensor_mode, _aten.pow.Tensor_Tensor, _aten.floor_divide.default, _aten.atan2.default),
+    *(_aten.maximum.default, _aten.minimum.default, _aten.logical_and.default, _aten.logical_or.default),
+}
 
 
 def add_weight(
@@ -77,27 +87,46 @@ def compute_constants(
     ]
     if not wanted:
         return
-    aside(lambda: _compute(wanted, known), lasting=True)
+    constants: list[tuple[fx.Node, torch.Tensor, Any, list[fx.Node]]] = []
+
+    def compute() -> None:
+        _compute(wanted, known)
+        for node in wanted:
+            value, users = known[node], [user for user in node.users if user not in made_of_nothing]
+            copying = [user for user in users if _copies(user, node)] if value.device.type == "cpu" else []
+            for x, by in ((value.to(device), copying), (value, [user for user in users if user not in copying])):
+                if by and (x is not value or node.op != "placeholder"):
+                    constants.append((node, x, _uniform(x), by))
+
+    aside(compute, lasting=True)
     mode = wanted[0].meta["val"].fake_mode
-    for node in wanted:
-        value = known[node]
-        moved = value.to(device) if value.device.type == "cpu" and _is_copied(node) else value
-        if node.op == "placeholder" and moved is value:
-            continue
-        with gm.graph.inserting_before(_first(gm)):
-            uniform = _uniform(moved)
-            if uniform is not None and moved.device == device:
-                new = gm.graph.call_function(
-                    _aten.full.default,
-                    (list(moved.shape), uniform),
-                    {"dtype": moved.dtype, "device": device, "pin_memory": False},
-                )
-                with mode:
-                    new.meta["val"] = new.target(*new.args, **new.kwargs)  # type: ignore[operator]
-            else:
-                new = add_weight(gm, weights, f"constant.{node.name}", moved, mode)
-        new.meta.update({k: v for k, v in node.meta.items() if k != "val"})
-        node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in made_of_nothing)
+    for node, value, number, users in constants:
+        _replace(gm, weights, node, value, number, users, mode)
+
+
+def _replace(
+    gm: fx.GraphModule,
+    weights: dict[fx.Node, tuple[str, torch.Tensor]],
+    node: fx.Node,
+    value: torch.Tensor,
+    number: Any,
+    users: Sequence[fx.Node],
+    mode: Any,
+) -> None:
+    """Give these users of a node its value as a constant; ``number``: of which it consists, or None."""
+    with gm.graph.inserting_before(_first(gm)):
+        if number is not None and value.device.type != "cpu":
+            new = gm.graph.call_function(
+                _aten.full.default,
+                (list(value.shape), number),
+                {"dtype": value.dtype, "device": value.device, "pin_memory": False},
+            )
+            with mode:
+                new.meta["val"] = new.target(*new.args, **new.kwargs)  # type: ignore[operator]
+        else:
+            new = add_weight(gm, weights, f"constant.{node.name}", value, mode)
+    new.meta.update({k: v for k, v in node.meta.items() if k != "val"})
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user in users)
 
 
 def _is_literal(name: str) -> bool:
@@ -110,11 +139,11 @@ def _is_on_cpu(node: fx.Node) -> bool:
     return any(x.device.type == "cpu" for x in values)
 
 
-def _is_copied(node: fx.Node) -> bool:
-    """Whether operators on the device copy this tensor of the CPU to there; to most a single number is an argument."""
-    if any(_is_on_cpu(user) for user in node.users):
+def _copies(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an operator copies this tensor of the CPU to the device, where its result is, in each call."""
+    if _is_on_cpu(user):
         return False
-    return node.meta["val"].dim() > 0 or any(user.target in _COPYING for user in node.users)
+    return bool(node.meta["val"].dim()) or user.target not in _TAKING_NUMBERS
 
 
 def _compute(wanted: Sequence[fx.Node], known: dict[fx.Node, Any]) -> None:

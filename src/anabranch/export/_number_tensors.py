@@ -195,8 +195,9 @@ class _Rewriter:
             y = self._call(_aten.mul.Tensor, self._as(y, computed), self._tensor(alpha, computed))
         a, b = self._as(x, computed), self._as(y, computed)
         if target is _aten.div.Tensor and self._exact and self._by_kernel and numbers and numbers[0] is y:
-            # A division by a number is a product on a GPU.
-            target, b = _aten.mul.Tensor, self._call(_aten.reciprocal.default, b)
+            # A division by a number is a product on a GPU, with what float64 has for the number's inverse.
+            inverse = self._call(_aten.reciprocal.default, self._as(y, torch.float64))
+            target, b = _aten.mul.Tensor, self._as(inverse, computed)
         return self._as(self._call(target, a, b), result)
 
     def _reversed_sub(self, node: fx.Node) -> fx.Node:
