@@ -1,4 +1,4 @@
-"""Writes the table of the README and those of ``docs/bench.md`` from the files in ``benchmarks/results``.
+"""Writes the tables of the README, ``docs/bench.md`` and ``docs/models.md`` from the files in ``benchmarks/results``.
 
 ``--check`` writes nothing and fails where a page differs from what the files hold.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -250,6 +251,105 @@ def tensorrt() -> str:
     return "\n".join(lines)
 
 
+def zoo() -> str:
+    """Each file's table of models, and every model that is not right, or does not run captured, with the reason."""
+    return "\n\n".join(zoo_of(json.loads(f.read_text())) for f in sorted(RESULTS.glob("zoo_*.json"), reverse=True))
+
+
+def zoo_of(content: dict[str, Any]) -> str:
+    where, rows = content["environment"], content["rows"]
+    right = [r for r in rows if r["status"] == "right"]
+    calls, wrong = (sum(r.get(key, 0) for r in rows) for key in ("calls", "wrong"))
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    lines = [
+        f"## {where['device']}",
+        "",
+        f"**{len(right)} of {len(rows)} models are right**, {wrong} of {calls:,} concurrent calls were wrong."
+        f" {_faster(rows)}{where['cores']} cores, PyTorch {where['torch']}, {versions}, {where['date'][:10]}.",
+        "",
+        *_filled(("model", "verdict", *_FIGURES), [_model(r) for r in rows]),
+    ]
+    failures = [f"- {r['model']}: {r['status']}: {_text(r['why'])}" for r in rows if r["status"] != "right"]
+    direct = [
+        f"- {r['model']}: {_text('; '.join([s['reason'], *s['reasons'][:1]]))}"
+        for r in right
+        if where["kind"] != "cpu" and not (s := r["summary"])["captured"]
+    ]
+    for title, found in (("Not right", failures), ("Right, but not captured", direct)):
+        lines += ["", f"### {title}: {len(found)}", "", *found] if found else []
+    return "\n".join(lines)
+
+
+_FIGURES = ("us", "eager", "compile", "overhead", "build", "FLOPs", "kernels", "memory", "context", "build memory")
+
+
+def _faster(rows: list[dict[str, Any]]) -> str:
+    """How many are faster and slower than each peer."""
+    text = ""
+    for ours, peer, label in (
+        ("us", "eager_us", "eager"),
+        ("us", "compile_us", "torch.compile"),
+        ("us_beside_overhead", "overhead_us", "reduce-overhead"),
+    ):
+        ratios = [r[peer] / r[ours] for r in rows if r["status"] == "right" and ours in r and peer in r]
+        if ratios:
+            fast, slow = sum(x >= 1.5 for x in ratios), sum(x < 1 / 1.05 for x in ratios)
+            text += f"Of {len(ratios)}, {fast} are at least 1.5 times faster than {label}, {slow} slower by over 5%. "
+    return text
+
+
+def _model(row: dict[str, Any]) -> list[str]:
+    summary = row.get("summary", {})
+    flops = summary.get("flops", {}).get("share_captured")
+    launches = row.get("launches")
+    memory = row.get("memory", {})
+    figures = [
+        f"{row['us']:,.0f}" if "us" in row else "",
+        *(_ratio(row.get(peer), row.get("us")) for peer in ("eager_us", "compile_us")),
+        _ratio(row.get("overhead_us"), row.get("us_beside_overhead")),
+        _built(row.get("builds", [])),
+        f"{flops:.0%}" if flops is not None and launches else "",
+        f"{launches['captured']} of {launches['all']}" if launches else "",
+        _ratio(_held(memory, "ours"), _held(memory, "eager")),
+        _ratio(_held(memory, "further_context"), _held(memory, "eager_activations")),
+        _ratio(_held(memory, "ours_build"), _held(memory, "weights", "eager_activations")),
+    ]
+    return [row["model"] + (f", {row['dtype']}" if "dtype_reason" in row else ""), row["status"], *figures]
+
+
+def _held(memory: dict[str, Any], *names: str) -> int | None:
+    """Bytes, as the driver counts them where every figure of the row has that."""
+    if any(name not in memory for name in names):
+        return None
+    counts = "device" if memory["eager"]["device"] is not None else "reserved"
+    return sum(memory[name] if name == "weights" else memory[name][counts] for name in names)
+
+
+def _ratio(value: float | None, by: float | None) -> str:
+    return f"{value / by:.2f}" if value is not None and by else ""
+
+
+def _built(builds: list[dict[str, Any]]) -> str:
+    both = [b for b in builds if "ours_s" in b and "compile_s" in b]
+    if not both:
+        return ", ".join(f"{b['ours_s']:.1f}" for b in builds if "ours_s" in b)
+    ours = math.exp(sum(math.log(b["ours_s"]) for b in both) / len(both))
+    theirs = math.exp(sum(math.log(b["compile_s"]) for b in both) / len(both))
+    return f"{ours:.1f}, {ours / theirs:.2f}"
+
+
+def _filled(names: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    """A table without the columns that no row has a figure for."""
+    kept = [i for i in range(len(names)) if any(row[i] for row in rows)]
+    head = [[names[i] for i in kept], ["---"] * len(kept)]
+    return [f"| {' | '.join(cells)} |" for cells in [*head, *([row[i] for i in kept] for row in rows)]]
+
+
+def _text(text: str) -> str:
+    """Of an error, in a line of markdown."""
+    return re.sub(r"([|<>*_`\[\]])", r"\\\1", text)
+
+
 def _short(text: str) -> str:
     return re.sub(r"8 streams: ", "", re.sub(r"(\d+) of (\d+)", r"\1", text))
 
@@ -275,6 +375,7 @@ SECTIONS = {
         "bench-tensorrt": tensorrt,
         "bench-facts": facts,
     },
+    "docs/models.md": {"zoo": zoo},
 }
 
 

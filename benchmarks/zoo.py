@@ -142,6 +142,7 @@ def environment(device: str) -> Row:
             versions[name] = importlib.metadata.version(name)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "kind": device,
         "device": get_device(device).describe(0),
         "torch": torch.__version__,
         "python": sys.version.split()[0],

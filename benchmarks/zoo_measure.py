@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -208,11 +208,13 @@ class _Subject:
             call(inputs)
             self._wait()
             self.row["builds"][0][f"{who}_s"] = round(time.perf_counter() - began, 2)
-            # The second call of torch.compile may compile again.
+            built = self.gauge.peak()
+            # A second call of torch.compile may compile again.
             self._wait_for(call(self.sets[1]))
             use = self.gauge.call(lambda: call(inputs))
         if self.resident.known:
             self.row["memory"][who] = (use.peak - before + self.resident).data()
+            self.row["memory"][f"{who}_build"] = (built - before + self.resident).data()
 
     def _contexts(self) -> None:
         """What each further context takes; nothing where there are none."""
@@ -336,9 +338,11 @@ class _Subject:
 
 @dataclass(frozen=True)
 class _Bytes:
-    """In PyTorch's allocator, and taken from the device as the driver counts it; None where that is not known."""
+    """What PyTorch's allocator gave out and what it reserved, which counts the pools of graphs in full, and what was
+    taken from the device as the driver counts it; None where that is not known."""
 
     allocated: int | None = None
+    reserved: int | None = None
     device: int | None = None
 
     def __add__(self, other: _Bytes) -> _Bytes:
@@ -351,7 +355,7 @@ class _Bytes:
         return self._with(self, lambda a, _: a // by)
 
     def _with(self, other: _Bytes, how: Callable[[int, int], int]) -> _Bytes:
-        pairs = ((self.allocated, other.allocated), (self.device, other.device))
+        pairs = zip(astuple(self), astuple(other), strict=True)
         return _Bytes(*(None if a is None or b is None else how(a, b) for a, b in pairs))
 
     @property
@@ -359,7 +363,7 @@ class _Bytes:
         return self.allocated is not None
 
     def data(self) -> dict[str, int | None]:
-        return {"allocated": self.allocated, "device": self.device}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -374,23 +378,29 @@ class _Gauge:
     alone: bool
 
     def now(self) -> _Bytes:
-        """What is held while nothing runs and nothing is cached."""
+        """What is held while nothing runs and nothing is cached; the peak is looked for from here on."""
         if self.device.type != "cuda":
             return _Bytes()
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        return _Bytes(torch.cuda.memory_allocated(), self._taken())
+        torch.cuda.reset_peak_memory_stats()
+        return _Bytes(torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), self._taken())
+
+    def peak(self) -> _Bytes:
+        """The most that was held since. What libraries take beside PyTorch's allocator is taken for lasting."""
+        if self.device.type != "cuda":
+            return _Bytes()
+        torch.cuda.synchronize()
+        reserved, taken = torch.cuda.max_memory_reserved(), self._taken()
+        outside = None if taken is None else taken - torch.cuda.memory_reserved() + reserved
+        return _Bytes(torch.cuda.max_memory_allocated(), reserved, outside)
 
     def call(self, call: Callable[[], Any]) -> _Use:
-        """The most that is held during a call; the allocator keeps what it took, so the driver counts a peak, too."""
+        """What is held before a call, and the most during it."""
         before = self.now()
-        if self.device.type != "cuda":
-            return _Use(before, before)
-        torch.cuda.reset_peak_memory_stats()
         result = call()
-        torch.cuda.synchronize()
-        use = _Use(before, _Bytes(torch.cuda.max_memory_allocated(), self._taken()))
+        use = _Use(before, self.peak())
         del result
         return use
 

@@ -138,7 +138,7 @@ def test_what_is_free_is_told() -> None:
     assert re.match(r"host \d+ of \d+ GB free", _host.free_memory())
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/bench.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/bench.md", "docs/models.md"])
 def test_each_section_has_its_markers(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for name in load("tables").SECTIONS[page]:

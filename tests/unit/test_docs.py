@@ -211,13 +211,15 @@ def _anabranch(arguments: list[str]) -> None:
 
 
 def _load(path: Path) -> Any:
-    """A program of this repository as a module."""
+    """A program of this repository as a module; it finds the files beside it, as when it runs."""
     spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(path.parent))
+        spec.loader.exec_module(module)
     return module
 
 
