@@ -275,7 +275,12 @@ def zoo_of(content: dict[str, Any]) -> str:
         for r in right
         if where["kind"] != "cpu" and not (s := r["summary"])["captured"]
     ]
-    for title, found in (("Not right", failures), ("Right, but not captured", direct)):
+    missing = [f"- {r['model']}: {what}: {_text(why)}" for r in rows for what, why in r.get("aside", {}).items()]
+    for title, found in (
+        ("Not right", failures),
+        ("Right, but not captured", direct),
+        ("Figures that are missing", missing),
+    ):
         lines += ["", f"### {title}: {len(found)}", "", *found] if found else []
     return "\n".join(lines)
 

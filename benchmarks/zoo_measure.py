@@ -101,10 +101,10 @@ class _Subject:
             with self._stage("latency"):
                 self._latency()
             if self.device.type == "cuda":
-                with self._stage("profile"):
+                with self._aside("profile"):
                     self.row["launches"] = _profiled(lambda: self.engine_call(self.sets[0]))
             if self.options.overhead:
-                with self._stage("reduce-overhead"):
+                with self._aside("reduce-overhead"):
                     self._overhead()
         except Stopped:
             return
@@ -125,6 +125,16 @@ class _Subject:
             self.tell(self.row)
             raise Stopped from error
 
+    @contextlib.contextmanager
+    def _aside(self, name: str) -> Iterator[None]:
+        """A stage of figures only: if it fails, they are missing."""
+        self.row["stage"] = name
+        self.tell(self.row)
+        try:
+            yield
+        except Exception as error:
+            self.row.setdefault("aside", {})[name] = f"{type(error).__name__}: {error}"[:500]
+
     # -- what is expected ---------------------------------------------------------------------------------------------
 
     def _eager(self) -> None:
@@ -132,18 +142,18 @@ class _Subject:
         dtype = getattr(torch, self.options.dtype)
         self.base = self.gauge.now()
         self.model = self.model.to(self.device)
-        self.wide = [self._kept(self.model, _cast(i, self.device, torch.float32)) for i in self.given]
+        # On the host, so that they are not among what is held on the device.
+        self.wide = [_moved(self._kept(self.model, _cast(i, self.device, torch.float32))) for i in self.given]
         self.model = self.model.to(dtype)
         self.sets = [_cast(i, self.device, dtype) for i in self.given]
         try:
-            self.expected = [self._kept(self.model, i) for i in self.sets]
+            self._wait_for([self._kept(self.model, i) for i in self.sets])
         except Exception as error:
             if dtype is torch.float32:
                 raise
             self.row |= {"dtype": "float32", "dtype_reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             self.model = self.model.float()
             self.sets = [_cast(i, self.device, torch.float32) for i in self.given]
-            self.expected = [self._kept(self.model, i) for i in self.sets]
         use = self.gauge.call(lambda: self.eager_call(self.sets[0]))
         self.resident = use.before - self.base
         if self.resident.known:
@@ -182,13 +192,10 @@ class _Subject:
                     self._timed("ours", self._build_ours, self.engine_call)
                     self._contexts()
             else:
-                self.row["stage"] = "build of torch.compile"
-                self.tell(self.row)
-                try:
+                with self._aside("build of torch.compile"):
                     self._timed("compile", self._build_peer, self.peer_call)
-                except Exception as error:
+                if "build of torch.compile" in self.row.get("aside", {}):
                     self.peer = None
-                    self.row["compile_error"] = f"{type(error).__name__}: {error}"[:500]
 
     def _build_ours(self) -> None:
         first = self.sets[0]
@@ -234,17 +241,19 @@ class _Subject:
         self.row["repeats"] = not any(_differences(a, b) for a, b in zip(again, self.reference, strict=True))
         structure: list[str] = []
         errors = {"error": 0.0, "eager_error": 0.0, "error_to_eager": 0.0, "integers_differ": 0.0}
-        for got, low, wide in zip(self.reference, self.expected, self.wide, strict=True):
+        for i, got, wide in zip(self.sets, self.reference, self.wide, strict=True):
+            low = self._kept(self.model, i)
             structure += _judge.pair(got, low)[0]
             _, near = _judge.pair(got, low, strides=False)
             errors["error_to_eager"] = max(errors["error_to_eager"], _error(near))
             errors["integers_differ"] = max(errors["integers_differ"], _integers_differ(near))
-            other, of_eager = _judge.pair(low, wide, dtypes=False, strides=False)
+            loosely: dict[str, Any] = {"dtypes": False, "strides": False, "devices": False}
+            other, of_eager = _judge.pair(low, wide, **loosely)
             if other:  # Eager itself finds other things in this dtype: boxes, say.
                 self.row["eager_differs"] = other[0][:200]
                 continue
             errors["eager_error"] = max(errors["eager_error"], _error(of_eager))
-            errors["error"] = max(errors["error"], _error(_judge.pair(got, wide, dtypes=False, strides=False)[1]))
+            errors["error"] = max(errors["error"], _error(_judge.pair(got, wide, **loosely)[1]))
         self.row |= errors
         self.row["structure"] = structure[0][:300] if structure else ""
 
@@ -268,8 +277,8 @@ class _Subject:
                         calls[number] += 1
                         said.extend(found[:1])
             except Exception as error:
-                start.abort()
                 errors.append(f"{type(error).__name__}: {error}"[:500])
+                start.abort()
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(THREADS)]
         for t in threads:
@@ -448,6 +457,10 @@ def _cast(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:
     return Inputs(pytree.tree_map(one, inputs.args), pytree.tree_map(one, inputs.kwargs))
 
 
+def _moved(value: Any) -> Any:
+    return pytree.tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, value)
+
+
 def _copied(value: Any) -> Any:
     if isinstance(value, Inputs):
         return Inputs(_copied(value.args), _copied(value.kwargs))
@@ -460,7 +473,7 @@ def _differences(got: Any, reference: Any) -> list[str]:
 
 def _error(pairs: list[_judge.Pair]) -> float:
     floats = [p for p in pairs if p.expected.is_floating_point() or p.expected.is_complex()]
-    return max((_judge.error(p.actual, p.expected) for p in floats), default=0.0)
+    return max((_judge.error(p.actual, p.expected.to(p.actual.device)) for p in floats), default=0.0)
 
 
 def _integers_differ(pairs: list[_judge.Pair]) -> float:

@@ -83,6 +83,8 @@ INFINITE = float("inf")
         ({"stage": "build", "failure": "InputError: no", "refused": True}, "refused", "build: InputError: no"),
         ({"stage": "build", "failure": "KeyError: no", "refused": False}, "failed", "build: KeyError"),
         ({"stage": "threads", "failure": "InputError: no", "refused": True}, "failed", "threads: InputError"),
+        ({"stage": "profile", "failure": "no answer in 300 s"}, "right", ""),
+        ({"stage": "profile", "failure": "no answer in 300 s", "wrong": 1}, "wrong", "1 of 96"),
         ({"stage": "not started"}, "not started", "no time"),
     ],
 )
@@ -238,7 +240,7 @@ def test_the_table_names_every_model_and_why_it_is_not_right(programs: dict[str,
     rows = [
         row(memory={**memory, "weights": 100}, overhead_us=80.0, us_beside_overhead=100.0),
         row(model="hf/b", summary={**direct, "flops": {"share_captured": 0.0}}),
-        row(model="hf/c", wrong=3, wrong_first="y differs"),
+        row(model="hf/c", wrong=3, wrong_first="y differs", aside={"reduce-overhead": "RuntimeError: no"}),
         {"model": "hf/d", "stage": "build", "failure": "UnsupportedModel: <x> | y", "refused": True},
         {"model": "hf/e", "stage": "not started"},
     ]
@@ -249,6 +251,7 @@ def test_the_table_names_every_model_and_why_it_is_not_right(programs: dict[str,
     assert "- hf/c: wrong: 3 of 96 concurrent calls differ: y differs" in text
     assert r"- hf/d: refused: build: UnsupportedModel: \<x\> \| y" in text
     assert "- hf/e: not started: no time was left" in text
+    assert "- hf/c: reduce-overhead: RuntimeError: no" in text
     assert "### Not right: 3" in text
     assert "### Right, but not captured: 1" in text
     widths = {line.replace(r"\|", "").count("|") for line in text.splitlines() if line.startswith("| ")}
