@@ -2,8 +2,8 @@
 
     python benchmarks/bystanders.py --device cuda --calls 10000 --json benchmarks/results/bystanders_h200.json
 
-Two threads call meanwhile. One calls functions that were compiled before; the other compiles a new function every now
-and then. Each result is compared with eager's.
+A thread calls functions that were compiled before. With ``--new-functions`` another one compiles a new function every
+now and then; before PyTorch 2.13 that alone may disturb the first one. Each result is compared with eager's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -95,14 +96,17 @@ class Caller:
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--backend", default=None, help="Of the engines. Default: the device's best.")
 @click.option("--calls", default=10_000, show_default=True, help="Build until so many calls were made.")
+@click.option("--new-functions", is_flag=True, help="Another thread compiles functions meanwhile.")
 @click.option("--limit", default=300.0, show_default=True, help="Seconds after which to end anyway.")
 @click.option("--json", "target", type=click.Path(path_type=Path))
-def main(device: str, backend: str | None, calls: int, limit: float, target: Path | None) -> None:
+def main(device: str, backend: str | None, calls: int, new_functions: bool, limit: float, target: Path | None) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
     place = torch.device(device)
-    callers = [Caller(place, new_functions=False), Caller(place, new_functions=True)]
+    callers = [Caller(place, new_functions=new) for new in (False, True)[: 1 + new_functions]]
     engines, began = 0, time.monotonic()
-    with callers[0], callers[1]:
+    with ExitStack() as running:
+        for caller in callers:
+            running.enter_context(caller)
         while sum(c.calls for c in callers) < calls and time.monotonic() - began < limit:
             width = 17 + engines
             anabranch.compile(Block(width).eval().to(place), [torch.randn(2, 5, width, device=place)], backend=backend)
@@ -112,7 +116,7 @@ def main(device: str, backend: str | None, calls: int, limit: float, target: Pat
         "wrong": sum(c.wrong for c in callers),
         "errors": sum(sum(c.errors.values()) for c in callers),
         "engines built meanwhile": engines,
-        "functions compiled meanwhile": callers[1].compiled,
+        "functions compiled meanwhile": sum(c.compiled for c in callers[1:]),
         "seconds": round(time.monotonic() - began, 1),
     }
     print(total)
@@ -120,12 +124,14 @@ def main(device: str, backend: str | None, calls: int, limit: float, target: Pat
     for message, times in messages.items():
         print(f"{times} x {message}")
     if target is not None:
+        options = f"--device {device} --calls {calls}" + " --new-functions" * new_functions
         environment = {
             "date": date.today().isoformat(),
             "device": anabranch.devices.get_device(place.type).describe(0),
             "torch": torch.__version__,
             "backend": backend,
-            "command": f"python benchmarks/bystanders.py --device {device} --calls {calls}",
+            "command": f"python benchmarks/bystanders.py --device {device} --calls {calls}"
+            + " --new-functions" * new_functions,
         }
         write_json(target, {"environment": environment, "total": total, "errors": messages})
     raise SystemExit(bool(total["wrong"] or total["errors"] or total["calls"] < calls))
