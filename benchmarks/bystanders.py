@@ -130,8 +130,7 @@ def main(device: str, backend: str | None, calls: int, new_functions: bool, limi
             "device": anabranch.devices.get_device(place.type).describe(0),
             "torch": torch.__version__,
             "backend": backend,
-            "command": f"python benchmarks/bystanders.py --device {device} --calls {calls}"
-            + " --new-functions" * new_functions,
+            "command": f"python benchmarks/bystanders.py {options}",
         }
         write_json(target, {"environment": environment, "total": total, "errors": messages})
     raise SystemExit(bool(total["wrong"] or total["errors"] or total["calls"] < calls))
