@@ -46,7 +46,7 @@ def _filled(x: torch.Tensor, s: float) -> Any:
     y = x.clone()
     y[0] = s
     at = torch.tensor([s], device=x.device), torch.tensor([s]).to(x.device), torch.full((3,), s, device=x.device)
-    return y, torch.full_like(x, s), x * at[0], x + at[1], at[2] * 2, x.new_full((2,), s)
+    return y, torch.full_like(x, s), x * at[0], x + at[1], at[2] * 2, x.new_full((2,), s), x.new_tensor([s])
 
 
 def _taken_as_numbers(x: torch.Tensor, s: float) -> Any:

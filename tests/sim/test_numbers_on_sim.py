@@ -27,7 +27,7 @@ def _limits(x: torch.Tensor, s: float) -> Any:
     y = x.clone()
     y[0] = s
     at = torch.tensor([s], device=x.device), torch.tensor([s]).to(x.device)
-    return x.clamp(min=s), x.clamp(-1, s), y, torch.full_like(x, s), x * at[0], x + at[1]
+    return x.clamp(min=s), x.clamp(-1, s), y, torch.full_like(x, s), x * at[0], x + at[1], x.new_tensor([s]) * x
 
 
 def _as_numbers(x: torch.Tensor, s: float) -> Any:

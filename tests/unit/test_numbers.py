@@ -90,6 +90,8 @@ def _filled(m: Any, x: Any, s: Any) -> Any:
         torch.linspace(0, s, 4),
         y,
         x.new_full((2,), s),
+        x.new_tensor([s, 2.0]),
+        torch.as_tensor(s),
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from anabranch.export._random import is_random
@@ -209,6 +210,26 @@ class Recorder:
             for part in parts:
                 if _is_stand_in(part):
                     self.pin(part._expression.positions(), "the model returns it")
+
+
+class MakesTensors(TorchFunctionMode):
+    """While it is on, ``as_tensor`` and ``new_tensor`` of stand-ins are ``torch.tensor``, which torch.export traces."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.as_tensor and args and _has_stand_in(args[0]):
+            options: dict[str, Any] = {**dict(zip(("dtype", "device"), args[1:], strict=False)), **kwargs}
+            return torch.tensor(args[0], **options)
+        if func is torch.Tensor.new_tensor and len(args) > 1 and _has_stand_in(args[1]):
+            options = {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
+            return torch.tensor(args[1], **options)
+        return func(*args, **kwargs)
+
+
+def _has_stand_in(data: Any) -> bool:
+    if isinstance(data, list | tuple):
+        return any(map(_has_stand_in, data))
+    return _is_stand_in(data)
 
 
 def _line() -> str:
