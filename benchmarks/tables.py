@@ -253,7 +253,8 @@ def tensorrt() -> str:
 
 def zoo() -> str:
     """Each file's table of models, and every model that is not right, or does not run captured, with the reason."""
-    return "\n\n".join(zoo_of(json.loads(f.read_text())) for f in sorted(RESULTS.glob("zoo_*.json"), reverse=True))
+    runs = [json.loads(f.read_text()) for f in sorted(RESULTS.glob("zoo_*.json"), reverse=True)]
+    return "\n\n".join(map(zoo_of, runs)) or "No run has been committed."
 
 
 def zoo_of(content: dict[str, Any]) -> str:

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.async_compile import CompiledTritonKernels
+from torch._inductor.utils import clear_caches
 from torch.utils import _pytree as pytree
 from zoo_models import Inputs, make
 
@@ -209,6 +211,7 @@ class _Subject:
         inputs = _copied(self.sets[0])
         with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
             os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
+            _forget()
             before = self.gauge.now()
             began = time.perf_counter()
             build()
@@ -448,6 +451,12 @@ def launches(trace: dict[str, Any]) -> dict[str, int]:
 
 
 # -- small things -----------------------------------------------------------------------------------------------------
+
+
+def _forget() -> None:
+    """What Inductor keeps in memory: kernels that both need would be compiled by the first one only."""
+    clear_caches()
+    CompiledTritonKernels.cache_clear()
 
 
 def _cast(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:
