@@ -29,13 +29,18 @@ CASES = [
         for name in tiny_transformers.MODELS
     ),
 ]
-#: Inductor orders sums in its own way. Each of the two layers adds to that.
-ROUNDING = {"eager": None, "inductor": Rounding()}
+#: Where eager's own bits depend on whether weights require a gradient, even under no_grad: for tensors with gaps, matmul
+#: then picks another kernel. An engine's weights require none.
+FOLDED = ("mamba", "siglip")
 
 
 @pytest.mark.parametrize(("name", "backend"), CASES)
 def test_right_of_the_same_class_and_from_two_threads(name: str, backend: str) -> None:
     model, inputs = tiny_transformers.MODELS[name]()
+    # Inductor orders sums in its own way.
+    rounding = Rounding() if backend == "inductor" else None
+    if name in FOLDED:
+        model.requires_grad_(False)
     calls = [inputs(torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     with torch.no_grad():
         expected = [model(**call) for call in calls]
@@ -45,7 +50,7 @@ def test_right_of_the_same_class_and_from_two_threads(name: str, backend: str) -
         serial = [engine(**call) for call in calls]
         for result, wanted in zip(serial, expected, strict=True):
             assert type(result) is type(wanted)
-            assert differences(result, wanted, rounding=ROUNDING[backend]) == []
+            assert differences(result, wanted, rounding=rounding) == []
 
         barrier = threading.Barrier(2, timeout=60)
 
