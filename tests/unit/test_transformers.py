@@ -29,8 +29,8 @@ CASES = [
         for name in tiny_transformers.MODELS
     ),
 ]
-#: Where eager's own bits depend on whether weights require a gradient, even under no_grad: for tensors with gaps, matmul
-#: then picks another kernel. An engine's weights require none.
+#: Where eager's own bits depend on whether weights require a gradient, even under no_grad: matmul then picks another
+#: kernel for tensors with gaps. An engine's weights require none.
 FOLDED = ("mamba", "siglip")
 
 
