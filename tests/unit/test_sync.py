@@ -111,6 +111,7 @@ _PLAIN_STATE = {
     ("_Process", "_watched"): "filled when the native runtime is imported, read at the interpreter's exit",
     ("_Process", "_forked"): "read in a forked child only, where there is one thread",
     ("Specialization", "measured"): "written while it is built, by its builder",
+    ("_Flattening", "_several"): "one thread, which makes the list",
     ("StaticOutputs", "_plain"): "its context's owner",
     ("StaticOutputs", "_shared"): "its context's owner",
     ("Tally", "_counts"): "its lock",

@@ -352,7 +352,7 @@ class Engine:
         self._primary: Specialization | None = None
         self._varying = Varying()
         #: By structure of a call, what stands for it in keys.
-        self._structures: dict[pytree.TreeSpec, object] = {}
+        self._structures: dict[pytree.TreeSpec, object] = _sync.dict_("structures")
         self._closed = False
         self._generation = process.generation
         process.register(self)

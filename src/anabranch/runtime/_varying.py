@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from anabranch import _sync
+
 #: Specializations that are kept for single values of a number, of calls that are otherwise alike.
 MOST_VALUES = 64
 #: What a specialization for all values has in its key, in the place of a value.
@@ -41,7 +43,7 @@ class Varying:
     """
 
     def __init__(self) -> None:
-        self._alike: dict[Any, _Alike] = {}
+        self._alike: dict[Any, _Alike] = _sync.dict_("numbers that vary")
 
     def key_of(self, key: Any) -> Any:
         """The key of the specialization that serves a call, whatever its varying numbers are; None: there is none."""
