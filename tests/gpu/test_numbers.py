@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,18 +11,10 @@ from torch import nn
 
 import anabranch
 from anabranch._judge import Rounding, differences
+from contract.support import Fn
 from gpu.support import Gpu
 
 FLOATS = (0.5, 0.1, 1 / 3, -0.0, 0.0, 2.0, -1.7, math.inf, -math.inf, 40000.3)
-
-
-class Fn(nn.Module):
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, *args: Any) -> Any:
-        return self.fn(*args)
 
 
 def _arithmetic(x: torch.Tensor, s: float) -> Any:
