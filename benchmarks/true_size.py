@@ -21,47 +21,17 @@ from typing import Any
 
 import click
 import torch
+import zoo_models
+from torch.utils._pytree import tree_map_only
 
 import anabranch
 from anabranch.check import write_json
 
-Make = Callable[[], tuple[torch.nn.Module, dict[str, Any]]]
+MODELS = ("bert-base", "vit-b16", "llama-1b")
 
 
-def _ids(vocabulary: int) -> torch.Tensor:
-    return torch.randint(3, vocabulary, (1, 128), generator=torch.Generator().manual_seed(1)).cuda()
-
-
-def bert() -> tuple[torch.nn.Module, dict[str, Any]]:
-    import transformers
-
-    return transformers.BertModel(transformers.BertConfig()), {"input_ids": _ids(30_000)}
-
-
-def vit() -> tuple[torch.nn.Module, dict[str, Any]]:
-    import transformers
-
-    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1)).to("cuda", torch.float16)
-    return transformers.ViTForImageClassification(transformers.ViTConfig()), {"pixel_values": pixels}
-
-
-def llama() -> tuple[torch.nn.Module, dict[str, Any]]:
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=2048,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        intermediate_size=8192,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    return transformers.LlamaForCausalLM(config), {"input_ids": _ids(32_000), "use_cache": False}
-
-
-MODELS: dict[str, Make] = {"bert-base": bert, "vit-b16": vit, "llama-1b": llama}
+def _on_gpu(x: torch.Tensor) -> torch.Tensor:
+    return x.to("cuda", torch.float16 if x.is_floating_point() else None)
 
 
 def latency(call: Callable[[], Any], calls: int) -> float:
@@ -106,21 +76,22 @@ def throughput(call: Callable[[], Any], streams: int, seconds: float) -> float:
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
-    torch.manual_seed(0)
-    model, inputs = MODELS[name]()
-    model = model.half().cuda().eval()
+    model, (inputs,) = zoo_models.make(f"real/{name}", 1)
+    model = model.half().cuda()
+    args, kwargs = tree_map_only(torch.Tensor, _on_gpu, (inputs.args, inputs.kwargs or {}))
     built = {}
     began = time.monotonic()
-    engine = anabranch.compile(model, kwargs=inputs)
+    engine = anabranch.compile(model, args, kwargs=kwargs)
     engine.warm(contexts=16)
     built["anabranch"] = time.monotonic() - began
-    calls: dict[str, Callable[[], Any]] = {"anabranch": lambda: engine(**inputs), "eager": lambda: model(**inputs)}
+    systems: dict[str, Callable[..., Any]] = {"anabranch": engine, "eager": model}
+    calls: dict[str, Callable[[], Any]] = {s: partial(call, *args, **kwargs) for s, call in systems.items()}
     peers: dict[str, dict[str, Any]] = {"torch.compile": {}, "reduce-overhead": {"mode": "reduce-overhead"}}
     for label, options in peers.items():
         torch._dynamo.reset()
         began = time.monotonic()
         compiled: Any = torch.compile(model, dynamic=False, **options)
-        calls[label] = partial(compiled, **inputs)
+        calls[label] = partial(compiled, *args, **kwargs)
         for _ in range(4):
             calls[label]()
         built[label] = time.monotonic() - began
