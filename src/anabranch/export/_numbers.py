@@ -11,6 +11,7 @@ takes is an input of the graph.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
@@ -212,11 +213,21 @@ class Recorder:
                     self.pin(part._expression.positions(), "the model returns it")
 
 
-class MakesTensors(TorchFunctionMode):
-    """While it is on, ``as_tensor`` and ``new_tensor`` of stand-ins are ``torch.tensor``, which torch.export traces."""
+class TakesNumbers(TorchFunctionMode):
+    """While it is on, what PyTorch cannot trace with a stand-in is called in another way.
+
+    ``as_tensor`` and ``new_tensor`` are ``torch.tensor``. A power is an operator of ours until :func:`bind` has it: to
+    trace its own, PyTorch before 2.13 asks whether the exponent is 1.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _POWERS and "out" not in kwargs:
+            base, exponent = _power_of(func, *args, **kwargs)
+            if _is_stand_in(exponent) and isinstance(base, torch.Tensor):
+                return _powers()[0](base, exponent)
+            if _is_stand_in(base) and isinstance(exponent, torch.Tensor):
+                return _powers()[1](base, exponent)
         if func is torch.as_tensor and args and _has_stand_in(args[0]):
             options: dict[str, Any] = {**dict(zip(("dtype", "device"), args[1:], strict=False)), **kwargs}
             return torch.tensor(args[0], **options)
@@ -224,6 +235,34 @@ class MakesTensors(TorchFunctionMode):
             options = {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
             return torch.tensor(args[1], **options)
         return func(*args, **kwargs)
+
+
+_POWERS = (torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.Tensor.__rpow__)
+
+
+def _power_of(func: Any, input: Any, exponent: Any) -> tuple[Any, Any]:
+    return (exponent, input) if func is torch.Tensor.__rpow__ else (input, exponent)
+
+
+@functools.cache
+def _powers() -> tuple[Any, Any]:
+    """Of a tensor, and of a number. Defined once, at the first trace."""
+    library = torch.library.Library("anabranch", "FRAGMENT")
+    _libraries.append(library)
+    library.define("tensor_power(Tensor self, Scalar exponent) -> Tensor")
+    library.define("number_power(Scalar self, Tensor exponent) -> Tensor")
+    torch.library.register_fake("anabranch::tensor_power", _power, lib=library)
+    torch.library.register_fake("anabranch::number_power", lambda x, y: _power(y, x), lib=library)
+    return torch.ops.anabranch.tensor_power.default, torch.ops.anabranch.number_power.default
+
+
+def _power(tensor: torch.Tensor, number: Any) -> torch.Tensor:
+    """A product, which has the type and the layout of the power."""
+    return tensor * (1.0 if isinstance(number, float | torch.SymFloat) else 1)
+
+
+#: What is defined in a library goes with it.
+_libraries: list[torch.library.Library] = []
 
 
 def _has_stand_in(data: Any) -> bool:
@@ -376,6 +415,9 @@ def bind(gm: fx.GraphModule, recorder: Recorder, leaves: Sequence[Any]) -> list[
     :class:`NotCarried` where a number decides a size, or where PyTorch has computed with one by itself.
     """
     graph = gm.graph
+    for ours, target in zip(_powers(), (_aten.pow.Tensor_Scalar, _aten.pow.Scalar), strict=True):
+        for node in graph.find_nodes(op="call_function", target=ours):
+            node.target = target
     if any(repr(x) != repr(leaves[p]) for p, x in recorder.given.items()):
         raise NotCarried(dict.fromkeys(recorder.positions, "torch.export gives the inputs another order"))
     if any(isinstance(m, fx.GraphModule) for name, m in gm.named_modules() if name):
@@ -416,13 +458,16 @@ def bind(gm: fx.GraphModule, recorder: Recorder, leaves: Sequence[Any]) -> list[
 
 
 def _fold_writes(graph: fx.Graph, number: fx.Node) -> None:
-    """Have ``x[0] = sigma`` write a number, as it does on the CPU where the number is known."""
+    """Have ``x[0] = sigma`` write a number, as it does on the CPU where the number is known.
+
+    Elsewhere a tensor on the CPU is copied into ``x`` then, which has the same bits.
+    """
     for made in [n for n in number.users if n.target is _aten.scalar_tensor.default]:
         for user in list(made.users):
             if user.target is not _aten.copy.default or user.args[1] is not made:
                 continue
             x, value = user.args[0].meta["val"], made.meta["val"]  # type: ignore[union-attr]
-            if x.device.type == "cpu" and (x.dtype, x.device) == (value.dtype, value.device):
+            if value.device.type == "cpu" and x.dtype is value.dtype:
                 user.target, user.args, user.kwargs = _aten.fill.Scalar, (user.args[0], number), {}
         if not made.users:
             graph.erase_node(made)
@@ -547,13 +592,24 @@ class _Comparison:
                 return a not in self._known or self._alike_values(a, b)
         elif a.op == b.op == "call_function" and a.target is b.target and a.kwargs.keys() == b.kwargs.keys():
             if a.target is _aten.fill.Scalar and self._alike(a.args[0], b.args[0]):
-                # What is known may have been rounded to the type already.
-                written = [torch.tensor(self._value(n.args[1]), dtype=n.meta["val"].dtype) for n in (a, b)]
-                return self._alike_values(*written)
+                return self._alike_values(self._written(a), self._written(b))
             pairs = [(a.args, b.args), *((a.kwargs[k], b.kwargs[k]) for k in a.kwargs)]
             if all(self._alike(x, y) for x, y in pairs):
                 return True
+        elif (a.target, b.target) == (_aten.fill.Scalar, _aten.copy.default) and self._alike(a.args[0], b.args[0]):
+            return self._alike_values(self._written(a), self._written(b))
         return self._alike_values(a, b)
+
+    def _written(self, node: fx.Node) -> torch.Tensor | None:
+        """What ``fill`` or ``copy`` writes everywhere; None if that is not one known value."""
+        try:
+            value = self._value(node.args[1])
+        except Exception:
+            return None
+        if isinstance(value, torch.Tensor) and value.dim():
+            return None
+        # What is known may have been rounded to the type already.
+        return torch.as_tensor(value, dtype=node.meta["val"].dtype)
 
     def _alike_values(self, a: Any, b: Any) -> bool:
         try:

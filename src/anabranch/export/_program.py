@@ -30,7 +30,7 @@ from anabranch.export._diagnosis import copy_of, diagnose
 from anabranch.export._indices import has_mask
 from anabranch.export._layout import LayoutWatch, aliases, keep_copies
 from anabranch.export._leaks import Watch
-from anabranch.export._numbers import MakesTensors, NumberInput, Numbers, Recorder, bind
+from anabranch.export._numbers import TakesNumbers, NumberInput, Numbers, Recorder, bind
 from anabranch.export._outputs import ComputedOutput, Output, Returned, classify, storage_of
 from anabranch.export._precision import Cast, HalfPrecision
 from anabranch.export._random import is_random
@@ -178,7 +178,7 @@ class _Forward(torch.nn.Module):
         if recorder is None:
             return self.model(*args, **kwargs)
         try:
-            with MakesTensors():
+            with TakesNumbers():
                 result = self.model(*args, **kwargs)
             recorder.check()
             recorder.check_result(result)
