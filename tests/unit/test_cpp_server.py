@@ -123,6 +123,23 @@ class Everything(torch.nn.Module):
         return joined, values, places, picked, made, half, clipped, filled, text, normal, spread, x, self.table
 
 
+class Folded(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(37, 1)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.attention(x.mT, x.mT, x.mT)
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_bits_are_eagers_whether_weights_require_a_gradient_or_not(serve: Any, required: bool) -> None:
+    x = torch.randn(2, 37, 5)
+    served = serve(Folded().requires_grad_(required), x)
+    with served.client() as client, torch.no_grad():
+        assert all(map(same, client.run([x]), served.model(x)))
+
+
 def test_all_kinds_of_arguments_and_results(serve: Any) -> None:
     def inputs(seed: int) -> list[torch.Tensor]:
         g = torch.Generator().manual_seed(seed)

@@ -355,6 +355,38 @@ def test_a_later_signature_is_not_compiled_under_other_flags() -> None:
     assert not differences(engine(x), torch.ones(3) + x)
 
 
+class Folded(nn.Module):
+    """Products that PyTorch computes in one way where a weight requires a gradient, and else in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(37, 41)
+        self.attention = nn.MultiheadAttention(37, 1)
+        self.weight = nn.Parameter(torch.randn(37, 41))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        attended, weights = self.attention(x.mT, x.mT, x.mT)
+        return self.linear(x.mT), x.mT @ self.weight, self.weight.t() @ x, attended, weights, self.weight.t()
+
+
+def test_bits_are_eagers_whether_weights_require_a_gradient_or_not(runtime: str) -> None:
+    model = Folded().eval()
+    held = lambda x: x.mT @ model.weight  # noqa: E731
+    x, results = torch.randn(2, 37, 5), []
+    for required in (True, False):
+        model.requires_grad_(required)
+        with torch.no_grad():
+            results.append((*model(x), held(x)))
+        engine = anabranch.compile(model, [x], backend="eager", runtime=runtime)
+        of_closure = build(held, x, runtime=runtime)
+        for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+            with mode():
+                given = (*engine(x), of_closure(x))
+            assert not differences(given, results[-1])
+            assert [y.requires_grad for y in given[:5]] == [False] * 5
+    assert differences(*results)  # or PyTorch makes no difference any more
+
+
 CALLERS_MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,
     "enable_grad": torch.enable_grad,

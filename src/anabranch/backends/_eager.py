@@ -17,9 +17,12 @@ class _Eager:
         # The generated code lets go of each temporary after its last use, which an interpreter loop would not. The
         # bare function is taken: Module.__call__ would look for hooks at every call.
         forward = program.module.forward
-        weights = tuple(program.weights)
+        weights = tuple(program.weights_for_eager())
 
         def kernels(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            if torch.is_grad_enabled():  # the weights may require a gradient
+                with torch.no_grad():
+                    return forward(*weights, *inputs)
             return forward(*weights, *inputs)
 
         return kernels

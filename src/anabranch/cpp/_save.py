@@ -88,6 +88,7 @@ def save_program(
 def describe(program: Program, inputs: Sequence[TensorSpec], device: torch.device) -> dict[str, Any]:
     """What is in the file. Raises :class:`UnsupportedModel`."""
     flat = flatten(program)
+    weights = zip(program.weights_for_eager(), program.weight_names, strict=True)
     why = flat if isinstance(flat, str) else flat.depends
     if why:
         raise UnsupportedModel(f"the model cannot be saved for C++: {why}.{_HINT}")
@@ -96,7 +97,7 @@ def describe(program: Program, inputs: Sequence[TensorSpec], device: torch.devic
         "format": FORMAT,
         "version": VERSION,
         "made_by": f"anabranch {__version__}, torch {torch.__version__}",
-        "weights": [_weight(w, name) for w, name in zip(program.weights, program.weight_names, strict=True)],
+        "weights": [_weight(w, name) for w, name in weights],
         "inputs": [
             (_dtype(x.dtype, f"input {i}"), list(x.shape), [] if x.is_contiguous else list(x.strides))
             for i, x in enumerate(inputs)
@@ -113,7 +114,8 @@ def _weight(weight: torch.Tensor, name: str) -> torch.Tensor:
     _dtype(weight.dtype, f"the model's {name!r}")
     plain = weight.detach().resolve_conj().resolve_neg().cpu()
     # A view would bring its whole storage along.
-    return plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
+    plain = plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
+    return plain.requires_grad_(weight.requires_grad)
 
 
 def _dtype(dtype: torch.dtype, what: str) -> str:

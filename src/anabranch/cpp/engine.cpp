@@ -305,6 +305,17 @@ std::string Input::str() const {
 
 // -- Engine ----------------------------------------------------------------------------------------------------------
 
+namespace {
+
+// `made` of a weight's values. Some operators look whether a tensor requires a gradient, even with autograd off, and
+// choose by it among kernels that round otherwise.
+at::Tensor as_given(const at::Tensor& weight, at::Tensor made) {
+  made.set_requires_grad(weight.requires_grad());
+  return made;
+}
+
+}  // namespace
+
 struct Engine::Impl {
   Impl(const Program& program, std::vector<at::Tensor> given_weights, std::vector<Input> given, c10::Device device,
        const runtime::DeviceApi* api)
@@ -322,7 +333,7 @@ struct Engine::Impl {
       if (runtime::extent(w).second > w.storage().nbytes())
         throw InputError(name +
                          " does not fit into its storage; expected a storage of all of its elements. Pass w.clone().");
-      weights.push_back(w.detach());
+      weights.push_back(as_given(w, w.detach()));
     }
     build(program);
     if (!api) return;
@@ -469,7 +480,7 @@ Engine::Engine(const Program& program, std::vector<at::Tensor> weights, std::vec
 Engine Engine::load(const std::string& path, c10::Device device) {
   device = checked(device);
   auto file = read_program(path, device);
-  for (auto& weight : file.weights) weight = weight.to(device);
+  for (auto& weight : file.weights) weight = as_given(weight, weight.detach().to(device));
   try {
     return Engine(file.program, std::move(file.weights), std::move(file.inputs), device);
   } catch (InputError& e) {

@@ -19,6 +19,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from anabranch.errors import UnsupportedModel
@@ -30,7 +31,7 @@ from anabranch.export._diagnosis import copy_of, diagnose
 from anabranch.export._indices import has_mask
 from anabranch.export._layout import LayoutWatch, aliases, keep_copies
 from anabranch.export._leaks import Watch
-from anabranch.export._numbers import TakesNumbers, NumberInput, Numbers, Recorder, bind
+from anabranch.export._numbers import NumberInput, Numbers, Recorder, TakesNumbers, bind
 from anabranch.export._outputs import ComputedOutput, Output, Returned, classify, storage_of
 from anabranch.export._precision import Cast, HalfPrecision
 from anabranch.export._random import is_random
@@ -72,6 +73,8 @@ class Program:
     weight_names: list[str]
     outputs: list[Output]
     structure: pytree.TreeSpec
+    #: Of each weight, whether it requires a gradient.
+    requires_grad: tuple[bool, ...] = ()
     #: Why the graph must not be captured (random or data-dependent ops, by name), or None.
     direct_only: str | None = None
     #: Of those, whether its result's shapes or its control flow depend on data.
@@ -88,6 +91,17 @@ class Program:
     notes: tuple[str, ...] = ()
     #: The call's numbers that it takes after the tensors.
     numbers: Numbers | None = None
+
+    def weights_for_eager(self) -> list[torch.Tensor]:
+        """The weights as PyTorch's own operators have to be given them, with autograd off.
+
+        Some look whether a tensor requires a gradient, even then: ``matmul`` chooses by it among kernels that round
+        otherwise.
+        """
+        return [
+            w.detach().requires_grad_() if required else w
+            for w, required in zip(self.weights, self.requires_grad, strict=True)
+        ]
 
     @property
     def takes_numbers(self) -> bool:
@@ -115,6 +129,34 @@ class _Seen:
     watch: Watch | None = None
     #: What it did with the numbers that are inputs.
     recorder: Recorder | None = None
+
+    def __init__(self) -> None:
+        #: Where tensors lie that require a gradient and are no parameters of the model: torch.export forgets it.
+        self.requires_grad: set[Any] = set()
+
+
+class _GradientWatch(TorchFunctionMode):
+    """While it is on, notes which tensors of operators require a gradient."""
+
+    def __init__(self, seen: _Seen) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            for x in (*args, *kwargs.values()):
+                if type(x) in (torch.Tensor, torch.nn.Parameter) and x.requires_grad:
+                    self._seen.requires_grad |= {_place(x)} - {None}
+        return func(*args, **kwargs)
+
+
+def _place(x: torch.Tensor) -> Any:
+    """None for what is no dense tensor."""
+    try:
+        return x.data_ptr(), tuple(x.shape), x.stride(), x.dtype
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 class _Forward(torch.nn.Module):
@@ -150,7 +192,7 @@ class _Forward(torch.nn.Module):
         if self.seen.recorder is not None:
             args, kwargs = self.seen.recorder.enter((args, kwargs))
         if self._precision is None:
-            with watch:
+            with watch, _GradientWatch(self.seen):
                 result = self._call_model(args, kwargs)
             return tuple(self._note(result, watch))
 
@@ -164,7 +206,7 @@ class _Forward(torch.nn.Module):
             return cast
 
         args, kwargs = pytree.tree_map(enter, (args, kwargs))
-        with watch, HalfPrecision(self._precision):
+        with watch, _GradientWatch(self.seen), HalfPrecision(self._precision):
             result = self._call_model(args, kwargs)
         # An input that is handed back is the caller's own, not a rounded copy.
         result = pytree.tree_map(lambda y: originals.get(id(y), y), result)
@@ -491,6 +533,7 @@ def _flatten(
     for named in (traced.module.named_parameters, traced.module.named_buffers):
         tensors.update((f"model.{name}", t) for name, t in named(remove_duplicate=False))
     weights: dict[fx.Node, tuple[str, torch.Tensor]] = {}
+    require_grad: set[fx.Node] = set()
     inputs: list[fx.Node] = []
     for node, spec in zip(placeholders, signature.input_specs, strict=True):
         if spec.kind is InputKind.USER_INPUT:
@@ -507,6 +550,8 @@ def _flatten(
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             name = str(spec.target)
             weights[node] = (name, tensors[name])
+            if tensors[name].requires_grad or (seen.requires_grad and _place(tensors[name]) in seen.requires_grad):
+                require_grad.add(node)
         else:
             raise UnsupportedModel(
                 f"the model uses {spec.target!r}, a {spec.kind.name.lower()}; expected tensors only. Hold it"
@@ -557,6 +602,7 @@ def _flatten(
         # Compiled kernels read what lies in memory.
         weights=[t.detach().resolve_conj().resolve_neg() for _, t in weights.values()],
         weight_names=[name.removeprefix("model.") for name, _ in weights.values()],
+        requires_grad=tuple(n in require_grad for n in weights),
         outputs=outputs,
         structure=returned.structure,
         direct_only=_direct_only(uncaptured),

@@ -174,7 +174,8 @@ def neutral(device: Device, index: int) -> Iterator[None]:
 
 
 def is_neutral(device: Device, index: int) -> bool:
-    """Whether a call may run without :func:`neutral`. Autograd may stay on: no tensor here requires grad."""
+    """Whether a call may run without :func:`neutral`. Autograd may stay on: no input requires grad, and kernels whose
+    weights do turn it off."""
     return not (
         torch.is_inference_mode_enabled()
         or torch.is_autocast_enabled(device.kind)

@@ -353,7 +353,7 @@ def translate(program: Program) -> Any:
     if isinstance(flat, str):
         return flat
     try:
-        return _translate(flat, list(program.weights))
+        return _translate(flat, program.weights_for_eager())
     except (RuntimeError, TypeError) as e:
         return (str(e).splitlines() or [""])[0]
 
