@@ -148,7 +148,10 @@ def compile(
         if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
             raise NotCapturable("compile was called inside a CUDA graph capture; compile first, then capture")
         flags, compile_flags = Flags(device.type), Flags(device.type, export=True)
-        settings = Settings(name, seam, index, _backend(backend, seam), cuda_graphs, flags, compile_flags, require_full)
+        settings = Settings(
+            *(name, seam, index, _backend(backend, seam), cuda_graphs, flags, compile_flags, require_full),
+            backend_is_given=backend is not None,
+        )
         engine = kind(settings, placed, precision, max_contexts, memory_limit)
         if seam.has_streams:
             # Parameters that were written just before are there for the lane that warms up, and for every later caller.

@@ -163,8 +163,7 @@ class NativeSpecialization(Specialization):
         if self.program.is_empty:
             return
         program = translate(self.program) if self.backend == "eager" else f"{self.backend} launches its kernels itself"
-        unchanged = self._flags.unchanged if self._sensitive else None
-        watched = unchanged, not self.program.asks_default_dtype
+        watched = self._watched
         if not isinstance(program, str):
             self.through_python = None
             self._core.set_program(program, *watched)
@@ -175,6 +174,37 @@ class NativeSpecialization(Specialization):
             self._core.set_python(self._lowered, *watched)
             self._launches = True
         self._keep_weights()
+
+    @property
+    def _watched(self) -> tuple[Any, bool]:
+        unchanged = self._flags.unchanged if self._sensitive else None
+        return unchanged, not self.program.asks_default_dtype
+
+    def _ways(self, operators: Kernels) -> list[Callable[[Sequence[Any]], Any]]:
+        program = translate(self.program)
+        if isinstance(program, str):
+            return super()._ways(operators)
+
+        def compiled(inputs: Sequence[Any]) -> Any:
+            self._core.set_program(None, None, False)
+            return self._core.run(inputs)
+
+        def by_operators(inputs: Sequence[Any]) -> Any:
+            self._core.set_program(program, None, False)
+            return self._core.run(inputs)
+
+        for _ in range(2):
+            by_operators(self._examples())
+        return [compiled, by_operators]
+
+    def _take_operators(self, taken: bool) -> None:
+        self._core.forget_uses()
+        if taken:
+            self._known = None
+            self._core.set_kernels([], [])
+            self._set_program()
+        else:
+            self._core.set_program(None, None, False)
 
     def _keep_weights(self) -> None:
         """Direct calls note their last use of the weights."""

@@ -49,6 +49,8 @@ class Settings:
     #: Those and what exporting reads.
     compile_flags: Flags
     require_full: bool = False
+    #: Whether the user has named the backend.
+    backend_is_given: bool = False
 
     @property
     def torch_device(self) -> torch.device:
@@ -127,10 +129,14 @@ class Specialization:
         # What depends on data cannot be compiled for one shape: operators decide as they go.
         by_operators = program.data_dependent or program.is_empty or program.takes_numbers
         self.backend = "eager" if by_operators else settings.backend
+        #: If it is not the engine's, why.
+        self._why_eager = str(program.direct_only)
         if device.has_streams:
             device.prepare_retire(self._index)
         self.uses_graphs, self.reason = self._build(given)
         self._built()
+        if self._may_choose():
+            self._choose_kernels()
         if isinstance(self._kernels, Instances):
             if not self.uses_graphs:
                 with self._clock.phase("warm-up"):
@@ -161,6 +167,15 @@ class Specialization:
 
     def _built(self) -> None:
         """It is known whether calls use graphs."""
+
+    def _ways(self, operators: Kernels) -> list[Callable[[Sequence[Any]], Any]]:
+        """Two ways to run a direct call: by the compiled kernels, and by PyTorch's operators. Run once each."""
+        for _ in range(2):
+            operators(self._examples())
+        return [self._lowered, operators]  # type: ignore[list-item]
+
+    def _take_operators(self, taken: bool) -> None:
+        """Which of the two it shall be was decided."""
 
     # -- building -----------------------------------------------------------------------------------------------
 
@@ -267,6 +282,46 @@ class Specialization:
                 lane.stream.synchronize()
             examples, run = [], None
             device.release_scratch(scratch)
+
+    def _may_choose(self) -> bool:
+        """Whether calls run direct by compiled kernels that nobody asked for."""
+        return (
+            not (self.uses_graphs or self.program.is_empty or self.settings.backend_is_given)
+            and self.backend not in ("eager", "tensorrt")
+            and not self.settings.require_full
+            and self._device.has_time
+        )
+
+    def _choose_kernels(self) -> None:
+        """Have PyTorch's operators run direct calls where they cost less than compiled kernels.
+
+        A compiler's wrapper is Python, which costs more than a small operator, and of many threads one at a time.
+        """
+        device, taken = self._device, False
+        operators: Any = get_backend("eager").lower(self.program, [], Options(False, self.settings.flags.tf32))
+        with neutral(device, self._index), device.building(), self._clock.phase("measuring"):
+            scratch = device.scratch(self._index)
+            examples: list[Any] = []
+            try:
+                with scratch.using():
+                    examples = self._examples()
+                    compiled, eager = self._costs(self._ways(operators), examples, scratch.stream)
+                taken = eager.is_better(compiled)
+                self.measured |= {"compiled": compiled.us, "operators": eager.us}
+            except torch.OutOfMemoryError:
+                pass
+            except Exception as e:  # made-up values may be at fault
+                device.check_error(e)
+                _log.info("%s: compiled kernels run direct calls: %s: %s", self.settings.name, type(e).__name__, str(e))
+            finally:
+                scratch.stream.synchronize()
+                examples = []
+                device.release_scratch(scratch)
+        if taken:
+            self._lowered = self._kernels = operators
+            self.backend = "eager"
+            self._why_eager = f"measured {eager} by PyTorch's operators, {compiled} by compiled kernels"
+        self._take_operators(taken)
 
     def _warm_up_on_cpu(
         self, run: Kernels | Instance, examples: Sequence[torch.Tensor], given: Sequence[torch.Tensor]
@@ -715,7 +770,7 @@ class Specialization:
                     lines.append(f"  instances of direct calls: {len(self._kernels)}, {self._kernels.nbytes} bytes")
                 lines.append(f"  instances for callers' graphs: {self._kernels.spare} left")
         if self.backend != settings.backend and not self.program.is_empty:
-            lines.append(f"  backend eager instead of {settings.backend}: {self.program.direct_only}")
+            lines.append(f"  backend eager instead of {settings.backend}: {self._why_eager}")
         if self.uses_graphs:
             lines.append(f"  contexts: {len(self._pool)}, {self._pool.estimate} bytes each")
             lines.append(
