@@ -458,16 +458,13 @@ def bind(gm: fx.GraphModule, recorder: Recorder, leaves: Sequence[Any]) -> list[
 
 
 def _fold_writes(graph: fx.Graph, number: fx.Node) -> None:
-    """Have ``x[0] = sigma`` write a number, as it does on the CPU where the number is known.
-
-    Elsewhere a tensor on the CPU is copied into ``x`` then, which has the same bits.
-    """
+    """Have ``x[0] = sigma`` write a number. Where it is known PyTorch does that too, or copies a tensor of it."""
     for made in [n for n in number.users if n.target is _aten.scalar_tensor.default]:
         for user in list(made.users):
             if user.target is not _aten.copy.default or user.args[1] is not made:
                 continue
             x, value = user.args[0].meta["val"], made.meta["val"]  # type: ignore[union-attr]
-            if value.device.type == "cpu" and x.dtype is value.dtype:
+            if x.dtype is value.dtype and value.device in (torch.device("cpu"), x.device):
                 user.target, user.args, user.kwargs = _aten.fill.Scalar, (user.args[0], number), {}
         if not made.users:
             graph.erase_node(made)
@@ -601,7 +598,7 @@ class _Comparison:
         return self._alike_values(a, b)
 
     def _written(self, node: fx.Node) -> torch.Tensor | None:
-        """What ``fill`` or ``copy`` writes everywhere; None if that is not one known value."""
+        """The one value that ``fill`` or ``copy`` writes everywhere; None if it is not known, or not one."""
         try:
             value = self._value(node.args[1])
         except Exception:

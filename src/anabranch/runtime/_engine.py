@@ -98,7 +98,8 @@ def compile(
     :param kwargs: keyword inputs, likewise.
     :param backend: ``"inductor"``, ``"eager"``, ``"tensorrt"`` (on a GPU, with ``tensorrt`` or ``tensorrt_rtx``
         installed), or None for the device's best: ``"inductor"``, and on ``sim``, which
-        Inductor cannot compile for, ``"eager"``.
+        Inductor cannot compile for, ``"eager"``. With None, a signature whose calls run direct on a GPU has PyTorch's
+        operators instead of compiled kernels where they measured faster; :meth:`Engine.explain` says so.
     :param runtime: ``"native"`` (C++, compiled at the first use), ``"python"``, or ``"auto"``: native, or, where there
         is no compiler, Python with a warning that says so. Both keep one contract; native calls cost less, and many
         threads' calls do not wait for each other.
@@ -776,7 +777,8 @@ class Engine:
         model's line); how many ``operators`` and ``flops`` (floating-point operations a call) run ``captured`` and
         ``direct``, with ``share_captured`` from 0 to 1 (None where there are none); ``seconds`` of the build by phase
         and in ``total``; how many ``contexts`` there are, ``bytes_per_context``, and ``bytes``, all that they hold now.
-        ``measured_us`` has the microseconds of a call as a ``graph`` and ``direct`` where both were measured.
+        ``measured_us`` has the microseconds of a call as a ``graph`` and ``direct`` where both were measured, and of a
+        direct one by ``compiled`` kernels and by PyTorch's ``operators``.
 
         Any thread. Nothing is queued on a device. Floating-point operations are counted, from shapes, the first time.
         """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -41,6 +42,11 @@ class Counters:
     def add(self, *names: str) -> None:
         for name in names:
             self.core.add(name)
+
+    def take_back(self, name: str, count: int) -> None:
+        """So many calls of this kind were none of a user's."""
+        self.core.add(name, -count)
+        self.core.add("calls", -count)
 
     def snapshot(self) -> Stats:
         return Stats(**self.core.read())
@@ -141,6 +147,8 @@ class NativeSpecialization(Specialization):
             self._counters.core,  # type: ignore[attr-defined]
             weakref.ref(self),
         )
+        #: Calls that only measured, by how they are counted.
+        self._tries: Counter[str] = Counter()
         #: Why a direct call goes through Python, or None where it does not.
         self.through_python: str | None = "nothing is computed"
         #: Whether the C++ has Python launch the kernels, and does the rest of such a call itself.
@@ -187,18 +195,29 @@ class NativeSpecialization(Specialization):
 
         def compiled(inputs: Sequence[Any]) -> Any:
             self._core.set_program(None, None, False)
-            return self._core.run(inputs)
+            return self._try("direct_calls", inputs)
 
         def by_operators(inputs: Sequence[Any]) -> Any:
             self._core.set_program(program, None, False)
-            return self._core.run(inputs)
+            return self._try("direct_calls", inputs)
 
         for _ in range(2):
             by_operators(self._examples())
         return [compiled, by_operators]
 
-    def _take_operators(self, taken: bool) -> None:
+    def _try(self, kind: str, inputs: Sequence[Any]) -> Any:
+        """A call that only measures."""
+        self._tries[kind] += 1
+        return self._core.run(inputs)
+
+    def _forget_tries(self) -> None:
+        for kind, times in self._tries.items():
+            self._counters.take_back(kind, times)  # type: ignore[attr-defined]
+        self._tries.clear()
         self._core.forget_uses()
+
+    def _take_operators(self, taken: bool) -> None:
+        self._forget_tries()
         if taken:
             self._known = None
             self._core.set_kernels([], [])
@@ -297,16 +316,16 @@ class NativeSpecialization(Specialization):
     ) -> tuple[Any, Any]:
         def graph(inputs: Sequence[Any]) -> Any:
             self._core.set_graphs(True)
-            return self._core.run(inputs)
+            return self._try("graph_calls", inputs)
 
         def direct(inputs: Sequence[Any]) -> Any:
             self._core.set_graphs(False)
-            return run(inputs) if self.through_python else self._core.run(inputs)
+            return run(inputs) if self.through_python else self._try("direct_calls", inputs)
 
         with self._device.on_stream(stream):
             self._pool.release(context)
             costs = self._costs([graph, direct], examples, stream)
-        self._core.forget_uses()
+        self._forget_tries()
         self._core.take(context.slot)
         return costs[0], costs[1]
 

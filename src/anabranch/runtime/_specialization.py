@@ -289,6 +289,7 @@ class Specialization:
             not (self.uses_graphs or self.program.is_empty or self.settings.backend_is_given)
             and self.backend not in ("eager", "tensorrt")
             and not self.settings.require_full
+            and self._device.has_streams
             and self._device.has_time
         )
 

@@ -28,7 +28,7 @@ class Counters {
   static constexpr std::array<const char*, kNames> names{"calls", "graph_calls", "direct_calls",   "calls_in_captures",
                                                          "waits", "captures",    "specializations"};
 
-  void add(Name name) { mine().counts[name].count(names[name], 1); }
+  void add(Name name, int64_t count = 1) { mine().counts[name].count(names[name], count); }
   int64_t read(Name name) const;
 
  private:

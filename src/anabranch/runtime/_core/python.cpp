@@ -631,13 +631,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       });
   py::class_<Counters>(m, "Counters")
       .def(py::init<>())
-      .def("add",
-           [](Counters& self, const std::string& name) {
-             for (int i = 0; i < Counters::kNames; ++i) {
-               if (name == Counters::names[static_cast<size_t>(i)]) return self.add(static_cast<Counters::Name>(i));
-             }
-             throw py::key_error(name);
-           })
+      .def(
+          "add",
+          [](Counters& self, const std::string& name, int64_t count) {
+            for (int i = 0; i < Counters::kNames; ++i) {
+              auto known = static_cast<Counters::Name>(i);
+              if (name == Counters::names[static_cast<size_t>(i)]) return self.add(known, count);
+            }
+            throw py::key_error(name);
+          },
+          py::arg("name"), py::arg("count") = 1)
       .def("read", [](const Counters& self) {
         py::dict all;
         for (int i = 0; i < Counters::kNames; ++i) {
