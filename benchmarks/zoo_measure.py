@@ -7,6 +7,7 @@ what was found before is kept.
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import gc
 import json
@@ -170,8 +171,8 @@ class _Subject:
         return [*self.model.parameters(), *self.model.buffers()]
 
     def _kept(self, call: Any, inputs: Inputs) -> Any:
-        """The results, in memory of their own."""
-        return _copied(call(*_copied(inputs.args), **_copied(inputs.kwargs or {})))
+        """The results, in memory of their own; what shares memory goes on sharing it."""
+        return copy.deepcopy(call(*_copied(inputs.args), **_copied(inputs.kwargs or {})))
 
     def eager_call(self, i: Inputs) -> Any:
         return self.model(*i.args, **(i.kwargs or {}))
