@@ -106,13 +106,14 @@ class Packed(nn.Module):
         return nn.utils.rnn.pad_packed_sequence(y, batch_first=True), state
 
 
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU], ids=["lstm", "gru"])
-def test_packed_sequences(gpu: Gpu, kind: type[nn.Module], runtime: str) -> None:
+def test_packed_sequences(gpu: Gpu, kind: type[nn.Module], place: str, runtime: str) -> None:
     model = Packed(kind).eval().cuda()
     lengths = [[7, 3, 1], [2, 6, 6], [1, 1, 4]]
     first = inputs(0).transpose(0, 1).contiguous()
-    engine = anabranch.compile(model, [first, torch.tensor([1, 1, 1]).cuda()], runtime=runtime)
+    engine = anabranch.compile(model, [first, torch.tensor([1, 1, 1], device=place)], runtime=runtime)
     with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
         for k, given in enumerate(lengths):
-            x, n = inputs(k).transpose(0, 1).contiguous(), torch.tensor(given).cuda()
+            x, n = inputs(k).transpose(0, 1).contiguous(), torch.tensor(given, device=place)
             assert not differences(engine(x, n), model(x, n), rounding=Rounding(), inputs=[x, n])

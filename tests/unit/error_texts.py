@@ -369,6 +369,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("Input shape {self.shape} given", "sizes must be 0 or more"),
         ("Input shape {self.shape} given", "which needs {rank} sizes", "give as many"),
         ("input {position} is on {x.device}", "this engine runs on {device}", "Pass x.to("),
+        ("input {position} is on {x.device}", "it was on the CPU when the engine was compiled", "Pass x.cpu()"),
         ("input {position} requires grad", "engines run inference only", "Pass x.detach()"),
         ("input {position} has layout {x.layout}", "expected torch.strided", "Pass x.to_dense()"),
         (
@@ -465,6 +466,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("numerics flags changed again and again", "set them once, before the calls"),
         ("does not run this model: {self.program.direct_only}", "require_full=True given", "Leave require_full out"),
         ("the model is {self.program.direct_only}", "needs the host to look at results", "Call the engine outside"),
+        ("the model is {self.program.direct_only}", "would keep the values of this call", "Call the engine outside"),
         (
             "no execution context of {self.backend} is left",
             "each captured graph keeps one",

@@ -51,8 +51,8 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 class Uncaptured(NamedTuple):
-    """An operator that keeps a graph from being captured: ``why`` is ``data-dependent``, ``random``, or ``number``: it
-    takes a number of the call that cannot be a tensor."""
+    """An operator that keeps a graph from being captured: ``why`` is ``data-dependent``, ``random``, ``input on the
+    CPU`` (it reads one), or ``number``: it takes a number of the call that cannot be a tensor."""
 
     why: str
     operator: str
@@ -79,6 +79,8 @@ class Program:
     direct_only: str | None = None
     #: Of those, whether its result's shapes or its control flow depend on data.
     data_dependent: bool = False
+    #: Whether inputs are on the CPU, beside a device.
+    on_cpu: bool = False
     #: Which operators these are.
     uncaptured: tuple[Uncaptured, ...] = ()
     #: Operators that take the process's default dtype at each call, by name.
@@ -110,7 +112,7 @@ class Program:
 
     @property
     def is_random(self) -> bool:
-        return bool(self.direct_only) and not self.data_dependent and not self.takes_numbers
+        return any(u.why == "random" for u in self.uncaptured)
 
     @property
     def is_empty(self) -> bool:
@@ -575,6 +577,9 @@ def _flatten(
     _propagate(gm, data_dependent)
     asks = pin_default_dtype(gm)
     device = _device(inputs, weights)
+    reading = _reading_cpu(gm.graph, inputs, device)
+    uncaptured = (*uncaptured, *(u for u in reading if u.operator not in {v.operator for v in uncaptured}))
+    on_cpu = device is not None and any(n.meta["val"].device.type == "cpu" != device.type for n in inputs)
     if device is not None and not data_dependent:
         compute_constants(gm, weights, device, storage_of, aside)
     for node, spec in zip(inputs, specs, strict=True):
@@ -605,7 +610,8 @@ def _flatten(
         requires_grad=tuple(n in require_grad for n in weights),
         outputs=outputs,
         structure=returned.structure,
-        direct_only=_direct_only(uncaptured),
+        direct_only=_direct_only(uncaptured) or ("given an input on the CPU" if on_cpu else None),
+        on_cpu=on_cpu,
         data_dependent=data_dependent,
         uncaptured=uncaptured,
         asks_default_dtype=tuple(_named(n) for n in asks),
@@ -618,8 +624,23 @@ def _flatten(
 
 def _device(inputs: Sequence[fx.Node], weights: Mapping[fx.Node, tuple[str, torch.Tensor]]) -> torch.device | None:
     """Where the work of a graph is: the device of its inputs, or of its weights if there are none."""
-    found = [n.meta["val"].device for n in inputs] or [t.device for _, t in weights.values() if t.device.type != "cpu"]
-    return found[0] if found else None
+    found = [n.meta["val"].device for n in inputs]
+    found += [t.device for _, t in weights.values() if t.device.type != "cpu"]
+    return next((d for d in found if d.type != "cpu"), found[0] if found else None)
+
+
+def _reading_cpu(graph: fx.Graph, inputs: Sequence[fx.Node], device: torch.device | None) -> list[Uncaptured]:
+    """Operators that read inputs on the CPU, or what is computed of them there, beside a device."""
+    if device is None or device.type == "cpu":
+        return []
+    on_cpu = {n for n in inputs if n.meta["val"].device.type == "cpu"}
+    found = []
+    for node in graph.nodes:
+        if on_cpu and node.op == "call_function" and on_cpu & set(node.all_input_nodes):
+            found.append(Uncaptured("input on the CPU", str(node.target), source_of(node)))
+            if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].device.type == "cpu":
+                on_cpu.add(node)
+    return found
 
 
 def _results(graph: fx.Graph) -> list[Any]:
@@ -647,7 +668,7 @@ def _uncapturable(graph: fx.Graph) -> tuple[Uncaptured, ...]:
 
 def _direct_only(uncaptured: Sequence[Uncaptured]) -> str | None:
     """For messages, the reason that weighs more."""
-    for why in ("data-dependent", "random"):
+    for why in ("data-dependent", "random", "input on the CPU"):
         named = [f"{u.operator} ({u.source})" if u.source else u.operator for u in uncaptured if u.why == why]
         if named:
             return f"{why}: {', '.join(named)}"

@@ -66,12 +66,20 @@ class TensorSpec:
     layout: tuple[int, ...] | None = None
     conj: bool = False
     neg: bool = False
+    #: Whether it is on the CPU, beside an engine of another device.
+    on_cpu: bool = False
     #: What made-up integers of it are.
     integer: int = dataclasses.field(default=0, compare=False)
 
     @classmethod
-    def of(cls, x: torch.Tensor) -> TensorSpec:
-        return cls(tuple(x.shape), _canonical_strides(x), x.dtype, layout_of(x), x.is_conj(), x.is_neg())
+    def of(cls, x: torch.Tensor, device: torch.device | None = None) -> TensorSpec:
+        """``device``: the engine's; None: that of ``x``."""
+        on_cpu = device is not None and x.device.type == "cpu" != device.type
+        return cls(tuple(x.shape), _canonical_strides(x), x.dtype, layout_of(x), x.is_conj(), x.is_neg(), on_cpu)
+
+    def place(self, device: torch.device) -> torch.device:
+        """Where it is, for an engine on ``device``."""
+        return torch.device("cpu") if self.on_cpu else device
 
     @property
     def is_lazy(self) -> bool:
@@ -84,8 +92,8 @@ class TensorSpec:
         return torch._neg_view(x) if self.neg else x
 
     def example(self, device: torch.device) -> torch.Tensor:
-        """An uninitialized tensor of memory of its own, as the model sees it."""
-        x = torch.empty_strided(self.shape, self.layout or self.strides, dtype=self.dtype, device=device)
+        """An uninitialized tensor of memory of its own, as the model of an engine on ``device`` sees it."""
+        x = torch.empty_strided(self.shape, self.layout or self.strides, dtype=self.dtype, device=self.place(device))
         return self.in_memory(x)  # its own reverse
 
     @property
@@ -93,7 +101,8 @@ class TensorSpec:
         return self.dtype.itemsize * math.prod(self.shape)
 
     def empty(self, device: torch.device) -> torch.Tensor:
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+        """An uninitialized tensor that the steps of an engine on ``device`` can read."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.place(device))
 
     def synthesize(self, device: torch.device) -> torch.Tensor:
         """Values for warming up: in [0, 1) for floating point, ``integer`` for integers, zeros otherwise.
@@ -104,7 +113,7 @@ class TensorSpec:
         if not x.numel():
             return x
         if x.is_floating_point() and x.element_size() >= 2:
-            generator = torch.Generator(device=device).manual_seed(0)
+            generator = torch.Generator(device=x.device).manual_seed(0)
             return x.uniform_(0, 1, generator=generator)
         is_integer = not x.is_floating_point() and not x.is_complex()
         return x.fill_(self.integer) if is_integer and self.integer else x.zero_()
@@ -125,7 +134,7 @@ class TensorSpec:
         return True
 
     def __str__(self) -> str:
-        name = f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+        name = f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}" + " on the CPU" * self.on_cpu
         return name if self.is_contiguous else f"{name} strides {list(self.strides)}"
 
 
@@ -180,15 +189,23 @@ def _ordinary_keys(device: str) -> frozenset[int]:
     return frozenset(keys)
 
 
-def leaf_key(x: Any, position: int, device: torch.device) -> tuple[Any, ...]:
-    """The hashable part of a signature for one leaf of a call; raises what clause 8 of the contract promises."""
+def leaf_key(x: Any, position: int, device: torch.device, on_cpu: bool = False) -> tuple[Any, ...]:
+    """The hashable part of a signature for one leaf of a call; raises what clause 8 of the contract promises.
+
+    ``device``: the engine's. ``on_cpu``: this leaf was a tensor on the CPU at compile, beside others on ``device``.
+    """
     kind = type(x)
     if kind is torch.Tensor or kind is torch.nn.Parameter:
         # In this order: a nested tensor has no shape to ask for, and a stand-in of vmap has a device.
-        is_ordinary = torch._C._dispatch_keys(x).raw_repr() in _ordinary_keys(device.type)
+        is_ordinary = torch._C._dispatch_keys(x).raw_repr() in _ordinary_keys("cpu" if on_cpu else device.type)
         if not is_ordinary:
             _check_tensor(x, position)
-        if x.device != device:
+        if on_cpu and x.device.type != "cpu":
+            raise InputError(
+                f"input {position} is on {x.device}; it was on the CPU when the engine was compiled. Pass x.cpu(), or"
+                f" compile another engine with this input on {x.device}."
+            )
+        if not on_cpu and x.device != device:
             raise InputError(
                 f"input {position} is on {x.device}; this engine runs on {device}. Pass x.to({str(device)!r}), or"
                 f" compile another engine for {x.device}."
@@ -270,8 +287,9 @@ class Signature:
     numbers: tuple[TensorSpec, ...] = ()
 
     @classmethod
-    def of(cls, leaves: Sequence[Any], structure: pytree.TreeSpec) -> Signature:
-        return cls(structure, tuple(TensorSpec.of(x) if isinstance(x, torch.Tensor) else x for x in leaves))
+    def of(cls, leaves: Sequence[Any], structure: pytree.TreeSpec, device: torch.device | None = None) -> Signature:
+        """Of a call of an engine on ``device``; None: where the tensors are."""
+        return cls(structure, tuple(TensorSpec.of(x, device) if isinstance(x, torch.Tensor) else x for x in leaves))
 
     @property
     def given(self) -> tuple[TensorSpec, ...]:

@@ -154,6 +154,7 @@ def compile(
             backend_is_given=backend is not None,
         )
         engine = kind(settings, placed, precision, max_contexts, memory_limit)
+        engine._keep_on_cpu(args, keywords)
         if seam.has_streams:
             # Parameters that were written just before are there for the lane that warms up, and for every later caller.
             with seam.building():
@@ -261,17 +262,19 @@ def _given_devices(inputs: Any) -> set[torch.device]:
 
 
 def _device(model: Any, inputs: Any) -> torch.device:
-    """The one device of all inputs, or of the model where there are none."""
+    """The one device of all inputs, but for some on the CPU; or of the model where there are none."""
     given = _given_devices(inputs)
     if not given:
         state = model.state_dict if isinstance(model, ExportedProgram) else dict(model.state_dict())
         given = {t.device for t in state.values()} or {torch.device("cpu")}
+    if any(d.type != "cpu" for d in given):
+        given = {d for d in given if d.type != "cpu"}
     seams = {d: get_device(d.type) for d in given}
     devices = {torch.device(d.type, seam.index(d)) if seam.has_streams else d for d, seam in seams.items()}
     if len(devices) > 1:
         raise InputError(
-            f"inputs on several devices given ({', '.join(sorted(map(str, devices)))}); an engine runs on one."
-            " Move them to one device."
+            f"inputs on several devices given ({', '.join(sorted(map(str, devices)))}); an engine runs on one, with"
+            " inputs there and on the CPU. Move them to one device."
         )
     return devices.pop()
 
@@ -355,6 +358,8 @@ class Engine:
         self._specializations: dict[Any, Specialization] = _sync.dict_("specializations")
         self._primary: Specialization | None = None
         self._varying = Varying()
+        #: Positions among a call's leaves.
+        self._on_cpu: frozenset[int] = frozenset()
         #: By structure of a call, what stands for it in keys.
         self._structures: dict[pytree.TreeSpec, object] = _sync.dict_("structures")
         self._closed = False
@@ -390,15 +395,22 @@ class Engine:
         finally:
             process.leave()
 
+    def _keep_on_cpu(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Inputs that are on the CPU now, beside an engine of another device, are to be there in every call."""
+        if self._torch_device.type != "cpu":
+            leaves, _ = flatten_call(args, kwargs, self._in_order)
+            tensors = ((i, x) for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))
+            self._on_cpu = frozenset(i for i, x in tensors if x.device.type == "cpu")
+
     def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Any], Any]:
         """Leaves of a call, validated, and the key of its specialization."""
         device = self._torch_device
         if not kwargs and all(type(x) is torch.Tensor for x in args):
-            return args, tuple([leaf_key(x, i, device) for i, x in enumerate(args)])
+            return args, tuple([leaf_key(x, i, device, i in self._on_cpu) for i, x in enumerate(args)])
         leaves, structure = flatten_call(args, kwargs, self._in_order)
         # A structure's hash is slow, and a call with numbers is looked up several times.
         token = self._structures.get(structure) or self._structures.setdefault(structure, object())
-        return leaves, (token, *[leaf_key(x, i, device) for i, x in enumerate(leaves)])
+        return leaves, (token, *[leaf_key(x, i, device, i in self._on_cpu) for i, x in enumerate(leaves)])
 
     def _find(self, key: Any, leaves: Sequence[Any]) -> Specialization | None:
         """The specialization for a call, if there is one: for its very numbers, or for all."""
@@ -442,7 +454,7 @@ class Engine:
             self._check_usable()
             self._check_compile_flags()
             leaves, structure = flatten_call(args, kwargs, self._in_order)
-            signature = Signature.of(leaves, structure)
+            signature = Signature.of(leaves, structure, self._torch_device)
             clock = clock or Clock()
             made = self._compile_for_all(key, signature, (args, kwargs), leaves, clock)
             made = made or self._compile(key, signature, (args, kwargs), leaves, clock)

@@ -9,6 +9,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -142,7 +143,7 @@ class NativeSpecialization(Specialization):
         self._core = core.Signature(
             settings.torch_device,
             device.native_api(core),
-            [spec.empty(torch.device("meta")) for spec in self._specs],
+            [replace(spec, on_cpu=False).empty(torch.device("meta")) for spec in self._specs],
             self._limits,
             self._counters.core,  # type: ignore[attr-defined]
             weakref.ref(self),
@@ -372,7 +373,8 @@ class NativeSpecialization(Specialization):
     def takes_plain_tensors(self) -> bool:
         """Whether it serves every call of ordinary tensors of its shapes, strides and dtypes, as the C++ tells them."""
         of_one_layout = self.program.reads_layout and self.signature.layouts is not None
-        return not (self._is_lazy or of_one_layout or self.program.absolute)
+        on_cpu = any(spec.on_cpu for spec in self._specs)
+        return not (self._is_lazy or of_one_layout or self.program.absolute or on_cpu)
 
     def _acquire(self, stream: Any) -> None:
         return None  # the C++ had a look: this call runs direct

@@ -127,7 +127,7 @@ class Specialization:
         self.measured: dict[str, float] = {}
 
         # What depends on data cannot be compiled for one shape: operators decide as they go.
-        by_operators = program.data_dependent or program.is_empty or program.takes_numbers
+        by_operators = program.data_dependent or program.is_empty or program.takes_numbers or program.on_cpu
         self.backend = "eager" if by_operators else settings.backend
         #: If it is not the engine's, why.
         self._why_eager = str(program.direct_only)
@@ -654,6 +654,12 @@ class Specialization:
             raise NotCapturable(
                 f"this call is inside a CUDA graph capture, and the model is {self.program.direct_only}, which needs"
                 " the host to look at results. Call the engine outside the capture."
+            )
+        if self.program.on_cpu:
+            raise NotCapturable(
+                f"this call is inside a CUDA graph capture, and the model is {self.program.direct_only}: a graph would"
+                " keep the values of this call. Call the engine outside the capture, or compile another one with all"
+                f" inputs on {self.settings.torch_device}."
             )
         if self.program.is_empty:
             return []
