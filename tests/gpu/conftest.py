@@ -16,6 +16,19 @@ from contract.support import compiled, runtime  # noqa: E402, F401  # fixtures
 from gpu.support import Gpu  # noqa: E402
 
 
+#: A GPU has channels for 15 contexts with 32 queues, and some tests start processes of their own.
+MOST_WORKERS = 10
+
+
+def pytest_collection_modifyitems() -> None:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > MOST_WORKERS:
+        raise pytest.UsageError(
+            f"{workers} workers given; expected at most {MOST_WORKERS}: a GPU has no room for more processes with 32"
+            f" queues each. Use -n {MOST_WORKERS}."
+        )
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     gpu = Gpu()
