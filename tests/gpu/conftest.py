@@ -15,7 +15,6 @@ pytest.register_assert_rewrite("contract")
 from contract.support import compiled, runtime  # noqa: E402, F401  # fixtures
 from gpu.support import Gpu  # noqa: E402
 
-
 #: A GPU has channels for 15 contexts with 32 queues, and some tests start processes of their own.
 MOST_WORKERS = 10
 
