@@ -78,6 +78,16 @@ def test_an_input_stays_where_it_was_at_compile(runtime: str) -> None:
         anabranch.compile(Fn(torch.add).eval(), [x.to("sim"), x.to("sim")], runtime=runtime)(x.to("sim"), x)
 
 
+def test_a_model_that_takes_them_on_one_device_says_so() -> None:
+    import anabranch.sim  # makes the device
+
+    x, m = draw(X, 1), torch.randn(4, 3)
+    with pytest.raises(
+        InputError, match=r"several devices \(.* on sim:0, .* on cpu\) \(.*: Expected all tensors to be on"
+    ):
+        anabranch.compile(Fn(lambda x, m: x + m).eval(), [x.to("sim"), m])
+
+
 def test_a_callers_capture_would_keep_its_values(runtime: str) -> None:
     import anabranch.sim  # makes the device
 

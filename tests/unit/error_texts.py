@@ -329,6 +329,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("the model calls an engine{where}", "Engines run on real tensors only", "compile a model without it"),
         ("torch.export cannot capture this model{where}: {text}", "An engine needs a graph", "torch.cond expresses"),
         ("does not accept these inputs ({", "Expected inputs that model(*inputs) runs on", "try that first"),
+        ("does not accept inputs on several devices ({", "Expected inputs on one device", "have the model move them"),
         ("torch.export cannot capture this model, which runs in eager{where}", "{text}", "{advice}"),
     ],
     "src/anabranch/export/_functional.py": [

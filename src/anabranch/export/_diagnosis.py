@@ -126,6 +126,12 @@ def diagnose(
             f"torch.export cannot capture this model{where}: {text}. An engine needs a graph whose control flow does"
             " not depend on the values of tensors; torch.cond expresses a branch that does."
         ) from error
+    devices = {str(x.device) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+    if len(devices) > 1 and "same device" in str(error):
+        raise InputError(
+            f"the model does not accept inputs on several devices ({describe(args, kwargs)}){where}: {text}. Expected"
+            " inputs on one device; or have the model move them to one."
+        ) from error
     refused = run_in_eager(model, args, kwargs)
     if refused is not None:
         raise InputError(
