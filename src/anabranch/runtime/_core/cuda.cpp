@@ -62,7 +62,7 @@ const DeviceApi& cuda_api() {
     // own functions expect to find.
     find(runtime, "cudaStreamIsCapturing", cuda.stream_is_capturing);
     find(runtime, "cudaStreamCreateWithFlags", cuda.create_stream);
-    // The runtime's as well: PyTorch's profiler does not record the driver's, and cannot say then where kernels are from.
+    // The runtime's as well: PyTorch's profiler records no launches of the driver's, and cannot place kernels then.
     find(runtime, "cudaGraphLaunch", cuda.graph_launch);
     find(driver, "cuStreamWaitEvent", cuda.stream_wait);
     find(driver, "cuEventRecord", cuda.event_record);
