@@ -21,6 +21,7 @@ from anabranch.devices._relocation import (
     Relocation,
     Table,
     Transfer,
+    _Places,
     compare,
     verify,
 )
@@ -755,3 +756,14 @@ def test_words_of_no_meaning_are_never_bound(u: int, v: int) -> None:
             start_a = (A.x, A.y, A.out)[r.buffer]
             start_b = (B.x, B.y, B.out)[r.buffer]
             assert u - start_a == v - start_b == r.delta
+
+
+RANGES = st.lists(st.builds(Range, st.integers(0, 60), st.integers(0, 9)), max_size=12)
+
+
+@given(RANGES, st.integers(-2, 75), st.integers(0, 12))
+def test_all_memory_of_ranges_is_that_of_each(ranges: list[Range], start: int, nbytes: int) -> None:
+    places, other = _Places(ranges), Range(start, nbytes)
+    assert places.hold(start) == any(r.holds(start) for r in ranges)
+    if nbytes:
+        assert places.overlap(other) == any(r.overlaps(other) for r in ranges if r.nbytes)

@@ -22,8 +22,10 @@ taken for the next block's.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 WORD = 8
 
@@ -44,6 +46,28 @@ class Range:
 
     def overlaps(self, other: Range) -> bool:
         return self.start < other.stop and other.start < self.stop
+
+
+class _Places:
+    """All memory of some ranges. A graph of a language model has thousands of words to look up among hundreds."""
+
+    def __init__(self, ranges: Iterable[Range]) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+        for r in sorted((r for r in ranges if r.nbytes > 0), key=lambda r: r.start):
+            if self._stops and r.start < self._stops[-1]:
+                self._stops[-1] = max(self._stops[-1], r.stop)
+            else:
+                self._starts.append(r.start)
+                self._stops.append(r.stop)
+
+    def hold(self, address: int) -> bool:
+        k = bisect_right(self._starts, address) - 1
+        return k >= 0 and address < self._stops[k]
+
+    def overlap(self, other: Range) -> bool:
+        k = bisect_left(self._starts, other.stop) - 1
+        return k >= 0 and other.start < self._stops[k]
 
 
 @dataclass(frozen=True)
@@ -111,7 +135,7 @@ class Capture:
     #: Whether the kernels' code was loaded for this capture alone, so that a kernel is another function in each one.
     own_code: bool = False
 
-    @property
+    @cached_property
     def allocations(self) -> tuple[Range, ...]:
         return tuple(Range(address, nbytes) for address, nbytes, _ in self.log if nbytes > 0)
 
@@ -368,8 +392,12 @@ class _Memory:
 
     def owns(self, address: int) -> bool:
         """Whether ``address`` is in memory that other captures have elsewhere. An output may be a weight's memory."""
+        return self._owned.hold(address)
+
+    @cached_property
+    def _owned(self) -> _Places:
         c = self.capture
-        return any(r.holds(address) for r in (*c.inputs, *c.allocations, *c.hidden))
+        return _Places((*c.inputs, *c.allocations, *c.hidden))
 
 
 def _distinct(a: Capture, b: Capture) -> None:
@@ -380,8 +408,8 @@ def _distinct(a: Capture, b: Capture) -> None:
             if any(r.overlaps(other) for other in others):
                 raise _Unbindable(f"input {i} of a capture shares memory")
     in_a = [*a.inputs, *a.allocations, *a.hidden]
-    in_b = [*b.inputs, *b.allocations, *b.hidden]
-    if any(r.overlaps(other) for r in in_a for other in in_b):
+    in_b = _Places([*b.inputs, *b.allocations, *b.hidden])
+    if any(in_b.overlap(r) for r in in_a):
         raise _Unbindable("two captures of it share memory")
 
 
