@@ -304,6 +304,8 @@ class Specialization:
             scratch = device.scratch(self._index)
             examples: list[Any] = []
             try:
+                if self._workspaces:
+                    scratch.lane.load_workspaces()  # first of all, as in _build_on_lane
                 with scratch.using():
                     examples = self._examples()
                     compiled, eager = self._costs(self._ways(operators), examples, scratch.stream)
