@@ -112,6 +112,8 @@ _PLAIN_STATE = {
     ("_Process", "_forked"): "read in a forked child only, where there is one thread",
     ("Specialization", "measured"): "written while it is built, by its builder",
     ("_Flattening", "_several"): "one thread, which makes the list",
+    ("_Places", "_starts"): "filled while it is made, by the thread that builds",
+    ("_Places", "_stops"): "filled while it is made, by the thread that builds",
     ("StaticOutputs", "_plain"): "its context's owner",
     ("StaticOutputs", "_shared"): "its context's owner",
     ("Tally", "_counts"): "its lock",
