@@ -26,6 +26,8 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from anabranch.export import _operators
+from anabranch.export._operators import NAMESPACE
 from anabranch.export._random import is_random
 from anabranch.export._signature import TensorSpec
 
@@ -247,22 +249,17 @@ def _power_of(func: Any, input: Any, exponent: Any) -> tuple[Any, Any]:
 @functools.cache
 def _powers() -> tuple[Any, Any]:
     """Of a tensor, and of a number. Defined once, at the first trace."""
-    library = torch.library.Library("anabranch", "FRAGMENT")
-    _libraries.append(library)
+    library = _operators.library()
     library.define("tensor_power(Tensor self, Scalar exponent) -> Tensor")
     library.define("number_power(Scalar self, Tensor exponent) -> Tensor")
-    torch.library.register_fake("anabranch::tensor_power", _power, lib=library)
-    torch.library.register_fake("anabranch::number_power", lambda x, y: _power(y, x), lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::tensor_power", _power, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::number_power", lambda x, y: _power(y, x), lib=library)
     return torch.ops.anabranch.tensor_power.default, torch.ops.anabranch.number_power.default
 
 
 def _power(tensor: torch.Tensor, number: Any) -> torch.Tensor:
     """A product, which has the type and the layout of the power."""
     return tensor * (1.0 if isinstance(number, float | torch.SymFloat) else 1)
-
-
-#: What is defined in a library goes with it.
-_libraries: list[torch.library.Library] = []
 
 
 def _has_stand_in(data: Any) -> bool:

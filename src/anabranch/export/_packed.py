@@ -15,17 +15,18 @@ import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
+from anabranch.export import _operators
+from anabranch.export._operators import NAMESPACE
+
 _aten = torch.ops.aten
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _OPTIONS = "Tensor[] params, bool has_biases, int num_layers, float dropout, bool train, bool bidirectional"
-_LIBRARY = "anabranch"
 
 
 @functools.cache
 def _stand_ins() -> dict[Any, Any]:
     """By the function that Python calls: the stand-in for it. Defined once, at the first trace."""
-    library = torch.library.Library(_LIBRARY, "FRAGMENT")
-    _libraries.append(library)
+    library = _operators.library()
     library.define("pack_padded(Tensor input, Tensor lengths, bool batch_first) -> (Tensor, Tensor)")
     library.define(
         "pad_packed(Tensor data, Tensor batch_sizes, bool batch_first, Scalar padding_value, SymInt total_length)"
@@ -34,18 +35,15 @@ def _stand_ins() -> dict[Any, Any]:
     for name in _RECURRENT:
         state, states = ("Tensor[]", "Tensor, Tensor") if name == "lstm" else ("Tensor", "Tensor")
         library.define(f"{name}(Tensor data, Tensor batch_sizes, {state} hx, {_OPTIONS}) -> (Tensor, {states})")
-        torch.library.register_fake(f"{_LIBRARY}::{name}", _recurrent, lib=library)
-    torch.library.register_fake(f"{_LIBRARY}::pack_padded", _pack, lib=library)
-    torch.library.register_fake(f"{_LIBRARY}::pad_packed", _pad, lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _recurrent, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::pack_padded", _pack, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::pad_packed", _pad, lib=library)
     ours = torch.ops.anabranch
     return {
         torch._VF._pack_padded_sequence: ours.pack_padded.default,
         torch._VF._pad_packed_sequence: ours.pad_packed.default,
         **{getattr(torch._VF, name): getattr(ours, name).default for name in _RECURRENT},
     }
-
-
-_libraries: list[torch.library.Library] = []
 
 
 def _pack(x: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +110,7 @@ def _check(layer: Any, x: torch.Tensor, state: Any, batch_sizes: torch.Tensor | 
 def put_back(graph: fx.Graph) -> None:
     """Put the operators in the place of their stand-ins, in place."""
     for node in graph.nodes:
-        if node.op != "call_function" or getattr(node.target, "namespace", "") != _LIBRARY:
+        if node.op != "call_function" or getattr(node.target, "namespace", "") != NAMESPACE:
             continue
         name = node.target._schema.name.rsplit("::")[-1]
         known = {"pack_padded": _aten._pack_padded_sequence.default, "pad_packed": _aten._pad_packed_sequence.default}
