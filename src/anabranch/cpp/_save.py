@@ -88,13 +88,13 @@ def save_program(
 def describe(program: Program, inputs: Sequence[TensorSpec], device: torch.device) -> dict[str, Any]:
     """What is in the file. Raises :class:`UnsupportedModel`."""
     flat = flatten(program)
-    weights = zip(program.weights_for_eager(), program.weight_names, strict=True)
     why = flat if isinstance(flat, str) else flat.depends
     if any(x.on_cpu for x in inputs):
         why = "an input is on the CPU, and an engine in C++ takes all on its device"
     if why:
         raise UnsupportedModel(f"the model cannot be saved for C++: {why}.{_HINT}")
     assert isinstance(flat, FlatProgram)
+    weights = zip(program.weights_for_eager(), program.weight_names, strict=True)
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -75,7 +75,7 @@ def compute_constants(
         elif node.target is not operator.getitem:
             continue
         # By whether it lies on the CPU, or comes from there.
-        made_of_nothing[node] = _is_on_cpu(node) or any(made_of_nothing[n] for n in node.all_input_nodes)
+        made_of_nothing[node] = is_on_cpu(node) or any(made_of_nothing[n] for n in node.all_input_nodes)
     results = {storage_of(n) for n in gm.graph.output_node().all_input_nodes} - {None}
     wanted = [
         n
@@ -134,14 +134,15 @@ def _is_literal(name: str) -> bool:
     return name.rsplit(".", 1)[-1].startswith("lifted_tensor")
 
 
-def _is_on_cpu(node: fx.Node) -> bool:
+def is_on_cpu(node: fx.Node) -> bool:
+    """Whether a value of a node lies on the CPU."""
     values = (x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor))
     return any(x.device.type == "cpu" for x in values)
 
 
 def _copies(user: fx.Node, node: fx.Node) -> bool:
     """Whether an operator copies this tensor of the CPU to the device, where its result is, in each call."""
-    if _is_on_cpu(user):
+    if is_on_cpu(user):
         return False
     return bool(node.meta["val"].dim()) or user.target not in _TAKING_NUMBERS
 

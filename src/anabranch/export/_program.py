@@ -8,7 +8,7 @@ import logging
 import operator
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from anabranch.errors import UnsupportedModel
 from anabranch.export import _functional, _packed
 from anabranch.export._bystanders import undisturbed
-from anabranch.export._constants import compute_constants
+from anabranch.export._constants import compute_constants, is_on_cpu
 from anabranch.export._default_dtype import pin_default_dtype
 from anabranch.export._diagnosis import copy_of, diagnose
 from anabranch.export._indices import has_mask
@@ -577,9 +577,9 @@ def _flatten(
     _propagate(gm, data_dependent)
     asks = pin_default_dtype(gm)
     device = _device(inputs, weights)
-    reading = _reading_cpu(gm.graph, inputs, device)
-    uncaptured = (*uncaptured, *(u for u in reading if u.operator not in {v.operator for v in uncaptured}))
-    on_cpu = device is not None and any(n.meta["val"].device.type == "cpu" != device.type for n in inputs)
+    on_cpu = {n for n in inputs if is_on_cpu(n)} if device is not None and device.type != "cpu" else set()
+    known = {u.operator for u in uncaptured}
+    uncaptured = (*uncaptured, *(u for u in _reading(gm.graph, on_cpu) if u.operator not in known))
     if device is not None and not data_dependent:
         compute_constants(gm, weights, device, storage_of, aside)
     for node, spec in zip(inputs, specs, strict=True):
@@ -611,7 +611,7 @@ def _flatten(
         outputs=outputs,
         structure=returned.structure,
         direct_only=_direct_only(uncaptured) or ("given an input on the CPU" if on_cpu else None),
-        on_cpu=on_cpu,
+        on_cpu=bool(on_cpu),
         data_dependent=data_dependent,
         uncaptured=uncaptured,
         asks_default_dtype=tuple(_named(n) for n in asks),
@@ -629,16 +629,14 @@ def _device(inputs: Sequence[fx.Node], weights: Mapping[fx.Node, tuple[str, torc
     return next((d for d in found if d.type != "cpu"), found[0] if found else None)
 
 
-def _reading_cpu(graph: fx.Graph, inputs: Sequence[fx.Node], device: torch.device | None) -> list[Uncaptured]:
-    """Operators that read inputs on the CPU, or what is computed of them there, beside a device."""
-    if device is None or device.type == "cpu":
-        return []
-    on_cpu = {n for n in inputs if n.meta["val"].device.type == "cpu"}
-    found = []
+def _reading(graph: fx.Graph, on_cpu: Iterable[fx.Node]) -> list[Uncaptured]:
+    """Operators that read these inputs on the CPU, or what is computed of them there."""
+    found, on_cpu = [], set(on_cpu)
     for node in graph.nodes:
-        if on_cpu and node.op == "call_function" and on_cpu & set(node.all_input_nodes):
-            found.append(Uncaptured("input on the CPU", str(node.target), source_of(node)))
-            if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].device.type == "cpu":
+        if node.op == "call_function" and not on_cpu.isdisjoint(node.all_input_nodes):
+            if node.target is not operator.getitem:
+                found.append(Uncaptured("input on the CPU", str(node.target), source_of(node)))
+            if is_on_cpu(node):
                 on_cpu.add(node)
     return found
 
