@@ -172,7 +172,8 @@ class NativeSpecialization(Specialization):
         if self.program.is_empty:
             return
         program = translate(self.program) if self.backend == "eager" else f"{self.backend} launches its kernels itself"
-        watched = self._watched
+        unchanged = self._flags.unchanged if self._sensitive else None
+        watched = unchanged, not self.program.asks_default_dtype
         if not isinstance(program, str):
             self.through_python = None
             self._core.set_program(program, *watched)
@@ -183,11 +184,6 @@ class NativeSpecialization(Specialization):
             self._core.set_python(self._lowered, *watched)
             self._launches = True
         self._keep_weights()
-
-    @property
-    def _watched(self) -> tuple[Any, bool]:
-        unchanged = self._flags.unchanged if self._sensitive else None
-        return unchanged, not self.program.asks_default_dtype
 
     def _ways(self, operators: Kernels) -> list[Callable[[Sequence[Any]], Any]]:
         program = translate(self.program)
@@ -202,8 +198,6 @@ class NativeSpecialization(Specialization):
             self._core.set_program(program, None, False)
             return self._try("direct_calls", inputs)
 
-        for _ in range(2):
-            by_operators(self._examples())
         return [compiled, by_operators]
 
     def _try(self, kind: str, inputs: Sequence[Any]) -> Any:
@@ -373,8 +367,7 @@ class NativeSpecialization(Specialization):
     def takes_plain_tensors(self) -> bool:
         """Whether it serves every call of ordinary tensors of its shapes, strides and dtypes, as the C++ tells them."""
         of_one_layout = self.program.reads_layout and self.signature.layouts is not None
-        on_cpu = any(spec.on_cpu for spec in self._specs)
-        return not (self._is_lazy or of_one_layout or self.program.absolute or on_cpu)
+        return not (self._is_lazy or of_one_layout or self.program.absolute or self.program.on_cpu)
 
     def _acquire(self, stream: Any) -> None:
         return None  # the C++ had a look: this call runs direct

@@ -169,9 +169,7 @@ class Specialization:
         """It is known whether calls use graphs."""
 
     def _ways(self, operators: Kernels) -> list[Callable[[Sequence[Any]], Any]]:
-        """Two ways to run a direct call: by the compiled kernels, and by PyTorch's operators. Run once each."""
-        for _ in range(2):
-            operators(self._examples())
+        """Two ways to run a direct call: by the compiled kernels, and by PyTorch's operators."""
         return [self._lowered, operators]  # type: ignore[list-item]
 
     def _take_operators(self, taken: bool) -> None:
@@ -287,7 +285,8 @@ class Specialization:
         """Whether calls run direct by compiled kernels that nobody asked for."""
         return (
             not (self.uses_graphs or self.program.is_empty or self.settings.backend_is_given)
-            and self.backend not in ("eager", "tensorrt")
+            and self.backend != "eager"
+            and not isinstance(self._lowered, Stateful)
             and not self.settings.require_full
             and self._device.has_streams
             and self._device.has_time
