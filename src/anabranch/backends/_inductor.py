@@ -29,6 +29,9 @@ class _Inductor:
             settings: dict[str, object] = {
                 "fallback_random": program.direct_only is not None,
                 "optimize_scatter_upon_const_tensor": False,
+                # PyTorch 2.11 pads the rows of temporaries on GPUs, and then may read one by strides that it had before
+                # its layout was settled: other elements, and memory behind its end (pytorch#194281, #179931, #180848).
+                "comprehensive_padding": False,
             }
             if any(x.is_cuda for x in (*weights, *examples)):
                 # A buffer that is written in place, or again, may be a result in the end: a call then has to tell each
