@@ -10,7 +10,8 @@ A name is ``tv/NAME`` (torchvision), ``timm/NAME``, ``hf/MODEL_TYPE`` (transform
 model has a process of its own, in which eager, ``torch.compile`` and anabranch run the same model; times are taken in
 turn, in rounds, one process at a time, and the medians count. ``benchmarks/zoo_measure.py`` says what is measured.
 
-What the driver says about GPU memory holds only for a process that is alone, so these figures need ``--procs 1``.
+GPU memory is what the driver counts as the process's. Where eager has nothing left of a result in half precision
+(zeros, or no numbers), the model is judged in float32.
 ``--missing FILE`` leaves out what the file has a verdict on: a run that needs several calls goes on where it ended.
 Runs become one with ``--merge``: of two rows of a model the later counts, and the builds of both orders are kept.
 ``docs/models.md`` shows the results; ``python benchmarks/tables.py`` writes it.
@@ -335,7 +336,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         import zoo_measure
 
-        chosen = zoo_measure.Options(**options, alone=procs == 1, lock=str(Path(folder, "lock")))
+        chosen = zoo_measure.Options(**options, lock=str(Path(folder, "lock")))
         rows = Run(names, asdict(chosen), target, each, limit).run(procs)
     print(report(rows))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import fcntl
 import gc
 import json
@@ -32,6 +33,8 @@ from anabranch import _judge
 from anabranch.errors import AnabranchError
 
 THREADS, CALLS_A_THREAD = 4, 24
+#: An error of eager's, relative to the largest value expected, from which on nothing is left to compare with.
+_LOST = 0.5
 #: Contexts that are built beyond the first one, to see what one takes.
 FURTHER = 2
 
@@ -41,7 +44,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """How a model is run; ``alone``: no other process uses the GPU, so that its free memory means something."""
+    """How a model is run; ``lock``: a file that processes of a run hold while they measure time."""
 
     device: str
     dtype: str
@@ -49,7 +52,6 @@ class Options:
     flip: bool = False
     overhead: bool = False
     rounds: int = 5
-    alone: bool = False
     lock: str = ""
 
 
@@ -85,7 +87,7 @@ class _Subject:
     def run(self) -> None:
         self.row |= {"model": self.name, "dtype": self.options.dtype, "stage": "start"}
         self.device = torch.device(self.options.device)
-        self.gauge = _Gauge(self.device, self.options.alone)
+        self.gauge = _Gauge(self.device)
         try:
             with self._stage("prepare"):
                 prepare(self.options.device)
@@ -147,16 +149,10 @@ class _Subject:
         self.model = self.model.to(self.device)
         # On the host, so that they are not among what is held on the device.
         self.wide = [_moved(self._kept(self.model, _cast(i, self.device, torch.float32))) for i in self.given]
-        self.model = self.model.to(dtype)
-        self.sets = [_cast(i, self.device, dtype) for i in self.given]
-        try:
-            self._wait_for([self._kept(self.model, i) for i in self.sets])
-        except Exception as error:
-            if dtype is torch.float32:
-                raise
-            self.row |= {"dtype": "float32", "dtype_reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-            self.model = self.model.float()
-            self.sets = [_cast(i, self.device, torch.float32) for i in self.given]
+        why = self._why_not_judged_in(dtype)
+        if why:
+            self.row |= {"dtype": "float32", "dtype_reason": why}
+            self._convert(torch.float32)
         use = self.gauge.call(lambda: self.eager_call(self.sets[0]))
         self.resident = use.before - self.base
         if self.resident.known:
@@ -166,6 +162,25 @@ class _Subject:
                 "eager": (use.peak - self.base).data(),
                 "eager_activations": (use.peak - use.before).data(),
             }
+
+    def _convert(self, dtype: torch.dtype) -> None:
+        self.model = self.model.to(dtype)
+        self.sets = [_cast(i, self.device, dtype) for i in self.given]
+
+    def _why_not_judged_in(self, dtype: torch.dtype) -> str:
+        """Eager may not do it in half, or have nothing left of the result there: zeros, or no numbers at all."""
+        self._convert(dtype)
+        if dtype is torch.float32:
+            return ""
+        try:
+            low = [self._kept(self.model, i) for i in self.sets]
+            self._wait()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        loosely: dict[str, Any] = {"dtypes": False, "strides": False, "devices": False}
+        pairs = [_judge.pair(a, b, **loosely) for a, b in zip(low, self.wide, strict=True)]
+        lost = max((_error(near) for other, near in pairs if not other), default=0.0)
+        return f"eager's error in {self.options.dtype} is {lost:.1f}" if not lost < _LOST else ""
 
     def _weights(self) -> list[torch.Tensor]:
         return [*self.model.parameters(), *self.model.buffers()]
@@ -388,7 +403,6 @@ class _Use:
 @dataclass(frozen=True)
 class _Gauge:
     device: torch.device
-    alone: bool
 
     def now(self) -> _Bytes:
         """What is held while nothing runs and nothing is cached; the peak is looked for from here on."""
@@ -418,10 +432,35 @@ class _Gauge:
         return use
 
     def _taken(self) -> int | None:
-        if not self.alone:
-            return None
-        free, total = torch.cuda.mem_get_info()
-        return total - free
+        return _of_this_process(str(torch.cuda.get_device_properties(self.device).uuid))
+
+
+class _Process(ctypes.Structure):
+    """nvmlProcessInfo_t"""
+
+    _fields_ = (
+        ("pid", ctypes.c_uint),
+        ("used", ctypes.c_ulonglong),
+        ("gpu", ctypes.c_uint),
+        ("compute", ctypes.c_uint),
+    )
+
+
+def _of_this_process(uuid: str) -> int | None:
+    """Bytes of a GPU that the driver counts as this process's; None where it does not say."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    device, count = ctypes.c_void_p(), ctypes.c_uint(256)
+    processes = (_Process * count.value)()
+    failed = (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode(), ctypes.byref(device))
+        or nvml.nvmlDeviceGetComputeRunningProcesses_v3(device, ctypes.byref(count), processes)
+    )
+    found = [p.used for p in processes[: count.value] if p.pid == os.getpid()]
+    return None if failed or len(found) != 1 else int(found[0])
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------

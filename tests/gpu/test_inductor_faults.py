@@ -1,4 +1,4 @@
-"""Engines of the backend ``inductor`` on a GPU give eager's values where Inductor alone does not; see ``docs/use.md``."""
+"""Engines of the backend ``inductor`` on a GPU give eager's values where Inductor alone does not: ``docs/use.md``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 
 class Pooled(torch.nn.Module):
-    """As in ``tests/unit/test_inductor_faults.py``; ``size``: of the pictures, ``channels``: more than a kernel's worth."""
+    """As in ``tests/unit/test_inductor_faults.py``, of pictures of this size."""
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()

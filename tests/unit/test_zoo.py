@@ -174,7 +174,7 @@ def subject(programs: dict[str, Any]) -> Any:
     found = measure._Subject("own/two", measure.Options("cpu", "float32"), lambda row: None)
     found.row["dtype"] = "float32"
     found.device = torch.device("cpu")
-    found.gauge = measure._Gauge(found.device, alone=True)
+    found.gauge = measure._Gauge(found.device)
     found.model = Two().eval().requires_grad_(False)
     found.given = [
         measure.Inputs((torch.randn(3, 6),), {"mask": torch.arange(15).view(3, 5) % 4 == i}) for i in range(4)

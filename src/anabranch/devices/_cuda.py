@@ -114,6 +114,21 @@ class _CudaMemory:
         return [(int(s["address"]), int(s["total_size"])) for s in _snapshot(self._id)]
 
 
+class _OrdinaryMemory:
+    """PyTorch's own pool, for what a build needs while it is made.
+
+    What was freed there stays for the stream, and goes back to the driver with ``torch.cuda.empty_cache()`` or when
+    memory runs out, as after any run of a model. A private pool would keep it: temporaries of the model, and what
+    Triton clears the GPU's cache with while it tunes.
+    """
+
+    def using(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def nbytes(self) -> int:
+        return 0
+
+
 def _snapshot(pool: tuple[int, int]) -> list[dict[str, Any]]:
     """What PyTorch's allocator has in the pool of this id."""
     if _snapshot_drops_references():
@@ -207,7 +222,7 @@ class CudaDevice:
     def __init__(self) -> None:
         self._free_lanes: dict[int, list[Lane]] = _sync.dict_("free lanes")
         self._free_memory: dict[int, list[Memory]] = _sync.dict_("free memory")
-        # Apart from the others: what recordings need for a moment is more than a context should have for good.
+        # Apart from lanes of contexts: what is freed stays with the stream, and shall do so with one stream only.
         self._free_scratch: dict[int, list[Scratch]] = _sync.dict_("free scratch")
         self._reapers: dict[int, Any] = _sync.dict_("reapers")
         self._graveyard = Graveyard(self._query, self.building)
@@ -291,7 +306,7 @@ class CudaDevice:
         try:
             return self._free_scratch[index].pop()
         except (KeyError, IndexError):
-            return Scratch(self, self.acquire_lane(index), _CudaMemory(index))
+            return Scratch(self, self.acquire_lane(index), _OrdinaryMemory())
 
     def release_scratch(self, scratch: Scratch) -> None:
         self._free_scratch.setdefault(scratch.lane.index, _sync.list_("scratch")).append(scratch)
@@ -307,6 +322,7 @@ class CudaDevice:
                     self.release_lane(unused.pop().lane)
                 except IndexError:
                     break
+        torch.cuda.empty_cache()
 
     def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
         graph, result = self.capture_source(lane, memory, fn)

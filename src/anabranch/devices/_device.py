@@ -53,10 +53,10 @@ class Lane(Protocol):
 
 
 class Scratch:
-    """A lane and a pool for what a build needs while it is made: runs on made-up inputs, captures to compare.
+    """A lane and memory for what a build needs while it is made: runs on made-up inputs, captures to compare.
 
     PyTorch's allocator keeps what was freed for the stream that it was allocated on. With a stream that never changes,
-    the pool stays as large as one build needs; on the lanes of contexts it would grow with each of them.
+    that stays as large as one build needs; on the lanes of contexts it would grow with each of them.
     """
 
     def __init__(self, device: Device, lane: Any, memory: Any) -> None:
@@ -141,13 +141,13 @@ class Device(Protocol):
         """Give a pool back for the next context. Nothing in it may be in use any more."""
 
     def scratch(self, index: int) -> Scratch:
-        """A lane and a pool for a build, which nothing else uses meanwhile."""
+        """A lane for a build, which nothing else uses meanwhile, and memory."""
 
     def release_scratch(self, scratch: Scratch) -> None:
         """Give it back. Everything queued on it must have finished, and nothing in it may be in use any more."""
 
     def trim(self) -> None:
-        """Return the bytes of released pools to the driver. The host may wait for the device."""
+        """Return released pools, and what else is cached, to the driver. The host may wait for the device."""
 
     def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
         """Capture what ``fn`` queues on ``lane`` and return the graph and ``fn``'s result.
