@@ -268,6 +268,7 @@ def zoo_of(content: dict[str, Any]) -> str:
         f"**{len(right)} of {len(rows)} models are right**, {wrong} of {calls:,} concurrent calls were wrong."
         f" {_faster(rows)}{where['cores']} cores, PyTorch {where['torch']}, {versions}, {where['date'][:10]}.",
         "",
+        *([where["about"], ""] if "about" in where else []),
         *_filled(("model", "verdict", *_FIGURES), [_model(r) for r in rows]),
     ]
     failures = [f"- {r['model']}: {r['status']}: {_text(r['why'])}" for r in rows if r["status"] != "right"]
@@ -317,8 +318,11 @@ def _model(row: dict[str, Any]) -> list[str]:
         f"{flops:.0%}" if flops is not None and launches else "",
         f"{launches['captured']} of {launches['all']}" if launches else "",
         _ratio(_held(memory, "ours"), _held(memory, "eager")),
-        _ratio(_held(memory, "further_context"), _held(memory, "eager_activations")),
-        _ratio(_held(memory, "ours_build"), _held(memory, "weights", "eager_activations")),
+        _context(memory),
+        _pair(
+            _ratio(_held(memory, "ours_build"), _held(memory, "weights", "eager_activations")),
+            _ratio(_held(memory, "ours_build"), _held(memory, "compile_build")),
+        ),
     ]
     return [row["model"] + (f", {row['dtype']}" if "dtype_reason" in row else ""), row["status"], *figures]
 
@@ -329,6 +333,16 @@ def _held(memory: dict[str, Any], *names: str) -> int | None:
         return None
     counts = "device" if memory["eager"]["device"] is not None else "reserved"
     return sum(memory[name] if name == "weights" else memory[name][counts] for name in names)
+
+
+def _context(memory: dict[str, Any]) -> str:
+    mine, *theirs = (_held(memory, n) for n in ("further_context", "eager_activations", "eager_stream"))
+    beside = ", ".join(f"{n / 1e6:,.0f}" for n in theirs if n is not None)
+    return f"{mine / 1e6:,.0f} ({beside})" if mine is not None else ""
+
+
+def _pair(first: str, second: str) -> str:
+    return f"{first}, {second}" if first and second else first
 
 
 def _ratio(value: float | None, by: float | None) -> str:

@@ -220,7 +220,7 @@ class Run:
                 if not self._waiting or left < _LEAST:
                     return
                 name = self._waiting.pop(0)
-            row = judged(self._process(name, min(self._each, left)))
+            row = judged(self._process(name, min(self._each, left), ends=left < self._each))
             with self._lock:
                 self._rows.append(row)
                 self._save()
@@ -229,8 +229,11 @@ class Run:
     def _save(self) -> None:
         write(self._target, {"environment": self._environment, "rows": self._rows})
 
-    def _process(self, name: str, seconds: float) -> Row:
-        """What a process told last, and how it ended if that was not at the end."""
+    def _process(self, name: str, seconds: float, ends: bool = False) -> Row:
+        """What a process told last, and how it ended if that was not at the end.
+
+        ``ends``: with these seconds the run ends; a model that was not judged by then was not given its time.
+        """
         began = time.monotonic()
         command = [sys.executable, __file__, "--child", json.dumps({**self._options, "name": name})]
         surroundings = {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2", **os.environ}
@@ -238,6 +241,7 @@ class Run:
             child = subprocess.Popen(command, stdout=out, stderr=errors, text=True, env=surroundings)
             try:
                 ended = f"exit status {child.wait(seconds)}"
+                ends = False
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
@@ -249,6 +253,8 @@ class Run:
         row: Row = json.loads(told[-1]) if told else {"model": name, "stage": "start"}
         if row["stage"] != "done" and "failure" not in row:
             row["failure"] = f"{ended} {' '.join(last)}"[:500]
+            if ends and row["stage"] not in FIGURES:
+                row["stage"] = "not started"
         row["seconds"] = round(time.monotonic() - began, 1)
         return row
 

@@ -166,7 +166,7 @@ def test_scratch_does_not_grow_with_contexts(gpu: Gpu, monkeypatch: pytest.Monke
     assert engine.warm(contexts=2) == 2
     before = held()
     assert engine.warm(contexts=6) == 6
-    assert held() == before
+    assert held() <= before
     engine.close()
 
 
