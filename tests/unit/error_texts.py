@@ -466,6 +466,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("elements into its storage", "the model reads from the storage's beginning ({what})", "Pass x.clone()"),
         ("numerics flags changed again and again", "set them once, before the calls"),
         ("does not run this model: {self.program.direct_only}", "require_full=True given", "Leave require_full out"),
+        ("and {why}: a fault of {self.backend}", "require_full=True given", "Leave require_full out"),
         ("the model is {self.program.direct_only}", "needs the host to look at results", "Call the engine outside"),
         ("the model is {self.program.direct_only}", "would keep the values of this call", "Call the engine outside"),
         (

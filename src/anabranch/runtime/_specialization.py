@@ -24,6 +24,7 @@ from anabranch.plan._build import build_plan, uses_workspace
 from anabranch.race import check_plan
 from anabranch.runtime import _summary
 from anabranch.runtime._build import neutral, process
+from anabranch.runtime._comparison import why_off
 from anabranch.runtime._context import Context
 from anabranch.runtime._flags import Flags, sensitive
 from anabranch.runtime._flops import flops_of
@@ -184,7 +185,8 @@ class Specialization:
                 examples = self._examples()
                 run = self._lower(examples, None)
                 if not self.program.direct_only and not self.program.is_empty:
-                    self._warm_up_on_cpu(run, examples, given)
+                    examples = self._warm_up_on_cpu(run, examples, given)
+                    self._compare(run, examples)
                 self._set_program()
                 return False, "the CPU has no streams to order and no graphs to capture"
             with device.building():
@@ -243,6 +245,7 @@ class Specialization:
                 run = self._lower(examples, lane.stream)
                 if not self.program.data_dependent and not self.program.is_empty:
                     self._warm_up(run, examples, times=2)
+                    run = self._compare(run, examples)
                 self._set_program()
             with self._clock.phase("warm-up"):
                 lane.stream.synchronize()
@@ -326,17 +329,43 @@ class Specialization:
         self._take_operators(taken)
 
     def _warm_up_on_cpu(
-        self, run: Kernels | Instance, examples: Sequence[torch.Tensor], given: Sequence[torch.Tensor]
-    ) -> None:
+        self, run: Kernels | Instance, examples: list[torch.Tensor], given: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Returns the inputs that it ran on."""
         try:
             self._warm_up(run, examples, times=1)
+            return examples
         except InputError:
             if not given:
                 raise
             # Made-up values may be at fault.
             inputs = [s.in_memory(x) for s, x in zip(self.signature.given, given, strict=True)]
-            inputs += self._numbers(self.signature.values)
-            self._warm_up(run, self._canonical(inputs), times=1)
+            inputs = self._canonical(inputs + self._numbers(self.signature.values))
+            self._warm_up(run, inputs, times=1)
+            return inputs
+
+    def _compare(self, run: Kernels | Instance, examples: Sequence[torch.Tensor]) -> Kernels | Instance:
+        """Have PyTorch's operators run the model where compiled kernels give other results; returns what runs."""
+        if self.backend == "eager" or isinstance(self._lowered, Stateful):
+            return run
+        try:
+            with self._clock.phase("warm-up"):
+                why = why_off(self.program, run, examples)
+        except Exception as e:  # made-up values may be at fault, or memory is short
+            self._device.check_error(e)
+            _log.info("%s: kernels were not compared: %s: %s", self.settings.name, type(e).__name__, str(e))
+            return run
+        if not why:
+            return run
+        if self.settings.require_full:
+            raise BuildError(
+                f"require_full=True given, and {why}: a fault of {self.backend!r}. Leave require_full out to have"
+                " PyTorch's operators run the model."
+            )
+        text = "%s(%s): %s: a fault of %r. PyTorch's operators run the model instead."
+        _log.warning(text, self.settings.name, self.signature, why, self.backend)
+        self.backend, self._why_eager = "eager", why
+        return self._lower(examples, None)
 
     def _warm_up(self, run: Kernels | Instance, examples: Sequence[torch.Tensor], times: int) -> None:
         """Run on made-up values: loads and tunes kernels, which no call and no capture may have to do.

@@ -1,0 +1,101 @@
+"""Whether compiled kernels compute what PyTorch's operators do: looked at once, when they are made.
+
+Compilers have faults that no error tells of: a temporary that is read by strides that it does not have gives numbers,
+and other ones. So new kernels run on made-up inputs, beside the program's own operators. What rounding explains passes;
+to see what it explains, the operators run once more, in float64. And a fault shows on other values too: where a model
+chooses between two that are nearly alike, rounding may decide, and the results are far apart.
+
+The host waits for the current stream. Values that nobody can compare pass: random ones, and integers, where near ties
+fall either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from anabranch import _judge
+from anabranch.backends import Instance, Kernels, Options, get_backend
+from anabranch.export import Program
+
+#: How far results may differ before anybody asks why, relative to the largest value of a tensor. Wide: these are faults
+#: that are looked for, not digits.
+_BOUNDS = {torch.float16: 5e-2, torch.bfloat16: 0.25, torch.float32: 1e-2, torch.float64: 1e-4}
+_BOUNDS |= {torch.complex32: 5e-2, torch.complex64: 1e-2, torch.complex128: 1e-4}
+#: How many times farther than the operators from what float64 gives.
+_FACTOR = 8
+_WIDE = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
+_WIDE |= {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
+
+#: Of the values on which a fault has to show again.
+_SEEDS = (1, 2)
+
+_Tensors = Sequence[torch.Tensor]
+
+
+def why_off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> str:
+    """Why ``kernels`` do not compute what ``program`` says, or nothing. They must have run before."""
+    if program.is_random:
+        return ""
+    why = _off(program, kernels, inputs)
+    for seed in _SEEDS:
+        why = why and _off(program, kernels, _redrawn(inputs, seed))
+    return why
+
+
+def _off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> str:
+    operators: Any = get_backend("eager").lower(program, [], Options())
+    got, wanted = kernels(inputs), operators(inputs)
+    pairs = [(a, e) for a, e in zip(got, wanted, strict=True) if e.dtype in _BOUNDS]
+    far = [(a, e) for a, e in pairs if not _judge.error(a, e) <= _BOUNDS[e.dtype]]
+    if not far:
+        return ""
+    figures = f"off by {max(_judge.error(a, e) for a, e in far):.1e} of the largest value, of made-up inputs"
+    exact = _in_float64(program, inputs)
+    if exact is None:
+        return f"compiled kernels are {figures}"
+    for a, e, x in zip(got, wanted, exact, strict=True):
+        if e.dtype in _BOUNDS and not _judge.error(a, x) <= max(_FACTOR * _judge.error(e, x), _BOUNDS[e.dtype]):
+            return f"compiled kernels are {figures}, and farther from what float64 gives than PyTorch's operators"
+    return ""
+
+
+def _redrawn(inputs: _Tensors, seed: int) -> list[torch.Tensor]:
+    """Other values where they are floating; what may be indices stays."""
+    made = []
+    for x in inputs:
+        if x.is_floating_point() and x.element_size() >= 2:
+            seed += len(_SEEDS)
+            generator = torch.Generator(device=x.device).manual_seed(seed)
+            x = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+            x.uniform_(0, 1, generator=generator)
+        made.append(x)
+    return made
+
+
+def _in_float64(program: Program, inputs: _Tensors) -> _Tensors | None:
+    """The program's results, each step computed in float64; None where that cannot be."""
+    try:
+        given = [_widened(x) for x in (*program.weights_for_eager(), *inputs)]
+        results: _Tensors = _Wide(program.module).run(*given)
+    except Exception:
+        return None  # an operator without float64, say
+    return results
+
+
+class _Wide(fx.Interpreter):
+    """Runs a graph with every floating dtype that it names replaced by the widest."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = pytree.tree_map(_widened, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+
+def _widened(x: Any) -> Any:
+    if isinstance(x, torch.dtype):
+        return _WIDE.get(x, x)
+    return x.to(_WIDE[x.dtype]) if isinstance(x, torch.Tensor) and x.dtype in _WIDE else x

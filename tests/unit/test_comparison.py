@@ -1,0 +1,129 @@
+"""Compiled kernels that do not compute what the model says are found when they are made, and never used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import anabranch
+from anabranch.backends import get_backend
+from anabranch.errors import BuildError
+from anabranch.runtime import _comparison
+
+#: What a faulty compiler makes of a result.
+FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "other elements": lambda y: y.flip(0),
+    "no number": lambda y: torch.where(torch.arange(y.shape[-1]) == 3, torch.nan, y),
+    "stale": torch.zeros_like,
+    "too large": lambda y: y * 1.5,
+}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(7, 16), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.second(self.first(x).tanh())
+        return result
+
+
+class Bfloat(nn.Module):
+    """Its rounding is as large as some faults."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.to(torch.bfloat16) * 100
+        return (y + 1).exp2().log2() - y
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[torch.Tensor], torch.Tensor]], None]:
+    """Give Inductor's kernels a fault."""
+    backend: Any = get_backend("inductor")
+    lower = backend.lower
+
+    def plant(fault: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        def lowered(*given: Any) -> Any:
+            kernels = lower(*given)
+            return lambda inputs: [fault(y) for y in kernels(inputs)]
+
+        monkeypatch.setattr(type(backend), "lower", lambda self, *given: lowered(*given))
+
+    return plant
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_fault_is_found_and_operators_run_instead(
+    fault: str, runtime: str, faulty: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    faulty(FAULTS[fault])
+    model, x = Net().eval(), torch.randn(6, 7)
+    with (
+        caplog.at_level(logging.WARNING, "anabranch"),
+        anabranch.compile(model, [x], backend="inductor", runtime=runtime) as engine,
+    ):
+        assert torch.equal(engine(x), model(x))
+        assert "PyTorch's operators run the model instead" in caplog.text
+        assert "backend eager instead of inductor: compiled kernels are off by" in engine.explain()
+        assert engine.summary()["signatures"][0]["backend"] == "eager"
+
+
+def test_where_everything_has_to_be_compiled_a_fault_is_an_error(faulty: Any) -> None:
+    faulty(FAULTS["too large"])
+    with pytest.raises(BuildError, match=r"compiled kernels are off by .*: a fault of 'inductor'"):
+        anabranch.compile(Net().eval(), [torch.randn(6, 7)], backend="inductor", require_full=True)
+
+
+@pytest.mark.parametrize("model", [Net(), Bfloat(), nn.Sequential(nn.Dropout(), nn.Linear(7, 3)).train()], ids=str)
+def test_what_rounding_explains_is_no_fault(model: nn.Module, runtime: str, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.WARNING, "anabranch"),
+        anabranch.compile(model, [torch.randn(6, 7)], backend="inductor", runtime=runtime) as engine,
+    ):
+        assert not caplog.text
+        assert engine.summary()["signatures"][0]["backend"] == "inductor"
+
+
+def _program(module: nn.Module) -> Any:
+    """As much of one as is asked for."""
+    graph = torch.fx.symbolic_trace(module)
+    return SimpleNamespace(module=graph, is_random=False, weights_for_eager=list)
+
+
+def test_rounding_is_told_from_faults_by_float64() -> None:
+    class Rounded(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.ops.aten.sub.Tensor(torch.ops.aten.add.Tensor(x, 1e4), 1e4)]
+
+    x = torch.rand(50, generator=torch.Generator().manual_seed(5)).half()
+    program = _program(Rounded())
+    # In float16 the sum keeps multiples of 8: eager is as far off as these are.
+    assert not _comparison.why_off(program, lambda inputs: [inputs[0].round() * 8], [x])
+    assert "farther from what float64 gives" in _comparison.why_off(program, lambda inputs: [inputs[0] + 300], [x])
+
+
+def test_a_near_tie_is_no_fault() -> None:
+    """Kernels that take the other one of two values on one draw alone: a choice, not a fault."""
+
+    class Chosen(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.ops.aten.mul.Tensor(x, 2)]
+
+    draws: list[torch.Tensor] = []
+
+    def kernels(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        draws.append(inputs[0])
+        return [inputs[0] * (2 if len(draws) > 1 else -2)]
+
+    x = torch.rand(6, 4, generator=torch.Generator().manual_seed(6)).t()
+    assert not _comparison.why_off(_program(Chosen()), kernels, [x])
+    assert len(draws) == 2
+    assert not torch.equal(draws[0], draws[1])
+    assert draws[1].stride() == x.stride()
