@@ -346,7 +346,8 @@ class Specialization:
 
     def _compare(self, run: Kernels | Instance, examples: Sequence[torch.Tensor]) -> Kernels | Instance:
         """Have PyTorch's operators run the model where compiled kernels give other results; returns what runs."""
-        if self.backend == "eager" or isinstance(self._lowered, Stateful):
+        # In a forked child operators may wait for ever for OpenMP's threads, which are its parent's.
+        if self.backend == "eager" or isinstance(self._lowered, Stateful) or process.generation:
             return run
         try:
             with self._clock.phase("warm-up"):
