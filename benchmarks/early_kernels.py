@@ -34,7 +34,7 @@ class Caller:
     """A thread's stream, and a graph of one execution context on it."""
 
     def __init__(self, engine: Any, inputs: list[torch.Tensor], whole: bool) -> None:
-        from anabranch.devices._dependents import complete, early_edges
+        from anabranch.devices.cuda._early import complete, early_edges
 
         self.stream = torch.cuda.Stream()
         self.inputs = inputs

@@ -20,13 +20,13 @@ class Gpu(Rig):
     kind = "cuda"
 
     def __init__(self) -> None:
-        from anabranch.devices import _cuda
+        from anabranch.devices.cuda._graph import CudaGraph
 
         super().__init__()
         self.defaults = {"backend": "eager"}
         # PyTorch's own class cannot be changed.
         self.event_class = type("Event", (torch.Event,), {})
-        self.graph_class = _cuda._CudaGraph
+        self.graph_class = CudaGraph
 
     def draw(self, shape: tuple[int, ...], seed: int, index: int) -> torch.Tensor:
         device = self.device(index)

@@ -32,10 +32,10 @@ class Recorder:
     """Records, with lanes and memory of its own."""
 
     def __init__(self, native: Any) -> None:
-        from anabranch.devices import _recording
+        from anabranch.devices.cuda import _recorder
 
         self.native = native
-        self.module = _recording
+        self.module = _recorder
         self.device: Any = get_device("cuda")
         self.made: list[Any] = []
 
@@ -217,7 +217,7 @@ def test_the_trap(record: Recorder) -> None:
 
 def test_bound_all_the_same_the_trap_would_be_seen(record: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial run finds what the analysis would have let through: here, every step has the output's address."""
-    from anabranch.devices import _relocation
+    from anabranch.devices.cuda import _relocation
 
     honest = _relocation._allocation_of
 

@@ -13,8 +13,8 @@ from torch import nn
 import anabranch
 from anabranch.backends.tensorrt import library
 from anabranch.bench import find_work
-from anabranch.devices._dependents import early_edges
-from anabranch.devices._driver import graph_edges
+from anabranch.devices.cuda._driver import graph_edges
+from anabranch.devices.cuda._early import early_edges
 from gpu.support import Gpu, Make, assert_same, on_threads
 
 pytestmark = pytest.mark.skipif(

@@ -17,7 +17,7 @@ from __future__ import annotations
 CAUGHT = {
     "Rejected": "the reason of a fallback, which explain() shows",
     "Unconvertible": "the reason of a fallback, which explain() shows",
-    "_Unreadable": "the reason why calls copy their inputs, which explain() shows",
+    "Unreadable": "the reason why calls copy their inputs, which explain() shows",
     "_Unbindable": "the reason why calls copy their inputs, which explain() shows",
     "_Untranslatable": "the reason why calls are queued from Python, which explain() shows",
     "NotCarried": "the reason why a number is a part of the signature, which explain() shows",
@@ -52,11 +52,10 @@ INTERNAL = {
     "src/anabranch/devices/_cpu.py": [
         ("the CPU has no", "the runtime asks a device without streams for none of these"),
     ],
-    "src/anabranch/devices/_cuda.py": [
-        ("cudaGraphLaunch", "CUDA's own error"),
-        ("failed: {", "CUDA's own error"),
-    ],
-    "src/anabranch/devices/_driver.py": [("failed with CUDA driver error", "CUDA's own error")],
+    "src/anabranch/devices/cuda/_calls.py": [("failed: {", "CUDA's own error")],
+    "src/anabranch/devices/cuda/_graph.py": [("cudaGraphLaunch", "CUDA's own error")],
+    "src/anabranch/devices/cuda/_lane.py": [("failed: {", "CUDA's own error")],
+    "src/anabranch/devices/cuda/_driver.py": [("failed with CUDA driver error", "CUDA's own error")],
     "src/anabranch/explore/_explore.py": [("the program returned what cannot", "before the text of _judge.py")],
     "src/anabranch/explore/_locks.py": [
         ("timeout value must be", "Python's own text"),
@@ -275,10 +274,14 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("{}: is damaged ({})", "Save it again"),
         ("{}: is damaged (something is missing)", "Save it again"),
     ],
-    "src/anabranch/devices/_cuda.py": [
+    "src/anabranch/devices/cuda/_calls.py": [
         ("cuda-bindings, which is not installed here", "CUDA engines need the package", "Do: pip install"),
-        ("was invalidated before this call", "something was done that CUDA forbids", "Begin the capture again without"),
+    ],
+    "src/anabranch/devices/cuda/_device.py": [
         ("the GPU reported an error that lasts", "now raises DeviceLost", "Start a new process"),
+    ],
+    "src/anabranch/devices/cuda/_graph.py": [
+        ("was invalidated before this call", "something was done that CUDA forbids", "Begin the capture again without"),
     ],
     "src/anabranch/devices/_registry.py": [
         ("device {kind} given", "engines run on 'cuda', 'cpu' or 'sim'", "Move the model and its inputs there"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.devices._relocation import (
+from anabranch.devices.cuda._relocation import (
     Capture,
     Edge,
     Empty,

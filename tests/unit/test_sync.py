@@ -171,7 +171,7 @@ def in_child(work: Any) -> int:
 
 def test_the_devices_say_what_a_forked_child_has() -> None:
     assert get_device("cpu").survives_fork
-    source = (PACKAGE / "devices" / "_cuda.py").read_text()
+    source = (PACKAGE / "devices" / "cuda" / "_device.py").read_text()
     assert "survives_fork = False" in source
     source = (PACKAGE / "sim" / "_device.py").read_text()
     assert "survives_fork = True" in source

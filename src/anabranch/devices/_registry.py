@@ -16,7 +16,7 @@ def _cpu() -> Device:
 
 
 def _cuda() -> Device:
-    from anabranch.devices._cuda import CudaDevice
+    from anabranch.devices.cuda._device import CudaDevice
 
     return CudaDevice()
 

@@ -237,7 +237,7 @@ class NativeSpecialization(Specialization):
 
     def _capture_bound(self, fresh: bool, forget: Callable[[], None], given: Scratch | None = None) -> Context | str:
         """A context whose graph reads and writes its callers' own tensors; or why there can be none."""
-        from anabranch.devices import _recording
+        from anabranch.devices.cuda import _captured, _recorder
 
         device: Any = self._device
         index, specs, log = self._index, self._specs, core.AllocationLog()
@@ -248,9 +248,9 @@ class NativeSpecialization(Specialization):
         parts: list[Any] = [None]  # see Context
         try:
             if self._known is None:
-                made = _recording.record(device, lane, memory, scratch, source, specs, self._workspaces, log)
+                made = _recorder.record(device, lane, memory, scratch, source, specs, self._workspaces, log)
             else:
-                made = _recording.record_again(
+                made = _recorder.record_again(
                     self._known, device, lane, memory, scratch, source, specs, self._workspaces, log
                 )
             if not isinstance(made, str):
@@ -259,7 +259,7 @@ class NativeSpecialization(Specialization):
                 kept: Any = lane
                 if not made.table.workspaces and not isinstance(self._lowered, Stateful):
                     # Nothing of the lane is in the graph, so the next context can be captured on it.
-                    _recording.wait(lane)
+                    _captured.wait(lane)
                     device.release_lane(lane)
                     lane = kept = None
                 nbytes = memory.nbytes() + (kept.hidden_nbytes() if kept is not None else 0)

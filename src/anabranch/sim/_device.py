@@ -1,4 +1,4 @@
-"""The simulated accelerator behind the seam: as ``devices/_cuda.py``, on a machine that runs only when it is stepped.
+"""The simulated accelerator behind the seam: as ``devices/cuda/``, on a machine that runs only when it is stepped.
 
 Host memory is the device's memory, so a forked child has a copy of all of it and may go on using what it inherited.
 """

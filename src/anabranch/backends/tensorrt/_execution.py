@@ -17,8 +17,8 @@ from anabranch.backends.tensorrt._builder import Rejected, check_tensors, said
 from anabranch.backends.tensorrt._compiler import Compiled
 from anabranch.backends.tensorrt._onnx import input_names, named, output_names
 from anabranch.devices import get_device
-from anabranch.devices._dependents import complete
-from anabranch.devices._driver import graph_nodes
+from anabranch.devices.cuda._driver import graph_nodes
+from anabranch.devices.cuda._early import complete
 from anabranch.errors import AnabranchError, BuildError
 from anabranch.export import Program
 

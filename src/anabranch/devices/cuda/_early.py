@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Collection
 
-from anabranch.devices._driver import call, graph_edges, has
+from anabranch.devices.cuda._driver import call, graph_edges, has
 
 _PROGRAMMATIC = 1  # CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
 

@@ -1,0 +1,113 @@
+"""CUDA graphs: captures, what is made of them, and a library's work captured for its own sake.
+
+Captures do not go through ``torch.cuda.graph``: it allows one capture in the process, synchronizes the device, shares
+one capture stream, and registers the random generator, so that another thread's ``randn`` raises. Here a capture is
+``cudaStreamBeginCapture`` on a private non-blocking stream in thread-local mode, with this thread's allocations routed
+into a private pool.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from anabranch.devices._device import Device
+from anabranch.devices.cuda._calls import ACTIVE, SUCCESS, THREAD_LOCAL, CudaCallError, checked, rt
+from anabranch.devices.cuda._early import complete
+from anabranch.errors import NotCapturable
+
+
+class CudaGraph:
+    """See :class:`anabranch.devices.Graph`. ``source``: what it was instantiated from, where its nodes are needed."""
+
+    __slots__ = ("executable", "source")
+
+    def __init__(self, executable: Any, source: Any = None) -> None:
+        self.executable = executable
+        self.source = source
+
+    @property
+    def native(self) -> int:
+        return int(self.executable)
+
+    def launch(self, stream: Any) -> None:
+        error = rt.cudaGraphLaunch(self.executable, stream.cuda_stream)[0]
+        if error != SUCCESS:
+            raise CudaCallError("cudaGraphLaunch", error)
+
+    def destroy(self) -> None:
+        rt.cudaGraphExecDestroy(self.executable)
+        if self.source is not None:
+            rt.cudaGraphDestroy(self.source)
+
+
+def capture_on(stream: Any) -> tuple[Any, Any]:
+    """Number of the capture that is under way on the stream, and the graph that it adds to."""
+    status, identity, graph, *_ = checked("cudaStreamGetCaptureInfo", rt.cudaStreamGetCaptureInfo(stream.cuda_stream))
+    if status != ACTIVE:
+        raise NotCapturable(
+            "the capture on the current stream was invalidated before this call: since it began, something was done"
+            " that CUDA forbids meanwhile, on the stream, in this thread, or (in capture mode 'global') in any thread,"
+            " such as to allocate or free device memory, load code, or wait for the device. Begin the capture again"
+            ' without it, or capture with capture_error_mode="thread_local".'
+        )
+    return identity, graph
+
+
+def capture_work(stream: Any, fn: Callable[[], Any]) -> tuple[Any, Any]:
+    """What ``fn`` queues on the stream and its forks, as a graph that is the caller's to destroy, and its result."""
+    try:
+        checked("cudaStreamBeginCapture", rt.cudaStreamBeginCapture(stream.cuda_stream, THREAD_LOCAL))
+        result = fn()
+        return checked("cudaStreamEndCapture", rt.cudaStreamEndCapture(stream.cuda_stream)), result
+    except BaseException:
+        # Wherever it was interrupted: a thread whose capture stays open can do nothing else.
+        error, graph = rt.cudaStreamEndCapture(stream.cuda_stream)
+        if error == SUCCESS:
+            rt.cudaGraphDestroy(graph)
+        rt.cudaGetLastError()  # a failed capture leaves its error behind; it is not the next call's
+        raise
+
+
+def instantiated(graph: Any) -> CudaGraph:
+    """With its source, which goes if this fails."""
+    try:
+        return CudaGraph(checked("cudaGraphInstantiate", rt.cudaGraphInstantiate(graph, 0)), graph)
+    except BaseException:
+        rt.cudaGraphDestroy(graph)
+        raise
+
+
+class WholeKernels:
+    """A library's work, captured once, with each kernel after the whole of the one before.
+
+    ``early``: how many kernels would have started before that. Where there are none, nothing is kept, and the library
+    may as well queue its work itself. Threads: one use at a time. Streams: any; each launch has to be ordered after the
+    one before.
+    """
+
+    def __init__(self, device: Device, stream: Any, queue: Callable[[Any], None]) -> None:
+        """``queue`` is to put its work on the stream that it is given, which is ``stream``; nothing runs there."""
+        graphs: list[CudaGraph] = []
+        weakref.finalize(self, _destroy, graphs).atexit = False
+        with device.building():
+            source, _ = capture_work(stream, lambda: queue(stream))
+            try:
+                self.early = complete(int(source))
+            except BaseException:
+                rt.cudaGraphDestroy(source)
+                raise
+            if self.early:
+                graphs.append(instantiated(source))
+            else:
+                rt.cudaGraphDestroy(source)
+        self._graphs = graphs
+
+    def launch(self, stream: Any) -> None:
+        self._graphs[0].launch(stream)
+
+
+def _destroy(graphs: list[CudaGraph]) -> None:
+    while graphs:
+        graphs.pop().destroy()
