@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import fx
 
+from anabranch.devices import Stream
 from anabranch.export import Program
 
 #: ``kernels(inputs) -> computed tensors``: queues its work on the calling thread's current stream and allocates from
@@ -34,7 +35,7 @@ class Instance(Protocol):
         Results of runs outside captures are good from then on only.
         """
 
-    def why_not_captured(self, stream: Any) -> str:
+    def why_not_captured(self, stream: Stream) -> str:
         """After a first run: why runs on ``stream`` cannot be captured into a graph, or nothing."""
 
     def private_memory(self) -> Sequence[torch.Tensor]:
@@ -51,7 +52,7 @@ class Stateful(ABC):
     graph: fx.Graph
 
     @abstractmethod
-    def instance(self, own: Any) -> Instance:
+    def instance(self, own: Stream | None) -> Instance:
         """New state, allocated on the current stream from the current memory pool. May be slow. Any thread.
 
         ``own``: a stream that nobody else has while the instance lives, for what must not run on the caller's.
@@ -82,6 +83,6 @@ class Backend(Protocol):
         """
 
 
-def of_one(kernels: Kernels | Stateful, own: Any) -> Kernels | Instance:
+def of_one(kernels: Kernels | Stateful, own: Stream | None) -> Kernels | Instance:
     """What one graph, or one thread by itself, may run: an instance of its own where there is state."""
     return kernels.instance(own) if isinstance(kernels, Stateful) else kernels

@@ -16,7 +16,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -572,7 +572,8 @@ class Bench:
         x = self._input(self._source())
 
         def one(i: int) -> None:
-            with self.device.on_stream(streams[i]):
+            stream = streams[i]
+            with self.device.on_stream(stream) if stream is not None else nullcontext():
                 self.call(x)
 
         def synchronize() -> None:

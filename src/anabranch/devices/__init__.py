@@ -3,5 +3,6 @@ itself, as ``anabranch.sim`` does."""
 
 from anabranch.devices._device import Device, Graph, Lane, Latch, Memory, Scratch
 from anabranch.devices._registry import get_device, register
+from anabranch.devices._stream import Event, Stream
 
-__all__ = ["Device", "Graph", "Lane", "Latch", "Memory", "Scratch", "get_device", "register"]
+__all__ = ["Device", "Event", "Graph", "Lane", "Latch", "Memory", "Scratch", "Stream", "get_device", "register"]

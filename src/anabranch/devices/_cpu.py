@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from anabranch.devices._device import Graph, Lane, Latch, Memory, Scratch
+from anabranch.devices._stream import Event, Stream
 
 
 class CpuDevice:
@@ -28,16 +29,13 @@ class CpuDevice:
     def current_index(self) -> int:
         return 0
 
-    def current_stream(self, index: int) -> None:
-        return None
-
-    def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
+    def on_stream(self, stream: Stream) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def on_device(self, index: int) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def is_capturing(self, stream: Any) -> bool:
+    def is_capturing(self, stream: Stream) -> bool:
         return False
 
     def building(self) -> AbstractContextManager[None]:
@@ -46,10 +44,10 @@ class CpuDevice:
     def prepare_retire(self, index: int) -> None:
         pass
 
-    def retire(self, events: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
+    def retire(self, events: Sequence[Event], tensors: Sequence[torch.Tensor]) -> None:
         pass
 
-    def bury(self, index: int, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
+    def bury(self, index: int, events: Sequence[Event], remains: Any, then: Callable[[], None]) -> None:
         then()
 
     def reap(self) -> None:
@@ -83,6 +81,9 @@ class CpuDevice:
         return platform.processor() or platform.machine()
 
     # What needs streams is never asked of a device without them.
+    def current_stream(self, index: int) -> NoReturn:
+        raise NotImplementedError("the CPU has no streams")
+
     def stream(self, index: int) -> NoReturn:
         raise NotImplementedError("the CPU has no streams")
 
@@ -113,11 +114,11 @@ class CpuDevice:
     def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
         raise NotImplementedError("the CPU has no captures")
 
-    def hand_over(self, tensors: Sequence[torch.Tensor], stream: Any) -> None:
+    def hand_over(self, tensors: Sequence[torch.Tensor], stream: Stream) -> None:
         raise NotImplementedError("the CPU has no captures")
 
-    def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:
+    def join_capture(self, stream: Stream, index: int, keep: Any) -> Lane:
         raise NotImplementedError("the CPU has no captures")
 
-    def kept_by_capture(self, stream: Any) -> list[Any]:
+    def kept_by_capture(self, stream: Stream) -> list[Any]:
         raise NotImplementedError("the CPU has no captures")

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from anabranch.devices._stream import Event, Stream
+
 
 class Graph(Protocol):
     """A captured graph, ready to launch. Not thread-safe: one thread at a time may use it."""
@@ -17,7 +19,7 @@ class Graph(Protocol):
     def native(self) -> int:
         """The device's own handle, for the native runtime."""
 
-    def launch(self, stream: Any) -> None:
+    def launch(self, stream: Stream) -> None:
         """Queue the graph on ``stream``. The host does not wait."""
 
     def destroy(self) -> None:
@@ -41,9 +43,13 @@ class Lane(Protocol):
     destroyed: CUDA may give a new stream an old handle, and PyTorch would then find the old handle's workspace.
     """
 
-    stream: Any
-    #: The device's.
-    index: int
+    @property
+    def stream(self) -> Stream:
+        """Nobody else's."""
+
+    @property
+    def index(self) -> int:
+        """The device's."""
 
     def load_workspaces(self) -> None:
         """Make the calling thread's hidden per-stream workspaces exist, in memory that only this lane uses."""
@@ -59,13 +65,13 @@ class Scratch:
     that stays as large as one build needs; on the lanes of contexts it would grow with each of them.
     """
 
-    def __init__(self, device: Device, lane: Any, memory: Any) -> None:
+    def __init__(self, device: Device, lane: Lane, memory: Any) -> None:
         self.lane = lane
         self.memory = memory
         self._device = device
 
     @property
-    def stream(self) -> Any:
+    def stream(self) -> Stream:
         return self.lane.stream
 
     @contextmanager
@@ -78,7 +84,7 @@ class Scratch:
 class Latch(Protocol):
     """Holds streams still until it is opened: how tests force an order without sleeping."""
 
-    def hold(self, stream: Any) -> None:
+    def hold(self, stream: Stream) -> None:
         """What is queued on ``stream`` from here on waits for :meth:`open`. The host does not wait."""
 
     def open(self) -> None:
@@ -101,10 +107,10 @@ class Device(Protocol):
     def index(self, device: torch.device) -> int:
         """The device's index; the current device's where ``device`` names none."""
 
-    def current_stream(self, index: int) -> Any:
+    def current_stream(self, index: int) -> Stream:
         """The calling thread's current stream of device ``index``."""
 
-    def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
+    def on_stream(self, stream: Stream) -> AbstractContextManager[Any]:
         """Make ``stream`` (and its device) current in the calling thread."""
 
     def on_device(self, index: int) -> AbstractContextManager[Any]:
@@ -113,16 +119,16 @@ class Device(Protocol):
     def current_index(self) -> int:
         """The calling thread's current device."""
 
-    def stream(self, index: int) -> Any:
+    def stream(self, index: int) -> Stream:
         """A new stream of device ``index`` that does not synchronize with the default stream, and is nobody else's."""
 
     def latch(self) -> Latch:
         """A new, closed latch."""
 
-    def event(self) -> Any:
+    def event(self) -> Event:
         """A new event, never recorded yet, without timing."""
 
-    def is_capturing(self, stream: Any) -> bool:
+    def is_capturing(self, stream: Stream) -> bool:
         """Whether the caller is capturing ``stream`` into a graph of its own."""
 
     def building(self) -> AbstractContextManager[None]:
@@ -156,27 +162,27 @@ class Device(Protocol):
         numbers meanwhile.
         """
 
-    def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:
+    def join_capture(self, stream: Stream, index: int, keep: Any) -> Lane:
         """A lane for the capture that the caller has under way on ``stream``; ``keep`` lives as long as its graph.
 
         The same lane for each call on this stream in this capture; it is recycled after the graph and all that was
         made of it are gone.
         """
 
-    def kept_by_capture(self, stream: Any) -> list[Any]:
+    def kept_by_capture(self, stream: Stream) -> list[Any]:
         """What :meth:`join_capture` was told to keep for the capture under way on ``stream``."""
 
-    def hand_over(self, tensors: Sequence[torch.Tensor], stream: Any) -> None:
+    def hand_over(self, tensors: Sequence[torch.Tensor], stream: Stream) -> None:
         """``tensors`` of a lane that :meth:`join_capture` gave are now the caller's, who uses and frees them on
         ``stream``."""
 
     def prepare_retire(self, index: int) -> None:
         """Create what :meth:`retire` needs on device ``index``; a finalizer must not create anything."""
 
-    def retire(self, events: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
+    def retire(self, events: Sequence[Event], tensors: Sequence[torch.Tensor]) -> None:
         """Let the allocator re-use ``tensors``, once freed, only after ``events``. The host does not wait."""
 
-    def bury(self, index: int, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
+    def bury(self, index: int, events: Sequence[Event], remains: Any, then: Callable[[], None]) -> None:
         """Keep ``remains`` until ``events`` are done, then call ``then``. Safe in a garbage collection.
 
         ``then`` finds device ``index`` current, in whatever thread, and may change that: libraries do where they free.

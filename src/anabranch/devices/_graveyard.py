@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from anabranch import _sync
+from anabranch.devices._stream import Event
 
 
 @_sync.atomics("_closed")
@@ -48,7 +49,7 @@ class Graveyard:
         """Stop reaping for good: the device cannot be used in this process."""
         self._closed = True
 
-    def bury(self, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
+    def bury(self, events: Sequence[Event], remains: Any, then: Callable[[], None]) -> None:
         self._entries.append((events, remains, then))
         if not self._closed:
             self.reap()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from anabranch.backends import Kernels, Stateful, of_one
-from anabranch.devices import Device, Graph, Lane, Memory
+from anabranch.devices import Device, Event, Graph, Lane, Memory
 from anabranch.export import Signature
 
 
@@ -70,7 +70,7 @@ class Context:
                 device.release_lane(lane)
             device.release_memory(memory)
 
-        def bury(done: Any) -> None:
+        def bury(done: Event) -> None:
             forget()
             device.bury(index, [done], remains, decompose)
 

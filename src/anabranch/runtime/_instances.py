@@ -10,7 +10,7 @@ import torch
 
 from anabranch import _activity, _sync
 from anabranch.backends import Instance, Stateful
-from anabranch.devices import Device, Lane, Memory
+from anabranch.devices import Device, Event, Lane, Memory
 from anabranch.runtime._build import neutral, process
 from anabranch.runtime._pool import ContextPool, Limits, Reservation
 
@@ -45,7 +45,7 @@ class Member:
             device.release_lane(lane)
             device.release_memory(memory)
 
-        def bury(done: Any) -> None:
+        def bury(done: Event) -> None:
             forget()
             device.bury(lane.index, [done], remains, decompose)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from anabranch.backends import Instance, Kernels, Stateful, of_one
-from anabranch.devices import Scratch
+from anabranch.devices import Scratch, Stream
 from anabranch.export import ComputedOutput, Program
 from anabranch.runtime import _library
 from anabranch.runtime._build import neutral, process
@@ -307,7 +307,7 @@ class NativeSpecialization(Specialization):
         self._core.set_graphs(self.uses_graphs)
 
     def _measure(
-        self, context: Context, run: Kernels | Instance, examples: Sequence[torch.Tensor], stream: Any
+        self, context: Context, run: Kernels | Instance, examples: Sequence[torch.Tensor], stream: Stream
     ) -> tuple[Any, Any]:
         def graph(inputs: Sequence[Any]) -> Any:
             self._core.set_graphs(True)
@@ -369,7 +369,7 @@ class NativeSpecialization(Specialization):
         of_one_layout = self.program.reads_layout and self.signature.layouts is not None
         return not (self._is_lazy or of_one_layout or self.program.absolute or self.program.on_cpu)
 
-    def _acquire(self, stream: Any) -> None:
+    def _acquire(self, stream: Stream) -> None:
         return None  # the C++ had a look: this call runs direct
 
     def explain(self) -> list[str]:

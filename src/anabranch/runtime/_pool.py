@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from anabranch import _sync
+from anabranch.devices import Event
 from anabranch.runtime._build import process
 
 
@@ -16,7 +17,7 @@ class Pooled(Protocol):
 
     nbytes: int
     used_on: int | None
-    done: Any
+    done: Event
 
 
 _P = TypeVar("_P", bound=Pooled)

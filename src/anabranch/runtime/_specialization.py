@@ -16,7 +16,7 @@ import torch
 
 from anabranch import _activity, _sync
 from anabranch.backends import Instance, Kernels, Options, Stateful, get_backend, of_one
-from anabranch.devices import Device, Scratch
+from anabranch.devices import Device, Lane, Scratch, Stream
 from anabranch.errors import BuildError, FlagsChanged, InputError, NotCapturable
 from anabranch.export import AliasOutput, Program, Signature, finisher, valid_integer
 from anabranch.plan import Plan
@@ -202,7 +202,7 @@ class Specialization:
         numbers = self.program.numbers
         return numbers.given(leaves, self.settings.torch_device) if numbers is not None else []
 
-    def _lower(self, examples: Sequence[torch.Tensor], own: Any) -> Kernels | Instance:
+    def _lower(self, examples: Sequence[torch.Tensor], own: Stream | None) -> Kernels | Instance:
         """Have the backend make the kernels; returns what this thread may run of them.
 
         ``own``: a stream that nobody else has meanwhile, where there are streams.
@@ -509,7 +509,7 @@ class Specialization:
             self._kernels.trim()
 
     def _measure(
-        self, context: Context, run: Kernels | Instance, examples: Sequence[torch.Tensor], stream: Any
+        self, context: Context, run: Kernels | Instance, examples: Sequence[torch.Tensor], stream: Stream
     ) -> tuple[_Cost, _Cost]:
         """What one call costs as a graph and direct. The context is idle afterwards."""
         with self._device.on_stream(stream):
@@ -519,7 +519,7 @@ class Specialization:
         return graph, direct
 
     def _costs(
-        self, ways: Sequence[Callable[[Sequence[Any]], Any]], examples: Sequence[torch.Tensor], stream: Any
+        self, ways: Sequence[Callable[[Sequence[Any]], Any]], examples: Sequence[torch.Tensor], stream: Stream
     ) -> list[_Cost]:
         """Medians for each of ``ways`` to run a call. Inputs and results are at other addresses each time, as callers'
         are. In turn: a host's clock may change between one tenth of a second and the next."""
@@ -547,9 +547,9 @@ class Specialization:
         """Run one call on the calling thread's current stream. ``leaves`` have passed validation."""
         device = self._device
         given, inputs = self._inputs(leaves)
-        stream = device.current_stream(self._index)
         if not device.has_streams:
             return self._finish(given, self._run_on_cpu(inputs))
+        stream = device.current_stream(self._index)
         try:
             if device.is_capturing(stream):
                 results = self._run_in_capture(inputs, stream)
@@ -581,7 +581,7 @@ class Specialization:
             inputs = [spec.in_memory(x) for spec, x in zip(self.signature.given, given, strict=True)]
         return given, inputs + self._numbers(leaves) if self.program.numbers is not None else inputs
 
-    def _acquire(self, stream: Any) -> Context | None:
+    def _acquire(self, stream: Stream) -> Context | None:
         choice = self._pool.acquire(stream.stream_id, self._may_build)
         if isinstance(choice, Reservation):
             context = self._build_context(choice)
@@ -604,7 +604,7 @@ class Specialization:
         # A context captured now would have today's flags baked in, not the engine's.
         return self._may_grow and (not self._sensitive or self._flags.unchanged())
 
-    def _run_graph(self, context: Context, inputs: Sequence[torch.Tensor], stream: Any) -> list[torch.Tensor]:
+    def _run_graph(self, context: Context, inputs: Sequence[torch.Tensor], stream: Stream) -> list[torch.Tensor]:
         try:
             results = self._launch(context, inputs, stream)
         except BaseException:
@@ -619,7 +619,7 @@ class Specialization:
         self._pool.release(context)
         return results
 
-    def _launch(self, context: Context, inputs: Sequence[torch.Tensor], stream: Any) -> list[torch.Tensor]:
+    def _launch(self, context: Context, inputs: Sequence[torch.Tensor], stream: Stream) -> list[torch.Tensor]:
         # Why no two calls can disturb each other here: the context is this thread's alone from acquire to release.
         # Whatever an earlier call queued that touches the context's memory was queued before that call recorded
         # `done`; everything that this call queues comes after the wait for it, on one stream; and the next call's
@@ -666,7 +666,7 @@ class Specialization:
             "numerics flags changed again and again during a call, in another thread; set them once, before the calls"
         )
 
-    def _run_direct(self, inputs: Sequence[torch.Tensor], stream: Any) -> Sequence[torch.Tensor]:
+    def _run_direct(self, inputs: Sequence[torch.Tensor], stream: Stream) -> Sequence[torch.Tensor]:
         event = self._last_uses.get(stream.stream_id)
         if event is None:
             event = self._last_uses.setdefault(stream.stream_id, self._device.event())
@@ -677,7 +677,7 @@ class Specialization:
         finally:
             event.record(stream)
 
-    def _run_in_capture(self, inputs: Sequence[torch.Tensor], stream: Any) -> Sequence[torch.Tensor]:
+    def _run_in_capture(self, inputs: Sequence[torch.Tensor], stream: Stream) -> Sequence[torch.Tensor]:
         # Not on the caller's stream itself: two graphs that a caller captures on one stream would have that stream's
         # cuBLAS workspace in common, and their replays on two streams would race for it. A lane has its own.
         device = self._device
@@ -715,7 +715,7 @@ class Specialization:
             join.record(lane.stream)
             stream.wait_event(join)
 
-    def _for_capture(self, stream: Any, lane: Any) -> Kernels | Instance:
+    def _for_capture(self, stream: Stream, lane: Lane) -> Kernels | Instance:
         """What a call may run on ``lane``, in the capture under way on ``stream``, for as long as its graph lives."""
         if not isinstance(self._kernels, Instances):
             return self._kernels
@@ -861,7 +861,7 @@ class _Cost:
 class _Kept:
     """An instance that the calls of ``owner`` on ``lane`` use in a caller's graph: the graph's, until it is gone."""
 
-    def __init__(self, owner: Specialization, lane: Any, member: Member) -> None:
+    def __init__(self, owner: Specialization, lane: Lane, member: Member) -> None:
         self.owner = owner
         self.lane = lane
         self.member = member

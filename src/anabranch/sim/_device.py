@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from anabranch import _sync
+from anabranch.devices import Event, Stream
 from anabranch.devices._device import Graph, Lane, Latch, Memory, Scratch, on_its_device, real_tensors
 from anabranch.devices._graveyard import Graveyard
 from anabranch.errors import DeviceLost
@@ -25,7 +26,7 @@ class _OnStream:
 
     __slots__ = ("_before", "_device", "_stream")
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._stream = stream
 
     def __enter__(self) -> None:
@@ -50,7 +51,7 @@ class _SimGraph:
     def native(self) -> int:
         return self._graph
 
-    def launch(self, stream: Any) -> None:
+    def launch(self, stream: Stream) -> None:
         _core.graph_launch(self._graph, stream.stream_id, stream.device_index)
 
     def destroy(self) -> None:
@@ -98,7 +99,7 @@ class _SimLatch:
     def __init__(self) -> None:
         self._latch = _core.latch_new()
 
-    def hold(self, stream: Any) -> None:
+    def hold(self, stream: Stream) -> None:
         _core.latch_hold(self._latch, stream.stream_id, stream.device_index)
 
     def open(self) -> None:
@@ -136,10 +137,10 @@ class SimDevice:
     def current_index(self) -> int:
         return torch.accelerator.current_device_index()
 
-    def current_stream(self, index: int) -> Any:
+    def current_stream(self, index: int) -> Stream:
         return torch.accelerator.current_stream(index)
 
-    def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
+    def on_stream(self, stream: Stream) -> AbstractContextManager[Any]:
         return _OnStream(stream)
 
     @contextmanager
@@ -150,16 +151,16 @@ class SimDevice:
         finally:
             _core.exchange_device(before)
 
-    def stream(self, index: int) -> Any:
+    def stream(self, index: int) -> Stream:
         return _module.Stream(index)
 
     def latch(self) -> Latch:
         return _SimLatch()
 
-    def event(self) -> Any:
+    def event(self) -> Event:
         return torch.Event(device=self.kind)
 
-    def is_capturing(self, stream: Any) -> bool:
+    def is_capturing(self, stream: Stream) -> bool:
         return bool(_core.capture_id(stream.stream_id, stream.device_index))
 
     @contextmanager
@@ -224,7 +225,7 @@ class SimDevice:
             graph, result = _core.capture(stream, index, "thread_local", fn)
         return _SimGraph(graph), result
 
-    def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:
+    def join_capture(self, stream: Stream, index: int, keep: Any) -> Lane:
         identity = _core.capture_id(stream.stream_id, stream.device_index)
         assert identity, "asked for a capture where none is under way"
         capture = self._captures.get(identity)
@@ -238,11 +239,11 @@ class SimDevice:
             lane = capture.lanes.setdefault(stream.stream_id, self.acquire_lane(index))
         return lane
 
-    def kept_by_capture(self, stream: Any) -> list[Any]:
+    def kept_by_capture(self, stream: Stream) -> list[Any]:
         capture = self._captures.get(_core.capture_id(stream.stream_id, stream.device_index))
         return [] if capture is None else list(capture.kept)
 
-    def hand_over(self, tensors: Sequence[torch.Tensor], stream: Any) -> None:
+    def hand_over(self, tensors: Sequence[torch.Tensor], stream: Stream) -> None:
         # Their blocks go back to the lane that made them, where the machine does not know that the caller's stream may
         # still read them.
         for t in tensors:
@@ -259,7 +260,7 @@ class SimDevice:
         if index not in self._reapers:
             self._reapers.setdefault(index, _module.Stream(index))
 
-    def retire(self, events: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
+    def retire(self, events: Sequence[Event], tensors: Sequence[torch.Tensor]) -> None:
         ours = [t for t in tensors if t.device.type == self.kind]
         if not events or not ours or self.lost():
             return
@@ -270,7 +271,7 @@ class SimDevice:
             for t in ours:
                 t.record_stream(reaper)
 
-    def bury(self, index: int, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
+    def bury(self, index: int, events: Sequence[Event], remains: Any, then: Callable[[], None]) -> None:
         self._graveyard.bury(events, remains, on_its_device(self, index, then))
 
     def reap(self) -> None:
@@ -283,7 +284,7 @@ class SimDevice:
         if not self.lost() and not self.is_capturing(self.current_stream(self.current_index())):
             self._graveyard.free_code()
 
-    def _query(self, events: Sequence[Any]) -> bool:
+    def _query(self, events: Sequence[Event]) -> bool:
         if self.lost():
             return False
         with self.building():

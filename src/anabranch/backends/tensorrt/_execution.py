@@ -16,8 +16,8 @@ from anabranch.backends._backend import Stateful
 from anabranch.backends.tensorrt._builder import Rejected, check_tensors, said
 from anabranch.backends.tensorrt._compiler import Compiled
 from anabranch.backends.tensorrt._onnx import input_names, named, output_names
-from anabranch.devices import get_device
-from anabranch.devices.cuda._driver import graph_nodes
+from anabranch.devices import Stream, get_device
+from anabranch.devices.cuda._driver import graph_nodes, handle
 from anabranch.devices.cuda._early import complete
 from anabranch.errors import AnabranchError, BuildError
 from anabranch.export import Program
@@ -102,7 +102,7 @@ class Engine:
 class _Call:
     """One segment in one instance: an execution context and what it is fed."""
 
-    def __init__(self, engine: Engine, workspace: torch.Tensor | None, own: Any) -> None:
+    def __init__(self, engine: Engine, workspace: torch.Tensor | None, own: Stream | None) -> None:
         self.engine = engine
         self._own, self._fork, self._join = own, torch.Event("cuda"), torch.Event("cuda")
         #: For direct runs, where kernels would start early: the work, and tensors that it reads and writes.
@@ -176,21 +176,22 @@ class _Call:
             results.append(result)
         return results
 
-    def _capture(self, stream: Any) -> None:
+    def _capture(self, stream: Stream) -> None:
         graph = self.engine.seam.graph_under_capture(stream)
         strangers = set(graph_nodes(graph))
         with _capturing:
             self._execute(stream)
         complete(graph, but=strangers)
 
-    def capturable(self, stream: Any) -> bool:
+    def capturable(self, stream: Stream) -> bool:
         context = self.context
-        return not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(stream.cuda_stream)
+        return not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(handle(stream))
 
-    def _execute_beside(self, stream: Any) -> None:
+    def _execute_beside(self, stream: Stream) -> None:
         """For the default stream: on a stream of our own, forked from it and joined to it."""
         # On the default stream TensorRT makes the host wait. What is allocated here is the default stream's, and used
         # between fork and join only.
+        assert self._own is not None  # whoever makes an instance for a device with streams gives it one
         self._fork.record(stream)
         self._own.wait_event(self._fork)
         try:
@@ -199,9 +200,9 @@ class _Call:
             self._join.record(self._own)
             stream.wait_event(self._join)
 
-    def _execute(self, stream: Any) -> None:
+    def _execute(self, stream: Stream) -> None:
         with self.engine.library.complaints() as complaints:
-            if not self.context.execute_async_v3(stream.cuda_stream):
+            if not self.context.execute_async_v3(handle(stream)):
                 raise AnabranchError(
                     f"TensorRT could not run the engine: {said(complaints)}. Compile it again, or with another backend."
                 )
@@ -216,7 +217,7 @@ class Instance:
     #: Each execution context loads the kernels anew.
     loads_own_code = True
 
-    def __init__(self, owner: TensorRTKernels, own: Any) -> None:
+    def __init__(self, owner: TensorRTKernels, own: Stream | None) -> None:
         self._owner = owner
         # One piece for all segments: they run one after the other.
         size = max((e.workspace_bytes for e in owner.engines.values()), default=0)
@@ -234,7 +235,7 @@ class Instance:
         for call in self._all:
             call.prepare_direct()
 
-    def why_not_captured(self, stream: Any) -> str:
+    def why_not_captured(self, stream: Stream) -> str:
         """After a first run: why this one cannot be captured, or nothing."""
         if all(call.capturable(stream) for call in self._all):
             return ""
@@ -261,7 +262,7 @@ class TensorRTKernels(Stateful):
         self.single = {n.target: n.meta["single"] for n in self.graph.nodes if n.op == "call_module"}
         self._lock = threading.Lock()
 
-    def instance(self, own: Any) -> Instance:
+    def instance(self, own: Stream | None) -> Instance:
         get_device(self.device.type).free_code()  # making one waits for the device anyhow
         with self._lock:
             made = Instance(self, own)

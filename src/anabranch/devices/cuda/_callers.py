@@ -8,6 +8,7 @@ from typing import Any
 
 from anabranch import _sync
 from anabranch.devices._device import Lane
+from anabranch.devices._stream import Stream
 from anabranch.devices.cuda._calls import checked, rt
 from anabranch.devices.cuda._graph import capture_on
 
@@ -36,7 +37,7 @@ class CallerCaptures:
         #: By CUDA's id of the capture, unique in the process.
         self._captures: dict[int, _CallerCapture] = _sync.dict_("captures of callers")
 
-    def of(self, stream: Any) -> _CallerCapture:
+    def of(self, stream: Stream) -> _CallerCapture:
         """The capture under way on ``stream``."""
         identity, graph = capture_on(stream)
         capture = self._captures.get(int(identity))

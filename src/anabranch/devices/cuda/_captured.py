@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from anabranch.devices._device import Scratch
+from anabranch.devices._device import Lane, Scratch
 from anabranch.devices.cuda._device import CudaDevice
 from anabranch.devices.cuda._graph import CudaGraph
 from anabranch.devices.cuda._lane import CudaLane
@@ -184,7 +184,7 @@ def _views(results: Sequence[torch.Tensor]) -> tuple[list[View], list[Range]]:
     return views, outputs
 
 
-def wait(*lanes: CudaLane) -> None:
+def wait(*lanes: Lane) -> None:
     """The host waits for what is queued on these."""
     for lane in lanes:
         lane.stream.synchronize()

@@ -6,15 +6,17 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from anabranch import _sync
 from anabranch.devices._device import Graph, Lane, Latch, Memory, Scratch, on_its_device, real_tensors
 from anabranch.devices._graveyard import Graveyard
+from anabranch.devices._stream import Event, Stream
 from anabranch.devices.cuda._callers import CallerCaptures
 from anabranch.devices.cuda._calls import NOT_CAPTURING, RELAXED, STICKY, CudaCallError, checked, rt
+from anabranch.devices.cuda._driver import handle
 from anabranch.devices.cuda._graph import CudaGraph, WholeKernels, capture_on, capture_work, instantiated
 from anabranch.devices.cuda._lane import CudaLane, CudaLatch, new_stream
 from anabranch.devices.cuda._memory import CudaMemory, OrdinaryMemory
@@ -63,29 +65,29 @@ class CudaDevice:
     def current_index(self) -> int:
         return torch.cuda.current_device()
 
-    def current_stream(self, index: int) -> Any:
+    def current_stream(self, index: int) -> Stream:
         return torch.cuda.current_stream(index)
 
-    def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
-        return torch.cuda.stream(stream)
+    def on_stream(self, stream: Stream) -> AbstractContextManager[Any]:
+        return _entered(stream)
 
     def on_device(self, index: int) -> AbstractContextManager[Any]:
         return torch.cuda.device(index)
 
-    def stream(self, index: int) -> Any:
+    def stream(self, index: int) -> Stream:
         return new_stream(index)
 
     def latch(self) -> Latch:
         return CudaLatch()
 
-    def event(self) -> Any:
+    def event(self) -> Event:
         return torch.Event(device=self.kind)  # PyTorch's device-generic one, which the native runtime can use
 
-    def is_capturing(self, stream: Any) -> bool:
+    def is_capturing(self, stream: Stream) -> bool:
         # torch.cuda.is_current_stream_capturing asks about the current *device*, which need not be the stream's.
         if stream.device_index == torch.cuda.current_device():
             return torch.cuda.is_current_stream_capturing()
-        return bool(checked("cudaStreamIsCapturing", rt.cudaStreamIsCapturing(stream.cuda_stream)) != NOT_CAPTURING)
+        return bool(checked("cudaStreamIsCapturing", rt.cudaStreamIsCapturing(handle(stream))) != NOT_CAPTURING)
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -149,37 +151,37 @@ class CudaDevice:
     def capture_source(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[CudaGraph, Any]:
         """:meth:`capture`, with the nodes kept for as long as the graph: they name what is to be patched."""
         stream = lane.stream
-        with torch.cuda.stream(stream), memory.using():
+        with _entered(stream), memory.using():
             source, result = capture_work(stream, fn)
             captured = instantiated(source)
             try:
-                checked("cudaGraphUpload", rt.cudaGraphUpload(captured.executable, stream.cuda_stream))
+                checked("cudaGraphUpload", rt.cudaGraphUpload(captured.executable, handle(stream)))
             except BaseException:
                 captured.destroy()
                 raise
         return captured, result
 
-    def whole_kernels(self, stream: Any, queue: Callable[[Any], None]) -> WholeKernels:
+    def whole_kernels(self, stream: Stream, queue: Callable[[Any], None]) -> WholeKernels:
         """A library's work so that no kernel starts before the one ahead of it has ended."""
         return WholeKernels(self, stream, queue)
 
-    def graph_under_capture(self, stream: Any) -> int:
+    def graph_under_capture(self, stream: Stream) -> int:
         """The handle of the graph that the capture on ``stream`` adds to."""
         return int(capture_on(stream)[1])
 
-    def join_capture(self, stream: Any, index: int, keep: Any) -> Lane:
+    def join_capture(self, stream: Stream, index: int, keep: Any) -> Lane:
         tie = self._captured_by_callers.of(stream)
         if keep not in tie.kept:
             tie.kept.append(keep)
-        lane = tie.lanes.get(stream.cuda_stream)
+        lane = tie.lanes.get(handle(stream))
         if lane is None:
-            lane = tie.lanes.setdefault(stream.cuda_stream, self.acquire_lane(index))
+            lane = tie.lanes.setdefault(handle(stream), self.acquire_lane(index))
         return lane
 
-    def kept_by_capture(self, stream: Any) -> list[Any]:
+    def kept_by_capture(self, stream: Stream) -> list[Any]:
         return list(self._captured_by_callers.of(stream).kept)
 
-    def hand_over(self, tensors: Sequence[torch.Tensor], stream: Any) -> None:
+    def hand_over(self, tensors: Sequence[torch.Tensor], stream: Stream) -> None:
         # The allocator need not know. Their blocks can come back only to the lane, in this capture's pool, and all that
         # is ever queued on the lane there waits for the caller's stream first.
         pass
@@ -188,7 +190,7 @@ class CudaDevice:
         if index not in self._reapers:
             self._reapers.setdefault(index, new_stream(index))
 
-    def retire(self, events: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
+    def retire(self, events: Sequence[Event], tensors: Sequence[torch.Tensor]) -> None:
         # A stream that a caller used may be gone by now, so no tensor is recorded on it. One stream of ours waits for
         # all last uses, and the tensors are recorded on that one: their blocks come back after every last use.
         cuda = [t for t in tensors if t.is_cuda]
@@ -205,7 +207,7 @@ class CudaDevice:
             for t in cuda:
                 t.record_stream(reaper)
 
-    def bury(self, index: int, events: Sequence[Any], remains: Any, then: Callable[[], None]) -> None:
+    def bury(self, index: int, events: Sequence[Event], remains: Any, then: Callable[[], None]) -> None:
         self._graveyard.bury(events, remains, on_its_device(self, index, then))
 
     def reap(self) -> None:
@@ -218,7 +220,7 @@ class CudaDevice:
         if not self.lost() and not torch.cuda.is_current_stream_capturing():
             self._graveyard.free_code()
 
-    def _query(self, events: Sequence[Any]) -> bool:
+    def _query(self, events: Sequence[Event]) -> bool:
         # Nothing is freed in the midst of a capture, which that might end; of other threads' captures nobody knows.
         if self._lost or torch.cuda.is_current_stream_capturing():
             return False
@@ -252,3 +254,7 @@ class CudaDevice:
 
     def describe(self, index: int) -> str:
         return torch.cuda.get_device_name(index)
+
+
+def _entered(stream: Stream) -> AbstractContextManager[Any]:
+    return torch.cuda.stream(cast("torch.cuda.Stream", stream))

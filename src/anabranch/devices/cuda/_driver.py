@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from anabranch.devices._stream import Stream
 from anabranch.errors import AnabranchError
 
 
@@ -38,6 +39,11 @@ def call(name: str, *arguments: Any) -> None:
     code = status(name, *arguments)
     if code:
         raise DriverError(name, code)
+
+
+def handle(stream: Stream) -> int:
+    """What the driver, the runtime and libraries know a stream by; 0 is the default stream."""
+    return stream.cuda_stream  # type: ignore[attr-defined]  # a stream of CUDA's has it
 
 
 def graph_nodes(graph: int) -> list[int]:

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from anabranch.devices._device import Device
+from anabranch.devices._stream import Stream
 from anabranch.devices.cuda._calls import ACTIVE, SUCCESS, THREAD_LOCAL, CudaCallError, checked, rt
+from anabranch.devices.cuda._driver import handle
 from anabranch.devices.cuda._early import complete
 from anabranch.errors import NotCapturable
 
@@ -31,8 +33,8 @@ class CudaGraph:
     def native(self) -> int:
         return int(self.executable)
 
-    def launch(self, stream: Any) -> None:
-        error = rt.cudaGraphLaunch(self.executable, stream.cuda_stream)[0]
+    def launch(self, stream: Stream) -> None:
+        error = rt.cudaGraphLaunch(self.executable, handle(stream))[0]
         if error != SUCCESS:
             raise CudaCallError("cudaGraphLaunch", error)
 
@@ -42,9 +44,9 @@ class CudaGraph:
             rt.cudaGraphDestroy(self.source)
 
 
-def capture_on(stream: Any) -> tuple[Any, Any]:
+def capture_on(stream: Stream) -> tuple[Any, Any]:
     """Number of the capture that is under way on the stream, and the graph that it adds to."""
-    status, identity, graph, *_ = checked("cudaStreamGetCaptureInfo", rt.cudaStreamGetCaptureInfo(stream.cuda_stream))
+    status, identity, graph, *_ = checked("cudaStreamGetCaptureInfo", rt.cudaStreamGetCaptureInfo(handle(stream)))
     if status != ACTIVE:
         raise NotCapturable(
             "the capture on the current stream was invalidated before this call: since it began, something was done"
@@ -55,15 +57,15 @@ def capture_on(stream: Any) -> tuple[Any, Any]:
     return identity, graph
 
 
-def capture_work(stream: Any, fn: Callable[[], Any]) -> tuple[Any, Any]:
+def capture_work(stream: Stream, fn: Callable[[], Any]) -> tuple[Any, Any]:
     """What ``fn`` queues on the stream and its forks, as a graph that is the caller's to destroy, and its result."""
     try:
-        checked("cudaStreamBeginCapture", rt.cudaStreamBeginCapture(stream.cuda_stream, THREAD_LOCAL))
+        checked("cudaStreamBeginCapture", rt.cudaStreamBeginCapture(handle(stream), THREAD_LOCAL))
         result = fn()
-        return checked("cudaStreamEndCapture", rt.cudaStreamEndCapture(stream.cuda_stream)), result
+        return checked("cudaStreamEndCapture", rt.cudaStreamEndCapture(handle(stream))), result
     except BaseException:
         # Wherever it was interrupted: a thread whose capture stays open can do nothing else.
-        error, graph = rt.cudaStreamEndCapture(stream.cuda_stream)
+        error, graph = rt.cudaStreamEndCapture(handle(stream))
         if error == SUCCESS:
             rt.cudaGraphDestroy(graph)
         rt.cudaGetLastError()  # a failed capture leaves its error behind; it is not the next call's
@@ -87,7 +89,7 @@ class WholeKernels:
     one before.
     """
 
-    def __init__(self, device: Device, stream: Any, queue: Callable[[Any], None]) -> None:
+    def __init__(self, device: Device, stream: Stream, queue: Callable[[Any], None]) -> None:
         """``queue`` is to put its work on the stream that it is given, which is ``stream``; nothing runs there."""
         graphs: list[CudaGraph] = []
         weakref.finalize(self, _destroy, graphs).atexit = False
@@ -104,7 +106,7 @@ class WholeKernels:
                 rt.cudaGraphDestroy(source)
         self._graphs = graphs
 
-    def launch(self, stream: Any) -> None:
+    def launch(self, stream: Stream) -> None:
         self._graphs[0].launch(stream)
 
 

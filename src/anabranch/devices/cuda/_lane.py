@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
+from anabranch.devices._stream import Stream
 from anabranch.devices.cuda._calls import checked, driver, rt
+from anabranch.devices.cuda._driver import handle
 from anabranch.devices.cuda._memory import CudaMemory
 from anabranch.errors import AnabranchError
 
 
-def new_stream(index: int) -> Any:
+def new_stream(index: int) -> torch.cuda.Stream:
     # torch.cuda.Stream() would be one of 32 that strangers share.
     with torch.cuda.device(index):
         handle = checked("cudaStreamCreateWithFlags", rt.cudaStreamCreateWithFlags(rt.cudaStreamNonBlocking))
@@ -50,11 +52,11 @@ class CudaLatch:
         self._word = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._words.append(self._word)
 
-    def hold(self, stream: Any) -> None:
+    def hold(self, stream: Stream) -> None:
         address = int(checked("cudaHostGetDevicePointer", rt.cudaHostGetDevicePointer(self._word.data_ptr(), 0)))
         equal_or_greater = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
         with torch.cuda.device(stream.device_index):
-            error = driver.cuStreamWaitValue32(stream.cuda_stream, address, 1, int(equal_or_greater))[0]
+            error = driver.cuStreamWaitValue32(handle(stream), address, 1, int(equal_or_greater))[0]
         if error != driver.CUresult.CUDA_SUCCESS:
             raise AnabranchError(f"cuStreamWaitValue32 failed: {error.name}")
 

@@ -46,7 +46,7 @@ def record(
         for alignment in _ALIGNMENTS:
             # At an address that is aligned no better than a call's need be: whatever was chosen for more would show.
             second = capture_on_lane(
-                device, scratch.lane, scratch.memory, scratch, source, specs, workspaces, log, alignment
+                device, _lane(scratch), scratch.memory, scratch, source, specs, workspaces, log, alignment
             )
             try:
                 table = compare(first.capture, second.capture, is_device)
@@ -101,3 +101,8 @@ def record_again(
         wait(lane, scratch.lane)
         if captured is not None and not keep:
             captured.graph.destroy()
+
+
+def _lane(scratch: Scratch) -> CudaLane:
+    assert isinstance(scratch.lane, CudaLane)
+    return scratch.lane

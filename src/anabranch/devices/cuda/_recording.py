@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from anabranch.devices.cuda._driver import call
+from anabranch.devices._stream import Stream
+from anabranch.devices.cuda._driver import call, handle
 from anabranch.devices.cuda._graph import CudaGraph
 from anabranch.devices.cuda._nodes import Arguments, KernelNodeParams, Patch
 from anabranch.devices.cuda._relocation import Capture, Kernel, Noise, Relocation, Table
@@ -88,7 +89,7 @@ class Recording:
         return tuple(p for p in self.patches if p.words)
 
     def launch(
-        self, inputs: Sequence[torch.Tensor], outputs: Sequence[int], stream: Any, patches: Sequence[Patch] = ()
+        self, inputs: Sequence[torch.Tensor], outputs: Sequence[int], stream: Stream, patches: Sequence[Patch] = ()
     ) -> None:
         """Queue the graph. ``outputs``: an address for each output storage (of those that are not bound: any)."""
         addresses = [*(x.data_ptr() for x in inputs), *outputs]
@@ -99,7 +100,7 @@ class Recording:
         self.graph.launch(stream)
 
     def launch_kernels(
-        self, inputs: Sequence[torch.Tensor], outputs: Sequence[int], stream: Any, patches: Sequence[Patch] = ()
+        self, inputs: Sequence[torch.Tensor], outputs: Sequence[int], stream: Stream, patches: Sequence[Patch] = ()
     ) -> None:
         """Queue the kernels one by one, without the graph. Only where ``table.why_not_direct`` is empty."""
         assert not self.table.why_not_direct
@@ -113,7 +114,7 @@ class Recording:
                 "cuLaunchKernel",
                 function,
                 *map(ctypes.c_uint, shape),
-                ctypes.c_void_p(stream.cuda_stream),
+                ctypes.c_void_p(handle(stream)),
                 arguments.pointers,
                 arguments.extra,
             )
