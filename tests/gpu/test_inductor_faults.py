@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import pytest
 import torch
 
 import anabranch
 from anabranch._judge import Rounding, differences
+from anabranch.backends import get_backend
+from gpu.support import Gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -44,14 +49,41 @@ def _compare(model: torch.nn.Module, inputs: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("channels", "size"), [(384, 30), (384, 28), (192, 26)])
-def test_temporaries_are_read_where_they_lie(channels: int, size: int, dtype: torch.dtype) -> None:
+def test_temporaries_are_read_where_they_lie(gpu: Gpu, channels: int, size: int, dtype: torch.dtype) -> None:
     generator = torch.Generator(device="cuda").manual_seed(size)
     rows = 8 * size**2, 8 * (size // 2) ** 2
     inputs = [torch.randn(1, n, channels, generator=generator, device="cuda", dtype=dtype) for n in rows]
     _compare(Pooled(channels, size).eval().to("cuda", dtype), inputs)
 
 
-def test_pictures_that_lie_channels_last() -> None:
+def test_pictures_that_lie_channels_last(gpu: Gpu) -> None:
     generator = torch.Generator(device="cuda").manual_seed(3)
     x = torch.randn(2, 64, 81, 75, generator=generator, device="cuda").to(memory_format=torch.channels_last)
     _compare(PooledPictures(), [x])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_kernels_with_a_fault_are_found_and_operators_are_captured_instead(
+    gpu: Gpu, runtime: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend: Any = get_backend("inductor")
+    lower = backend.lower
+
+    def faulty(self: Any, *given: Any) -> Any:
+        kernels = lower(*given)
+        return lambda inputs: [y.flip(0) for y in kernels(inputs)]
+
+    monkeypatch.setattr(type(backend), "lower", faulty)
+    generator = torch.Generator(device="cuda").manual_seed(4)
+    x = torch.randn(64, 128, generator=generator, device="cuda").to(dtype)
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.Tanh(), torch.nn.Linear(256, 10)).to("cuda", dtype)
+    model.eval().requires_grad_(False)
+    with caplog.at_level(logging.WARNING, "anabranch"):
+        engine = anabranch.compile(model, [x], backend="inductor", runtime=runtime, cuda_graphs=True)
+    assert "PyTorch's operators run the model instead" in caplog.text
+    made = engine.summary()["signatures"][0]
+    assert (made["backend"], made["captured"]) == ("eager", True)
+    for _ in range(3):
+        assert not differences(engine(x), model(x))
+    engine.close()

@@ -80,15 +80,15 @@ def _redrawn(inputs: _Tensors, seed: int) -> list[torch.Tensor]:
 def _in_float64(program: Program, inputs: _Tensors) -> _Tensors | None:
     """The program's results, each step computed in float64; None where that cannot be."""
     try:
-        given = [_widened(x) for x in (*program.weights_for_eager(), *inputs)]
-        results: _Tensors = _Wide(program.module).run(*given)
+        results: _Tensors = _Wide(program.module).run(*program.weights_for_eager(), *inputs)
     except Exception:
         return None  # an operator without float64, say
     return results
 
 
 class _Wide(fx.Interpreter):
-    """Runs a graph with every floating dtype that it names replaced by the widest."""
+    """Runs a graph with every floating dtype replaced by the widest, weights for as long as they are used: all at once
+    might not fit."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = pytree.tree_map(_widened, (args, kwargs))
