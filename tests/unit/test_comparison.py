@@ -100,12 +100,12 @@ def _program(module: nn.Module) -> Any:
 def test_rounding_is_told_from_faults_by_float64() -> None:
     class Rounded(nn.Module):
         def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-            return [torch.ops.aten.sub.Tensor(torch.ops.aten.add.Tensor(x, 1e4), 1e4)]
+            return [torch.ops.aten.sub.Tensor(torch.ops.aten.add.Tensor(x, 100), 100)]
 
     x = torch.rand(50, generator=torch.Generator().manual_seed(5)).half()
     program = _program(Rounded())
-    # In float16 the sum keeps multiples of 8: eager is as far off as these are.
-    assert not _comparison.why_off(program, lambda inputs: [inputs[0].round() * 8], [x])
+    # In float16 the sum keeps multiples of 1/16, so that eager is off by half of that.
+    assert not _comparison.why_off(program, lambda inputs: [inputs[0] + 0.125], [x])
     assert "farther from what float64 gives" in _comparison.why_off(program, lambda inputs: [inputs[0] + 300], [x])
 
 
@@ -127,3 +127,26 @@ def test_a_near_tie_is_no_fault() -> None:
     assert len(draws) == 2
     assert not torch.equal(draws[0], draws[1])
     assert draws[1].stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_cancels_out_is_no_fault(dtype: torch.dtype) -> None:
+    """Nothing is expected but zeros, and a product that is not rounded before it is subtracted leaves its rounding."""
+
+    class Nothing(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.ops.aten.sub.Tensor(x, x)]
+
+    x = torch.rand(50, generator=torch.Generator().manual_seed(8)).to(dtype)
+    assert not _comparison.why_off(_program(Nothing()), lambda inputs: [inputs[0] * torch.finfo(dtype).eps], [x])
+    assert "off by" in _comparison.why_off(_program(Nothing()), lambda inputs: [inputs[0] * 0.1], [x])
+    assert "off by" in _comparison.why_off(_program(Nothing()), lambda inputs: [inputs[0] * torch.nan], [x])
+
+
+def test_where_nothing_is_left_in_half_nobody_can_tell() -> None:
+    class Small(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.ops.aten.mul.Tensor(torch.ops.aten.mul.Tensor(x, 1e-7), 1e7)]
+
+    x = torch.rand(50, generator=torch.Generator().manual_seed(9)).half() * 0.2
+    assert not _comparison.why_off(_program(Small()), lambda inputs: [inputs[0]], [x])
