@@ -387,7 +387,7 @@ def wrong(
     return far
 
 
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def error(actual: torch.Tensor, expected: torch.Tensor, *, least: float = 0.0) -> float:
     """:func:`relative_error` on the host, which waits; quick where all elements are finite."""
     a, e = _real(actual), _real(expected)
     if a.numel() and a.is_floating_point():
@@ -398,8 +398,8 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
         largest = e.abs().amax()
         far = (a - e).abs().amax()
         if bool(largest.isfinite() & far.isfinite()):
-            return float(far / largest.clamp_min(torch.finfo(e.dtype).tiny))
-    return float(relative_error(actual, expected))
+            return float(far / largest.clamp_min(max(torch.finfo(e.dtype).tiny, least)))
+    return float(relative_error(actual, expected, least=least))
 
 
 def identical(actual: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -411,10 +411,10 @@ def identical(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(bits), e.contiguous().view(bits))
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """The largest distance from an expected element relative to the largest finite expected magnitude, as a tensor of
-    no dimension on the current stream. Infinite where :func:`wrong` would not accept an element at any bound. 0 for
-    tensors without elements."""
+def relative_error(actual: torch.Tensor, expected: torch.Tensor, *, least: float = 0.0) -> torch.Tensor:
+    """The largest distance from an expected element relative to the largest finite expected magnitude (or ``least``),
+    as a tensor of no dimension on the current stream. Infinite where :func:`wrong` would not accept an element at any
+    bound. 0 for tensors without elements."""
     if not actual.numel():
         return torch.zeros((), device=actual.device)
     actual, expected = _real(actual), _real(expected)
@@ -423,7 +423,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor
     actual, expected = _widened(actual), _widened(expected)
     if actual.dtype != expected.dtype:
         actual, expected = actual.double(), expected.double()
-    error = (actual - expected).abs() / _scale(expected)
+    error = (actual - expected).abs() / _scale(expected).clamp_min(least)
     error = torch.where((actual == expected) | (actual.isnan() & expected.isnan()), 0.0, error)
     error = torch.where(actual.isfinite() != expected.isfinite(), math.inf, error)
     return error.nan_to_num(nan=math.inf, posinf=math.inf).amax()
