@@ -287,6 +287,8 @@ def zoo_of(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+#: What the peak of a build is compared with.
+_BUILDS = (("weights", "eager_activations"), ("compile_build",))
 _FIGURES = ("us", "eager", "compile", "overhead", "build", "FLOPs", "kernels", "memory", "context", "build memory")
 
 
@@ -319,10 +321,7 @@ def _model(row: dict[str, Any]) -> list[str]:
         f"{launches['captured']} of {launches['all']}" if launches else "",
         _ratio(_held(memory, "ours"), _held(memory, "eager")),
         _context(memory),
-        _pair(
-            _ratio(_held(memory, "ours_build"), _held(memory, "weights", "eager_activations")),
-            _ratio(_held(memory, "ours_build"), _held(memory, "compile_build")),
-        ),
+        ", ".join(filter(None, (_ratio(_held(memory, "ours_build"), _held(memory, *of)) for of in _BUILDS))),
     ]
     return [row["model"] + (f", {row['dtype']}" if "dtype_reason" in row else ""), row["status"], *figures]
 
@@ -339,10 +338,6 @@ def _context(memory: dict[str, Any]) -> str:
     mine, *theirs = (_held(memory, n) for n in ("further_context", "eager_activations", "eager_stream"))
     beside = ", ".join(f"{n / 1e6:,.0f}" for n in theirs if n is not None)
     return f"{mine / 1e6:,.0f} ({beside})" if mine is not None else ""
-
-
-def _pair(first: str, second: str) -> str:
-    return f"{first}, {second}" if first and second else first
 
 
 def _ratio(value: float | None, by: float | None) -> str:

@@ -35,6 +35,8 @@ from anabranch.errors import AnabranchError
 THREADS, CALLS_A_THREAD = 4, 24
 #: An error of eager's, relative to the largest value expected, from which on nothing is left to compare with.
 _LOST = 0.5
+#: How results in one dtype are paired with those in another.
+_LOOSELY: dict[str, Any] = {"dtypes": False, "strides": False, "devices": False}
 #: Contexts that are built beyond the first one, to see what one takes.
 FURTHER = 2
 
@@ -160,15 +162,11 @@ class _Subject:
             self.row["memory"] = {
                 "weights": sum(weights.values()),
                 "eager": (use.peak - self.base).data(),
-                "eager_activations": (use.peak - use.before).data(),
+                "eager_activations": use.grown.data(),
             }
             # What one more caller takes: libraries have workspaces for each stream.
             with _stream(self.device):
-                self.row["memory"]["eager_stream"] = self._grown(lambda: self.eager_call(self.sets[0])).data()
-
-    def _grown(self, call: Callable[[], Any]) -> _Bytes:
-        use = self.gauge.call(call)
-        return use.peak - use.before
+                self.row["memory"]["eager_stream"] = self.gauge.call(lambda: self.eager_call(self.sets[0])).grown.data()
 
     def _convert(self, dtype: torch.dtype) -> None:
         # By way of the host: what lies between the old weights and the new ones would count as eager's memory.
@@ -187,8 +185,7 @@ class _Subject:
             self._wait()
         except Exception as error:
             return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        loosely: dict[str, Any] = {"dtypes": False, "strides": False, "devices": False}
-        pairs = [_judge.pair(a, b, **loosely) for a, b in zip(low, self.wide, strict=True)]
+        pairs = [_judge.pair(a, b, **_LOOSELY) for a, b in zip(low, self.wide, strict=True)]
         lost = max((_error(near) for other, near in pairs if not other), default=0.0)
         return f"eager's error in {self.options.dtype} is {lost:.1f}" if not lost < _LOST else ""
 
@@ -276,13 +273,12 @@ class _Subject:
             _, near = _judge.pair(got, low, strides=False)
             errors["error_to_eager"] = max(errors["error_to_eager"], _error(near))
             errors["integers_differ"] = max(errors["integers_differ"], _integers_differ(near))
-            loosely: dict[str, Any] = {"dtypes": False, "strides": False, "devices": False}
-            other, of_eager = _judge.pair(low, wide, **loosely)
+            other, of_eager = _judge.pair(low, wide, **_LOOSELY)
             if other:  # Eager itself finds other things in this dtype: boxes, say.
                 self.row["eager_differs"] = other[0][:200]
                 continue
             errors["eager_error"] = max(errors["eager_error"], _error(of_eager))
-            errors["error"] = max(errors["error"], _error(_judge.pair(got, wide, **loosely)[1]))
+            errors["error"] = max(errors["error"], _error(_judge.pair(got, wide, **_LOOSELY)[1]))
         self.row |= errors
         self.row["structure"] = structure[0][:300] if structure else ""
 
@@ -408,6 +404,10 @@ class _Bytes:
 class _Use:
     before: _Bytes
     peak: _Bytes
+
+    @property
+    def grown(self) -> _Bytes:
+        return self.peak - self.before
 
 
 @dataclass(frozen=True)

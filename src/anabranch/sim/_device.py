@@ -123,7 +123,7 @@ class SimDevice:
     def __init__(self) -> None:
         self._free_lanes: dict[int, list[Lane]] = _sync.dict_("free lanes")
         self._free_memory: dict[int, list[Memory]] = _sync.dict_("free memory")
-        self._reapers: dict[int, Any] = _sync.dict_("reapers")
+        self._reapers: dict[int, Stream] = _sync.dict_("reapers")
         #: What callers' captures have baked in, by the machine's id of the capture.
         self._captures: dict[int, _CallerCapture] = _sync.dict_("captures of callers")
         #: Captures whose graph is gone. Noted where a graph is destroyed, which may be anywhere; seen to in a reaping.

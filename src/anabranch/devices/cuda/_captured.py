@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from anabranch.devices._device import Lane, Scratch
+from anabranch.devices._stream import Stream
 from anabranch.devices.cuda._device import CudaDevice
 from anabranch.devices.cuda._graph import CudaGraph
 from anabranch.devices.cuda._lane import CudaLane
@@ -20,7 +21,7 @@ from anabranch.export import TensorSpec
 
 #: Asked for each capture, with its stream current and given, and in its memory. What it gives may have
 #: ``private_memory()`` and ``loads_own_code``.
-Source = Callable[[Any], Computation]
+Source = Callable[[Stream], Computation]
 
 
 class Log(Protocol):

@@ -42,7 +42,7 @@ class CudaDevice:
         self._free_memory: dict[int, list[Memory]] = _sync.dict_("free memory")
         # Apart from lanes of contexts: what is freed stays with the stream, and shall do so with one stream only.
         self._free_scratch: dict[int, list[Scratch]] = _sync.dict_("free scratch")
-        self._reapers: dict[int, Any] = _sync.dict_("reapers")
+        self._reapers: dict[int, Stream] = _sync.dict_("reapers")
         self._graveyard = Graveyard(self._query, self.building)
         self._captured_by_callers = CallerCaptures(self.release_lane)
         self._lost: str | None = None
@@ -69,7 +69,7 @@ class CudaDevice:
         return torch.cuda.current_stream(index)
 
     def on_stream(self, stream: Stream) -> AbstractContextManager[Any]:
-        return _entered(stream)
+        return torch.cuda.stream(cast("torch.cuda.Stream", stream))
 
     def on_device(self, index: int) -> AbstractContextManager[Any]:
         return torch.cuda.device(index)
@@ -151,7 +151,7 @@ class CudaDevice:
     def capture_source(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[CudaGraph, Any]:
         """:meth:`capture`, with the nodes kept for as long as the graph: they name what is to be patched."""
         stream = lane.stream
-        with _entered(stream), memory.using():
+        with self.on_stream(stream), memory.using():
             source, result = capture_work(stream, fn)
             captured = instantiated(source)
             try:
@@ -161,7 +161,7 @@ class CudaDevice:
                 raise
         return captured, result
 
-    def whole_kernels(self, stream: Stream, queue: Callable[[Any], None]) -> WholeKernels:
+    def whole_kernels(self, stream: Stream, queue: Callable[[Stream], None]) -> WholeKernels:
         """A library's work so that no kernel starts before the one ahead of it has ended."""
         return WholeKernels(self, stream, queue)
 
@@ -254,7 +254,3 @@ class CudaDevice:
 
     def describe(self, index: int) -> str:
         return torch.cuda.get_device_name(index)
-
-
-def _entered(stream: Stream) -> AbstractContextManager[Any]:
-    return torch.cuda.stream(cast("torch.cuda.Stream", stream))

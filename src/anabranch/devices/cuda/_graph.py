@@ -89,7 +89,7 @@ class WholeKernels:
     one before.
     """
 
-    def __init__(self, device: Device, stream: Stream, queue: Callable[[Any], None]) -> None:
+    def __init__(self, device: Device, stream: Stream, queue: Callable[[Stream], None]) -> None:
         """``queue`` is to put its work on the stream that it is given, which is ``stream``; nothing runs there."""
         graphs: list[CudaGraph] = []
         weakref.finalize(self, _destroy, graphs).atexit = False

@@ -16,8 +16,8 @@ from anabranch.errors import AnabranchError
 def new_stream(index: int) -> torch.cuda.Stream:
     # torch.cuda.Stream() would be one of 32 that strangers share.
     with torch.cuda.device(index):
-        handle = checked("cudaStreamCreateWithFlags", rt.cudaStreamCreateWithFlags(rt.cudaStreamNonBlocking))
-    return torch.cuda.ExternalStream(int(handle), device=index)
+        made = checked("cudaStreamCreateWithFlags", rt.cudaStreamCreateWithFlags(rt.cudaStreamNonBlocking))
+    return torch.cuda.ExternalStream(int(made), device=index)
 
 
 class CudaLane:
