@@ -23,7 +23,7 @@ import torch
 
 import anabranch
 from anabranch._judge import differences
-from anabranch.runtime._build import process
+from anabranch.runtime._process import process
 from contract.support import ROUNDING, Make, Mlp, Rig, assert_same, on_threads
 
 WIDTH = 64

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anabranch.devices import get_device
 from anabranch.export import TensorSpec
-from anabranch.runtime._build import neutral
+from anabranch.runtime._process import neutral
 from gpu.support import Chain, Gpu, Make, assert_same
 
 Kernels = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -311,12 +311,12 @@ def test_a_further_capture_of_another_program_does_not_hold(record: Recorder) ->
 def test_a_compiled_model(gpu: Gpu, compiled: Make, record: Recorder, backend: str) -> None:
     x = gpu.random(32, 32)
     s = compiled(Chain(), x, backend=backend, cuda_graphs=True)._primary
-    r = record(s._kernels, [x], s._workspaces)
+    r = record(s.choice.kernels, [x], s.unit.workspaces)
     assert not isinstance(r, str), r
     assert 0 in buffers(r)
     assert all(r.table.bound)
     y = gpu.random(32, 32)
-    assert_same(run(r, [y])[0], s._kernels([y])[0])
+    assert_same(run(r, [y])[0], s.choice.kernels([y])[0])
 
 
 # -- the log of allocations ---------------------------------------------------------------------------------------

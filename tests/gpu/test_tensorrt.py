@@ -175,7 +175,7 @@ def test_every_kernel_waits_for_the_whole_of_the_one_before(gpu: Gpu, compiled: 
     engine = compiled(model, inputs[0], backend="tensorrt", cuda_graphs=False)
     expected = engine(inputs[0]).clone()
     # What TensorRT queues by itself, and what an instance makes of it.
-    lowered = next(iter(engine._specializations.values()))._lowered
+    lowered = next(iter(engine._specializations.values())).choice.kernels
     with torch.cuda.stream(gpu.stream()):
         instance = lowered.instance(gpu.stream())
         instance([inputs[0]])

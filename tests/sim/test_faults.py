@@ -51,7 +51,7 @@ def plain(rig: Any, unobserved: None) -> Iterator[None]:
     after one has done its work, and before the caller has the answer, is a place that only plain ones have."""
     from anabranch import _sync
     from anabranch.explore._shared import Factories
-    from anabranch.runtime._build import process
+    from anabranch.runtime._process import process
 
     _sync.install(_sync.Factories())
     process.renew_locks()
@@ -310,7 +310,7 @@ def test_a_line_that_serves_the_last_first_would_be_seen(
             self.appendleft(waiter)
 
     scene = scenes(contexts=1)
-    monkeypatch.setattr(scene.engine._primary._pool, "_waiters", Stack())
+    monkeypatch.setattr(scene.engine._primary.calls._pool, "_waiters", Stack())
     assert faults.none_starves(scene) > 640
 
 
@@ -406,7 +406,7 @@ class TestWithState:
                     failed = faults.is_named(e)
             assert failed == planted.fired
             scene.engine.warm(captures=2)
-            assert scene.engine._primary._kernels.spare == 2
+            assert scene.engine._primary.calls.direct.kernels.spare == 2
             scene.check_next()
             if not planted.fired:
                 break

@@ -227,7 +227,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/cpp/_save.py": [
         ("output {position} is a parameter that nothing else uses", "return a copy of it"),
         ("no path given", "expected save_program(model, inputs, path)"),
-        ("{engine} runs kernels of {first.backend}", "only Python can launch", "give save_program the model itself"),
+        ("{engine} runs kernels of {backend}", "only Python can launch", "give save_program the model itself"),
         ("the model cannot be saved for C++: {why}", "docs/cpp.md says what C++ lacks", "Engines in Python run it"),
         ("the model's {name} is a {what}", "files hold plain tensors", "Engines in Python run it"),
         ("{what} is {dtype}", "which program files do not know", "Engines in Python run it"),
@@ -428,7 +428,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("found {} streams and {} threads", "expected a trace whose clocks fit in 1 GiB"),
     ],
     "src/anabranch/race/_detector.py": [("{error}", "expected an event of plain JSON data")],
-    "src/anabranch/runtime/_build.py": [
+    "src/anabranch/runtime/_process.py": [
         (
             "this process was forked while another thread of its parent compiled",
             "What was compiled before still runs",
@@ -440,6 +440,22 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "the CUDA libraries of this process have no {}",
             "expected those that PyTorch needs",
             "Update the NVIDIA driver",
+        ),
+    ],
+    "src/anabranch/runtime/_builder.py": [
+        ("does not run this model: {program.direct_only}", "require_full=True given", "Leave require_full out"),
+        ("and {why}: a fault of {choice.backend}", "require_full=True given", "Leave require_full out"),
+        ("does not run on inputs like these ({", "Expected inputs that model(*inputs) runs on", "try that first"),
+        ("this model cannot be captured: {reason}", "cuda_graphs=True given", "Leave cuda_graphs out"),
+    ],
+    "src/anabranch/runtime/_direct.py": [
+        ("numerics flags changed again and again", "set them once, before the calls"),
+        ("the model is {unit.program.direct_only}", "needs the host to look at results", "Call the engine outside"),
+        ("the model is {unit.program.direct_only}", "would keep the values of this call", "Call the engine outside"),
+        (
+            "no execution context of {self.backend} is left",
+            "each captured graph keeps one",
+            "call engine.warm(captures=N)",
         ),
     ],
     "src/anabranch/runtime/_engine.py": [
@@ -465,26 +481,16 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("the call is made under a {type(mode).__name__}", "engines run on real tensors", "Call the engine outside"),
         ("the model runs in eager on these inputs ({signature})", "its graph does not run", "Try another backend"),
     ],
-    "src/anabranch/runtime/_specialization.py": [
-        ("elements into its storage", "the model reads from the storage's beginning ({what})", "Pass x.clone()"),
-        ("numerics flags changed again and again", "set them once, before the calls"),
-        ("does not run this model: {self.program.direct_only}", "require_full=True given", "Leave require_full out"),
-        ("and {why}: a fault of {self.backend}", "require_full=True given", "Leave require_full out"),
-        ("the model is {self.program.direct_only}", "needs the host to look at results", "Call the engine outside"),
-        ("the model is {self.program.direct_only}", "would keep the values of this call", "Call the engine outside"),
-        (
-            "no execution context of {self.backend} is left",
-            "each captured graph keeps one",
-            "call engine.warm(captures=N)",
-        ),
+    "src/anabranch/runtime/_flags.py": [
         ("numerics flags changed since compile: {", "would not give the engine's bits", "Set them back"),
-        ("does not run on inputs like these ({", "Expected inputs that model(*inputs) runs on", "try that first"),
+    ],
+    "src/anabranch/runtime/_unit.py": [
+        ("elements into its storage", "the model reads from the storage's beginning ({what})", "Pass x.clone()"),
         (
             "no integer was found that this model takes for all of its integer inputs ({signature}): {why}",
             "Tried 0 to 16 and powers of two",
             "leave the part that does not out",
         ),
-        ("this model cannot be captured: {reason}", "cuda_graphs=True given", "Leave cuda_graphs out"),
     ],
     "src/anabranch/sim/_core/backend.cpp": [
         ("querying an event that was recorded inside a capture", "record it again outside first"),

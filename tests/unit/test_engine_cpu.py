@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import anabranch
-from anabranch.runtime._build import process
-from anabranch.runtime._specialization import _Cost
+from anabranch.runtime._cost import Cost
+from anabranch.runtime._process import process
 
 pytestmark = pytest.mark.usefixtures("seeded", "runtime")
 
@@ -839,4 +839,4 @@ def test_a_spawned_script_exits_cleanly_after_a_fork_with_an_engine(run_python: 
 def test_what_a_call_costs_is_its_latency_and_among_alike_ones_its_host_time(
     graph: tuple[float, float], direct: tuple[float, float], expected: bool
 ) -> None:
-    assert _Cost(*graph).is_better(_Cost(*direct)) is expected
+    assert Cost(*graph).is_better(Cost(*direct)) is expected

@@ -15,8 +15,8 @@ import torch
 import anabranch
 from anabranch import _sync
 from anabranch.devices import get_device
-from anabranch.runtime._build import process
 from anabranch.runtime._pool import ContextPool, Limits
+from anabranch.runtime._process import process
 
 PACKAGE = Path(anabranch.__file__).parent
 
@@ -28,7 +28,7 @@ def test_in_production_everything_is_the_plain_object(run_python: Any) -> None:
         from collections import deque
         from anabranch import _sync
         from anabranch.runtime import Engine
-        from anabranch.runtime._build import process
+        from anabranch.runtime._process import process
         assert type(_sync.lock("a")) is type(threading.Lock())
         assert type(_sync.rlock("a")) is type(process.build_lock) is type(threading.RLock())
         assert type(_sync.event("a")) is threading.Event
@@ -41,7 +41,7 @@ def test_in_production_everything_is_the_plain_object(run_python: Any) -> None:
         """
     )
     assert done.returncode == 0, done.stderr
-    assert {"Engine", "Specialization", "_Process"} <= set(ast.literal_eval(done.stdout))
+    assert {"Engine", "ContextPool", "_Process"} <= set(ast.literal_eval(done.stdout))
 
 
 class Told(_sync.Factories):
@@ -71,7 +71,7 @@ def told() -> Any:
 def test_installed_factories_make_what_is_made_from_then_on_and_hear_of_every_declaration(told: Told) -> None:
     ContextPool(Limits(1, None))
     assert told.made == ["limits", "pool"]
-    assert told.declared["Specialization"] == ("_may_grow",)
+    assert told.declared["ContextPool"] == ("may_grow",)
 
     @_sync.atomics("later")
     class Later:
@@ -95,7 +95,7 @@ def _calls(path: Path) -> list[str]:
 @pytest.mark.parametrize("folder", ["runtime", "devices"])
 def test_no_lock_of_the_runtime_is_made_elsewhere(folder: str) -> None:
     primitives = {"Lock", "RLock", "Event", "Condition", "Semaphore", "BoundedSemaphore", "Barrier", "local"}
-    for path in sorted((PACKAGE / folder).glob("*.py")):
+    for path in sorted((PACKAGE / folder).rglob("*.py")):
         for call in _calls(path):
             module, _, name = call.rpartition(".")
             if module in ("", "threading"):
@@ -110,7 +110,6 @@ _PLAIN_STATE = {
     ("Pool", "_alive"): "the build lock; read while no thread builds",
     ("_Process", "_watched"): "filled when the native runtime is imported, read at the interpreter's exit",
     ("_Process", "_forked"): "read in a forked child only, where there is one thread",
-    ("Specialization", "measured"): "written while it is built, by its builder",
     ("_Flattening", "_several"): "one thread, which makes the list",
     ("_Places", "_starts"): "filled while it is made, by the thread that builds",
     ("_Places", "_stops"): "filled while it is made, by the thread that builds",
@@ -124,7 +123,7 @@ def test_every_container_that_an_object_of_the_runtime_changes_is_declared_or_ac
     """Empty containers that a constructor makes are there to be filled: by whom, and under what lock?"""
     undeclared = []
     for folder in ("runtime", "devices"):
-        for path in sorted((PACKAGE / folder).glob("*.py")):
+        for path in sorted((PACKAGE / folder).rglob("*.py")):
             for owner in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef)):
                 made = next((f for f in owner.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
                 for node in ast.walk(made) if made else ():

@@ -18,9 +18,9 @@ from anabranch.backends import BACKENDS
 from anabranch.devices import get_device
 from anabranch.errors import BuildError, InputError
 from anabranch.export import Cast, Input, Program, Signature, Snapshot, export_program, flatten_call, leaf_key
-from anabranch.runtime._build import neutral, process
 from anabranch.runtime._engine import _inputs, given_model
 from anabranch.runtime._flags import Flags
+from anabranch.runtime._process import neutral, process
 
 
 @dataclass(frozen=True)

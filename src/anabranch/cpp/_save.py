@@ -68,9 +68,10 @@ def save_program(
         options: Any = {"backend": "eager", "runtime": "python", "cuda_graphs": False}
         engine = compile(model, inputs, kwargs=kwargs, precision=precision, **options)
     first = engine._first()
-    if first.backend != "eager":
+    backend = first.choice.backend
+    if backend != "eager":
         raise UnsupportedModel(
-            f"{engine!r} runs kernels of {first.backend}, which only Python can launch so far; give save_program the"
+            f"{engine!r} runs kernels of {backend}, which only Python can launch so far; give save_program the"
             " model itself, or an engine compiled with backend='eager': PyTorch's own operators run instead."
         )
     content = describe(first.program, first.signature.tensors, engine.device)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from anabranch.backends import Kernels, Stateful, of_one
-from anabranch.devices import Device, Event, Graph, Lane, Memory
-from anabranch.export import Signature
+from anabranch.devices import Device, Event, Graph, Scratch
+from anabranch.runtime._unit import Unit
 
 
 class Context:
@@ -30,62 +31,39 @@ class Context:
         device: Device,
         index: int,
         graph: Graph,
-        lane: Lane | None,
-        memory: Memory,
         inputs: Sequence[torch.Tensor],
         outputs: StaticOutputs,
         nbytes: int,
         forget: Callable[[], None],
-        parts: list[Any] | None = None,
+        holding: ExitStack,
         kernels: Any = None,
     ) -> None:
-        """``lane``: the one whose workspaces the graph uses, if it uses any.
+        """``holding``: closed, it gives back what the context is made of. May be closed already, by its builder.
 
-        ``parts``: whoever takes the one item out is to free graph, lane and memory; None: the context is.
-
-        ``kernels``: what the graph was captured from, if that has state which the graph uses.
+        ``forget``: called when the context goes. ``kernels``: what the graph was captured from, if that has state
+        which the graph uses.
         """
-        if parts is None:
-            parts = [None]
         self.graph = graph
         self.inputs = inputs
         self.outputs = outputs
         self.nbytes = nbytes
         #: Where the native runtime's pool has it.
-        self.slot = 0
+        self.slot: Any = None
         #: What the graph takes from its caller instead of from ``inputs`` and ``outputs``; of the native runtime.
         self.recording: Any = None
         self.done = device.event()
         #: Identity of the stream of the last use, None before the first.
         self.used_on: int | None = None
-        remains = [inputs, outputs, graph, self.done, kernels]
-
-        def decompose() -> None:
-            if not parts:
-                return remains.clear()
-            parts.pop()
-            graph.destroy()
-            remains.clear()
-            if lane is not None:
-                device.release_lane(lane)
-            device.release_memory(memory)
-
-        def bury(done: Event) -> None:
-            forget()
-            device.bury(index, [done], remains, decompose)
-
-        weakref.finalize(self, bury, self.done).atexit = False
+        free_after(device, index, self, [inputs, outputs, graph, self.done, kernels], forget, holding)
 
     @classmethod
     def build(
         cls,
-        device: Device,
-        index: int,
+        unit: Unit,
         kernels: Kernels | Stateful,
-        signature: Signature,
-        workspaces: bool,
-        forget: Callable[[], None],
         fresh: bool,
+        forget: Callable[[], None],
+        scratch: Scratch | None = None,
     ) -> Context:
         """Capture ``kernels`` into a graph. The host waits for this context's own lane only.
 
@@ -93,34 +71,52 @@ class Context:
 
         The kernels must have run before. Called with the build lock held, in a neutral thread state.
         """
-        torch_device = torch.device(device.kind, index)
+        device, index = unit.device, unit.index
         lane, memory = device.acquire_lane(index), device.memory(index, fresh)
-        graph: Graph | None = None
-        # An interrupt may strike when the context is made and has a finalizer, and still leave this by an exception.
-        parts: list[Any] = [None]
+        # An interrupt may strike when the context is made and has a finalizer, and still leave this by an exception:
+        # both close it, and who comes second finds nothing in it.
+        holding = ExitStack()
+        holding.callback(device.release_memory, memory)
+        holding.callback(device.release_lane, lane)
         try:
-            if workspaces:
+            if unit.workspaces:
                 lane.load_workspaces()
             with device.on_stream(lane.stream), memory.using():
-                inputs = [spec.synthesize(torch_device) for spec in signature.tensors]
+                inputs = [spec.synthesize(unit.torch_device) for spec in unit.specs]
                 run = of_one(kernels, lane.stream)
                 # Per-thread and per-stream set-up of libraries is not allowed to happen inside the capture.
                 run(inputs)
             graph, results = device.capture(lane, memory, lambda: run(inputs))
+            holding.callback(graph.destroy)
             lane.stream.synchronize()
             outputs = StaticOutputs(results)
             nbytes = memory.nbytes() + lane.hidden_nbytes()
-            return cls(device, index, graph, lane, memory, inputs, outputs, nbytes, forget, parts, run)
+            return cls(device, index, graph, inputs, outputs, nbytes, forget, holding, run)
         except BaseException:
             lane.stream.synchronize()  # if this fails too, the device is lost, and nothing is to be used again
-            if not parts:
-                raise
-            parts.pop()
-            if graph is not None:
-                graph.destroy()
-            device.release_lane(lane)
-            device.release_memory(memory)
+            holding.close()
             raise
+
+
+def free_after(
+    device: Device, index: int, owner: Any, parts: list[Any], forget: Callable[[], None], holding: ExitStack
+) -> None:
+    """When ``owner`` goes, wherever that happens: ``forget``, and once ``owner.done`` is reached let go of ``parts``
+    and close ``holding``.
+
+    ``parts`` is the only place that refers to them: owner and callbacks do not.
+    """
+    holding.callback(parts.clear)
+
+    def free() -> None:
+        holding.close()
+        parts.clear()
+
+    def gone(done: Event) -> None:
+        forget()
+        device.bury(index, [done], parts, free)
+
+    weakref.finalize(owner, gone, owner.done).atexit = False
 
 
 class StaticOutputs:

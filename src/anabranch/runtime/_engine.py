@@ -51,11 +51,14 @@ from anabranch.export import (
 )
 from anabranch.plan import Plan
 from anabranch.runtime import _phases
-from anabranch.runtime._build import is_neutral, neutral, process
+from anabranch.runtime._calls import Runtime
 from anabranch.runtime._flags import Flags
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._pool import Limits
-from anabranch.runtime._specialization import Settings, Specialization
+from anabranch.runtime._process import is_neutral, neutral, process
+from anabranch.runtime._python import PythonCalls
+from anabranch.runtime._settings import Settings
+from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._stats import Counters, Stats
 from anabranch.runtime._varying import Varying, has_numbers, used
 
@@ -324,11 +327,7 @@ class Engine:
     ``docs/contract.md`` for what else a call promises.
     """
 
-    #: Which runtime its calls run on.
-    runtime = "python"
-    _make_limits: Callable[..., Any] = staticmethod(Limits)
-    _make_counters: Callable[..., Any] = staticmethod(Counters)
-    _make_specialization: Callable[..., Any] = staticmethod(Specialization)
+    _runtime = Runtime("python", Limits, Counters, PythonCalls)
 
     def __init__(
         self,
@@ -352,8 +351,8 @@ class Engine:
         self._hooks = [f"{name_of(hook)} on {name!r}" for name, hook in hooks_of(self._snapshot.module)]
         if self._hooks:
             warnings.warn(f"{settings.name} is compiled {self._about_hooks()}", stacklevel=3)
-        self._limits: Limits = self._make_limits(max_contexts, memory_limit)
-        self._counters: Counters = self._make_counters()
+        self._limits: Limits = self._runtime.make_limits(max_contexts, memory_limit)
+        self._counters: Counters = self._runtime.make_counters()
         #: By signature. Written with the build lock held; read without, which a dict allows.
         self._specializations: dict[Any, Specialization] = _sync.dict_("specializations")
         self._primary: Specialization | None = None
@@ -389,9 +388,9 @@ class Engine:
             specialization = self._find(key, leaves) or self._specialization(args, kwargs)
             if is_neutral(self._device, self._index):
                 with self._device.range(self._settings.name):
-                    return specialization(leaves)
+                    return specialization.calls(leaves)
             with neutral(self._device, self._index), self._device.range(self._settings.name):
-                return specialization(leaves)
+                return specialization.calls(leaves)
         finally:
             process.leave()
 
@@ -419,7 +418,7 @@ class Engine:
             if found is None:
                 any_value = self._varying.key_of(key)
                 found = self._look_up(any_value, leaves) if any_value is not None else None
-                if found is not None and not found.takes(leaves):
+                if found is not None and not found.unit.takes(leaves):
                     return None
             if found is not None:
                 used(found)
@@ -587,7 +586,10 @@ class Engine:
 
     def _build(self, program: Program, signature: Signature, leaves: Sequence[Any], clock: Clock) -> Specialization:
         given = () if self._device.has_streams else [x for x in leaves if isinstance(x, torch.Tensor)]
-        return self._make_specialization(self._settings, program, signature, self._limits, self._counters, given, clock)
+        make_calls = self._runtime.make_calls
+        return Specialization(
+            self._settings, program, signature, self._limits, self._counters, make_calls, given, clock
+        )
 
     def _keep(self, key: Any, signature: Signature, made: Specialization) -> None:
         if made.program.reads_layout and signature.layouts is not None:
@@ -737,6 +739,11 @@ class Engine:
         self.close()
 
     # -- looking ------------------------------------------------------------------------------------------------
+
+    @property
+    def runtime(self) -> str:
+        """Which runtime its calls run on: ``"native"`` or ``"python"``."""
+        return self._runtime.name
 
     @property
     def device(self) -> torch.device:

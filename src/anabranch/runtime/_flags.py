@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from anabranch.errors import FlagsChanged
+
 _Getter = Callable[[], Any]
 #: What torch.backends.*.fp32_precision reads; the properties cost ten times as much.
 _fp32 = torch._C._get_fp32_precision_getter
@@ -118,3 +120,27 @@ def sensitive(graph: fx.Graph) -> bool:
             if not views and torch.Tag.pointwise not in node.target.tags:
                 return True
     return False
+
+
+class Watch:
+    """The flags that a program's operators read when they are queued, as they were at compile.
+
+    Threads: any. Other threads may set flags at any time: what was queued while they changed is to be thrown away.
+    """
+
+    def __init__(self, flags: Flags, graph: fx.Graph, asks_default_dtype: bool) -> None:
+        self.flags = flags
+        #: Whether it reads any. ``asks_default_dtype``: that one, if no other.
+        self.reads_any = sensitive(graph) or asks_default_dtype
+
+    def unchanged(self) -> bool:
+        """Whether operators that are queued now compute what they did at compile."""
+        return not self.reads_any or self.flags.unchanged()
+
+    def check(self) -> None:
+        """Raises :class:`~anabranch.errors.FlagsChanged` where they do not."""
+        if not self.unchanged():
+            raise FlagsChanged(
+                f"numerics flags changed since compile: {self.flags.changes()}. This call would not give the"
+                " engine's bits. Set them back, or compile a new engine under the new flags."
+            )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from anabranch import _activity, _sync
 from anabranch.backends import Instance, Stateful
-from anabranch.devices import Device, Event, Lane, Memory
-from anabranch.runtime._build import neutral, process
+from anabranch.devices import Device
+from anabranch.runtime._context import free_after
 from anabranch.runtime._pool import ContextPool, Limits, Reservation
+from anabranch.runtime._process import neutral, process
+from anabranch.runtime._unit import Unit
 
 
 class Member:
@@ -21,39 +23,25 @@ class Member:
     def __init__(
         self,
         device: Device,
+        index: int,
         run: Instance,
-        lane: Lane,
-        memory: Memory,
         nbytes: int,
         forget: Callable[[], None],
-        parts: list[Any],
+        holding: ExitStack,
     ) -> None:
-        """``parts``: whoever takes the one item out is to free lane and memory."""
+        """``forget``, ``holding``: as of a context."""
         self.nbytes = nbytes
         self.used_on: int | None = None
         self.done = device.event()
         #: Do not count it among the instances any more. May be repeated.
         self.forget = forget
         #: The only reference to the instance: it goes where these are cleared, not where the member goes.
-        self._remains = remains = [run, self.done]
-
-        def decompose() -> None:
-            remains.clear()
-            if not parts:
-                return
-            parts.pop()
-            device.release_lane(lane)
-            device.release_memory(memory)
-
-        def bury(done: Event) -> None:
-            forget()
-            device.bury(lane.index, [done], remains, decompose)
-
-        weakref.finalize(self, bury, self.done).atexit = False
+        self._parts = [run, self.done]
+        free_after(device, index, self, self._parts, forget, holding)
 
     @property
     def run(self) -> Any:
-        return self._remains[0]
+        return self._parts[0]
 
 
 class Instances:
@@ -69,19 +57,10 @@ class Instances:
     stream, and captured while a direct call is in flight for which neither it nor the host could wait.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        index: int,
-        kernels: Stateful,
-        most: int,
-        examples: Callable[[], Sequence[torch.Tensor]],
-        workspaces: bool,
-    ) -> None:
-        self._workspaces = workspaces
-        self._device, self._index, self._kernels, self._examples = device, index, kernels, examples
-        self._most = most
-        self._limits = Limits(most, None)
+    def __init__(self, unit: Unit, kernels: Stateful) -> None:
+        self._unit, self._device, self._kernels = unit, unit.device, kernels
+        self._most: int = unit.limits.max_contexts
+        self._limits = Limits(self._most, None)
         self._pool: ContextPool[Member] = ContextPool(self._limits)
         self._spare: list[Member] = _sync.list_("spare instances")
         self._building = _sync.rlock("instances")
@@ -135,7 +114,7 @@ class Instances:
             pass
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        stream = self._device.current_stream(self._index)
+        stream = self._device.current_stream(self._unit.index)
         member = self._acquire(stream.stream_id)
         try:
             stream.wait_event(member.done)
@@ -169,34 +148,31 @@ class Instances:
 
     def _build(self, reservation: Reservation | None) -> Member:
         """One more, nobody's yet. Called with ``_building`` held. ``reservation``: if it is one of a limited number."""
-        device, index = self._device, self._index
+        device, index = self._device, self._unit.index
         lane, memory = device.acquire_lane(index), device.memory(index)
+        holding = ExitStack()  # see Context.build
+        holding.callback(device.release_memory, memory)
+        holding.callback(device.release_lane, lane)
         run: Any = None
-        # An interrupt may strike when the member is made and has a finalizer, and still leave this by an exception.
-        parts: list[Any] = [None]
         forget = (lambda: None) if reservation is None else reservation.cancel
         try:
             with neutral(device, index), device.building(), _activity.building():
                 # In memory of the lane's own: it stays when the instance's memory goes to another owner.
-                if self._workspaces:
+                if self._unit.workspaces:
                     lane.load_workspaces()
                 with device.on_stream(lane.stream), memory.using():
                     run = self._kernels.instance(lane.stream)
                     # What is set up at a first run may wait for the device, or must not happen inside a capture.
-                    run(self._examples())
+                    run(self._unit.examples())
                     run.prepare_direct()
                 lane.stream.synchronize()
-            member = Member(device, run, lane, memory, memory.nbytes(), forget, parts)
+            member = Member(device, index, run, memory.nbytes(), forget, holding)
         except BaseException:
             forget()
             with device.on_device(index), device.building(), _activity.building():
                 lane.stream.synchronize()
-                if not parts:
-                    raise
-                parts.pop()
                 run = None
-            device.release_lane(lane)
-            device.release_memory(memory)
+                holding.close()
             raise
         if reservation is not None:
             reservation.confirm(member.nbytes)

@@ -8,23 +8,30 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 
-from anabranch.backends import Instance, Kernels, Stateful, of_one
-from anabranch.devices import Scratch, Stream
-from anabranch.export import ComputedOutput, Program
+from anabranch.backends import Instance, Kernels, Stateful
+from anabranch.devices import Stream
+from anabranch.export import ComputedOutput
 from anabranch.runtime import _library
-from anabranch.runtime._build import neutral, process
-from anabranch.runtime._context import Context, StaticOutputs
+from anabranch.runtime._bound import Bound, kernel_tuple
+from anabranch.runtime._calls import Runtime
+from anabranch.runtime._context import Context
+from anabranch.runtime._contexts import Contexts
+from anabranch.runtime._cost import Way
+from anabranch.runtime._direct import Direct
 from anabranch.runtime._engine import Engine
-from anabranch.runtime._flat import Branch, Check, FlatProgram, Number, Pick, flatten
+from anabranch.runtime._phases import Clock
+from anabranch.runtime._process import neutral, process
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._stats import Stats
+from anabranch.runtime._translation import translate
+from anabranch.runtime._unit import Unit
 
 _log = logging.getLogger("anabranch")
 core: Any = _library.load()
@@ -60,6 +67,15 @@ class Pool:
         self._signature = signature
         self._alive: weakref.WeakSet[Context] = weakref.WeakSet()
         process.register(self)
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether calls may build contexts; not after a build failed."""
+        return bool(self._signature.may_grow())
+
+    @may_grow.setter
+    def may_grow(self, value: bool) -> None:
+        self._signature.set_may_grow(value)
 
     @property
     def estimate(self) -> int:
@@ -114,225 +130,63 @@ class Pool:
         return int(self._signature.alive())
 
 
-def kernel_tuple(patch: Any) -> tuple[Any, ...]:
-    """A kernel of a recording, as the C++ takes it."""
-    kernel = patch.kernel
-    return (
-        patch.handle,
-        (kernel.function, kernel.kernel, kernel.context),
-        kernel.grid,
-        kernel.block,
-        kernel.shared,
-        kernel.params,
-        [offset for offset, _ in kernel.layout],
-        kernel.packed,
-        patch.words,
-    )
+class NativeCalls:
+    """See :class:`anabranch.runtime._calls.Calls`.
 
+    Calls run in C++ (``_core/``), and come to :attr:`direct` for what is not known there: captures of callers, and
+    kernels with state.
+    """
 
-class NativeSpecialization(Specialization):
-    """As its base; calls run in C++, and come here for what is not known there: captures of callers, kernels that only
-    Python can launch, and building."""
-
-    _pool: Pool  # type: ignore[assignment]
-
-    def _make_pool(self) -> Any:
-        settings, device = self.settings, self._device
-        if device.has_streams:
-            core.on_device_error(device.call_error)
-        self._core = core.Signature(
-            settings.torch_device,
-            device.native_api(core),
-            [replace(spec, on_cpu=False).empty(torch.device("meta")) for spec in self._specs],
-            self._limits,
-            self._counters.core,  # type: ignore[attr-defined]
+    def __init__(self, unit: Unit) -> None:
+        self._unit, self._device = unit, unit.device
+        if unit.device.has_streams:
+            core.on_device_error(unit.device.call_error)
+        self.core = core.Signature(
+            unit.torch_device,
+            unit.device.native_api(core),
+            [replace(spec, on_cpu=False).empty(torch.device("meta")) for spec in unit.specs],
+            unit.limits,
+            unit.counters.core,
             weakref.ref(self),
         )
+        self.direct = Direct(unit)
+        self._pool = Pool(self.core)
+        self._bound = Bound(unit, core, self.core)
+        self.contexts = Contexts(unit, self._pool, self._bound, self.direct.last_uses)
         #: Calls that only measured, by how they are counted.
         self._tries: Counter[str] = Counter()
-        #: Why a direct call goes through Python, or None where it does not.
-        self.through_python: str | None = "nothing is computed"
+        self._why_python: str | None = "nothing is computed"
         #: Whether the C++ has Python launch the kernels, and does the rest of such a call itself.
         self._launches = False
-        #: A recording that shows which kernels take which addresses from a call.
-        self._known: Any = None
-        #: Why graphs have memory of their own for inputs and results, or None where they use the caller's.
-        self.copies: str | None = None if device.kind == "cuda" else "not for this device"
-        return Pool(self._core)
+        self._uses_graphs = False
+        #: Asked by the C++, for what it does not put together itself.
+        self._finish = unit.finish
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        given, inputs = self._unit.inputs(leaves)
+        try:
+            results = self.core.run(inputs) if self.runs_here else None
+            if results is None:
+                results = self.direct(inputs)
+        except Exception as e:
+            self._device.check_error(e)
+            raise
+        return self._unit.finish(given, results)
 
     @property
-    def _may_grow(self) -> bool:
-        return bool(self._core.may_grow())
-
-    @_may_grow.setter
-    def _may_grow(self, value: bool) -> None:
-        self._core.set_may_grow(value)
-
-    def _set_program(self) -> None:
-        if self.program.is_empty:
-            return
-        program = translate(self.program) if self.backend == "eager" else f"{self.backend} launches its kernels itself"
-        unchanged = self._flags.unchanged if self._sensitive else None
-        watched = unchanged, not self.program.asks_default_dtype
-        if not isinstance(program, str):
-            self.through_python = None
-            self._core.set_program(program, *watched)
-        else:
-            self.through_python = program
-            if isinstance(self._lowered, Stateful) or self.program.takes_numbers:
-                return
-            self._core.set_python(self._lowered, *watched)
-            self._launches = True
-        self._keep_weights()
-
-    def _ways(self, operators: Kernels) -> list[Callable[[Sequence[Any]], Any]]:
-        program = translate(self.program)
-        if isinstance(program, str):
-            return super()._ways(operators)
-
-        def compiled(inputs: Sequence[Any]) -> Any:
-            self._core.set_program(None, None, False)
-            return self._try("direct_calls", inputs)
-
-        def by_operators(inputs: Sequence[Any]) -> Any:
-            self._core.set_program(program, None, False)
-            return self._try("direct_calls", inputs)
-
-        return [compiled, by_operators]
-
-    def _try(self, kind: str, inputs: Sequence[Any]) -> Any:
-        """A call that only measures."""
-        self._tries[kind] += 1
-        return self._core.run(inputs)
-
-    def _forget_tries(self) -> None:
-        for kind, times in self._tries.items():
-            self._counters.take_back(kind, times)  # type: ignore[attr-defined]
-        self._tries.clear()
-        self._core.forget_uses()
-
-    def _take_operators(self, taken: bool) -> None:
-        self._forget_tries()
-        if taken:
-            self._known = None
-            self._core.set_kernels([], [])
-            self._set_program()
-        else:
-            self._core.set_program(None, None, False)
-
-    def _keep_weights(self) -> None:
-        """Direct calls note their last use of the weights."""
-        if self.program.weights and self._device.has_streams:
-            device, last_uses = self._device, self._last_uses
-            # The dict keeps the event as long as the weights may need it, this signature's C++ half as long as calls.
-            self._core.set_last_uses(lambda stream: last_uses.setdefault(_key(stream), device.event()))
-
-    def _capture(self, fresh: bool, forget: Callable[[], None], scratch: Scratch | None = None) -> Context:
-        if self.copies is None:
-            context = self._capture_bound(fresh, forget, scratch)
-            if not isinstance(context, str):
-                return context
-            self.copies = context
-        return super()._capture(fresh, forget, scratch)
-
-    def _capture_bound(self, fresh: bool, forget: Callable[[], None], given: Scratch | None = None) -> Context | str:
-        """A context whose graph reads and writes its callers' own tensors; or why there can be none."""
-        from anabranch.devices.cuda import _captured, _recorder
-
-        device: Any = self._device
-        index, specs, log = self._index, self._specs, core.AllocationLog()
-        source = partial(of_one, self._lowered)
-        lane, memory = device.acquire_lane(index), device.memory(index, fresh)
-        scratch = given or device.scratch(index)
-        made: Any = None
-        parts: list[Any] = [None]  # see Context
-        try:
-            if self._known is None:
-                made = _recorder.record(device, lane, memory, scratch, source, specs, self._workspaces, log)
-            else:
-                made = _recorder.record_again(
-                    self._known, device, lane, memory, scratch, source, specs, self._workspaces, log
-                )
-            if not isinstance(made, str):
-                if self._known is None:
-                    self._learn(made)
-                kept: Any = lane
-                if not made.table.workspaces and not isinstance(self._lowered, Stateful):
-                    # Nothing of the lane is in the graph, so the next context can be captured on it.
-                    _captured.wait(lane)
-                    device.release_lane(lane)
-                    lane = kept = None
-                nbytes = memory.nbytes() + (kept.hidden_nbytes() if kept is not None else 0)
-                outputs = StaticOutputs(made.results)
-                kernels = made.kernels
-                # The context's: what is known of the kernels shall not keep its memory.
-                made.results, made.kernels = [], None
-                context = Context(device, index, made.graph, kept, memory, [], outputs, nbytes, forget, parts, kernels)
-                context.recording = made
-                return context
-        except BaseException:
-            if parts:
-                parts.pop()
-                if made is not None and not isinstance(made, str):
-                    made.destroy()
-                if lane is not None:
-                    device.release_lane(lane)
-                device.release_memory(memory)
-            raise
-        finally:
-            if given is None:
-                device.release_scratch(scratch)
-        device.release_lane(lane)
-        device.release_memory(memory)
-        return str(made)
-
-    def _learn(self, recording: Any) -> None:
-        """The first recording of this signature's kernels."""
-        self._known = recording
-        self._core.set_alignment(recording.alignment)
-        if not recording.table.why_not_direct and self.through_python and not isinstance(self._lowered, Stateful):
-            self._core.set_kernels(recording.results, [kernel_tuple(patch) for patch in recording.patches])
-            self.through_python = None
-
-    def _built(self) -> None:
-        runs = not (self.program.is_empty or self.program.direct_only)
-        if runs and not self.uses_graphs and self.through_python and self._known is None and self.copies is None:
-            # For what a capture shows of the kernels: few of them can be launched without it.
-            try:
-                with neutral(self._device, self._index), self._device.building(), self._clock.phase("capture"):
-                    self._capture_bound(False, lambda: None)
-            except Exception as e:
-                self._device.check_error(e)
-                _log.info("%s: kernels stay with Python: %s: %s", self.settings.name, type(e).__name__, str(e))
-        self._core.set_graphs(self.uses_graphs)
-
-    def _measure(
-        self, context: Context, run: Kernels | Instance, examples: Sequence[torch.Tensor], stream: Stream
-    ) -> tuple[Any, Any]:
-        def graph(inputs: Sequence[Any]) -> Any:
-            self._core.set_graphs(True)
-            return self._try("graph_calls", inputs)
-
-        def direct(inputs: Sequence[Any]) -> Any:
-            self._core.set_graphs(False)
-            return run(inputs) if self.through_python else self._try("direct_calls", inputs)
-
-        with self._device.on_stream(stream):
-            self._pool.release(context)
-            costs = self._costs([graph, direct], examples, stream)
-        self._forget_tries()
-        self._core.take(context.slot)
-        return costs[0], costs[1]
+    def through_python(self) -> str | None:
+        """Why a direct call goes through Python, or None where it does not."""
+        return None if self._bound.launches else self._why_python
 
     @property
     def runs_here(self) -> bool:
         """Whether the C++ can run calls at all."""
-        return self.uses_graphs or self.through_python is None or self._launches
+        return self._uses_graphs or self.through_python is None or self._launches
 
     @property
     def finish(self) -> str:
-        """How the C++ makes the result of a call; see ``EngineBase`` in ``_core/python.cpp``."""
-        outputs, structure = self.program.outputs, self.program.structure
+        """How the C++ makes the result of a call; see ``EngineBase`` in ``_core``."""
+        outputs, structure = self._unit.program.outputs, self._unit.program.structure
         plain = [o.index if isinstance(o, ComputedOutput) and not o.is_lazy else -1 for o in outputs]
         if plain == list(range(len(outputs))):
             if structure.is_leaf():
@@ -341,95 +195,127 @@ class NativeSpecialization(Specialization):
                 return structure.type.__name__[0]
         return "p"
 
-    def _build_native(self, reservation: Any) -> int | None:
-        """Asked by the C++ for one more context: its slot; 0 to take one there is; None to run direct."""
-        if self._sensitive and not self._flags.unchanged():
-            return 0  # a context captured now would have today's flags baked in
-        context = self._build_context(reservation)
-        if context is None:
-            return 0 if self._shares() else None
-        return context.slot
-
-    def __call__(self, leaves: Sequence[Any]) -> Any:
-        if not self.runs_here:
-            return super().__call__(leaves)
-        given, inputs = self._inputs(leaves)
-        try:
-            results = self._core.run(inputs)
-        except Exception as e:
-            self._device.check_error(e)
-            raise
-        if results is None:
-            return super().__call__(leaves)
-        return self._finish(given, results)
-
     @property
     def takes_plain_tensors(self) -> bool:
         """Whether it serves every call of ordinary tensors of its shapes, strides and dtypes, as the C++ tells them."""
-        of_one_layout = self.program.reads_layout and self.signature.layouts is not None
-        return not (self._is_lazy or of_one_layout or self.program.absolute or self.program.on_cpu)
+        program = self._unit.program
+        of_one_layout = program.reads_layout and self._unit.signature.layouts is not None
+        return not (self._unit.is_lazy or of_one_layout or program.absolute or program.on_cpu)
 
-    def _acquire(self, stream: Stream) -> None:
-        return None  # the C++ had a look: this call runs direct
+    def _build_native(self, reservation: Any) -> int | None:
+        """Asked by the C++ for one more context: its slot; 0 to take one there is; None to run direct."""
+        if not self._unit.watch.unchanged():
+            return 0  # a context captured now would have today's flags baked in
+        context = self.contexts.one_more(reservation)
+        if context is None:
+            return 0 if self.contexts.are_shared else None
+        slot: int = context.slot
+        return slot
 
     def explain(self) -> list[str]:
-        lines = super().explain()
-        if self.through_python and not self.program.is_empty:
-            lines.append(f"  through Python, when direct: {self.through_python}")
-        if self.uses_graphs:
-            lines.append(f"  inputs and results are copied: {self.copies}" if self.copies else "  nothing is copied")
-        if self._sensitive and not self.through_python and self._known is None and not self._core.sees_flags():
-            lines.append("  through Python, when direct: a look at the numerics flags before and after")
+        lines = []
+        if self.through_python and not self._unit.program.is_empty:
+            lines.append(f"through Python, when direct: {self.through_python}")
+        if self._uses_graphs:
+            copies = self._bound.copies
+            lines.append(f"inputs and results are copied: {copies}" if copies else "nothing is copied")
+        knows = self._bound.known is not None or self.core.sees_flags()
+        if self._unit.watch.reads_any and not self.through_python and not knows:
+            lines.append("through Python, when direct: a look at the numerics flags before and after")
         return lines
 
+    # -- building -----------------------------------------------------------------------------------------------
 
-_keys = iter(range(1 << 62))
-
-
-def _key(stream: int) -> str:
-    """Names one more event of a stream among the last uses: threads that share a stream have one each."""
-    return f"stream {stream}, {next(_keys)}"
-
-
-def translate(program: Program) -> Any:
-    """``program`` for the C++ to run operator by operator, or the reason why it cannot."""
-    flat = flatten(program)
-    if isinstance(flat, str):
-        return flat
-    try:
-        return _translate(flat, program.weights_for_eager())
-    except (RuntimeError, TypeError) as e:
-        return (str(e).splitlines() or [""])[0]
-
-
-def _translate(flat: FlatProgram, weights: list[torch.Tensor]) -> Any:
-    made = core.Program(weights, flat.inputs - len(weights))
-    for step in flat.steps:
-        if isinstance(step, Pick):
-            made.pick(step.slot, step.position)
-        elif isinstance(step, Number):
-            made.number(step.name, step.arguments)
-        elif isinstance(step, Check):
-            made.check(step.holds, step.message)
-        elif isinstance(step, Branch):
-            yes, no = _translate(step.yes, []), _translate(step.no, [])
-            made.branch(step.condition, yes, no, step.operands, len(step.yes.results))
+    def set_kernels(self, kernels: Kernels | Stateful, direct: Kernels, backend: str) -> None:
+        self.contexts.kernels = kernels
+        self.direct.kernels, self.direct.backend = direct, backend
+        program, watch = self._unit.program, self._unit.watch
+        if program.is_empty:
+            return
+        translated = translate(program) if backend == "eager" else f"{backend} launches its kernels itself"
+        self._bound.forget(may_launch=isinstance(translated, str))
+        watched = watch.flags.unchanged if watch.reads_any else None, not program.asks_default_dtype
+        if not isinstance(translated, str):
+            self._why_python = None
+            self.core.set_program(translated, *watched)
         else:
+            self._why_python = translated
+            if isinstance(kernels, Stateful) or program.takes_numbers:
+                return
+            self.core.set_python(kernels, *watched)
+            self._launches = True
+        if program.weights and self._device.has_streams:
+            # The last uses keep the event as long as the weights may need it, the C++ as long as calls.
+            self.core.set_last_uses(self.direct.last_uses.one_more)
+
+    @contextmanager
+    def trying_graph(self, context: Context, direct: Kernels | Instance, stream: Stream) -> Iterator[Sequence[Way]]:
+        def by_graph(inputs: Sequence[Any]) -> Any:
+            self.core.set_graphs(True)
+            return self._try("graph_calls", inputs)
+
+        def by_kernels(inputs: Sequence[Any]) -> Any:
+            self.core.set_graphs(False)
+            return direct(inputs) if self.through_python else self._try("direct_calls", inputs)
+
+        self._pool.release(context)
+        yield [by_graph, by_kernels]
+        self._forget_tries()
+        self.core.take(context.slot)
+
+    @contextmanager
+    def trying_operators(self, operators: Kernels) -> Iterator[Sequence[Way]]:
+        program = translate(self._unit.program)
+        if isinstance(program, str):
+            yield [self.direct.kernels, operators]
+            return
+
+        def compiled(inputs: Sequence[Any]) -> Any:
+            self.core.set_program(None, None, False)
+            return self._try("direct_calls", inputs)
+
+        def by_operators(inputs: Sequence[Any]) -> Any:
+            self.core.set_program(program, None, False)
+            return self._try("direct_calls", inputs)
+
+        try:
+            yield [compiled, by_operators]
+        finally:
+            self._forget_tries()
+            self.core.set_program(None, None, False)
+
+    def _try(self, kind: str, inputs: Sequence[Any]) -> Any:
+        """A call that only measures."""
+        self._tries[kind] += 1
+        return self.core.run(inputs)
+
+    def _forget_tries(self) -> None:
+        for kind, times in self._tries.items():
+            self._unit.counters.take_back(kind, times)
+        self._tries.clear()
+        self.core.forget_uses()
+
+    def ready(self, uses_graphs: bool, clock: Clock) -> None:
+        program, bound, kernels = self._unit.program, self._bound, self.contexts.kernels
+        runs = not (program.is_empty or program.direct_only)
+        is_unknown = self.through_python and bound.known is None and bound.copies is None
+        if kernels is not None and runs and not uses_graphs and is_unknown:
+            # For what a capture shows of the kernels: few of them can be launched without it.
             try:
-                made.call(step.name, step.overload, step.arguments)
-            except (RuntimeError, TypeError) as e:
-                raise RuntimeError(f"{step.name}: {(str(e).splitlines() or [''])[0]}") from e
-    made.finish(flat.results)
-    return made
+                with neutral(self._device, self._unit.index), self._device.building(), clock.phase("capture"):
+                    bound.capture(kernels, False, lambda: None)
+            except Exception as e:
+                self._device.check_error(e)
+                name = self._unit.settings.name
+                _log.info("%s: kernels stay with Python: %s: %s", name, type(e).__name__, str(e))
+        self._uses_graphs = uses_graphs
+        self.core.set_graphs(uses_graphs)
 
 
 class NativeEngine(core.EngineBase, Engine):
     """An engine whose calls are C++: see ``EngineBase`` in ``_core/python.cpp`` for which of them."""
 
-    runtime = "native"
-    _make_limits: Callable[..., Any] = staticmethod(Limits)
-    _make_counters: Callable[..., Any] = staticmethod(Counters)
-    _make_specialization: Callable[..., Any] = staticmethod(NativeSpecialization)
+    _runtime = Runtime("native", Limits, Counters, NativeCalls)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         return Engine.__call__(self, *args, **kwargs)
@@ -441,11 +327,11 @@ class NativeEngine(core.EngineBase, Engine):
 
     def _add(self, key: Any, made: Specialization) -> None:
         super()._add(key, made)
-        assert isinstance(made, NativeSpecialization)
+        calls: Any = made.calls
         # Calls with keywords, containers or numbers have the structure in their key: they come by Python.
         is_flat = all(isinstance(part, tuple) for part in key)
-        if is_flat and made.takes_plain_tensors and made.runs_here and not self._device.is_profiled:
-            core.register(self, made, made._core, made.finish)
+        if is_flat and calls.takes_plain_tensors and calls.runs_here and not self._device.is_profiled:
+            core.register(self, calls, calls.core, calls.finish)
 
     def close(self) -> None:
         core.set_usable(self, False)

@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from anabranch import _sync
 from anabranch.devices import Event
-from anabranch.runtime._build import process
+from anabranch.runtime._process import process
 
 
 class Pooled(Protocol):
@@ -140,6 +140,7 @@ class Reservation:
         self.cancel()
 
 
+@_sync.atomics("may_grow")
 class ContextPool(Generic[_P]):
     """The contexts of one specialization.
 
@@ -156,6 +157,8 @@ class ContextPool(Generic[_P]):
         self._waiters: deque[_Waiter] = deque()
         self._alive: weakref.WeakSet[_P] = weakref.WeakSet()
         self._estimate = 0
+        #: Whether calls may build contexts; not after a build failed.
+        self.may_grow = True
         process.register(self)
 
     @property

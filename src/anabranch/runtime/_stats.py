@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from anabranch import _sync
-from anabranch.runtime._build import process
+from anabranch.runtime._process import process
 
 
 @dataclass

@@ -30,7 +30,7 @@ _STALE = StaleStream(ENGINES[1])
 
 def _pick(engine: Any) -> Any:
     """The specialization that runs the calls."""
-    return engine._primary
+    return engine._primary.calls
 
 
 # -- 1: the stream of compile time -------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ class OnLane:
     """Runs the kernels on a private stream, forked from the caller's and joined to it."""
 
     def __init__(self, engine: Any, *, wait_in: bool = True, wait_out: bool = True, record: bool = True) -> None:
-        self._kernels = _pick(engine)._run_kernels
+        self._kernels = _pick(engine).direct.run
         self._wait_in, self._wait_out, self._record = wait_in, wait_out, record
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -227,7 +227,7 @@ def error_drained() -> None:
 def _call_then_trim() -> None:
     outputs: dict[int, torch.Tensor] = {}
     serve(ENGINES[1], STREAMS[0], [0], outputs)
-    _pick(ENGINES[1]).trim()
+    _pick(ENGINES[1]).contexts.trim()
     # Builds a context anew, in whatever memory the old one has left.
     serve(ENGINES[1], STREAMS[1], [1], outputs)
     check(outputs, STREAMS[:2])
@@ -277,7 +277,7 @@ class CheckThenAct:
                 return self._run(x)
         if self._state.get("taken"):
             # Taken: a call that needs no context.
-            (y,) = self._spec._run_kernels([x])
+            (y,) = self._spec.direct.run([x])
             return y  # type: ignore[no-any-return]
         self._state["taken"] = True
         y = self._run(x)
@@ -324,13 +324,13 @@ _ONE_INSTANCE = _with_one_instance()
 def _direct_calls(call: Callable[[Any, Any, Any, Sequence[torch.Tensor]], Any]) -> Any:
     """The engine with one instance for direct calls, which are ``call(instances, member, stream, inputs)``."""
     spec = _pick(DIRECT["python"][1])
-    instances = spec._kernels
+    instances = spec.direct.kernels
 
     def kernels(inputs: Sequence[torch.Tensor]) -> Any:
         stream = torch.accelerator.current_stream()
         return call(instances, instances._acquire(stream.stream_id), stream, inputs)
 
-    spec._kernels = kernels
+    spec.direct.kernels = kernels
     return DIRECT["python"][1]
 
 
@@ -374,7 +374,7 @@ def instance_released_after_run() -> None:
 
 
 def captured_in_use() -> None:
-    instances = _pick(DIRECT["python"][1])._kernels
+    instances = _pick(DIRECT["python"][1]).direct.kernels
     instances.take = lambda: instances._pool.acquire(0, lambda: False)
     streams2_threads1_direct_call_then_capture("python")
 

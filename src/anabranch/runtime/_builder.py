@@ -1,0 +1,281 @@
+"""Builds what the calls of one specialization run: lowers, warms up, compares, captures and measures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from anabranch.backends import Instance, Kernels, Options, Stateful, get_backend, of_one
+from anabranch.devices import Stream
+from anabranch.errors import BuildError, InputError
+from anabranch.runtime._calls import Calls
+from anabranch.runtime._comparison import why_off
+from anabranch.runtime._context import Context
+from anabranch.runtime._cost import measure
+from anabranch.runtime._instances import Instances
+from anabranch.runtime._phases import Clock
+from anabranch.runtime._process import neutral, process
+from anabranch.runtime._unit import Unit
+
+_log = logging.getLogger("anabranch")
+
+
+@dataclass
+class Choice:
+    """What calls run, and why."""
+
+    backend: str
+    #: If it is not the engine's, why.
+    why_eager: str
+    #: Of the backend.
+    kernels: Kernels | Stateful | None = None
+    #: What launches them one by one.
+    direct: Kernels | None = None
+    uses_graphs: bool = False
+    #: Why calls use graphs, or do not.
+    reason: str = ""
+    #: Figures for explain(): microseconds a call.
+    measured: dict[str, float] = field(default_factory=dict)
+
+
+class Builder:
+    """One build. Owner: the thread that builds, with the build lock held. The host waits for lanes of its own only."""
+
+    def __init__(self, unit: Unit, calls: Calls, clock: Clock) -> None:
+        self._unit, self._calls, self._clock = unit, calls, clock
+        self._device, self._settings, self._program = unit.device, unit.settings, unit.program
+        program = unit.program
+        # What depends on data cannot be compiled for one shape: operators decide as they go.
+        by_operators = program.data_dependent or program.is_empty or program.takes_numbers or program.on_cpu
+        self._choice = Choice("eager" if by_operators else self._settings.backend, str(program.direct_only))
+
+    def build(self, given: Sequence[torch.Tensor]) -> Choice:
+        """Have everything made that calls need. Blocks until everything that was queued here is done.
+
+        ``given``: inputs with values, for a device without streams, where they may be read at once.
+        """
+        choice, device, unit = self._choice, self._device, self._unit
+        with neutral(device, unit.index):
+            if device.has_streams:
+                with device.building():
+                    choice.uses_graphs, choice.reason = self._build_on_lane()
+            else:
+                self._build_on_cpu(given)
+                choice.reason = "the CPU has no streams to order and no graphs to capture"
+        self._calls.ready(choice.uses_graphs, self._clock)
+        if self._may_choose():
+            self._choose_kernels()
+        if isinstance(choice.direct, Instances):
+            with self._clock.phase("warm-up"):
+                if not choice.uses_graphs:
+                    choice.direct.prepare(1)
+                choice.direct.prepare_spare(1)  # a call in a caller's capture cannot build any
+        unit.watch.check()  # another thread may have set a flag while kernels were chosen and captured
+        return choice
+
+    def _build_on_cpu(self, given: Sequence[torch.Tensor]) -> None:
+        examples = self._unit.examples()
+        run = self._lower(examples, None)
+        if not self._program.direct_only and not self._program.is_empty:
+            try:
+                self._warm_up(run, examples, times=1)
+            except InputError:
+                if not given:
+                    raise
+                # Made-up values may be at fault.
+                signature = self._unit.signature
+                examples = [s.in_memory(x) for s, x in zip(signature.given, given, strict=True)]
+                examples += self._unit.numbers(signature.values)
+                examples = examples if self._choice.backend == "eager" else self._unit.canonical(examples)
+                self._warm_up(run, examples, times=1)
+            self._compare(run, examples)
+        self._set_kernels()
+
+    def _build_on_lane(self) -> tuple[bool, str]:
+        """Whether calls use graphs, and why."""
+        device, settings = self._device, self._settings
+        scratch = device.scratch(self._unit.index)
+        lane = scratch.lane
+        run: Any = None
+        drained = False
+        try:
+            if self._unit.workspaces:
+                # Before a compiler may run products: these would make them in other memory.
+                lane.load_workspaces()
+            with scratch.using():
+                examples = self._unit.examples()
+                run = self._lower(examples, lane.stream)
+                if not self._program.data_dependent and not self._program.is_empty:
+                    self._warm_up(run, examples, times=2)
+                    run = self._compare(run, examples)
+                self._set_kernels()
+            with self._clock.phase("warm-up"):
+                lane.stream.synchronize()
+            drained = True
+            reason = self._why_not_captured()
+            if not reason and isinstance(self._choice.kernels, Stateful):
+                reason = run.why_not_captured(lane.stream)
+                if reason and settings.cuda_graphs:
+                    raise BuildError(
+                        f"cuda_graphs=True given, and this model cannot be captured: {reason}. Leave cuda_graphs out."
+                    )
+            if reason:
+                return False, reason
+            with self._clock.phase("capture"):
+                context = self._calls.contexts.first(scratch)
+            if isinstance(context, str):
+                return False, context
+            if settings.cuda_graphs or not device.has_time:
+                self._calls.contexts.pool.release(context)
+                asked = "CUDA graphs were asked for"
+                return True, asked if settings.cuda_graphs else "there is no time to measure on this device"
+            with scratch.memory.using(), self._clock.phase("measuring"):
+                return self._graph_or_direct(context, run, examples, lane.stream)
+        finally:
+            if not drained:
+                lane.stream.synchronize()
+            examples, run = [], None
+            device.release_scratch(scratch)
+
+    def _lower(self, examples: Sequence[torch.Tensor], own: Stream | None) -> Kernels | Instance:
+        """Have the backend make the kernels; returns what this thread may run of them.
+
+        ``own``: a stream that nobody else has meanwhile, where there are streams.
+        """
+        choice, settings, program = self._choice, self._settings, self._program
+        if settings.require_full and choice.backend != settings.backend and not program.is_empty:
+            raise BuildError(
+                f"require_full=True given, and backend {settings.backend!r} does not run this model:"
+                f" {program.direct_only}. Leave require_full out to have PyTorch run it."
+            )
+        with self._clock.phase("lowering"):
+            options = Options(settings.require_full, settings.flags.tf32)
+            lowered = get_backend(choice.backend).lower(program, examples, options)
+            run = of_one(lowered, own)
+        choice.kernels = lowered
+        choice.direct = Instances(self._unit, lowered) if isinstance(lowered, Stateful) else lowered
+        return run
+
+    def _set_kernels(self) -> None:
+        choice = self._choice
+        assert choice.kernels is not None
+        assert choice.direct is not None
+        self._calls.set_kernels(choice.kernels, choice.direct, choice.backend)
+
+    def _warm_up(self, run: Kernels | Instance, examples: Sequence[torch.Tensor], times: int) -> None:
+        """Run on made-up values: loads and tunes kernels, which no call and no capture may have to do.
+
+        Export checks shapes; that an operator takes these dtypes shows here only.
+        """
+        try:
+            with self._clock.phase("warm-up"):
+                for _ in range(times):
+                    run(examples)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # in torch.linalg, not in its stubs
+            pass  # the values were at fault (not positive definite, say); the caller's own may do
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as e:  # Inductor asserts strides
+            self._device.check_error(e)
+            why = (str(e).splitlines() or [""])[0]
+            raise InputError(
+                f"the model does not run on inputs like these ({self._unit.signature}): {type(e).__name__}: {why}."
+                " Expected inputs that model(*inputs) runs on; try that first."
+            ) from e
+
+    def _compare(self, run: Kernels | Instance, examples: Sequence[torch.Tensor]) -> Kernels | Instance:
+        """Have PyTorch's operators run the model where compiled kernels give other results; returns what runs."""
+        choice, settings = self._choice, self._settings
+        # In a forked child operators may wait for ever for OpenMP's threads, which are its parent's.
+        if choice.backend == "eager" or isinstance(choice.kernels, Stateful) or process.generation:
+            return run
+        try:
+            with self._clock.phase("warm-up"):
+                why = why_off(self._program, run, examples)
+        except Exception as e:  # made-up values may be at fault, or memory is short
+            self._device.check_error(e)
+            _log.info("%s: kernels were not compared: %s: %s", settings.name, type(e).__name__, str(e))
+            return run
+        if not why:
+            return run
+        if settings.require_full:
+            raise BuildError(
+                f"require_full=True given, and {why}: a fault of {choice.backend!r}. Leave require_full out to have"
+                " PyTorch's operators run the model."
+            )
+        text = "%s(%s): %s: a fault of %r. PyTorch's operators run the model instead."
+        _log.warning(text, settings.name, self._unit.signature, why, choice.backend)
+        choice.backend, choice.why_eager = "eager", why
+        return self._lower(examples, None)
+
+    def _why_not_captured(self) -> str:
+        if self._program.is_empty:
+            return "nothing is computed"
+        if self._program.direct_only:
+            return f"not captured: {self._program.direct_only}"
+        if self._settings.cuda_graphs is False:
+            return "CUDA graphs were turned off"
+        return ""
+
+    def _graph_or_direct(
+        self, context: Context, run: Kernels | Instance, examples: Sequence[torch.Tensor], stream: Stream
+    ) -> tuple[bool, str]:
+        """Whether graphs measured faster, with the figures. The context is idle afterwards, or given up."""
+        calls, pool = self._calls, self._calls.contexts.pool
+        with self._device.on_stream(stream), calls.trying_graph(context, run, stream) as ways:
+            graph, direct = measure(ways, (examples, self._unit.examples()), stream)
+        self._choice.measured = {"graph": graph.us, "direct": direct.us}
+        is_better = graph.is_better(direct)
+        (pool.release if is_better else pool.discard)(context)
+        return is_better, f"measured {graph} as a graph, {direct} direct"
+
+    def _may_choose(self) -> bool:
+        """Whether calls run direct by compiled kernels that nobody asked for."""
+        choice = self._choice
+        return (
+            not (choice.uses_graphs or self._program.is_empty or self._settings.backend_is_given)
+            and choice.backend != "eager"
+            and not isinstance(choice.kernels, Stateful)
+            and not self._settings.require_full
+            and self._device.has_streams
+            and self._device.has_time
+        )
+
+    def _choose_kernels(self) -> None:
+        """Have PyTorch's operators run direct calls where they cost less than compiled kernels.
+
+        A compiler's wrapper is Python, which costs more than a small operator, and of many threads one at a time.
+        """
+        device, choice, unit = self._device, self._choice, self._unit
+        operators: Any = get_backend("eager").lower(self._program, [], Options(False, self._settings.flags.tf32))
+        taken = False
+        with neutral(device, unit.index), device.building(), self._clock.phase("measuring"):
+            scratch = device.scratch(unit.index)
+            examples: list[Any] = []
+            try:
+                if unit.workspaces:
+                    scratch.lane.load_workspaces()  # first of all, as in _build_on_lane
+                with scratch.using(), self._calls.trying_operators(operators) as ways:
+                    examples = [unit.examples(), unit.examples()]
+                    compiled, eager = measure(ways, examples, scratch.stream)
+                taken = eager.is_better(compiled)
+                choice.measured |= {"compiled": compiled.us, "operators": eager.us}
+            except torch.OutOfMemoryError:
+                pass
+            except Exception as e:  # made-up values may be at fault
+                device.check_error(e)
+                text = "%s: compiled kernels run direct calls: %s: %s"
+                _log.info(text, self._settings.name, type(e).__name__, str(e))
+            finally:
+                scratch.stream.synchronize()
+                examples = []
+                device.release_scratch(scratch)
+        if taken:
+            choice.kernels = choice.direct = operators
+            choice.backend = "eager"
+            choice.why_eager = f"measured {eager} by PyTorch's operators, {compiled} by compiled kernels"
+            self._set_kernels()

@@ -1,0 +1,32 @@
+"""What an engine was compiled with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from anabranch.devices import Device
+from anabranch.runtime._flags import Flags
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an engine was compiled with, shared by all its specializations."""
+
+    name: str
+    device: Device
+    index: int
+    backend: str
+    cuda_graphs: bool | None
+    #: Those that operators read when they are queued.
+    flags: Flags
+    #: Those and what exporting reads.
+    compile_flags: Flags
+    require_full: bool = False
+    #: Whether the user has named the backend.
+    backend_is_given: bool = False
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cpu") if self.device.kind == "cpu" else torch.device(self.device.kind, self.index)
