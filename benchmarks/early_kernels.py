@@ -129,7 +129,7 @@ def main(name: str, seconds: float, rounds: int, path: Path | None) -> None:
         inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
     with anabranch.compile(model, [inputs[0]], backend="tensorrt", require_full=True, max_contexts=1) as compiled:
         # The engine under the runtime: what follows makes its own contexts of it.
-        lowered = next(iter(compiled._specializations.values())).choice.kernels
+        lowered = compiled._first().choice.kernels
         (engine,) = lowered.engines.values()
         entered = [engine.inputs[0].to_engine(x) for x in inputs]
         rows = []

@@ -96,7 +96,7 @@ def test_clause1_the_engines_device_decides_not_the_threads(rig: Rig, runtime: s
     engine.close()
     del engine
     gc.collect()
-    rig.seam.reap()
+    rig.seam.collect()
     assert rig.module.current_device() == 0
 
 
@@ -382,7 +382,7 @@ def test_clause6_an_engine_that_goes_inside_a_capture_does_it_no_harm(rig: Rig, 
     with rig.capture(g, "global"):
         del going
         gc.collect()
-        rig.seam.reap()
+        rig.seam.collect()
         y = engine(x)
     y.fill_(float("nan"))
     g.replay()
@@ -630,7 +630,7 @@ def test_clause8_an_error_inside_a_call_leaves_no_half_used_context(
     latch.open()
     rig.module.synchronize()
     assert_same(y, expected)
-    rig.seam.reap()
+    rig.seam.collect()
     gc.collect()
     assert engine.stats().contexts <= 1
 

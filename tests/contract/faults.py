@@ -115,7 +115,7 @@ class Scene:
         self.rig.module.synchronize()
         self.engine.trim()
         gc.collect()
-        self.rig.seam.reap()
+        self.rig.seam.collect()
         self.engine.trim()
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class Scene:
         self.engine.close()
         del self.engine, self.model
         gc.collect()
-        self.rig.seam.reap()
+        self.rig.seam.collect()
         gc.collect()
         self.rig.module.synchronize()
 

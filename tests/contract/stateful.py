@@ -57,7 +57,7 @@ class ScratchInstance:
         self._holds = SimpleNamespace(**holds)
         self.alive.add(self)
         code = [Code(owner.device.index)]
-        weakref.finalize(self, owner.seam.bury_code, owner.device.index, code.clear).atexit = False
+        weakref.finalize(self, owner.seam.defer_free_code, owner.device.index, code.clear).atexit = False
 
     def __del__(self) -> None:
         # Ends a capture that somebody has under way, unless who frees it allows for that.

@@ -136,7 +136,7 @@ class Rig:
         while not condition() and time.monotonic() < end:
             gc.collect()
             self.module.synchronize()
-            self.seam.reap()
+            self.seam.collect()
             torch.empty(1, device=self.device())  # PyTorch's allocator looks whether streams are done with its blocks
         return condition()
 
@@ -144,8 +144,7 @@ class Rig:
     def new_lanes(self) -> Iterator[None]:
         """Lanes that are new: what threads have allocated on one stays with it, and makes contexts on it larger."""
         seam: Any = self.seam
-        aside = [lane for lanes in seam._free_lanes.values() for lane in lanes]
-        seam._free_lanes.clear()
+        aside = list(seam.lanes.drain())
         yield
         for lane in aside:
             seam.release_lane(lane)

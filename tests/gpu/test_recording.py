@@ -310,7 +310,7 @@ def test_a_further_capture_of_another_program_does_not_hold(record: Recorder) ->
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_compiled_model(gpu: Gpu, compiled: Make, record: Recorder, backend: str) -> None:
     x = gpu.random(32, 32)
-    s = compiled(Chain(), x, backend=backend, cuda_graphs=True)._primary
+    s = compiled(Chain(), x, backend=backend, cuda_graphs=True)._first()
     r = record(s.choice.kernels, [x], s.unit.workspaces)
     assert not isinstance(r, str), r
     assert 0 in buffers(r)

@@ -139,7 +139,7 @@ def test_engines_come_and_go_without_growth(gpu: Gpu, runtime: str) -> None:
         torch.cuda.synchronize()
         del engine
         gc.collect()
-        gpu.seam.reap()
+        gpu.seam.collect()
 
     for _ in range(3):
         once()

@@ -175,7 +175,7 @@ def test_every_kernel_waits_for_the_whole_of_the_one_before(gpu: Gpu, compiled: 
     engine = compiled(model, inputs[0], backend="tensorrt", cuda_graphs=False)
     expected = engine(inputs[0]).clone()
     # What TensorRT queues by itself, and what an instance makes of it.
-    lowered = next(iter(engine._specializations.values())).choice.kernels
+    lowered = engine._first().choice.kernels
     with torch.cuda.stream(gpu.stream()):
         instance = lowered.instance(gpu.stream())
         instance([inputs[0]])
@@ -319,7 +319,7 @@ def test_memory_comes_back_when_an_engine_is_gone(gpu: Gpu, runtime: str) -> Non
     def allocated() -> int:
         gc.collect()  # exported programs refer to themselves
         torch.cuda.synchronize()
-        gpu.seam.reap()
+        gpu.seam.collect()
         torch.cuda.synchronize()
         torch.empty(1, device="cuda")  # PyTorch's allocator looks now whether streams are done with what was freed
         return torch.cuda.memory_allocated()

@@ -174,7 +174,7 @@ def test_a_context_whose_end_nothing_tells_is_never_used_again(rig: Any, runtime
         calls[0].make()
     assert planted.fired
     gc.collect()
-    rig.seam.reap()
+    rig.seam.collect()
     assert rig.core.alive()["graphs"] == graphs, "its graph was freed, with its launch still queued"
     assert scene.engine.warm(contexts=2) == 1, "its memory is somebody else's, with its work still queued"
     scene.check(calls)
@@ -310,7 +310,7 @@ def test_a_line_that_serves_the_last_first_would_be_seen(
             self.appendleft(waiter)
 
     scene = scenes(contexts=1)
-    monkeypatch.setattr(scene.engine._primary.calls._pool, "_waiters", Stack())
+    monkeypatch.setattr(scene.engine._first().calls._pool, "_waiters", Stack())
     assert faults.none_starves(scene) > 640
 
 
@@ -319,8 +319,8 @@ def test_a_line_that_serves_the_last_first_would_be_seen(
 
 def nothing_is_free_twice(rig: Any) -> None:
     """A lane or a memory pool given back twice would be two owners' at once."""
-    for free in (rig.seam._free_lanes, rig.seam._free_memory):
-        for unused in list(free.values()):
+    for free in (rig.seam.lanes, rig.seam.memories, rig.seam.scratches):
+        for unused in list(free._by_device.values()):
             assert len({id(x) for x in unused}) == len(list(unused))
 
 
@@ -383,7 +383,7 @@ class TestWithState:
             assert_same(y, expected)
             del graph, y
             gc.collect()
-            rig.seam.reap()
+            rig.seam.collect()
             gc.collect()
             # The direct calls' and, where the call failed before it took one, the spare.
             assert len(stateful.ScratchInstance.alive) - before <= 2
@@ -406,7 +406,7 @@ class TestWithState:
                     failed = faults.is_named(e)
             assert failed == planted.fired
             scene.engine.warm(captures=2)
-            assert scene.engine._primary.calls.direct.kernels.spare == 2
+            assert scene.engine._first().calls.direct.kernels.spare == 2
             scene.check_next()
             if not planted.fired:
                 break
@@ -464,6 +464,6 @@ class TestWithState:
             calls[0].make()
         assert planted.fired
         gc.collect()
-        rig.seam.reap()
+        rig.seam.collect()
         assert before <= set(stateful.ScratchInstance.alive), "it was freed, with its work still queued"
         scene.check(calls)

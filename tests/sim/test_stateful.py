@@ -35,7 +35,7 @@ def with_state(rig: Rig) -> Iterator[None]:
 def instances(rig: Rig) -> int:
     """How many this test has, once what is done was freed."""
     gc.collect()
-    rig.seam.reap()
+    rig.seam.collect()
     gc.collect()
     return len(set(ScratchInstance.alive) - set(_others))
 
@@ -100,7 +100,7 @@ def test_calls_of_one_capture_share_an_instance_on_a_stream_and_not_between_stre
     engine = compiled(Mlp(), x, cuda_graphs=False)
     expected = rig.load_kernels(engine, x)
     engine.warm(captures=2)
-    spare = engine._primary.calls.direct.kernels
+    spare = engine._first().calls.direct.kernels
     graph, side = rig.new_graph(), rig.stream()
     with rig.capture(graph):
         first = engine(x)
@@ -138,7 +138,7 @@ def test_an_instance_in_a_graph_goes_with_the_graph(rig: Rig, compiled: Make) ->
     engine.trim()
     assert instances(rig) == 0
     engine.warm(captures=2)
-    assert engine._primary.calls.direct.kernels.spare == 2
+    assert engine._first().calls.direct.kernels.spare == 2
 
 
 @PATHS
@@ -147,7 +147,7 @@ def test_many_threads_call_and_capture(rig: Rig, compiled: Make, graphs: bool) -
     engine = compiled(Mlp(64), sources[0], cuda_graphs=graphs, max_contexts=3)
     expected = [rig.load_kernels(engine, x) for x in sources]
     engine.warm(captures=3)
-    kernels = engine._primary.calls.direct.kernels
+    kernels = engine._first().calls.direct.kernels
 
     def work(i: int) -> None:
         with rig.module.stream(rig.stream()):

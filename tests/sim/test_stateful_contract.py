@@ -46,7 +46,7 @@ def test_code_goes_where_the_host_may_wait(rig: Rig, runtime: str, graphs: bool)
     assert before
     del engine
     gc.collect()
-    rig.seam.reap()
+    rig.seam.collect()
     assert loaded() == before  # nobody waited
     engine = use()
     assert len(loaded()) == len(before)  # to load more is to wait anyway

@@ -520,7 +520,7 @@ def test_engines_of_one_model_may_be_compiled_by_many_threads_at_once() -> None:
 
 def test_compile_does_not_look_at_a_model_that_another_thread_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch.export puts stand-ins in the place of a module's parameters for as long as it traces.
-    from anabranch.runtime import _engine
+    from anabranch.runtime import _compiler
 
     model = nn.Linear(3, 3).eval()
     x = torch.randn(2, 3)
@@ -534,7 +534,7 @@ def test_compile_does_not_look_at_a_model_that_another_thread_exports(monkeypatc
             results.append(e)
 
     other = threading.Thread(target=compile_too)
-    export = _engine.export_program
+    export = _compiler.export_program
 
     def slow_export(*args: Any, **kwargs: Any) -> Any:
         if other.ident is None:
@@ -547,7 +547,7 @@ def test_compile_does_not_look_at_a_model_that_another_thread_exports(monkeypatc
                 model.weight = weight
         return export(*args, **kwargs)
 
-    monkeypatch.setattr(_engine, "export_program", slow_export)
+    monkeypatch.setattr(_compiler, "export_program", slow_export)
     torch.testing.assert_close(build(model, x)(x), expected)
     other.join()
     (result,) = results
@@ -714,13 +714,13 @@ def test_a_lock_held_at_the_fork_does_not_hang_the_child(runtime: str, which: st
 def test_a_child_forked_amid_a_compile_runs_what_was_compiled_and_refuses_the_rest(
     runtime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from anabranch.runtime import _engine
+    from anabranch.runtime import _compiler
 
     model = nn.Linear(3, 4).eval()
     engine = build(model, torch.randn(2, 3))
     x, expected = torch.randn(2, 3), eager(model, torch.ones(5, 3))
     amid, go_on = threading.Event(), threading.Event()
-    export = _engine.export_program
+    export = _compiler.export_program
 
     def slow_export(*args: Any, **kwargs: Any) -> Any:
         amid.set()
@@ -728,7 +728,7 @@ def test_a_child_forked_amid_a_compile_runs_what_was_compiled_and_refuses_the_re
         return export(*args, **kwargs)
 
     def child() -> bool:
-        _engine.export_program = export
+        _compiler.export_program = export
         assert torch.equal(engine(x), eager(model, x))
         for use in (
             lambda: engine(torch.randn(7, 3)),
@@ -739,7 +739,7 @@ def test_a_child_forked_amid_a_compile_runs_what_was_compiled_and_refuses_the_re
                 use()
         return True
 
-    monkeypatch.setattr(_engine, "export_program", slow_export)
+    monkeypatch.setattr(_compiler, "export_program", slow_export)
     results: list[Any] = []
     other = threading.Thread(target=lambda: results.append(engine(torch.ones(5, 3))))
     other.start()

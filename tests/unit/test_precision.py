@@ -225,7 +225,7 @@ def test_products_run_in_half_on_parameters_that_were_cast_once() -> None:
     )
     engine = compiled(model, torch.randn(2, 8))
     engine(torch.randn(3, 8))
-    programs = [s.program for s in engine._specializations.values()]
+    programs = [s.program for s in engine._table]
     for program in programs:
         products = [n for n in program.module.graph.nodes if "linear" in str(n.target)]
         assert [n.meta["val"].dtype for n in products] == [torch.float16]

@@ -100,7 +100,7 @@ def test_what_is_written_into_the_tensors_is_seen_and_their_memory_is_shared(run
     model = Net().eval()
     engine = build(model, torch.randn(2, 3))
     engine(torch.randn(4, 3))
-    held = {w.data_ptr() for s in engine._specializations.values() for w in s.program.weights}
+    held = {w.data_ptr() for s in engine._table for w in s.program.weights}
     own = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
     assert held <= own
     with torch.no_grad():

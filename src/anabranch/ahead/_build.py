@@ -18,8 +18,8 @@ from anabranch.backends import BACKENDS
 from anabranch.devices import get_device
 from anabranch.errors import BuildError, InputError
 from anabranch.export import Cast, Input, Program, Signature, Snapshot, export_program, flatten_call, leaf_key
-from anabranch.runtime._engine import _inputs, given_model
 from anabranch.runtime._flags import Flags
+from anabranch.runtime._given import given_model, inputs_of
 from anabranch.runtime._process import neutral, process
 
 
@@ -131,7 +131,7 @@ def build(
     kept = Cache(Path(cache) if cache is not None else None)
     _check_writable(kept.folder)
     name, model = given_model(model)
-    args, keywords = _inputs(model, inputs, kwargs)
+    args, keywords = inputs_of(model, inputs, kwargs)
     with process.compiling():
         signature, program = _export(model, args, keywords, precision)
         return _build(name, signature, program, target, require_full, kept)

@@ -131,7 +131,7 @@ def find_subject(model: str) -> Subject:
 
 
 def _exported(path: Path) -> Subject:
-    from anabranch.runtime._engine import load_exported
+    from anabranch.runtime._given import load_exported
 
     program = load_exported(path)
     example: Sequence[Any] = program.example_inputs[0] if program.example_inputs else ()

@@ -47,13 +47,13 @@ class CpuDevice:
     def retire(self, events: Sequence[Event], tensors: Sequence[torch.Tensor]) -> None:
         pass
 
-    def bury(self, index: int, events: Sequence[Event], remains: Any, then: Callable[[], None]) -> None:
-        then()
+    def defer_free(self, index: int, events: Sequence[Event], kept: Any, free: Callable[[], None]) -> None:
+        free()
 
-    def reap(self) -> None:
+    def collect(self) -> None:
         pass
 
-    def bury_code(self, index: int, free: Callable[[], None]) -> None:
+    def defer_free_code(self, index: int, free: Callable[[], None]) -> None:
         free()
 
     def free_code(self) -> None:

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from anabranch.devices._stream import Event, Stream
 
@@ -28,6 +27,10 @@ class Graph(Protocol):
 
 class Memory(Protocol):
     """A private memory pool: what is allocated under :meth:`using` is never handed to anybody else."""
+
+    @property
+    def index(self) -> int:
+        """The device's."""
 
     def using(self) -> AbstractContextManager[None]:
         """Route this thread's allocations into the pool."""
@@ -182,24 +185,24 @@ class Device(Protocol):
     def retire(self, events: Sequence[Event], tensors: Sequence[torch.Tensor]) -> None:
         """Let the allocator re-use ``tensors``, once freed, only after ``events``. The host does not wait."""
 
-    def bury(self, index: int, events: Sequence[Event], remains: Any, then: Callable[[], None]) -> None:
-        """Keep ``remains`` until ``events`` are done, then call ``then``. Safe in a garbage collection.
+    def defer_free(self, index: int, events: Sequence[Event], kept: Any, free: Callable[[], None]) -> None:
+        """Keep ``kept`` until ``events`` are done, then call ``free``. Safe in a garbage collection.
 
-        ``then`` finds device ``index`` current, in whatever thread, and may change that: libraries do where they free.
+        ``free`` finds device ``index`` current, in whatever thread, and may change that: libraries do where they free.
         """
 
-    def reap(self) -> None:
-        """Free what was buried and is done by now. The host does not wait."""
+    def collect(self) -> None:
+        """Free what was deferred and is done by now. The host does not wait."""
 
-    def bury_code(self, index: int, free: Callable[[], None]) -> None:
-        """Have the next :meth:`free_code` call ``free``, as :meth:`bury` calls ``then``. Safe in a garbage collection.
+    def defer_free_code(self, index: int, free: Callable[[], None]) -> None:
+        """Have the next :meth:`free_code` call ``free``, as :meth:`defer_free` does. Safe in a garbage collection.
 
         For what a library has loaded: unloading it makes the host wait for the whole device, perhaps with Python's lock
         held, so that nobody would be left to do what the device waits for.
         """
 
     def free_code(self) -> None:
-        """Free what :meth:`bury_code` was given. The host waits for the device. Inside a capture nothing happens."""
+        """Free what :meth:`defer_free_code` was given. The host waits for the device; in a capture nothing happens."""
 
     def lost(self) -> str | None:
         """Why the device is lost, or None."""
@@ -222,20 +225,3 @@ class Device(Protocol):
 
     def describe(self, index: int) -> str:
         """The device's name for people."""
-
-
-def on_its_device(device: Device, index: int, free: Callable[[], None]) -> Callable[[], None]:
-    """``free``, to be called with device ``index`` current whatever is; what was current is so again afterwards."""
-
-    def call() -> None:
-        with device.on_device(index):
-            free()
-
-    return call
-
-
-@contextmanager
-def real_tensors() -> Iterator[None]:
-    """For finalizers: a garbage collection may come amid an export, whose modes take every tensor for theirs."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes():
-        yield

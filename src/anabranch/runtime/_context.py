@@ -114,7 +114,7 @@ def free_after(
 
     def gone(done: Event) -> None:
         forget()
-        device.bury(index, [done], parts, free)
+        device.defer_free(index, [done], parts, free)
 
     weakref.finalize(owner, gone, owner.done).atexit = False
 

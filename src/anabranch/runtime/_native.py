@@ -325,8 +325,7 @@ class NativeEngine(core.EngineBase, Engine):
         if isinstance(error, Exception):
             self._device.check_error(error)
 
-    def _add(self, key: Any, made: Specialization) -> None:
-        super()._add(key, made)
+    def _added(self, key: Any, made: Specialization) -> None:
         calls: Any = made.calls
         # Calls with keywords, containers or numbers have the structure in their key: they come by Python.
         is_flat = all(isinstance(part, tuple) for part in key)

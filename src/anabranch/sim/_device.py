@@ -13,8 +13,8 @@ import torch
 
 from anabranch import _sync
 from anabranch.devices import Event, Stream
-from anabranch.devices._device import Graph, Lane, Latch, Memory, Scratch, on_its_device, real_tensors
-from anabranch.devices._graveyard import Graveyard
+from anabranch.devices._device import Graph, Lane, Latch, Memory, Scratch
+from anabranch.devices._stream_device import StreamDevice
 from anabranch.errors import DeviceLost
 from anabranch.sim import _module
 
@@ -106,12 +106,8 @@ class _SimLatch:
         _core.latch_open(self._latch)
 
 
-class SimDevice:
-    """See :class:`anabranch.devices.Device`.
-
-    As for CUDA, garbage collections call :meth:`release_lane`, :meth:`retire` and :meth:`bury` in the middle of
-    anything, so no method takes a lock of ours.
-    """
+class SimDevice(StreamDevice):
+    """See :class:`anabranch.devices.Device`."""
 
     kind = "sim"
     has_streams = True
@@ -121,15 +117,12 @@ class SimDevice:
     is_profiled = False
 
     def __init__(self) -> None:
-        self._free_lanes: dict[int, list[Lane]] = _sync.dict_("free lanes")
-        self._free_memory: dict[int, list[Memory]] = _sync.dict_("free memory")
-        self._reapers: dict[int, Stream] = _sync.dict_("reapers")
+        super().__init__()
         #: What callers' captures have baked in, by the machine's id of the capture.
         self._captures: dict[int, _CallerCapture] = _sync.dict_("captures of callers")
-        #: Captures whose graph is gone. Noted where a graph is destroyed, which may be anywhere; seen to in a reaping.
+        #: Captures whose graph is gone. Noted where a graph is destroyed, which may be anywhere; seen to later.
         self._ended: Any = _sync.deque_("captures that are gone")
-        self._graveyard = Graveyard(self._query, self.building)
-        self._graveyard.also = self._reap_captures
+        self._deferred.also = self._collect_captures
 
     def index(self, device: torch.device) -> int:
         return self.current_index() if device.index is None else device.index
@@ -171,53 +164,30 @@ class SimDevice:
         finally:
             _core.relax(before)
 
-    def acquire_lane(self, index: int) -> Lane:
-        try:
-            return self._free_lanes[index].pop()
-        except (KeyError, IndexError):
-            return _SimLane(index)
+    def new_lane(self, index: int) -> Lane:
+        return _SimLane(index)
 
-    def release_lane(self, lane: Lane) -> None:
-        assert isinstance(lane, _SimLane)
-        self._free_lanes.setdefault(lane.index, _sync.list_("lanes")).append(lane)
+    def new_memory(self, index: int) -> Memory:
+        return _SimMemory(index)
 
-    def memory(self, index: int, fresh: bool = False) -> Memory:
-        if fresh:
-            return _SimMemory(index)
-        try:
-            return self._free_memory[index].pop()
-        except (KeyError, IndexError):
-            return _SimMemory(index)
-
-    def release_memory(self, memory: Memory) -> None:
-        assert isinstance(memory, _SimMemory)
-        self._free_memory.setdefault(memory.index, _sync.list_("memory")).append(memory)
-
-    def scratch(self, index: int) -> Scratch:
+    def new_scratch(self, index: int) -> Scratch:
         return Scratch(self, self.acquire_lane(index), self.memory(index))
 
-    def release_scratch(self, scratch: Scratch) -> None:
-        self.release_lane(scratch.lane)
-        self.release_memory(scratch.memory)
-
     def trim(self) -> None:
-        self.reap()
+        self.collect()
         self.free_code()
-        for index in list(self._free_memory):
-            torch.accelerator.synchronize(index)  # as cudaFree does
-        for pools in list(self._free_memory.values()):
-            kept: list[Memory] = []
-            for _ in range(len(pools)):
-                try:
-                    memory = pools.pop()
-                except IndexError:
-                    break
-                assert isinstance(memory, _SimMemory)
-                _core.pool_trim(memory.pool)
-                if memory.nbytes():  # other threads have queued work since
-                    kept.append(memory)
-            for memory in kept:
-                self.release_memory(memory)
+        for scratch in self.scratches.drain():
+            self.release_lane(scratch.lane)
+            self.release_memory(scratch.memory)
+        kept: list[Memory] = []
+        for memory in self.memories.drain():
+            assert isinstance(memory, _SimMemory)
+            torch.accelerator.synchronize(memory.index)  # as cudaFree does
+            _core.pool_trim(memory.pool)
+            if memory.nbytes():  # other threads have queued work since
+                kept.append(memory)
+        for memory in kept:
+            self.release_memory(memory)
 
     def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
         stream, index = lane.stream.stream_id, lane.stream.device_index
@@ -249,46 +219,15 @@ class SimDevice:
         for t in tensors:
             t.record_stream(stream)
 
-    def _reap_captures(self) -> None:
+    def _collect_captures(self) -> None:
         while self._ended:
             capture = self._captures.pop(self._ended.popleft(), None)
             if capture is not None:
                 for lane in list(capture.lanes.values()):
                     self.release_lane(lane)
 
-    def prepare_retire(self, index: int) -> None:
-        if index not in self._reapers:
-            self._reapers.setdefault(index, _module.Stream(index))
-
-    def retire(self, events: Sequence[Event], tensors: Sequence[torch.Tensor]) -> None:
-        ours = [t for t in tensors if t.device.type == self.kind]
-        if not events or not ours or self.lost():
-            return
-        reaper = self._reapers[ours[0].device.index]
-        for event in events:
-            reaper.wait_event(event)
-        with real_tensors():
-            for t in ours:
-                t.record_stream(reaper)
-
-    def bury(self, index: int, events: Sequence[Event], remains: Any, then: Callable[[], None]) -> None:
-        self._graveyard.bury(events, remains, on_its_device(self, index, then))
-
-    def reap(self) -> None:
-        self._graveyard.reap()
-
-    def bury_code(self, index: int, free: Callable[[], None]) -> None:
-        self._graveyard.bury_code(on_its_device(self, index, free))
-
-    def free_code(self) -> None:
-        if not self.lost() and not self.is_capturing(self.current_stream(self.current_index())):
-            self._graveyard.free_code()
-
-    def _query(self, events: Sequence[Event]) -> bool:
-        if self.lost():
-            return False
-        with self.building():
-            return all(event.query() for event in events)
+    def leak(self, *what: Any) -> None:
+        pass  # it is host memory
 
     def lost(self) -> str | None:
         lost: str | None = _core.lost()

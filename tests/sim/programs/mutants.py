@@ -30,7 +30,7 @@ _STALE = StaleStream(ENGINES[1])
 
 def _pick(engine: Any) -> Any:
     """The specialization that runs the calls."""
-    return engine._primary.calls
+    return engine._first().calls
 
 
 # -- 1: the stream of compile time -------------------------------------------------------------------------------------
@@ -235,16 +235,16 @@ def _call_then_trim() -> None:
 
 def context_freed_early() -> None:
     device = ENGINES[1].seam
-    bury = type(device).bury
+    defer = type(device).defer_free
 
-    def at_once(self: Any, index: int, events: Any, remains: Any, then: Callable[[], None]) -> None:
-        then()
+    def at_once(self: Any, index: int, events: Any, kept: Any, free: Callable[[], None]) -> None:
+        free()
 
-    type(device).bury = at_once
+    type(device).defer_free = at_once
     try:
         _call_then_trim()
     finally:
-        type(device).bury = bury
+        type(device).defer_free = defer
 
 
 def context_freed_in_time() -> None:

@@ -41,7 +41,7 @@ class Engine:
         self.inputs, self.outputs = segment.inputs, segment.outputs
         self._compiled, self.library = compiled, compiled.library
         parts = self._parts = SimpleNamespace(runtime=api.Runtime(compiled.library.logger), config=None, cache=None)
-        weakref.finalize(self, self.seam.bury_code, device.index, vars(parts).clear).atexit = False
+        weakref.finalize(self, self.seam.defer_free_code, device.index, vars(parts).clear).atexit = False
         with compiled.library.complaints() as complaints:
             parts.engine = parts.runtime.deserialize_cuda_engine(compiled.engines[name])
         if parts.engine is None:
@@ -109,7 +109,7 @@ class _Call:
         self._whole: tuple[Any, list[torch.Tensor], list[torch.Tensor]] | None = None
         #: The only reference to the execution context, which may outlive this, but not the engine.
         self._contexts = [engine.context()]
-        weakref.finalize(self, engine.seam.bury_code, engine.device.index, self._contexts.clear).atexit = False
+        weakref.finalize(self, engine.seam.defer_free_code, engine.device.index, self._contexts.clear).atexit = False
         if workspace is not None:
             self.context.set_device_memory(workspace.data_ptr(), engine.workspace_bytes)
         self._names = [(n, n in engine.used) for n in input_names(len(engine.inputs))]

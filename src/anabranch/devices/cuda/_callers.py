@@ -27,7 +27,7 @@ class CallerCaptures:
 
     A CUDA *user object* is retained by the graph under capture and by every executable made of it. Its destructor runs
     on a thread of the driver, where Python must not run (at interpreter exit least of all), so it is libc's own
-    ``sem_post``: it raises a semaphore here, and :meth:`reap` looks at the semaphores later.
+    ``sem_post``: it raises a semaphore here, and :meth:`collect` looks at the semaphores later.
     """
 
     def __init__(self, release_lane: Callable[[Lane], None]) -> None:
@@ -60,7 +60,7 @@ class CallerCaptures:
         checked("cudaGraphRetainUserObject", rt.cudaGraphRetainUserObject(graph, user_object, 1, move))
         return capture
 
-    def reap(self) -> None:
+    def collect(self) -> None:
         """Let go of what dead graphs kept. Runs in garbage collections: no locks."""
         for identity, capture in list(self._captures.items()):
             if self._libc.sem_trywait(ctypes.byref(capture.semaphore)) == 0:

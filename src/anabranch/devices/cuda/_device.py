@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 
 from anabranch import _sync
-from anabranch.devices._device import Graph, Lane, Latch, Memory, Scratch, on_its_device, real_tensors
-from anabranch.devices._graveyard import Graveyard
+from anabranch.devices._device import Graph, Lane, Latch, Memory, Scratch
 from anabranch.devices._stream import Event, Stream
+from anabranch.devices._stream_device import StreamDevice
 from anabranch.devices.cuda._callers import CallerCaptures
 from anabranch.devices.cuda._calls import NOT_CAPTURING, RELAXED, STICKY, CudaCallError, checked, rt
 from anabranch.devices.cuda._driver import handle
@@ -24,12 +24,8 @@ from anabranch.errors import DeviceLost
 
 
 @_sync.atomics("_lost")
-class CudaDevice:
-    """See :class:`anabranch.devices.Device`.
-
-    Garbage collections call :meth:`release_lane`, :meth:`retire` and :meth:`bury` in the middle of anything, so no
-    method of this class takes a lock: what threads share is changed by single list and dict operations.
-    """
+class CudaDevice(StreamDevice):
+    """See :class:`anabranch.devices.Device`."""
 
     kind = "cuda"
     has_streams = True
@@ -38,26 +34,21 @@ class CudaDevice:
     backends: tuple[str, ...] = ("inductor", "eager", "tensorrt")
 
     def __init__(self) -> None:
-        self._free_lanes: dict[int, list[Lane]] = _sync.dict_("free lanes")
-        self._free_memory: dict[int, list[Memory]] = _sync.dict_("free memory")
-        # Apart from lanes of contexts: what is freed stays with the stream, and shall do so with one stream only.
-        self._free_scratch: dict[int, list[Scratch]] = _sync.dict_("free scratch")
-        self._reapers: dict[int, Stream] = _sync.dict_("reapers")
-        self._graveyard = Graveyard(self._query, self.building)
+        super().__init__()
         self._captured_by_callers = CallerCaptures(self.release_lane)
         self._lost: str | None = None
         self._leaked: list[Any] = _sync.list_("leaked")
         self._nvtx = os.environ.get("ANABRANCH_NVTX", "") not in ("", "0")
-        self._graveyard.also = self._captured_by_callers.reap
+        self._deferred.also = self._captured_by_callers.collect
         os.register_at_fork(after_in_child=self._after_fork)
 
     def _after_fork(self) -> None:
         # The child cannot use the parent's CUDA context. Nothing of it may be destroyed there, so it is leaked.
         self._lost = "this process was forked from one that used CUDA"
-        ours = (self._graveyard, self._captured_by_callers, self._free_lanes, self._free_memory, self._free_scratch)
+        ours = (self._deferred, self._captured_by_callers, self.lanes, self.memories, self.scratches)
         for obj in (*ours, self._leaked):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(obj))
-        self._graveyard.close()
+        self._deferred.close()
 
     def index(self, device: torch.device) -> int:
         return torch.cuda.current_device() if device.index is None else device.index
@@ -97,49 +88,22 @@ class CudaDevice:
         finally:
             checked("cudaThreadExchangeStreamCaptureMode", rt.cudaThreadExchangeStreamCaptureMode(before))
 
-    def acquire_lane(self, index: int) -> Lane:
-        try:
-            return self._free_lanes[index].pop()
-        except (KeyError, IndexError):
-            return CudaLane(index)
+    def new_lane(self, index: int) -> Lane:
+        return CudaLane(index)
 
-    def release_lane(self, lane: Lane) -> None:
-        assert isinstance(lane, CudaLane)
-        self._free_lanes.setdefault(lane.index, _sync.list_("lanes")).append(lane)
+    def new_memory(self, index: int) -> Memory:
+        return CudaMemory(index)
 
-    def memory(self, index: int, fresh: bool = False) -> Memory:
-        if fresh:
-            return CudaMemory(index)
-        try:
-            return self._free_memory[index].pop()
-        except (KeyError, IndexError):
-            return CudaMemory(index)
-
-    def release_memory(self, memory: Memory) -> None:
-        # Not freed here: freeing a pool calls cudaFree, which waits for the whole device, and this runs in finalizers.
-        assert isinstance(memory, CudaMemory)
-        self._free_memory.setdefault(memory.index, _sync.list_("memory")).append(memory)
-
-    def scratch(self, index: int) -> Scratch:
-        try:
-            return self._free_scratch[index].pop()
-        except (KeyError, IndexError):
-            return Scratch(self, self.acquire_lane(index), OrdinaryMemory())
-
-    def release_scratch(self, scratch: Scratch) -> None:
-        self._free_scratch.setdefault(scratch.lane.index, _sync.list_("scratch")).append(scratch)
+    def new_scratch(self, index: int) -> Scratch:
+        return Scratch(self, self.acquire_lane(index), OrdinaryMemory(index))
 
     def trim(self) -> None:
-        self.reap()
+        self.collect()
         self.free_code()
-        for pools in list(self._free_memory.values()):
-            pools.clear()
-        for unused in list(self._free_scratch.values()):
-            while unused:
-                try:
-                    self.release_lane(unused.pop().lane)
-                except IndexError:
-                    break
+        for _ in self.memories.drain():
+            pass
+        for unused in self.scratches.drain():
+            self.release_lane(unused.lane)
         torch.cuda.empty_cache()
 
     def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
@@ -186,47 +150,8 @@ class CudaDevice:
         # is ever queued on the lane there waits for the caller's stream first.
         pass
 
-    def prepare_retire(self, index: int) -> None:
-        if index not in self._reapers:
-            self._reapers.setdefault(index, new_stream(index))
-
-    def retire(self, events: Sequence[Event], tensors: Sequence[torch.Tensor]) -> None:
-        # A stream that a caller used may be gone by now, so no tensor is recorded on it. One stream of ours waits for
-        # all last uses, and the tensors are recorded on that one: their blocks come back after every last use.
-        cuda = [t for t in tensors if t.is_cuda]
-        if self._lost:
-            # In a forked child, or on a broken device, even destroying an event can abort the process.
-            self._leaked.append((events, tensors))
-            return
-        if not events or not cuda:
-            return
-        reaper = self._reapers[cuda[0].device.index]
-        for event in events:
-            reaper.wait_event(event)
-        with real_tensors():
-            for t in cuda:
-                t.record_stream(reaper)
-
-    def bury(self, index: int, events: Sequence[Event], remains: Any, then: Callable[[], None]) -> None:
-        self._graveyard.bury(events, remains, on_its_device(self, index, then))
-
-    def reap(self) -> None:
-        self._graveyard.reap()
-
-    def bury_code(self, index: int, free: Callable[[], None]) -> None:
-        self._graveyard.bury_code(on_its_device(self, index, free))
-
-    def free_code(self) -> None:
-        if not self.lost() and not torch.cuda.is_current_stream_capturing():
-            self._graveyard.free_code()
-
-    def _query(self, events: Sequence[Event]) -> bool:
-        # Nothing is freed in the midst of a capture, which that might end; of other threads' captures nobody knows.
-        if self._lost or torch.cuda.is_current_stream_capturing():
-            return False
-        # Asking an event is forbidden while a global-mode capture is under way, and would invalidate that capture.
-        with self.building():
-            return all(event.query() for event in events)
+    def leak(self, *what: Any) -> None:
+        self._leaked.append(what)
 
     def lost(self) -> str | None:
         return self._lost

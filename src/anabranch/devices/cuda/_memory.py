@@ -39,6 +39,9 @@ class OrdinaryMemory:
     Triton clears the GPU's cache with while it tunes.
     """
 
+    def __init__(self, index: int) -> None:
+        self.index = index
+
     def using(self) -> AbstractContextManager[None]:
         return nullcontext()
 

@@ -19,9 +19,11 @@ from anabranch.devices._stream import Event
 
 
 @_sync.atomics("_closed")
-class Graveyard:
-    """Threads: any. No lock is taken, because a garbage collection can call :meth:`bury` and :meth:`reap` in a thread
-    that holds one; ``deque.append`` and ``popleft`` are atomic, and an entry is in the hands of one thread at a time.
+class DeferredFrees:
+    """Threads: any.
+
+    No lock is taken, because a garbage collection can call :meth:`defer` and :meth:`collect` in a thread that holds
+    one; ``deque.append`` and ``popleft`` are atomic, and an entry is in the hands of one thread at a time.
     """
 
     def __init__(
@@ -29,12 +31,13 @@ class Graveyard:
         query: Callable[[Sequence[Any]], bool],
         freeing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """``freeing``: what to enter while remains are freed, which a garbage collection may do anywhere."""
+        """``query``: whether all of these events are done. ``freeing``: what to enter while something is freed, which a
+        garbage collection may do anywhere."""
         self._query, self._freeing = query, freeing
-        self._entries: deque[tuple[Sequence[Any], Any, Callable[[], None]]] = _sync.deque_("graveyard")
+        self._entries: deque[tuple[Sequence[Any], Any, Callable[[], None]]] = _sync.deque_("deferred frees")
         #: What makes the host wait where it is freed.
-        self._code: deque[Callable[[], None]] = _sync.deque_("buried code")
-        #: Something else to look at in each reaping.
+        self._code: deque[Callable[[], None]] = _sync.deque_("deferred frees of code")
+        #: Something else to look at in each collection.
         self.also: Callable[[], None] = lambda: None
         self._closed = False
         gc.callbacks.append(self._on_gc)
@@ -43,18 +46,18 @@ class Graveyard:
 
     def _on_gc(self, phase: str, info: dict[str, int]) -> None:
         if phase == "stop" and not self._closed:
-            self.reap()
+            self.collect()
 
     def close(self) -> None:
-        """Stop reaping for good: the device cannot be used in this process."""
+        """Stop collecting for good: the device cannot be used in this process."""
         self._closed = True
 
-    def bury(self, events: Sequence[Event], remains: Any, then: Callable[[], None]) -> None:
-        self._entries.append((events, remains, then))
+    def defer(self, events: Sequence[Event], kept: Any, free: Callable[[], None]) -> None:
+        self._entries.append((events, kept, free))
         if not self._closed:
-            self.reap()
+            self.collect()
 
-    def bury_code(self, free: Callable[[], None]) -> None:
+    def defer_code(self, free: Callable[[], None]) -> None:
         self._code.append(free)
 
     def free_code(self) -> None:
@@ -69,7 +72,7 @@ class Graveyard:
             with self._freeing():
                 free()
 
-    def reap(self) -> None:
+    def collect(self) -> None:
         if self._closed:
             return
         self.also()
@@ -78,7 +81,7 @@ class Graveyard:
                 entry = self._entries.popleft()
             except IndexError:
                 return
-            events, _, then = entry
+            events, _, free = entry
             done = False
             try:
                 done = self._query(events)
@@ -87,4 +90,4 @@ class Graveyard:
                     self._entries.append(entry)
             if done:
                 with self._freeing():
-                    then()
+                    free()

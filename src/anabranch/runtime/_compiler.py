@@ -1,0 +1,238 @@
+"""Makes the specializations of one engine: exports the model for a signature, and has it built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from anabranch.devices import Device
+from anabranch.errors import AnabranchError, BuildError, DeviceLost, EngineClosed, FlagsChanged, InputError
+from anabranch.export import (
+    Cast,
+    NotCarried,
+    Program,
+    Signature,
+    Snapshot,
+    Uncaptured,
+    export_program,
+    run_in_eager,
+    same_computation,
+    source_of,
+    tensorize,
+)
+from anabranch.runtime._calls import Runtime
+from anabranch.runtime._phases import Clock
+from anabranch.runtime._process import neutral, process
+from anabranch.runtime._settings import Settings
+from anabranch.runtime._specialization import Specialization
+from anabranch.runtime._table import Table
+
+
+class Compiler:
+    """The model as it was at compile, and what makes engines of it. Its methods are called with the build lock held."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: torch.nn.Module | ExportedProgram,
+        precision: torch.dtype | None,
+        runtime: Runtime,
+        limits: Any,
+        counters: Any,
+        table: Table,
+    ) -> None:
+        """``table``: where what is made goes; ``limits``, ``counters``: of ``runtime``."""
+        self._settings, self._runtime, self._limits, self._counters = settings, runtime, limits, counters
+        self._device: Device = settings.device
+        self._index, self._torch_device = settings.index, settings.torch_device
+        self._table, self._varying = table, table.varying
+        self._default_device = torch.get_default_device()
+        # Once for all signatures: what happens to the model later is nothing to the engine, and the caller of a later
+        # signature need not wait until a copy of the weights is written.
+        with neutral(settings.device, settings.index):
+            self.snapshot = Snapshot.of(model)
+            self.cast = Cast(self.snapshot, precision) if precision is not None else None
+
+    def make(
+        self, key: Any, signature: Signature, given: Any, leaves: Sequence[Any], clock: Clock
+    ) -> tuple[Any, Specialization]:
+        """A specialization for a call, in the table, and its key there. Blocks until it is built."""
+        self.check_flags()
+        return self._compile_for_all(key, signature, given, leaves, clock) or self._compile(
+            key, signature, given, leaves, clock
+        )
+
+    def _add(self, key: Any, signature: Signature, made: Specialization) -> tuple[Any, Specialization]:
+        place = self._table.add(key, signature, made)
+        for old in self._varying.add(key, made):
+            if self._table.give_up(old) and old.loads_code:
+                del old
+                self._device.free_code()
+        return place, made
+
+    def _compile(
+        self, key: Any, signature: Signature, given: Any, leaves: Sequence[Any], clock: Clock
+    ) -> tuple[Any, Specialization]:
+        """A specialization for these very numbers."""
+        program = None
+        try:
+            self._device.collect()
+            with self._compiling():
+                program = self._export(signature, given, clock)
+                made = self._build(program, signature, leaves, clock)
+        except InputError as e:
+            if program is not None and self._runs_in_eager(given):
+                raise BuildError(
+                    f"the model runs in eager on these inputs ({signature}), and its graph does not run with"
+                    f" backend {self._settings.backend!r}: {e.__cause__ or e}. Try another backend."
+                ) from e.__cause__
+            if any(True for _ in self._table):
+                raise InputError(f"{e} Compiled so far: {self._table}") from e.__cause__
+            raise
+        except AnabranchError:
+            raise
+        except Exception as e:
+            self._device.check_error(e)
+            raise
+        return self._add(key, signature, made)
+
+    def _compile_for_all(
+        self, key: Any, signature: Signature, given: Any, leaves: Sequence[Any], clock: Clock
+    ) -> tuple[Any, Specialization] | None:
+        """A specialization for all values of the numbers that have varied; None where there is, or can be, none.
+
+        Whatever goes wrong, the numbers' values become a part of the signature.
+        """
+        while positions := self._varying.to_carry(key):
+            any_value = self._varying.key_of(key)
+            if self._table.look_up(any_value, leaves) is not None:
+                return None  # it is not right for this value
+            try:
+                self._device.collect()
+                with self._compiling():
+                    program = self._export(signature, given, clock, positions)
+                    reference = self._reference(key, signature, given, clock)
+                    if not same_computation(program, reference[0], reference[1]):
+                        raise NotCarried(
+                            dict.fromkeys(positions, "the model computes otherwise where it cannot know the value")
+                        )
+                    self._choose_numbers(program)
+                    numbers = program.numbers
+                    assert numbers is not None
+                    if numbers.values(leaves) is None:
+                        return None
+                    tensors = [x.spec for x in numbers.inputs if x.dtype is not None]
+                    of_all = signature.with_numbers(numbers.positions, tensors)
+                    made = self._build(program, of_all, leaves, clock)
+            except NotCarried as e:
+                known = {p: why for p, why in e.reasons.items() if p in positions}
+                self._varying.pin(key, known or dict.fromkeys(positions, str(e)))
+            except (FlagsChanged, DeviceLost, EngineClosed):
+                raise
+            except Exception as e:
+                self._device.check_error(e)
+                why = (str(e).splitlines() or [""])[0]
+                self._varying.pin(key, dict.fromkeys(positions, f"{type(e).__name__}: {why}"))
+            else:
+                return self._add(any_value, of_all, made)
+        return None
+
+    def _choose_numbers(self, program: Program) -> None:
+        """Whether a program takes its numbers as tensors or as they are."""
+        assert program.numbers is not None
+        device, backend = self._device, self._settings.backend
+        at = None
+        if not program.numbers.inputs:
+            why = ""
+        elif backend == "eager" and not device.has_streams:
+            why = "nothing is captured or compiled, and so the bits are eager's"
+        elif program.data_dependent:
+            why = "the model depends on data"
+        else:
+            why, at = tensorize(program, self._torch_device, exact=backend == "eager")
+        if not why:
+            return
+        if self._settings.require_full and backend != "eager":
+            raise NotCarried(dict.fromkeys(program.numbers.positions, f"require_full=True was given, and {why}"))
+        program.numbers = replace(program.numbers, as_numbers=why)
+        if at is not None:
+            program.uncaptured = (*program.uncaptured, Uncaptured("number", str(at.target), source_of(at)))
+        if device.has_streams or backend != "eager":
+            program.direct_only = program.direct_only or f"a number of the call is no tensor: {why}"
+
+    def _reference(self, key: Any, signature: Signature, given: Any, clock: Clock) -> tuple[Program, Sequence[Any]]:
+        """A program that has the numbers of a call written into it, and the call's leaves."""
+        for made in self._varying.values_of(key):
+            if made.signature.given == signature.given:
+                return made.program, made.signature.values
+        return self._export(signature, given, clock), signature.values
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        with (
+            process.compiling(),
+            _disable_current_modes(),
+            neutral(self._device, self._index),
+            self._device.building(),
+            self._on_default_device(),
+        ):
+            yield
+
+    def _export(self, signature: Signature, given: Any, clock: Clock, numbers: frozenset[int] = frozenset()) -> Program:
+        # Not on the caller's own tensors: one that is passed twice, or two that share memory, would be taken for one
+        # input by this call and by all later ones.
+        args, kwargs = pytree.tree_unflatten(signature.examples(self._torch_device), signature.structure)
+        with clock.phase("export"):
+            program = export_program(self.snapshot, args, kwargs, self.cast, given, self._aside, numbers)
+        self.check_flags()  # another thread may have set one meanwhile
+        return program
+
+    def _build(self, program: Program, signature: Signature, leaves: Sequence[Any], clock: Clock) -> Specialization:
+        given = () if self._device.has_streams else [x for x in leaves if isinstance(x, torch.Tensor)]
+        parts = self._limits, self._counters, self._runtime.make_calls
+        return Specialization(self._settings, program, signature, *parts, given, clock)
+
+    def _aside(self, call: Callable[[], Any], lasting: bool = False) -> None:
+        """Make a call on a stream of our own: the caller's may be held up. The host blocks until it is done.
+
+        ``lasting``: tensors that it makes are kept.
+        """
+        device = self._device
+        if not device.has_streams:
+            call()
+            return
+        scratch = device.scratch(self._index)
+        try:
+            # First of all: a product would make them in other memory, which not only this lane allocates from.
+            scratch.lane.load_workspaces()
+            with device.on_stream(scratch.stream) if lasting else scratch.using():
+                call()
+        finally:
+            scratch.stream.synchronize()
+            device.release_scratch(scratch)
+
+    def _runs_in_eager(self, given: Any) -> bool:
+        module = (self.cast.snapshot if self.cast is not None else self.snapshot).fresh().module
+        with neutral(self._device, self._index):
+            return run_in_eager(module, *given) is None
+
+    def check_flags(self) -> None:
+        """Raises :class:`~anabranch.errors.FlagsChanged` where what is compiled now would not be as what is there."""
+        flags = self._settings.compile_flags
+        if not flags.unchanged():
+            raise FlagsChanged(
+                f"flags changed since compile: {flags.changes()}; a new input signature cannot be compiled under the"
+                " engine's flags. Set them back first."
+            )
+
+    def _on_default_device(self) -> AbstractContextManager[Any]:
+        """This thread's default device as it was at compile in the thread that compiled."""
+        same = torch.get_default_device() == self._default_device
+        return nullcontext() if same else self._default_device

@@ -1,0 +1,158 @@
+"""What :func:`~anabranch.compile` is given: the model, its inputs, and where they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from anabranch.devices import Device, get_device
+from anabranch.errors import EngineClosed, InputError
+from anabranch.export import Input, register_dataclasses
+from anabranch.runtime._process import process
+
+#: What can be done where there is no GPU.
+_AHEAD = (
+    " Without a GPU, TensorRT-RTX can build the engines ahead of time: anabranch build MODEL --backend tensorrt"
+    " --shape 1,3,224,224 --dtype float16 --compute-capability 8.9, or anabranch.build(model, inputs,"
+    " compute_capability=(8, 9)); see docs/tensorrt.md."
+)
+
+
+def backend_for(given: str | None, device: Device) -> str:
+    if given is None:
+        return device.backends[0]
+    if given == "tensorrt" and device.kind == "cpu":
+        raise InputError(
+            f"backend='tensorrt' given, and the model and its inputs are on the CPU; expected them on a CUDA"
+            f" device.{_AHEAD}"
+        )
+    if given not in device.backends:
+        raise InputError(
+            f"backend={given!r} given, which cannot compile for device {device.kind!r}; expected one of"
+            f" {', '.join(map(repr, device.backends))}, or None for the device's best"
+        )
+    return given
+
+
+def inputs_of(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs, from the ways in which a user may give them."""
+    args: Any = () if inputs is None else inputs
+    keywords: dict[str, Any] = dict(kwargs or {})
+    if isinstance(inputs, torch.Tensor | Input):
+        raise InputError(f"inputs is a single {type(inputs).__name__}; expected a list: inputs=[x]")
+    if isinstance(inputs, Mapping):
+        args, keywords = (), {**inputs, **keywords}
+    elif inputs is None and kwargs is None and isinstance(model, ExportedProgram) and model.example_inputs:
+        args, keywords = model.example_inputs
+    args, keywords = tuple(args), dict(keywords)
+    register_dataclasses((args, keywords))
+    return args, keywords
+
+
+def _is_input(x: Any) -> bool:
+    return isinstance(x, Input)
+
+
+def tensors_for(inputs: Any, device: torch.device) -> Any:
+    """Tensors in place of each :class:`Input`: zeros, which are valid indices, in case the model has to be tried."""
+    return pytree.tree_map(lambda x: x.empty(device).zero_() if _is_input(x) else x, inputs, is_leaf=_is_input)
+
+
+def given_model(model: Any) -> tuple[str, torch.nn.Module | ExportedProgram]:
+    """A model as :func:`compile` takes it: its name, and itself, what it wraps, or what its file holds."""
+    model = _unwrapped(model)
+    name = type(model).__name__
+    if isinstance(model, str | os.PathLike):
+        name, model = Path(model).stem, load_exported(Path(model))
+    if not isinstance(model, torch.nn.Module | ExportedProgram):
+        raise InputError(
+            f"model is a {type(model).__name__}; expected an nn.Module, an exported program or the path of a .pt2 file"
+        )
+    return name, model
+
+
+def _unwrapped(model: Any) -> Any:
+    """What ``nn.DataParallel`` and ``torch.compile`` wrap: an engine spreads no calls, and compiles by itself."""
+    while True:
+        if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule" and isinstance(model, torch.nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def load_exported(path: Path) -> ExportedProgram:
+    """Read a ``.pt2`` file; raises :class:`~anabranch.errors.InputError` where it is not one."""
+    try:
+        # In several threads at once it takes good files for bad ones.
+        with process.compiling():
+            return torch.export.load(path)
+    except EngineClosed:
+        raise
+    except Exception as e:
+        why = (str(e).splitlines() or [""])[0]
+        raise InputError(
+            f"{path}: cannot be loaded as an exported program ({type(e).__name__}: {why}). Expected a file written by"
+            " torch.export.save."
+        ) from e
+
+
+def check_gpu(backend: str | None, inputs: Any) -> None:
+    """Raises :class:`~anabranch.errors.InputError` where TensorRT is to have inputs for a GPU that is not there."""
+    if backend == "tensorrt" and not torch.cuda.is_available() and any(d.type == "cuda" for d in _devices(inputs)):
+        raise InputError(f"backend='tensorrt' given with inputs for CUDA, and PyTorch sees no GPU here.{_AHEAD}")
+
+
+def _devices(inputs: Any) -> set[torch.device]:
+    return {
+        torch.device(x.device)
+        for x in pytree.tree_leaves(inputs, is_leaf=_is_input)
+        if isinstance(x, torch.Tensor | Input) and x.device is not None
+    }
+
+
+def device_of(model: Any, inputs: Any) -> torch.device:
+    """The one device of all inputs, but for some on the CPU; or of the model where there are none."""
+    given = _devices(inputs)
+    if not given:
+        state = model.state_dict if isinstance(model, ExportedProgram) else dict(model.state_dict())
+        given = {t.device for t in state.values()} or {torch.device("cpu")}
+    if any(d.type != "cpu" for d in given):
+        given = {d for d in given if d.type != "cpu"}
+    seams = {d: get_device(d.type) for d in given}
+    devices = {torch.device(d.type, seam.index(d)) if seam.has_streams else d for d, seam in seams.items()}
+    if len(devices) > 1:
+        raise InputError(
+            f"inputs on several devices given ({', '.join(sorted(map(str, devices)))}); an engine runs on one, with"
+            " inputs there and on the CPU. Move them to one device."
+        )
+    return devices.pop()
+
+
+def on_device(model: Any, device: torch.device) -> torch.nn.Module | ExportedProgram:
+    """A program is moved to the inputs' device; a module is the user's to move."""
+    if isinstance(model, ExportedProgram):
+        if any(t.device != device for t in (*model.state_dict.values(), *_tensors(model.constants.values()))):
+            from torch.export.passes import move_to_device_pass
+
+            moved: ExportedProgram = move_to_device_pass(model, device)
+            return moved
+        return model
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if t.device != device:
+            raise InputError(
+                f"the model's {name!r} is on {t.device}, its inputs are on {device}; call model.to({str(device)!r})"
+            )
+    module: torch.nn.Module = model
+    return module
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [v for v in values if isinstance(v, torch.Tensor)]
