@@ -291,8 +291,8 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("--args {arguments} is {type(args).__name__}", "expected a tuple"),
         ("{program} cannot be imported: {type(error).__name__}: {error}", "Expected a program that python can import"),
     ],
-    "src/anabranch/explore/_conducted.py": [
-        ("conducted() was called inside another conducted block", "call it outside"),
+    "src/anabranch/explore/_controlled.py": [
+        ("controlled() was called inside another controlled block", "call it outside"),
     ],
     "src/anabranch/explore/_explore.py": [
         ("explore() was called inside another exploration", "call it outside"),
