@@ -56,7 +56,7 @@ INTERNAL = {
     "src/anabranch/devices/cuda/_graph.py": [("cudaGraphLaunch", "CUDA's own error")],
     "src/anabranch/devices/cuda/_lane.py": [("failed: {", "CUDA's own error")],
     "src/anabranch/devices/cuda/_driver.py": [("failed with CUDA driver error", "CUDA's own error")],
-    "src/anabranch/explore/_explore.py": [("the program returned what cannot", "before the text of _judge.py")],
+    "src/anabranch/explore/_explore.py": [("the program returned what cannot", "before a text of anabranch._judge")],
     "src/anabranch/explore/_locks.py": [
         ("timeout value must be", "Python's own text"),
         ("cannot join current thread", "Python's own text"),
@@ -121,7 +121,7 @@ INTERNAL = {
 
 TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/_exit.py": [("{path} cannot be written: {e.strerror}", "name another file")],
-    "src/anabranch/_judge.py": [
+    "src/anabranch/_judge/_structure.py": [
         ("{len(inputs)} inputs given and {len(expected_inputs)} expected_inputs", "expected as many"),
         ("the output holds itself", "nested too deeply", "return its tensors in a list"),
         ("{name} is an array of Python objects", "return a tensor"),
