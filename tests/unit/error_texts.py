@@ -193,6 +193,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("which is not installed", "work {name} needs {work.needs}", "pip install {work.needs}"),
         ("{shape} is not a shape", "expected one such as 1,3,224,224"),
     ],
+    "src/anabranch/check/_bench.py": [("calls did not return within", "a call must not wait for the device")],
     "src/anabranch/check/_case.py": [
         ("model {model} given", "expected one of {"),
         ("model {model} is a {type(factory).__name__}", "expected a callable that returns an nn.Module"),
@@ -210,11 +211,12 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("--inject {options.inject}", "device 'cpu' has no streams", "Run it with --device sim"),
         ("{model} called sys.exit({e.code})", "expected a model that returns"),
     ],
-    "src/anabranch/check/_run.py": [
+    "src/anabranch/check/_eager.py": [
         ("eager PyTorch gives two results for one input", "no output can be compared", "Check it without"),
         ("the model raises where it gets {", "Expected a model of one tensor", "give a --shape and a --dtype"),
+    ],
+    "src/anabranch/check/_run.py": [
         ("--inject {options.inject} needs streams", "device {options.device} has none", "use --device cuda"),
-        ("calls did not return within", "a call must not wait for the device"),
     ],
     "src/anabranch/cli/_bench.py": [
         ("{value}", "expected numbers of 1 or more"),
