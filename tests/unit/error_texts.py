@@ -358,12 +358,14 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/export/_precision.py": [
         ("precision={self.precision} given", "whose values it cannot hold", "scale the values, or leave precision out"),
     ],
-    "src/anabranch/export/_program.py": [
+    "src/anabranch/export/_exporter.py": [
         (
             "depend on state of Python's: a call {",
             "An engine would repeat what it was",
             "Make it an input, or draw with",
         ),
+    ],
+    "src/anabranch/export/_program.py": [
         ("and was given one that is not dense", "the memory of input {position} past its shape", "Pass x.contiguous()"),
         ("the model changes {target} in place ({what})", "an engine is immutable", "Make it an output of the model"),
         ("the model uses {spec.target}", "expected tensors only", "Hold it outside the model"),
