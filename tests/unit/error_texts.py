@@ -351,6 +351,9 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "Return it, keep it in an attribute",
         ),
     ],
+    "src/anabranch/export/_hooks.py": [
+        ("a hook is registered for every module of the process ({", "compiling would run it", "Remove it while"),
+    ],
     "src/anabranch/export/_outputs.py": [
         ("the model returns a tensor that is {kind} ({", "engines return dense ones", "Return {instead} of it"),
         ("output {value.name} is a view of {root.name}", "whose shape depends on another tensor", "return a copy"),
@@ -398,7 +401,6 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "expected fewer",
             "Move what forward()",
         ),
-        ("a hook is registered for every module of the process ({", "compiling would run it", "Remove it while"),
     ],
     "src/anabranch/models.py": [
         ("upscaler(channels={channels}, convs={convs}, scale={scale})", "scale must be at least 2"),

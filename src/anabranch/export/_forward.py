@@ -11,10 +11,10 @@ from torch.utils import _pytree as pytree
 
 from anabranch.export._layout import LayoutWatch
 from anabranch.export._leaks import Watch
-from anabranch.export._numbers import Recorder, TakesNumbers
 from anabranch.export._outputs import Returned
 from anabranch.export._precision import HalfPrecision
 from anabranch.export._signature import TensorSpec
+from anabranch.export._stand_ins import Recorder, TakesNumbers
 
 
 class Seen:

@@ -21,13 +21,15 @@ from anabranch.export._constants import compute_constants, is_on_cpu
 from anabranch.export._default_dtype import pin_default_dtype
 from anabranch.export._exporter import Exporter
 from anabranch.export._forward import Seen, place
+from anabranch.export._hooks import check_global_hooks
 from anabranch.export._layout import aliases, keep_copies
-from anabranch.export._numbers import NumberInput, Numbers, bind
+from anabranch.export._numbers import NumberInput, Numbers
 from anabranch.export._outputs import ComputedOutput, Output, classify, storage_of
 from anabranch.export._precision import Cast
 from anabranch.export._recurrent import call_cudnn
 from anabranch.export._signature import TensorSpec
-from anabranch.export._snapshot import Fresh, Snapshot, check_global_hooks
+from anabranch.export._snapshot import Fresh, Snapshot
+from anabranch.export._stand_ins import bind
 from anabranch.export._uncaptured import Uncaptured, direct_only, reading, source_of, uncapturable, with_line
 
 _aten = torch.ops.aten
