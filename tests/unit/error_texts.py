@@ -179,10 +179,6 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("{source} is no file that --json wrote", "give one"),
     ],
     "src/anabranch/bench/_measure.py": [("its outputs are {what}", "could not be told", "give another work or shape")],
-    "src/anabranch/bench/_lanes.py": [
-        ("no lane wrote a result", "see {"),
-        ("the files hold different systems", "give files of runs with the same systems"),
-    ],
     "src/anabranch/bench/_plot.py": [("--plot needs matplotlib", "pip install")],
     "src/anabranch/bench/_system.py": [
         ("system {name} given", "expected one of {"),
