@@ -8,7 +8,7 @@
     python benchmarks/bench.py h200 --works relu,chain -- --systems eager,anabranch-inductor-native   # some of it
 
 What follows ``--`` goes to ``anabranch bench``. On a GPU host the works are dealt to lanes, one a GPU, each with cores
-of its own (``src/anabranch/bench/_lanes.py``). Where a machine is lent for less time than all works take, give some of
+of its own (``benchmarks/lanes.py``). Where a machine is lent for less time than all works take, give some of
 them a call: ``merge`` joins the files and says which call each work is from.
 """
 
@@ -20,9 +20,9 @@ import sys
 from pathlib import Path
 
 import click
+from lanes import deal, merge, run_lanes, statuses
 
 from anabranch.bench import default_works, find_work
-from anabranch.bench._lanes import deal, merge, run_lanes, statuses
 from anabranch.bench._plot import plot
 from anabranch.bench._report import notes, without_baseline
 from anabranch.check import write_json

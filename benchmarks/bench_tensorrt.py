@@ -28,9 +28,9 @@ from typing import Any
 
 import click
 import torch
+from lanes import deal, merge, run_lanes, statuses
 
 from anabranch.bench import find_work
-from anabranch.bench._lanes import deal, merge, run_lanes, statuses
 from anabranch.bench._report import median, number, right, wrong
 from anabranch.check import write_json
 

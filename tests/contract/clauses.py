@@ -392,7 +392,7 @@ def test_clause6_an_engine_that_goes_inside_a_capture_does_it_no_harm(rig: Rig, 
 
 
 @PATHS
-def test_clause6_compiling_beside_a_strangers_capture_does_it_no_harm(rig: Rig, runtime: str, graphs: bool) -> None:
+def test_clause6_compiling_beside_other_codes_capture_does_it_no_harm(rig: Rig, runtime: str, graphs: bool) -> None:
     x, source = rig.random(64, 256), rig.random(64)
     model = Mlp().eval().requires_grad_(False).to(rig.device())
     # What the direct call needs of this thread and stream, as eager's would: libraries' handles, their workspaces.
@@ -400,7 +400,7 @@ def test_clause6_compiling_beside_a_strangers_capture_does_it_no_harm(rig: Rig, 
     g, captured = rig.new_graph(), list[torch.Tensor]()
     under_way, compiled, errors = threading.Event(), threading.Event(), list[BaseException]()
 
-    def stranger() -> None:
+    def other_code() -> None:
         try:
             with rig.capture(g, "global"):
                 captured.append(source * 2)
@@ -412,7 +412,7 @@ def test_clause6_compiling_beside_a_strangers_capture_does_it_no_harm(rig: Rig, 
         finally:
             under_way.set()
 
-    thread = threading.Thread(target=stranger)
+    thread = threading.Thread(target=other_code)
     thread.start()
     try:
         under_way.wait()

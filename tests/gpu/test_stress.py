@@ -1,4 +1,4 @@
-"""Many threads, strangers at work, long runs, ends of processes."""
+"""Many threads, other code at work, long runs, ends of processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from anabranch._judge import differences
 from gpu.support import PATHS, Chain, Gpu, Make, Mlp, assert_same, on_threads
 
 
-class Strangers:
+class OtherCode:
     """Threads that do what other code in the process does: allocate, copy, draw random numbers, synchronize."""
 
     def __init__(self, n: int = 4) -> None:
@@ -38,7 +38,7 @@ class Strangers:
         except BaseException as e:
             self.errors.append(e)
 
-    def __enter__(self) -> Strangers:
+    def __enter__(self) -> OtherCode:
         for t in self._threads:
             t.start()
         return self
@@ -73,7 +73,7 @@ def test_sixty_four_threads_make_their_first_call_at_once(
     engine = compiled(Mlp(), gpu.random(4, 256), cuda_graphs=graphs, backend=backend)
     sources = [gpu.random(7, 256) for _ in range(64)]  # a signature that nobody has compiled
     outputs: list[Any] = [None] * 64
-    with Strangers():
+    with OtherCode():
 
         def work(i: int) -> None:
             with torch.cuda.stream(gpu.stream()):
@@ -91,11 +91,11 @@ def test_sixty_four_threads_make_their_first_call_at_once(
     assert wrong == 0
 
 
-def test_contexts_are_built_while_strangers_work(gpu: Gpu, compiled: Make) -> None:
+def test_contexts_are_built_while_other_code_works(gpu: Gpu, compiled: Make) -> None:
     sources = [gpu.random(4, 256) for _ in range(16)]
     engine = compiled(Mlp(), sources[0], cuda_graphs=True)
     expected = [gpu.load_kernels(engine, x) for x in sources]
-    with Strangers():
+    with OtherCode():
 
         def work(i: int) -> None:
             with torch.cuda.stream(gpu.stream()):

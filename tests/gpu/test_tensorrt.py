@@ -274,7 +274,7 @@ class GlobalCaptures:
 
 
 @WAYS
-def test_calls_beside_strangers_captures_do_them_no_harm(gpu: Gpu, compiled: Make, graphs: bool | None) -> None:
+def test_calls_beside_other_codes_captures_do_them_no_harm(gpu: Gpu, compiled: Make, graphs: bool | None) -> None:
     model, shape = convolutions(torch.float16)
     inputs = [gpu.random(*shape, dtype=torch.float16) for _ in range(3)]
     engine = compiled(model, inputs[0], backend="tensorrt", cuda_graphs=graphs)

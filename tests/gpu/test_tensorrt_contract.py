@@ -15,9 +15,9 @@ from gpu.support import Gpu
 
 #: Clauses that say nothing of TensorRT, or nothing that TensorRT promises.
 LEFT_OUT = {
-    "test_clause6_compiling_beside_a_strangers_capture_does_it_no_harm": (
+    "test_clause6_compiling_beside_other_codes_capture_does_it_no_harm": (
         "where TensorRT makes execution contexts it ends captures of other threads in the mode global;"
-        " `test_calls_beside_strangers_captures_do_them_no_harm` says what holds"
+        " `test_calls_beside_other_codes_captures_do_them_no_harm` says what holds"
     ),
     "test_clause6_random_models_draw_anew_in_a_users_graph": (
         "its random operator runs in PyTorch; of its sum with the input TensorRT does not promise PyTorch's bits"

@@ -13,7 +13,7 @@ from explore_model import trace_of
 from programs import threads
 
 from anabranch import _sync
-from anabranch.explore import NotDeterministic, Run, Var, conducted, explore, fifo, observed, pct, random
+from anabranch.explore import NotDeterministic, Run, Var, controlled, explore, fifo, observed, pct, random
 from anabranch.explore._locks import Lock
 
 
@@ -265,10 +265,10 @@ def test_outside_of_an_exploration_the_objects_are_ordinary() -> None:
     assert threading.Lock is not Lock
 
 
-def test_conducted_in_this_process() -> None:
+def test_controlled_in_this_process() -> None:
     seen = set()
     for seed in range(20):
-        with conducted(random(seed)) as conductor:
+        with controlled(random(seed)) as conductor:
             seen.add(threads.store_buffer())
         assert len(conductor.steps) > 10
     assert seen == {(0, 1), (1, 0), (1, 1)}

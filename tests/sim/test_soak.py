@@ -1,4 +1,4 @@
-"""Eight threads that nobody conducts, while queued work runs in random order."""
+"""Eight threads that nobody controls, while queued work runs in random order."""
 
 from __future__ import annotations
 

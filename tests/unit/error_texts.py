@@ -56,7 +56,7 @@ INTERNAL = {
     "src/anabranch/devices/cuda/_graph.py": [("cudaGraphLaunch", "CUDA's own error")],
     "src/anabranch/devices/cuda/_lane.py": [("failed: {", "CUDA's own error")],
     "src/anabranch/devices/cuda/_driver.py": [("failed with CUDA driver error", "CUDA's own error")],
-    "src/anabranch/explore/_explore.py": [("the program returned what cannot", "before the text of _judge.py")],
+    "src/anabranch/explore/_explore.py": [("the program returned what cannot", "before a text of anabranch._judge")],
     "src/anabranch/explore/_locks.py": [
         ("timeout value must be", "Python's own text"),
         ("cannot join current thread", "Python's own text"),
@@ -121,7 +121,7 @@ INTERNAL = {
 
 TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/_exit.py": [("{path} cannot be written: {e.strerror}", "name another file")],
-    "src/anabranch/_judge.py": [
+    "src/anabranch/_judge/_structure.py": [
         ("{len(inputs)} inputs given and {len(expected_inputs)} expected_inputs", "expected as many"),
         ("the output holds itself", "nested too deeply", "return its tensors in a list"),
         ("{name} is an array of Python objects", "return a tensor"),
@@ -179,10 +179,6 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("{source} is no file that --json wrote", "give one"),
     ],
     "src/anabranch/bench/_measure.py": [("its outputs are {what}", "could not be told", "give another work or shape")],
-    "src/anabranch/bench/_lanes.py": [
-        ("no lane wrote a result", "see {"),
-        ("the files hold different systems", "give files of runs with the same systems"),
-    ],
     "src/anabranch/bench/_plot.py": [("--plot needs matplotlib", "pip install")],
     "src/anabranch/bench/_system.py": [
         ("system {name} given", "expected one of {"),
@@ -193,6 +189,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("which is not installed", "work {name} needs {work.needs}", "pip install {work.needs}"),
         ("{shape} is not a shape", "expected one such as 1,3,224,224"),
     ],
+    "src/anabranch/check/_bench.py": [("calls did not return within", "a call must not wait for the device")],
     "src/anabranch/check/_case.py": [
         ("model {model} given", "expected one of {"),
         ("model {model} is a {type(factory).__name__}", "expected a callable that returns an nn.Module"),
@@ -210,11 +207,12 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("--inject {options.inject}", "device 'cpu' has no streams", "Run it with --device sim"),
         ("{model} called sys.exit({e.code})", "expected a model that returns"),
     ],
-    "src/anabranch/check/_run.py": [
+    "src/anabranch/check/_eager.py": [
         ("eager PyTorch gives two results for one input", "no output can be compared", "Check it without"),
         ("the model raises where it gets {", "Expected a model of one tensor", "give a --shape and a --dtype"),
+    ],
+    "src/anabranch/check/_run.py": [
         ("--inject {options.inject} needs streams", "device {options.device} has none", "use --device cuda"),
-        ("calls did not return within", "a call must not wait for the device"),
     ],
     "src/anabranch/cli/_bench.py": [
         ("{value}", "expected numbers of 1 or more"),
@@ -291,8 +289,8 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("--args {arguments} is {type(args).__name__}", "expected a tuple"),
         ("{program} cannot be imported: {type(error).__name__}: {error}", "Expected a program that python can import"),
     ],
-    "src/anabranch/explore/_conducted.py": [
-        ("conducted() was called inside another conducted block", "call it outside"),
+    "src/anabranch/explore/_controlled.py": [
+        ("controlled() was called inside another controlled block", "call it outside"),
     ],
     "src/anabranch/explore/_explore.py": [
         ("explore() was called inside another exploration", "call it outside"),
@@ -349,6 +347,9 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "Return it, keep it in an attribute",
         ),
     ],
+    "src/anabranch/export/_hooks.py": [
+        ("a hook is registered for every module of the process ({", "compiling would run it", "Remove it while"),
+    ],
     "src/anabranch/export/_outputs.py": [
         ("the model returns a tensor that is {kind} ({", "engines return dense ones", "Return {instead} of it"),
         ("output {value.name} is a view of {root.name}", "whose shape depends on another tensor", "return a copy"),
@@ -356,12 +357,14 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/export/_precision.py": [
         ("precision={self.precision} given", "whose values it cannot hold", "scale the values, or leave precision out"),
     ],
-    "src/anabranch/export/_program.py": [
+    "src/anabranch/export/_exporter.py": [
         (
             "depend on state of Python's: a call {",
             "An engine would repeat what it was",
             "Make it an input, or draw with",
         ),
+    ],
+    "src/anabranch/export/_program.py": [
         ("and was given one that is not dense", "the memory of input {position} past its shape", "Pass x.contiguous()"),
         ("the model changes {target} in place ({what})", "an engine is immutable", "Make it an output of the model"),
         ("the model uses {spec.target}", "expected tensors only", "Hold it outside the model"),
@@ -394,7 +397,6 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "expected fewer",
             "Move what forward()",
         ),
-        ("a hook is registered for every module of the process ({", "compiling would run it", "Remove it while"),
     ],
     "src/anabranch/models.py": [
         ("upscaler(channels={channels}, convs={convs}, scale={scale})", "scale must be at least 2"),

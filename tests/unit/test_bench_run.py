@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from anabranch.bench import Options, _process, _run, find_system, find_work, run_bench, strike, summary
+from anabranch.bench import Options, _builds, _process, _run, find_system, find_work, run_bench, strike, summary
 from anabranch.bench._measure import Meter
 from anabranch.bench._report import without_baseline
 from anabranch.bench._work import calibrated
@@ -29,8 +29,8 @@ def run(*systems: str, works: tuple[str, ...] = ("relu",), **options: Any) -> di
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_run, "_PAUSE", 0.0)
-    monkeypatch.setattr(_run, "_CONTEXT", 4.0)
+    monkeypatch.setattr(_builds, "_PAUSE", 0.0)
+    monkeypatch.setattr(_builds, "_CONTEXT", 4.0)
 
 
 def cell(content: dict[str, Any], system: str, work: str = "relu") -> dict[str, Any]:
@@ -179,7 +179,7 @@ def test_a_build_that_takes_too_long_is_given_up() -> None:
 def test_a_build_without_an_answer_gets_one_more_process(
     monkeypatch: pytest.MonkeyPatch, no_pauses: None, tmp_path: Path
 ) -> None:
-    end = _run._Run._end
+    end = _builds.Builds._end
 
     def soon(self: Any, group: Any, close: float) -> float:
         """Until it hangs there is time; then there is none."""
@@ -188,7 +188,7 @@ def test_a_build_without_an_answer_gets_one_more_process(
         return 0.0 if (tmp_path / "order").exists() else time.monotonic() + 0.5
 
     monkeypatch.setattr(_process, "serve", bench_systems.serve_and_hang_once)
-    monkeypatch.setattr(_run._Run, "_end", soon)
+    monkeypatch.setattr(_builds.Builds, "_end", soon)
     found = cell(run("right", logs=tmp_path), ":right")
     assert found["status"] == "ok"
     assert list(found["throughput"]) == ["1", "2"]
@@ -227,7 +227,7 @@ ORDER = ("eager", "bench_systems:right", "bench_systems:off")
 
 
 def test_processes_have_as_many_hardware_queues_as_a_gpu_has_channels_for() -> None:
-    assert [_run.hardware_queues(n) for n in (1, 14, 15, 26, 27, 48, 100)] == [32, 32, 16, 16, 8, 8, 8]
+    assert [_builds.hardware_queues(n) for n in (1, 14, 15, 26, 27, 48, 100)] == [32, 32, 16, 16, 8, 8, 8]
     content = run("right", "eager", streams=(1,), limit=0.1)
     assert content["settings"]["hardware_queues"] is None
 

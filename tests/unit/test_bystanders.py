@@ -26,7 +26,7 @@ class Net(nn.Module):
         return torch.softmax(self.norm(self.linear(x)), -1)
 
 
-class Strangers:
+class OtherCode:
     """Threads that make ``call(0)``, ``call(1)``, ... again and again; notes what went wrong."""
 
     def __init__(self, call: Callable[[int], None], threads: int = 1) -> None:
@@ -82,22 +82,22 @@ def test_what_others_compiled_runs_on_while_an_engine_is_built(monkeypatch: pyte
             assert torch.compile(torch.sin, backend="eager") is not torch.sin
         assert all(map(torch.equal, given, wanted[k]))
 
-    strangers = Strangers(call)
+    other_code = OtherCode(call)
 
     class Slow(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            strangers.await_calls()  # in the middle of the trace
+            other_code.await_calls()  # in the middle of the trace
             return super().forward(x)
 
     def compile_slowly(*args: Any, **kwargs: Any) -> Any:
-        make_fx(lambda x: (strangers.await_calls(), x + 1)[1])(inputs[0])  # as it traces its patterns
+        make_fx(lambda x: (other_code.await_calls(), x + 1)[1])(inputs[0])  # as it traces its patterns
         return standalone_compile(*args, **kwargs)
 
     monkeypatch.setattr("torch._inductor.standalone_compile", compile_slowly)
 
-    with strangers:
+    with other_code:
         anabranch.compile(Slow(9, 4).eval(), [torch.randn(3, 9)], backend="inductor").close()
-    assert not strangers.wrong, f"{len(strangers.wrong)} calls, the first: {strangers.wrong[0]}"
+    assert not other_code.wrong, f"{len(other_code.wrong)} calls, the first: {other_code.wrong[0]}"
     assert not any(noted)  # a call of theirs is no part of the trace
 
 

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from wrong_outputs import BITS, PLANTED, Change, Everything
 
 import anabranch
-from anabranch.check import Case, Options, Row, Subject, _run, run_check
+from anabranch.check import Case, Options, Row, Subject, _bench, run_check
 from anabranch.check._command import judgement
 from anabranch.cli import main
 
@@ -61,7 +61,7 @@ def check(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Ro
     """The rows of a check whose engine gives changed results."""
 
     def run(change: Change, when: Callable[[torch.Tensor], bool] = lambda x: True, **options: Any) -> list[Row]:
-        monkeypatch.setattr(_run, "compile", lambda *args, **kwargs: Planted(engine, change, when))
+        monkeypatch.setattr(_bench, "compile", lambda *args, **kwargs: Planted(engine, change, when))
         return run_check(Subject("everything", lambda: MODEL), [CASE], Options(**{**vars(FAST), **options}))
 
     return run

@@ -541,7 +541,7 @@ def test_memory_that_was_handed_out_twice_is_a_temporary_all_the_same() -> None:
     assert bound(make).fixed == (Fixed(0, 0, 1, 8),)
 
 
-def test_frees_of_strangers_do_not_matter() -> None:
+def test_frees_of_other_code_do_not_matter() -> None:
     """A garbage collection in the middle of the capture frees whatever it finds."""
     assert bound(lambda w: w.capture(kernel(w.x, w.out), log=((0x5000, -512), (w.out, 512)))).bound == (True,)
 

@@ -58,7 +58,7 @@ class _Inductor:
 
         # PyTorch wraps what it compiled in torch.compiler.disable. While any thread of the process exports a model,
         # this wrapper notes each call in one dict of all threads (torch.fx.traceback.current_meta): two calls at once
-        # then raise KeyError, and the model under export gets notes about strangers' calls. So the wrapper is taken
+        # then raise KeyError, and the model under export gets notes about other code's calls. So the wrapper is taken
         # off, and the one thing that it is for, to keep Dynamo out, is done here.
         run = innermost_fn(getattr(artifact, "_compiled_fn", artifact))
 

@@ -1,7 +1,8 @@
 """The benchmark: every system does the same work in one run, each in its own process; wrong outputs are struck out."""
 
+from anabranch.bench._options import Options
 from anabranch.bench._report import overview, strike, summary, table
-from anabranch.bench._run import Options, run_bench
+from anabranch.bench._run import run_bench
 from anabranch.bench._system import SYSTEMS, Ready, Subject, System, default_systems, find_system
 from anabranch.bench._work import WORKS, Work, default_works, find_work
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from anabranch.bench._process import Crashed, Worker
+from anabranch.bench._host import free_memory
+from anabranch.bench._process import Crashed, Hung, Worker
 from anabranch.bench._statistics import spread
-from anabranch.bench._system import System
+from anabranch.bench._system import BASELINE, System
 from anabranch.bench._work import Work
+
+#: How often what its surroundings ended is tried again: a context that was refused, a build or a measurement that found
+#: no memory or that the kernel killed for want of it. A build without an answer is tried again once, as it may be the
+#: system's own fault; the baseline's as often as the others.
+TRIES = 4
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(eq=False)
@@ -43,6 +50,19 @@ class Cell:
     def count(self, figure: str) -> int:
         """Rounds in which this figure (``"latency"``, or a number of streams) was measured."""
         return len(self.latency) if figure == "latency" else len(self.throughput.get(int(figure), []))
+
+    def may_try_again(self, why: str) -> bool:
+        """Whether it may be tried again after its surroundings ended it; why it was is noted either way."""
+        self.retried.append(f"{why} ({free_memory()})")
+        self.tries += 1
+        return self.tries <= TRIES
+
+    def was_surroundings(self, error: Crashed | Hung) -> bool:
+        """Whether what ended its process was not the system: want of memory, or whatever ended the baseline, which is
+        plain PyTorch."""
+        if self.system.name == BASELINE:
+            return True
+        return isinstance(error, Crashed) and (error.how == "SIGKILL" or OUT_OF_MEMORY in error.how)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON. Figures are medians over the rounds, with the lowest and highest round."""

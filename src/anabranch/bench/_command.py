@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from anabranch._exit import refuse_unwritable
+from anabranch.bench._options import Options
 from anabranch.bench._report import notes, status, table, without_baseline
-from anabranch.bench._run import Options, run_bench
+from anabranch.bench._run import run_bench
 from anabranch.bench._system import SYSTEMS, default_systems
 from anabranch.bench._work import WORKS, default_works
 from anabranch.check import write_json

@@ -1,10 +1,13 @@
-"""The memory of the host and of the GPU, for reports of what found none."""
+"""The memory of the host and of the GPU, and what of it this process holds."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from pathlib import Path
+
+import torch
 
 
 def host_memory() -> tuple[float, float]:
@@ -30,3 +33,19 @@ def free_memory() -> str:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         parts.append(f"GPU {float(memory.free) / 1e9:.0f} of {float(memory.total) / 1e9:.0f} GB free")
     return ", ".join(parts)
+
+
+def memory_mb(cuda: bool) -> float:
+    """Megabytes that this process holds: on the device as its driver counts, else PyTorch's peak, else peak RAM."""
+    if cuda:
+        with contextlib.suppress(Exception):
+            import pynvml
+
+            pynvml.nvmlInit()
+            # By its name: the driver's numbers know nothing of CUDA_VISIBLE_DEVICES.
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                if process.pid == os.getpid() and process.usedGpuMemory:
+                    return float(process.usedGpuMemory) / 1e6
+        return float(torch.cuda.max_memory_reserved()) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

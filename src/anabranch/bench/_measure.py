@@ -11,10 +11,6 @@ import contextlib
 import copy
 import functools
 import math
-import os
-import queue
-import resource
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,8 +19,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from anabranch._judge import Pair, numbers, pair, relative_error, sharing, tensors, unequal, wrong
+from anabranch.bench._host import memory_mb
 from anabranch.bench._statistics import percentile
 from anabranch.bench._system import Call, NotReady, Ready, Subject, System
+from anabranch.bench._threads import Threads
 from anabranch.bench._work import Work
 from anabranch.check import float32_exactly
 from anabranch.errors import CannotJudge
@@ -75,7 +73,7 @@ class Meter:
         self.held = {x.untyped_storage().data_ptr() for x in (*self.inputs, *model.parameters(), *model.buffers())}
         self.ready: Ready | None = None
         self.streams: list[Any] = []
-        self.threads: list[_Thread] = []
+        self.threads = Threads()
         #: What the system's own serial call returned for each input.
         self.references: list[Any] = []
         self.close = CLOSE[dtype]
@@ -215,13 +213,12 @@ class Meter:
             calls = self.ready.slots(streams)
         while len(self.streams) < streams:
             self.streams.append(torch.cuda.Stream() if self.cuda else None)
-        while len(self.threads) < streams - 1:
-            self.threads.append(_Thread(len(self.threads) + 1))
+        self.threads.grow(streams)
         while self.warmed < streams and time.monotonic() < end:
             # One after the other: whatever is set up at a thread's or an engine's first call must not meet a capture.
             i = self.warmed
             start = time.monotonic()
-            self._each([i], lambda i: self._loop(i, calls[i], 2))
+            self.threads.each([i], lambda i: self._loop(i, calls[i], 2))
             self.warmed, self.warm_seconds = i + 1, max(self.warm_seconds, time.monotonic() - start)
         return calls
 
@@ -291,7 +288,7 @@ class Meter:
         else:
 
             def timed(n: int) -> float:
-                return self._each(everyone, lambda i: self._loop(i, calls[i], n))
+                return self.threads.each(everyone, lambda i: self._loop(i, calls[i], n))
 
         timed(1)
         wanted, trial = 1, timed(1)
@@ -317,8 +314,8 @@ class Meter:
             def judge(i: int, n: int) -> None:
                 judged.append(self._loop(i, calls[i], n, tallies[i], end))
 
-            self._each(everyone, functools.partial(judge, n=1))
-            self._each(everyone, functools.partial(judge, n=many))
+            self.threads.each(everyone, functools.partial(judge, n=1))
+            self.threads.each(everyone, functools.partial(judge, n=many))
         wrong, inexact, zero = torch.stack(tallies).sum(0).tolist()
         return {
             "per_s": wanted * streams / took,
@@ -387,33 +384,6 @@ class Meter:
                 if p.actual.untyped_storage().data_ptr() not in self.held:
                     _poison(p.actual)
 
-    def _each(self, who: Sequence[int], work: Callable[[int], Any]) -> float:
-        """``work(i)`` for each ``i``, in its thread, all starting together; seconds until the last one's end."""
-        start = threading.Barrier(len(who))
-        times: list[tuple[float, float]] = []
-        errors: list[BaseException] = []
-
-        def run(i: int) -> None:
-            try:
-                start.wait()
-                before = time.perf_counter()
-                work(i)
-                times.append((before, time.perf_counter()))
-            except BaseException as e:
-                errors.append(e)
-
-        for i in who:
-            if i:
-                self.threads[i - 1].start(functools.partial(run, i))
-        if 0 in who:
-            run(0)
-        for i in who:
-            if i:
-                self.threads[i - 1].join()
-        if errors:
-            raise errors[0]
-        return max(t[1] for t in times) - min(t[0] for t in times)
-
     # -- the device -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -451,42 +421,3 @@ def _poison(x: torch.Tensor) -> None:
         x.logical_not_()
     else:
         x.fill_(math.nan if x.is_floating_point() or x.is_complex() else torch.iinfo(x.dtype).max)
-
-
-class _Thread:
-    """A thread that lives as long as the process: libraries keep what they set up for it."""
-
-    def __init__(self, i: int) -> None:
-        self.todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.done: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.cores = torch.get_num_threads()
-        threading.Thread(target=self._run, name=f"bench-{i}", daemon=True).start()
-
-    def _run(self) -> None:
-        # A new thread would take as many cores as there are.
-        torch.set_num_threads(self.cores)
-        while True:
-            self.todo.get()()
-            self.done.put(None)
-
-    def start(self, work: Callable[[], None]) -> None:
-        self.todo.put(work)
-
-    def join(self) -> None:
-        self.done.get()
-
-
-def memory_mb(cuda: bool) -> float:
-    """Megabytes that this process holds: on the device as its driver counts, else PyTorch's peak, else peak RAM."""
-    if cuda:
-        with contextlib.suppress(Exception):
-            import pynvml
-
-            pynvml.nvmlInit()
-            # By its name: the driver's numbers know nothing of CUDA_VISIBLE_DEVICES.
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
-            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                if process.pid == os.getpid() and process.usedGpuMemory:
-                    return float(process.usedGpuMemory) / 1e6
-        return float(torch.cuda.max_memory_reserved()) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -160,7 +160,7 @@ def _release(job: dict[str, Any]) -> None:
 
 
 def _memory(job: dict[str, Any]) -> float:
-    from anabranch.bench._measure import memory_mb
+    from anabranch.bench._host import memory_mb
 
     return memory_mb(job["device"] == "cuda")
 

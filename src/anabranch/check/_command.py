@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from anabranch._exit import NOT_JUDGED, RIGHT, WRONG, Patience, refuse, refuse_unwritable
+from anabranch.check._bench import Options
 from anabranch.check._case import cases_for, find_subject
 from anabranch.check._report import table, to_json, write_json
-from anabranch.check._run import Options, Row, paths_for, run_check
+from anabranch.check._row import Row
+from anabranch.check._run import paths_for, run_check
 from anabranch.errors import AnabranchError
 
 #: Elements of the largest default shape on the simulated device, whose kernels are the CPU's.

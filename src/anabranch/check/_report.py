@@ -15,7 +15,7 @@ from rich.table import Table
 
 from anabranch._version import __version__
 from anabranch.check._device import find_device
-from anabranch.check._run import Row
+from anabranch.check._row import Row
 
 
 def environment(device: str) -> dict[str, Any]:

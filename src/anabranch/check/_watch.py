@@ -16,13 +16,13 @@ def interleaved(device: str, seed: int) -> Iterator[None]:
     if device != "sim":
         yield
         return
-    from anabranch.explore import conducted, random
+    from anabranch.explore import controlled, random
 
     # Collections come when they come, and finalizers ask the device: only between rows, so that two runs are equal.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with conducted(random(seed)):
+        with controlled(random(seed)):
             yield
     finally:
         if collecting:

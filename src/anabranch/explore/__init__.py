@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from anabranch.explore._conducted import conducted
+from anabranch.explore._controlled import controlled
 from anabranch.explore._errors import ExploreError, NotDeterministic, ReplayDiverged
 from anabranch.explore._explore import explore, observed
 from anabranch.explore._run import Failure, Run
@@ -23,7 +23,7 @@ __all__ = [
     "Scheduler",
     "Var",
     "Verdict",
-    "conducted",
+    "controlled",
     "exhaustive",
     "explore",
     "fifo",

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import threading
 from _thread import allocate_lock
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
 from anabranch._exit import INTERRUPTED, NOT_JUDGED, give_up
+from anabranch.explore._actor import Actor, local, plain
 from anabranch.explore._dependence import GIVE, NEED, WRITE, Step, Touch
 from anabranch.explore._errors import ExploreError, ReplayDiverged
 from anabranch.explore._run import End, Failure
@@ -59,106 +59,8 @@ class Picks(Protocol):
     def pick(self, choices: Sequence[Choice]) -> Choice | None: ...
 
 
-class Actor:
-    """A conducted thread. ``ready`` says whether its pending step is enabled (None: it always is)."""
-
-    __slots__ = (
-        "baton",
-        "children",
-        "daemon",
-        "deadline",
-        "ended",
-        "index",
-        "kind",
-        "label",
-        "made",
-        "name",
-        "ready",
-        "thread",
-        "timed_out",
-        "touches",
-        "why",
-    )
-
-    def __init__(self, name: str, index: int, thread: threading.Thread, label: str, touches: list[Touch]) -> None:
-        self.name = name
-        self.index = index
-        self.thread = thread
-        self.daemon = thread.daemon
-        self.baton = allocate_lock()
-        self.baton.acquire()
-        self.kind = "begin"
-        self.label = label
-        self.touches = touches
-        self.ready: Callable[[], bool] | None = None
-        self.why: Callable[[], str] | None = None
-        self.deadline: float | None = None
-        self.timed_out = False
-        self.ended = False
-        self.children = 0
-        self.made = 0
-
-
-class _Local(threading.local):
-    actor: Actor | None = None
-    plain = 0
-
-
-local = _Local()
 #: The conductor of this process, while there is one.
 active: Conductor | None = None
-
-
-def conducted() -> Actor | None:
-    """The calling thread as an actor; None where it is not conducted, or is inside :func:`plain`."""
-    return None if local.plain else local.actor
-
-
-@contextmanager
-def plain() -> Iterator[None]:
-    """In here the calling thread makes and uses plain locks, and no points."""
-    local.plain += 1
-    try:
-        yield
-    finally:
-        local.plain -= 1
-
-
-@contextmanager
-def observable() -> Iterator[None]:
-    """The opposite of :func:`plain`, inside one."""
-    before, local.plain = local.plain, 0
-    try:
-        yield
-    finally:
-        local.plain = before
-
-
-_unowned = 0
-#: Where the numbers begin of what a forked child makes before it is conducted: whatever its parent did before.
-_CHILD = 1000
-
-
-@contextmanager
-def child_names() -> Iterator[None]:
-    """Around a fork."""
-    global _unowned
-    before, _unowned = _unowned, _CHILD * (1 + _unowned // _CHILD)
-    try:
-        yield
-    finally:
-        _unowned = before
-
-
-def fresh(kind: str) -> str:
-    """A name for something that the calling thread makes: the same in every schedule that is equal up to there."""
-    global _unowned
-    actor = local.actor
-    if actor is None:
-        _unowned += 1
-        return f"{kind}{_unowned}"
-    actor.made += 1
-    return f"{kind}{actor.name[1:]}.{actor.made}"
 
 
 class Conductor:
@@ -214,7 +116,7 @@ class Conductor:
             never.acquire()
 
     def enter(self) -> Actor:
-        """Conduct the calling thread from now on, as T0."""
+        """Control the calling thread from now on, as T0."""
         global active
         active = self
         me = Actor("T0", 0, threading.current_thread(), "begin", [])
@@ -230,7 +132,7 @@ class Conductor:
         self.point("join", "wait for all threads", [], ready=lambda: all(a.ended or a.daemon for a in others))
 
     def leave(self) -> None:
-        """Conduct nobody any more."""
+        """Control nobody any more."""
         global active
         active = None
         if self._core is not None:
@@ -288,7 +190,7 @@ class Conductor:
             step.touches = [*step.touches, *touches]
 
     def start(self, thread: threading.Thread, start: Callable[[], None]) -> None:
-        """Start ``thread`` (by ``start``, which returns once it runs) as a conducted child of the calling one."""
+        """Start ``thread`` (by ``start``, which returns once it runs) as a controlled child of the calling one."""
         me = local.actor
         assert me is not None
         name, me.children = f"{me.name}.{me.children + 1}", me.children + 1
@@ -357,7 +259,7 @@ class Conductor:
             self.emit(f'{{"do":"await","on":"{name}","thread":"{local.actor.name if local.actor else "T0"}"}}')
 
     def thread_named(self, ident: int) -> str | None:
-        """The conducted thread with this `threading.get_ident()`: the number itself may be given again."""
+        """The controlled thread with this `threading.get_ident()`: the number itself may be given again."""
         named = [a for a in self._actors if a.thread.ident == ident]
         return next((a.name for a in named if not a.ended), named[-1].name if named else None)
 

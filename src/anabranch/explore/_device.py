@@ -1,4 +1,4 @@
-"""The device that an exploration conducts, if this process has one. The device says so itself."""
+"""The device that an exploration controls, if this process has one. The device says so itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _core: Core | None = None
 
 
 def register(core: Core) -> None:
-    """Conduct ``core``, too, in every exploration from now on."""
+    """Control ``core``, too, in every exploration from now on."""
     global _core
     _core = core
 

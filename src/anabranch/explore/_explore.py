@@ -90,7 +90,7 @@ def explore(
     same schedule, :class:`~anabranch.explore.ExploreError` for arguments that make no sense.
     """
     if _conductor.active is not None:
-        raise ExploreError("explore() was called inside another exploration or a conducted block; call it outside")
+        raise ExploreError("explore() was called inside another exploration or a controlled block; call it outside")
     wanted = frozenset(oracles)
     if unknown := wanted - set(_oracles.ORACLES):
         raise ExploreError(f"oracle {', '.join(sorted(unknown))} given; expected some of {', '.join(_oracles.ORACLES)}")

@@ -1,8 +1,9 @@
 """Locks and events that the conductor sees, and everything of `threading`, `queue` and `concurrent.futures` on top.
 
 While :func:`patched` holds, `threading.Lock`, `RLock` and `Event` make observable ones, and threads started by a
-conducted thread are conducted, too. Conditions, semaphores, barriers, queues, timers and thread pools are the standard
-library's own Python code: they are built on those. In a thread that is not conducted the objects do what plain ones do.
+controlled thread are controlled, too. Conditions, semaphores, barriers, queues, timers and thread pools are the
+standard library's own Python code: they are built on those. In a thread that is not controlled the objects do what
+plain ones do.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from anabranch.explore import _conductor
-from anabranch.explore._conductor import Conductor, conducted, fresh, local, plain
+from anabranch.explore._actor import controlled, fresh, local, plain
+from anabranch.explore._conductor import Conductor
 from anabranch.explore._dependence import ACQUIRE, AWAIT, NEED, READ, RELEASE, WRITE
 
 _plain_rlock = threading.RLock
@@ -54,7 +56,7 @@ class Lock:
         self._holder = ""
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        me = conducted()
+        me = controlled()
         if me is None:
             return self._inner.acquire(blocking, timeout)
         seconds = _seconds(blocking, timeout)
@@ -70,7 +72,7 @@ class Lock:
             [(key, 0, 1, ACQUIRE)],
             ready=lambda: not inner.locked(),
             timeout=seconds,
-            why=lambda: f"held by {self._holder or 'a thread that is not conducted'}",
+            why=lambda: f"held by {self._holder or 'a thread that is not controlled'}",
         ):
             inner.acquire(False)
         else:
@@ -80,7 +82,7 @@ class Lock:
         return True
 
     def release(self) -> None:
-        me = conducted()
+        me = controlled()
         if me is not None:
             touches = [(f"lock:{self._id}", 0, 1, RELEASE), (f"try:{self._id}", 0, 1, WRITE)]
             conductor = _active()
@@ -91,7 +93,7 @@ class Lock:
         self._inner.release()
 
     def locked(self) -> bool:
-        me = conducted()
+        me = controlled()
         if me is not None:
             # Its answer changes with every acquire and release.
             touches = [(f"lock:{self._id}", 0, 1, ACQUIRE), (f"try:{self._id}", 0, 1, WRITE)]
@@ -155,7 +157,7 @@ class RLock:
     def _release_save(self) -> int:
         # Still owned until the release is this thread's step.
         depth, lock = self._depth, self._lock
-        me = conducted()
+        me = controlled()
         if me is not None:
             touches = [(f"lock:{lock._id}", 0, 1, RELEASE), (f"try:{lock._id}", 0, 1, WRITE)]
             _active().point("unlock", f"release {lock._name}", touches)
@@ -184,7 +186,7 @@ _PlainEvent = threading.Event
 
 
 class Event(_PlainEvent):
-    """As `threading.Event`; for conducted threads a flag of its own steps, without the lock inside."""
+    """As `threading.Event`; for controlled threads a flag of its own steps, without the lock inside."""
 
     def __init__(self, name: str = "") -> None:
         self._plain = bool(local.plain)
@@ -194,7 +196,7 @@ class Event(_PlainEvent):
         self._name = f"{self._id}:{name}" if name else self._id
 
     def set(self) -> None:
-        me = None if self._plain else conducted()
+        me = None if self._plain else controlled()
         if me is not None:
             _active().point("event", f"set {self._name}", [(f"event:{self._id}", 0, 1, WRITE)])
             _active().signal(self._id)
@@ -202,20 +204,20 @@ class Event(_PlainEvent):
             super().set()
 
     def clear(self) -> None:
-        if not self._plain and conducted() is not None:
+        if not self._plain and controlled() is not None:
             _active().point("event", f"clear {self._name}", [(f"event:{self._id}", 0, 1, WRITE)])
         with plain():
             super().clear()
 
     def is_set(self) -> bool:
-        if not self._plain and conducted() is not None:
+        if not self._plain and controlled() is not None:
             _active().point("poll", f"look at {self._name}", [(f"event:{self._id}", 0, 1, READ)])
             if self._flag:  # type: ignore[attr-defined]
                 _active().awaited(self._id)
         return super().is_set()
 
     def wait(self, timeout: float | None = None) -> bool:
-        if self._plain or conducted() is None:
+        if self._plain or controlled() is None:
             with plain():
                 return super().wait(timeout)
         if timeout is not None and timeout <= 0:
@@ -242,7 +244,7 @@ class SimpleQueue:
         self._id = fresh("queue")
 
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
-        if conducted() is not None:
+        if controlled() is not None:
             _active().point("queue", f"put into {self._id}", [(f"queue:{self._id}", 0, 1, WRITE)])
             _active().signal(self._id)
         with plain():
@@ -251,7 +253,7 @@ class SimpleQueue:
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         if timeout is not None and timeout < 0:
             raise ValueError("'timeout' must be a non-negative number")
-        if conducted() is None:
+        if controlled() is None:
             with plain():
                 return self._queue.get(block, timeout)
         key, got, label = f"queue:{self._id}", f"got:{self._id}", f"get from {self._id}"
@@ -277,7 +279,7 @@ class SimpleQueue:
         return self.qsize() == 0
 
     def qsize(self) -> int:
-        if conducted() is not None:
+        if controlled() is not None:
             _active().point("poll", f"look at {self._id}", [(f"queue:{self._id}", 0, 1, READ)])
         return len(self._queue.queue)
 
@@ -286,7 +288,7 @@ _start, _join, _is_alive = threading.Thread.start, threading.Thread.join, thread
 
 
 def _thread_start(thread: threading.Thread) -> None:
-    if conducted() is None:
+    if controlled() is None:
         with plain():
             _start(thread)
     else:
@@ -294,7 +296,7 @@ def _thread_start(thread: threading.Thread) -> None:
 
 
 def _thread_join(thread: threading.Thread, timeout: float | None = None) -> None:
-    me, actor = conducted(), getattr(thread, "_anabranch_actor", None)
+    me, actor = controlled(), getattr(thread, "_anabranch_actor", None)
     if me is None or actor is None:
         with plain():
             _join(thread, timeout)
@@ -317,7 +319,7 @@ def _thread_join(thread: threading.Thread, timeout: float | None = None) -> None
 
 def _thread_is_alive(thread: threading.Thread) -> bool:
     actor = getattr(thread, "_anabranch_actor", None)
-    if conducted() is None or actor is None:
+    if controlled() is None or actor is None:
         return _is_alive(thread)
     _active().point("poll", f"look at {actor.name}", [(f"alive:{actor.name}", 0, 1, READ)])
     return not actor.ended
@@ -337,7 +339,7 @@ _origin = _monotonic()
 
 
 def _observable_sleep(seconds: float) -> None:
-    if conducted() is None:
+    if controlled() is None:
         _sleep(seconds)
         return
     _active().point("sleep", "sleep", [])
@@ -345,7 +347,7 @@ def _observable_sleep(seconds: float) -> None:
 
 
 def _observable_monotonic() -> float:
-    return _monotonic() if conducted() is None else _origin + _active().now
+    return _monotonic() if controlled() is None else _origin + _active().now
 
 
 class _Ordered(dict[threading.Thread, None]):

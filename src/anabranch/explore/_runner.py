@@ -21,7 +21,8 @@ import torch
 
 from anabranch.errors import CannotJudge
 from anabranch.explore import _locks, _oracles
-from anabranch.explore._conductor import Conductor, Core, Picks, child_names, local, plain
+from anabranch.explore._actor import child_names, local, plain
+from anabranch.explore._conductor import Conductor, Core, Picks
 from anabranch.explore._dependence import Step
 from anabranch.explore._errors import ExploreError
 from anabranch.explore._hostwait import HostWaits
@@ -70,7 +71,7 @@ class _Child:
                 try:
                     os.close(self.pipe)
                     local.plain = 0
-                    _conduct(program, scheduler, out, board, keep_trace)
+                    _control(program, scheduler, out, board, keep_trace)
                 except BaseException:
                     traceback.print_exc()
                 finally:
@@ -197,7 +198,7 @@ def snapshot() -> Iterator[None]:
 # In the child.
 
 
-def _conduct(program: Program, scheduler: Picks, out: int, board: mmap.mmap, keep_trace: bool) -> NoReturn:
+def _control(program: Program, scheduler: Picks, out: int, board: mmap.mmap, keep_trace: bool) -> NoReturn:
     gc.disable()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not program.show_output:

@@ -3,7 +3,7 @@
 An access declares what it touches: one key of a dict or element of a set (a slot of the container's range; two keys
 whose slots collide only seem to depend), or the whole. Python makes each such access one indivisible operation, so it
 also orders the threads: in the trace a change is a signal, and a later look an await. In a thread that is not
-conducted, and inside :func:`plain`, nothing is declared.
+controlled, and inside :func:`plain`, nothing is declared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from zlib import crc32
 
 from anabranch import _sync
 from anabranch.explore import _conductor, _locks
-from anabranch.explore._conductor import conducted, fresh, observable, plain
+from anabranch.explore._actor import controlled, fresh, observable, plain
 from anabranch.explore._dependence import ADD, READ, WRITE, Touch
 
 _WHOLE = (0, 1 << 33)
@@ -35,7 +35,7 @@ class Place:
 
     def touch(self, what: str, mode: int, slot: int | None = None) -> None:
         """The calling thread's next step: ``what`` it does to the slot (None: to all of it)."""
-        if conducted() is None:
+        if controlled() is None:
             return
         conductor = _conductor.active
         assert conductor is not None
@@ -91,7 +91,7 @@ def _method(base: type, method: str, mode: int, slotted: bool) -> Callable[..., 
         self._place.touch(what, mode, _slot(args[0]) if slotted and args else None)
         answer = plain_method(self, *args, **kwargs)
         # A view or an iterator would look again later, unseen: it looks at a copy.
-        if lazy and conducted() is not None:
+        if lazy and controlled() is not None:
             return iter(list(answer)) if method == "__iter__" else list(answer)
         return answer
 
@@ -199,7 +199,7 @@ class _Atomic:
         key, name = id(instance), f"{self._owner}.{self._name}"
         # Of an object that was made unobserved, whoever comes first in this schedule would give its name to it. So all
         # such objects of a class share one name: two of them only seem to depend.
-        named = is_new or conducted() is None
+        named = is_new or controlled() is None
         place = self._places[key] = Place("attr", name) if named else Place(f"attr:{name}", "", is_unique=False)
         # Without weak references the name may pass on to the next object at this address.
         with suppress(TypeError):

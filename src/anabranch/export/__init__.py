@@ -2,17 +2,14 @@
 
 from anabranch.export._bystanders import undisturbed
 from anabranch.export._diagnosis import run_in_eager
+from anabranch.export._hooks import hooks_of, name_of
 from anabranch.export._indices import valid_integer
 from anabranch.export._number_tensors import tensorize
-from anabranch.export._numbers import NotCarried, Numbers, same_computation
+from anabranch.export._numbers import NotCarried, Numbers
 from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutput, SizeOutput, finisher
 from anabranch.export._precision import Cast
-from anabranch.export._program import (
-    Program,
-    Uncaptured,
-    export_program,
-    source_of,
-)
+from anabranch.export._program import Program, export_program
+from anabranch.export._proof import same_computation
 from anabranch.export._random import is_random
 from anabranch.export._signature import (
     Input,
@@ -24,7 +21,8 @@ from anabranch.export._signature import (
     leaf_key,
     register_dataclasses,
 )
-from anabranch.export._snapshot import Snapshot, hooks_of, name_of
+from anabranch.export._snapshot import Snapshot
+from anabranch.export._uncaptured import Uncaptured, source_of
 
 __all__ = [
     "AliasOutput",

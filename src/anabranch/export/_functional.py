@@ -24,8 +24,8 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from anabranch.errors import UnsupportedModel
-from anabranch.export._numbers import is_stand_in
 from anabranch.export._signature import layout_of
+from anabranch.export._stand_ins import is_stand_in
 from anabranch.export._trial import written
 
 _aten = torch.ops.aten

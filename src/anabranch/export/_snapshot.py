@@ -19,7 +19,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -29,10 +29,9 @@ from torch.nn.utils import parametrize
 
 from anabranch.errors import UnsupportedModel
 from anabranch.export._diagnosis import check_parts
+from anabranch.export._hooks import HOOKS
 from anabranch.export._recurrent import keep_weights_in_place
 
-#: Hooks that run within a module's call, by the attribute that keeps them.
-HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 #: Copied as they are: nothing in them can change, or they stand for something that there is once.
 _SHARED: tuple[type, ...] = (
@@ -434,34 +433,3 @@ def _global_names(code: types.CodeType) -> set[str]:
         if isinstance(constant, types.CodeType):
             names |= _global_names(constant)
     return names
-
-
-def hooks_of(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Each hook that the user put on a part of the model, with the part's name."""
-    for name, part in module.named_modules():
-        for kind in HOOKS:
-            for hook in list(getattr(part, kind).values()):
-                if not _of_torch(hook):
-                    yield name, hook
-
-
-def check_global_hooks() -> None:
-    """Hooks on every module of the process would run on the copy that is traced. Raises :class:`UnsupportedModel`."""
-    registry = torch.nn.modules.module
-    for hook in (*registry._global_forward_pre_hooks.values(), *registry._global_forward_hooks.values()):
-        raise UnsupportedModel(
-            f"a hook is registered for every module of the process ({name_of(hook)}); compiling would run it on"
-            " stand-ins for tensors. Remove it while a model is compiled, or register it on modules one by one."
-        )
-
-
-def name_of(hook: Any) -> str:
-    """What to call a hook in messages."""
-    return str(getattr(hook, "__qualname__", None) or getattr(type(hook), "__qualname__", repr(hook)))
-
-
-def _of_torch(hook: Any) -> bool:
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    where = getattr(hook, "__module__", None) or type(hook).__module__
-    return where.partition(".")[0] == "torch"

@@ -22,9 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from anabranch.export._hooks import HOOKS, hooks_of
 from anabranch.export._indices import has_mask, is_indexing
 from anabranch.export._random import draws
-from anabranch.export._snapshot import HOOKS, Fresh, hooks_of
+from anabranch.export._snapshot import Fresh
 
 _aten = torch.ops.aten
 _TORCH = str(Path(torch.__file__).parent)

@@ -31,7 +31,7 @@ torch._register_device_module("sim", _module)
 generate_methods_for_privateuse1_backend()
 devices.register("sim", SimDevice)
 explored.register(core)
-# What the runtime's threads share is observable in this process from here on; in threads that no explorer conducts it
+# What the runtime's threads share is observable in this process from here on; in threads that no explorer controls it
 # behaves as ever.
 _sync.install(Factories())
 _sync.renew()

@@ -178,10 +178,10 @@ class _Call:
 
     def _capture(self, stream: Stream) -> None:
         graph = self.engine.seam.graph_under_capture(stream)
-        strangers = set(graph_nodes(graph))
+        others = set(graph_nodes(graph))
         with _capturing:
             self._execute(stream)
-        complete(graph, but=strangers)
+        complete(graph, but=others)
 
     def capturable(self, stream: Stream) -> bool:
         context = self.context

@@ -81,6 +81,7 @@ class Detector {
 
   Actor issued(Via via);
   uint32_t queue(uint32_t name, const char* what);
+  void accesses(const Actor& actor, const Clock& clock);  // to reads_ and writes_
   void access(const Range& range, const Actor& actor, const Clock& clock);
 
   // Reports.

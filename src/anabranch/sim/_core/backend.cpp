@@ -200,7 +200,7 @@ struct Allocator final : c10::DeviceAllocator {
       amend(machine.allocation_touches(bytes, queue, pool));
       auto before = queue->pushed;
       data = machine.allocate(bytes, queue, pool)->data;
-      if (conducted() && queue->pushed != before)
+      if (controlled() && queue->pushed != before)
         amend({{"q" + queue->actor, 0, 1, kWrite}, {"u" + queue->last, 0, 1, kGive}});
     }
     return {data, data, &free, device};

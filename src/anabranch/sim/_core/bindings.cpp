@@ -195,7 +195,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
   auto& machine = Machine::get();
 
-  // -- conducting
+  // -- control of threads
   m.def("enroll", &enroll, release_gil());
   m.def("withdraw", &withdraw);
   m.def("set_hooks", [](py::object point, py::object amend) {
@@ -251,7 +251,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return all;
   });
 
-  // -- threads that are not conducted
+  // -- threads that are not controlled
   m.def("policy", [&machine](const std::string& name, uint64_t seed) {
     Lock lock;
     TORCH_CHECK_VALUE(name == "fifo" || name == "lazy" || name == "random", "policy ", name,

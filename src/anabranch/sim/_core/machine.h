@@ -1,11 +1,11 @@
 // The simulated machine: streams as queues of pending work, a stream-ordered caching allocator, captures and graphs.
 //
 // Nothing that is queued runs until somebody steps the machine: the explorer's conductor, one head at a time, or (in
-// threads that are not conducted) a host thread that waits, by a built-in policy. Work is a closure over *addresses*;
+// threads that are not controlled) a host thread that waits, by a built-in policy. Work is a closure over *addresses*;
 // it owns no device memory, or a use after free would go unseen.
 //
 // Threads: any. `mutex` guards everything here. It is never waited for with the GIL held (`Lock`), because running
-// queued work may need the GIL, and it is not held while a conducted thread waits for its turn (`point`).
+// queued work may need the GIL, and it is not held while a controlled thread waits for its turn (`point`).
 #pragma once
 
 #include <c10/core/Device.h>
@@ -250,14 +250,14 @@ class Machine {
 void add(Deps& deps, const Dep& dep);
 void add(Deps& deps, const Deps& more);
 
-// The calling thread's counters, and whether it is conducted.
+// The calling thread's counters, and whether it is controlled.
 Ids& ids();
 // Something that is another thing in each thread.
 const void* this_thread();
-bool conducted();
+bool controlled();
 std::string make_id(uint64_t Ids::* counter);
 
-// Called by a conducted thread before it does something that others may observe: who goes on is decided in here. The
+// Called by a controlled thread before it does something that others may observe: who goes on is decided in here. The
 // caller holds neither the machine's mutex nor (necessarily) the GIL. Does nothing in other threads.
 void point(const char* kind, const std::function<std::string()>& label, const std::function<Touches()>& touches,
            const std::vector<std::string>& needs = {});

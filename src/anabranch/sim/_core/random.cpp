@@ -108,7 +108,7 @@ at::Generator new_generator(int device) {
 uint64_t draw(const at::Generator& generator) {
   auto* own = dynamic_cast<SimGenerator*>(generator.unsafeGetGeneratorImpl());
   TORCH_CHECK(own, "Expected a 'sim' device type for generator but found '", generator.device().type(), "'");
-  if (conducted()) amend({{own->name, 0, 1, kWrite}});
+  if (controlled()) amend({{own->name, 0, 1, kWrite}});
   std::lock_guard<std::mutex> guard(own->mutex_);
   return own->next();
 }

@@ -1,4 +1,4 @@
-// Host threads: who is conducted, what each creates, its current device and streams; and the lock that respects the
+// Host threads: who is controlled, what each creates, its current device and streams; and the lock that respects the
 // GIL.
 #include "threads.h"
 
@@ -15,15 +15,15 @@ namespace anabranch::sim {
 
 namespace {
 thread_local Ids* t_ids = nullptr;
-thread_local bool t_conducted = false;
+thread_local bool t_controlled = false;
 thread_local std::string t_name;
 thread_local int t_device = 0;
 thread_local int64_t t_streams[kDevices] = {};
 thread_local std::vector<int64_t> t_pools;
 thread_local bool t_relaxed = false;
 
-Ids free_ids;  // of all threads that are not conducted, and of the first that is
-std::map<uint64_t, std::unique_ptr<Ids>> conducted_ids;
+Ids free_ids;  // of all threads that are not controlled, and of the first that is
+std::map<uint64_t, std::unique_ptr<Ids>> controlled_ids;
 std::atomic<uint64_t> free_threads{0};
 PyObject* point_hook = nullptr;
 PyObject* amend_hook = nullptr;
@@ -75,8 +75,8 @@ const void* this_thread() {
 Ids& ids() {
   return t_ids ? *t_ids : free_ids;
 }
-bool conducted() {
-  return t_conducted && point_hook;
+bool controlled() {
+  return t_controlled && point_hook;
 }
 
 std::string make_id(uint64_t Ids::* counter) {
@@ -86,12 +86,12 @@ std::string make_id(uint64_t Ids::* counter) {
 
 void enroll(const std::string& name, uint64_t index) {
   Lock lock;
-  t_conducted = true;
+  t_controlled = true;
   t_name = name;
   if (index == 0) {
     t_ids = &free_ids;
   } else {
-    auto& mine = conducted_ids[index];
+    auto& mine = controlled_ids[index];
     if (!mine) mine = std::make_unique<Ids>();
     mine->index = index;
     t_ids = mine.get();
@@ -99,7 +99,7 @@ void enroll(const std::string& name, uint64_t index) {
 }
 
 void withdraw() {
-  t_conducted = false;
+  t_controlled = false;
   t_name.clear();
   t_ids = nullptr;
 }
@@ -127,7 +127,7 @@ PyObject* touch_tuple(const Touch& touch) {
 
 void point(const char* kind, const std::function<std::string()>& label, const std::function<Touches()>& touches,
            const std::vector<std::string>& needs) {
-  if (!conducted() || !python_is_up()) return;
+  if (!controlled() || !python_is_up()) return;
   auto text = label();
   Touches touched;
   {
@@ -152,7 +152,7 @@ void point(const char* kind, const std::function<std::string()>& label, const st
 }
 
 void amend(const Touches& touches) {
-  if (!conducted() || !amend_hook || touches.empty() || !python_is_up()) return;
+  if (!controlled() || !amend_hook || touches.empty() || !python_is_up()) return;
   PyGILState_STATE gil = PyGILState_Ensure();
   PyObject* result = PyObject_CallFunction(amend_hook, "N", as_python(touches));
   if (!result) give_up();
@@ -274,7 +274,7 @@ Touches queue_touches(const QueuePtr& queue, const std::string& op) {
 void synchronize(const Deps& deps, const char* what) {
   auto& machine = Machine::get();
   ++machine.asked;
-  if (conducted()) {
+  if (controlled()) {
     std::vector<std::string> needs;
     Touches touches;
     for (auto& dep : deps) {

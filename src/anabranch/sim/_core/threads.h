@@ -7,10 +7,10 @@
 
 namespace anabranch::sim {
 
-// The calling thread is conducted from now on; `index` names what it creates (see Ids).
+// The calling thread is controlled from now on; `index` names what it creates (see Ids).
 void enroll(const std::string& name, uint64_t index);
 void withdraw();
-// Takes over the references; null: nobody conducts.
+// Takes over the references; null: nobody controls them.
 void set_hooks(PyObject* point, PyObject* amend);
 PyObject* touch_tuple(const Touch& touch);
 // What queueing an item called `op` touches.

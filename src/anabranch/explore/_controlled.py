@@ -1,4 +1,4 @@
-"""`conducted`: one schedule in this very process, for programs that are to be run rather than explored."""
+"""`controlled`: one schedule in this very process, for programs that are to be run rather than explored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from anabranch.explore import _conductor
-from anabranch.explore._conductor import Conductor, local
+from anabranch.explore._actor import local
+from anabranch.explore._conductor import Conductor
 from anabranch.explore._device import device
 from anabranch.explore._errors import ExploreError
 from anabranch.explore._explore import observed
@@ -19,8 +20,8 @@ from anabranch.explore._schedulers import Scheduler
 
 
 @contextmanager
-def conducted(scheduler: Scheduler) -> Iterator[Conductor]:
-    """Conduct the calling thread, and the threads that it starts, by ``scheduler``; waits for these at the end.
+def controlled(scheduler: Scheduler) -> Iterator[Conductor]:
+    """Control the calling thread, and the threads that it starts, by ``scheduler``; waits for these at the end.
 
     Work that is still queued on the device then stays queued. Threads: one such block at a time in a process, not
     inside an exploration. Raises :class:`~anabranch.explore.ExploreError` where nothing can go on any more; the threads
@@ -28,7 +29,7 @@ def conducted(scheduler: Scheduler) -> Iterator[Conductor]:
     can be raised, the process ends with that line on stderr and exit status 2; with 130 where it was interrupted there.
     """
     if _conductor.active is not None:
-        raise ExploreError("conducted() was called inside another conducted block or an exploration; call it outside")
+        raise ExploreError("controlled() was called inside another controlled block or an exploration; call it outside")
     main = threading.current_thread()
 
     def finish(end: End) -> NoReturn:

@@ -1,0 +1,247 @@
+"""The exporter: traces copies of a model with ``torch.export``, after a trial where a trace alone would not do."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from anabranch.errors import UnsupportedModel
+from anabranch.export import _functional, _packed
+from anabranch.export._bystanders import undisturbed
+from anabranch.export._diagnosis import copy_of, diagnose
+from anabranch.export._forward import Forward, Seen
+from anabranch.export._leaks import Watch
+from anabranch.export._recurrent import weights_apart
+from anabranch.export._signature import TensorSpec
+from anabranch.export._snapshot import Fresh, Snapshot
+from anabranch.export._trial import Trial, needs_trial, try_out
+from anabranch.export._uncaptured import source_of
+
+# torch.export copies tree specs of its own in a way that PyTorch deprecates; whoever sees it can do nothing about it.
+warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning, module="copyreg")
+# Of recurrent layers: it replaces their list of weights while it traces, and takes that for a change by the model.
+warnings.filterwarnings("ignore", message=".*_flat_weights.* assigned during export", category=UserWarning)
+
+
+class Exporter:
+    """Exports copies of a model for one signature."""
+
+    def __init__(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        given: Any,
+        aside: Callable[..., Any],
+        numbers: frozenset[int],
+    ) -> None:
+        self._numbers = numbers
+        self._args = tuple(args)
+        self._kwargs = dict(kwargs)
+        self._given = given[0], {name: given[1][name] for name in kwargs}
+        self._aside = aside
+        self.specs = [TensorSpec.of(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self._state: dict[str, None] = {}
+        self._watches: list[Watch | None] = []
+
+    def export(self, snapshot: Snapshot, *options: Any, decompose: bool = True) -> tuple[ExportedProgram, Fresh, Seen]:
+        """And the copy that was traced, with what was seen. ``options``: of :class:`Forward`."""
+        traced = snapshot.fresh()
+        if not needs_trial(traced.module):
+            exported, seen = self._trace(traced, options, decompose)
+            return exported, traced, seen
+        first = self._try(traced, options)
+        if not first.finished:
+            traced = snapshot.fresh()  # the call may have left it in any state
+        # What the first call changes may be a cache that it fills.
+        later = self._try(traced, options) if first.changes else first
+        exported, seen = self._trace(traced, options, decompose)
+        state = [*first.draws, *later.changes]
+        if state:
+            # Does it matter? What was drawn is drawn anew by another copy; what is counted goes on.
+            other = snapshot.fresh() if first.draws else traced
+            for _ in range(3 if other is not traced else 1):
+                self._try(other, options)
+            again, _ = self._trace(other, options, decompose)
+            if not _alike(exported, again):
+                raise UnsupportedModel(
+                    f"the model's results depend on state of Python's: a call {', '.join(state)}. An engine would"
+                    " repeat what it was at compile. Make it an input, or draw with torch.rand and the like."
+                )
+            self._state.update(dict.fromkeys(state))
+        return exported, traced, seen
+
+    def _trace(self, traced: Fresh, options: Any, decompose: bool) -> tuple[ExportedProgram, Seen]:
+        forward = Forward(traced.module, self.specs, *options, numbers=self._numbers)
+        try:
+            exported = _export(forward, self._args, self._kwargs, self._given, decompose)
+        finally:
+            if forward.seen.recorder is not None:
+                forward.seen.recorder.is_over = True
+        self._watches.append(forward.seen.watch)
+        return exported, forward.seen
+
+    def _try(self, traced: Fresh, options: Any) -> Trial:
+        """One real call on inputs like these, with made-up values; on the CPU with the values that were given."""
+        forward = Forward(traced.module, self.specs, *options)
+
+        def made(x: torch.Tensor) -> torch.Tensor:
+            spec = TensorSpec.of(x)
+            return copy_of(spec.in_memory(x)) if x.device.type == "cpu" else spec.synthesize(x.device)
+
+        def attempt() -> Trial:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, made, self._given)
+            return try_out(functools.partial(forward, *args, **kwargs), traced)
+
+        result = [Trial(False)]
+        try:
+            self._aside(lambda: result.append(attempt()))
+        except Exception:
+            return Trial(False)  # what the device found wrong later, with values that were made up
+        return result[-1]
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know. With everything dropped that was traced."""
+        notes = []
+        if self._state:
+            notes.append(f"the model {', '.join(self._state)}; calls do not, and its results did not depend on it")
+        cleared = dict.fromkeys(where for w in self._watches if w is not None for where in w.clear())
+        if cleared:
+            notes.append(f"the model puts tensors into {', '.join(cleared)}; calls do not")
+        return tuple(notes)
+
+
+def _alike(a: ExportedProgram, b: ExportedProgram) -> bool:
+    """Whether two traces of a model are the same computation."""
+
+    def codes(exported: ExportedProgram) -> list[str]:
+        return [m.code for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
+
+    def same(x: Any, y: Any) -> bool:
+        if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
+            return type(x) is type(y)
+        return x.shape == y.shape and x.dtype is y.dtype and torch.equal(x, y)
+
+    return (
+        codes(a) == codes(b)
+        and a.constants.keys() == b.constants.keys()
+        and all(same(x, b.constants[name]) for name, x in a.constants.items())
+    )
+
+
+def _export(
+    module: Forward, args: Sequence[Any], kwargs: Mapping[str, Any], given: Any, decompose: bool = True
+) -> ExportedProgram:
+    """``given``: positional and keyword inputs with values, to find out by whose fault it fails."""
+    exported: ExportedProgram | None = None
+    try:
+        with torch.no_grad():
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: TensorSpec.of(x).in_memory(x), (args, kwargs))
+            # The graph's inputs follow the order of keywords given here.
+            with (
+                undisturbed(),
+                _fake_tensor_errors_unlogged(),
+                weights_apart(module.model),
+                _packed.traced(module.model),
+            ):
+                exported = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
+                if decompose:
+                    _inline_grad_modes(exported)
+                    _functional.prepare(exported, source_of)
+                    if not _functional.is_functional(exported):
+                        with _functional.kept_whole():
+                            exported = exported.run_decompositions({})
+    except Exception as e:
+        if module.seen.recorder is not None:
+            module.seen.recorder.check(e)
+        if isinstance(e, UnsupportedModel) and exported is not None:
+            raise
+        refusal = getattr(module.seen, "returned", None) and module.seen.returned.refusal
+        raise (
+            UnsupportedModel(refusal) if refusal else diagnose(e, module, given[0], given[1], _transform(exported))
+        ) from e
+    if module.seen.returned.refusal:
+        raise UnsupportedModel(module.seen.returned.refusal)
+    return exported
+
+
+@contextmanager
+def _fake_tensor_errors_unlogged() -> Iterator[None]:
+    """Keep PyTorch from logging, with a traceback, an operator's refusal of its inputs that we raise by name anyway.
+
+    It is not for the eye only: whatever keeps log records would keep the traceback's frames, and with them the memory
+    of the tensors that were exported on. Other threads' records pass.
+    """
+    logger, here = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
+
+    def by_others(record: logging.LogRecord) -> bool:
+        return threading.get_ident() != here or record.levelno < logging.ERROR
+
+    logger.addFilter(by_others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(by_others)
+
+
+def _transform(exported: ExportedProgram | None) -> str:
+    """The model's line with the first transform of torch.func in a program that could not be decomposed."""
+    nodes = exported.graph_module.graph.nodes if exported is not None else ()
+    return next((source_of(n) for n in nodes if "functorch" in str(n.target)), "")
+
+
+def _inline_grad_modes(exported: ExportedProgram) -> None:
+    """Put what runs under ``torch.enable_grad()`` and the like into the graph itself.
+
+    torch.export makes a subgraph of it, which it cannot decompose. The mode makes no difference, because no tensor
+    requires grad here; but to transforms of torch.func that are still to be decomposed.
+    """
+    gm = exported.graph_module
+    modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    transforms = any("functorch" in str(n.target) for m in modules for n in m.graph.nodes)
+    with gm._set_replace_hook(exported.graph_signature.get_replace_hook()):
+        _inline(gm, transforms)
+
+
+def _inline(gm: fx.GraphModule, keep_mode: bool) -> None:
+    for node in list(gm.graph.nodes):
+        if node.op == "get_attr":
+            part = getattr(gm, str(node.target), None)
+            if isinstance(part, fx.GraphModule):
+                _inline(part, keep_mode)
+        if node.op != "call_function" or node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
+            continue
+        mode, piece, *given = node.args
+        part = getattr(gm, str(piece.target))
+        values: dict[fx.Node, fx.Node] = dict(zip(part.graph.find_nodes(op="placeholder"), given, strict=True))
+        with gm.graph.inserting_before(node):
+            if keep_mode:
+                gm.graph.call_function(torch._C._set_grad_enabled, (mode,))
+            for inner in part.graph.nodes:
+                if inner.op == "get_attr":
+                    name = f"{piece.target}_{inner.target}".replace(".", "_")
+                    setattr(gm, name, getattr(part, inner.target))
+                    values[inner] = gm.graph.get_attr(name)
+                elif inner.op not in ("placeholder", "output"):
+                    values[inner] = gm.graph.node_copy(inner, values.__getitem__)
+            if keep_mode:
+                gm.graph.call_function(torch._C._set_grad_enabled, (not mode,))
+        results = part.graph.output_node().args[0]
+        for user in list(node.users):
+            assert user.target is operator.getitem, user
+            user.replace_all_uses_with(values[results[user.args[1]]])
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+        if not piece.users:
+            gm.graph.erase_node(piece)
+    gm.recompile()

@@ -1,0 +1,134 @@
+"""The model as ``torch.export`` sees it, and what is seen of the model while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from anabranch.export._layout import LayoutWatch
+from anabranch.export._leaks import Watch
+from anabranch.export._outputs import Returned
+from anabranch.export._precision import HalfPrecision
+from anabranch.export._signature import TensorSpec
+from anabranch.export._stand_ins import Recorder, TakesNumbers
+
+
+class Seen:
+    """What was seen while the model ran. No attributes of the module: torch.export puts those back as they were."""
+
+    #: What the model returned.
+    returned: Returned
+    #: Whether it looked at how its inputs lie in memory.
+    reads_layout = False
+    #: The stand-ins for tensors that it computed with.
+    watch: Watch | None = None
+    #: What it did with the numbers that are inputs.
+    recorder: Recorder | None = None
+
+    def __init__(self) -> None:
+        #: Where tensors lie that require a gradient and are no parameters of the model: torch.export forgets it.
+        self.requires_grad: set[Any] = set()
+
+
+class _GradientWatch(TorchFunctionMode):
+    """While it is on, notes which tensors of operators require a gradient."""
+
+    def __init__(self, seen: Seen) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            for x in (*args, *kwargs.values()):
+                if type(x) in (torch.Tensor, torch.nn.Parameter) and x.requires_grad:
+                    self._seen.requires_grad |= {place(x)} - {None}
+        return func(*args, **kwargs)
+
+
+def place(x: torch.Tensor) -> Any:
+    """None for what is no dense tensor."""
+    try:
+        return x.data_ptr(), tuple(x.shape), x.stride(), x.dtype
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+class Forward(torch.nn.Module):
+    """The model as ``torch.export`` sees it: plain tensors in memory go in, tensors in a flat tuple come out.
+
+    Lazy bits are put on its inputs here, and precision is changed at the border.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        specs: Sequence[TensorSpec],
+        precision: torch.dtype | None = None,
+        dtypes: Sequence[Any] = (),
+        *,
+        numbers: frozenset[int] = frozenset(),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.seen = Seen()
+        if numbers:
+            self.seen.recorder = Recorder(numbers)
+        self._specs = specs
+        self._precision = precision
+        self._dtypes = dtypes
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen.watch = Watch(pytree.tree_leaves((args, kwargs)))
+        if any(spec.is_lazy for spec in self._specs):
+            specs = iter(self._specs)
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: next(specs).in_memory(x), (args, kwargs))
+        watch = LayoutWatch(pytree.tree_leaves((args, kwargs)))
+        if self.seen.recorder is not None:
+            args, kwargs = self.seen.recorder.enter((args, kwargs))
+        if self._precision is None:
+            with watch, _GradientWatch(self.seen):
+                result = self._call_model(args, kwargs)
+            return tuple(self._note(result, watch))
+
+        originals: dict[int, torch.Tensor] = {}
+
+        def enter(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype is self._precision:
+                return x
+            cast = x.to(self._precision)
+            originals[id(cast)] = x
+            return cast
+
+        args, kwargs = pytree.tree_map(enter, (args, kwargs))
+        with watch, _GradientWatch(self.seen), HalfPrecision(self._precision):
+            result = self._call_model(args, kwargs)
+        # An input that is handed back is the caller's own, not a rounded copy.
+        result = pytree.tree_map(lambda y: originals.get(id(y), y), result)
+        return tuple(
+            x.to(d) if isinstance(x, torch.Tensor) and d else x
+            for x, d in zip(self._note(result, watch), self._dtypes, strict=True)
+        )
+
+    def _call_model(self, args: Any, kwargs: Any) -> Any:
+        recorder = self.seen.recorder
+        if recorder is None:
+            return self.model(*args, **kwargs)
+        try:
+            with TakesNumbers():
+                result = self.model(*args, **kwargs)
+            recorder.check()
+            recorder.check_result(result)
+        except Exception as e:
+            recorder.check(e)
+            raise
+        return result
+
+    def _note(self, result: Any, watch: LayoutWatch) -> list[Any]:
+        self.seen.returned, values = Returned.of(result)
+        self.seen.reads_layout = watch.was_read
+        return values
