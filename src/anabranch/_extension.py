@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch.utils import cpp_extension
 
-from anabranch import _native
+from anabranch import _toolchain
 
 
 def flags(name: str) -> list[str]:
@@ -50,7 +50,7 @@ def build(
     Raises :class:`~anabranch.errors.BuildError` where there is no compiler.
     """
     libraries = cpp_extension.TORCH_LIB_PATH
-    return _native.build(
+    return _toolchain.build(
         name,
         [source for source in sorted(folder.glob("*.cpp")) if source.name not in beside],
         beside=[folder / source for source in beside],

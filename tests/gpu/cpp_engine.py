@@ -22,7 +22,7 @@ ROUNDS = 20
 
 def build() -> Any:
     name, runtime, header = "anabranch_engine", _library.build(), cpp.include_paths()[0]
-    path = _extension._native.build(
+    path = _extension._toolchain.build(
         name,
         [Path(__file__).parents[1] / "sim/engine_module.cpp", *cpp.cmake_path().glob("*.cpp")],
         flags=[*_extension.flags(name), f"-I{header}"],

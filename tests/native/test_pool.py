@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from anabranch._native import build
+from anabranch._toolchain import build
 
 CORE = Path(__file__).parents[2] / "src/anabranch/runtime/_core"
 DRIVER = Path(__file__).parent / "pool_driver.cpp"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import race_generator
 
-from anabranch._native import build
+from anabranch._toolchain import build
 from anabranch.errors import AnabranchError, TraceError
 from anabranch.race import Detector, _library, check_lines
 

@@ -25,7 +25,7 @@ def core() -> Any:
 
     name, runtime = "anabranch_engine", _library.build()
     header = cpp.include_paths()[0]
-    path = _extension._native.build(
+    path = _extension._toolchain.build(
         name,
         [Path(__file__).with_name("engine_module.cpp"), *cpp.cmake_path().glob("*.cpp")],
         flags=[*_extension.flags(name), f"-I{header}"],

@@ -129,7 +129,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("{name} is a set of tensors", "which has no order", "return a list or a dict"),
         ("{name} is {_a(expected)}", "which cannot be compared", "return tensors, numbers, strings"),
     ],
-    "src/anabranch/_native.py": [
+    "src/anabranch/_toolchain.py": [
         ("found no compiler (looked for c++, g++, clang++)", "compiles its C++ core at first use", "install one"),
         ("{why}", "not kept where others can exchange them", "set XDG_CACHE_HOME to a folder that only you can write"),
         ("compiling {name} failed", "expected a compiler for C++20", "Name one in CXX"),

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import anabranch
-from anabranch import InputError, UnsupportedModel, _native, cpp
+from anabranch import InputError, UnsupportedModel, _toolchain, cpp
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/server"
@@ -36,7 +36,7 @@ def example() -> Any:
 def binary() -> Path:
     """The example server, by the command that docs/cpp.md gives; half a minute, once for these sources."""
     (header,) = (cpp.include_paths()[0] / "anabranch").glob("*.h")
-    return _native.build(
+    return _toolchain.build(
         "example-server",
         [EXAMPLE / "server.cpp", *cpp.sources()],
         # PyTorch's own headers have unused parameters, which the docs' command does not warn about.

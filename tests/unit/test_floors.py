@@ -25,7 +25,7 @@ FLOORS = (
     "_sync",  # what threads share; the explorer's objects get in here
     "_activity",  # what a thread is doing; runtimes say it, the explorer asks
     "_trust",
-    "_native",
+    "_toolchain",
     "_extension",
     "_judge",
     "_exit",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anabranch._native import build, cache_folder
+from anabranch._toolchain import build, cache_folder
 from anabranch.errors import BuildError
 
 
@@ -62,7 +62,7 @@ def test_the_grouping_of_sources_is_part_of_the_name(source: Path) -> None:
 
 def test_many_processes_at_once(source: Path) -> None:
     code = (
-        "from anabranch._native import build; from pathlib import Path; "
+        "from anabranch._toolchain import build; from pathlib import Path; "
         f"print(build('answer', [Path({str(source)!r})]))"
     )
     jobs = [

@@ -17,8 +17,8 @@ from torch import nn
 import anabranch
 from anabranch.export import Signature, export_program, flatten_call
 from anabranch.plan import Access, Buffer, Edge, Plan, Step
-from anabranch.plan._build import build_plan, uses_workspace
 from anabranch.plan._plan import human_bytes
+from anabranch.plan._planner import build_plan, uses_workspace
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

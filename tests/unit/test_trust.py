@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from anabranch import _trust
-from anabranch._native import build, cache_folder, cache_root
+from anabranch._toolchain import build, cache_folder, cache_root
 from anabranch.errors import BuildError
 
 _ANOTHER = 4242

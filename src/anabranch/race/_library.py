@@ -6,7 +6,7 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-from anabranch._native import build
+from anabranch._toolchain import build
 
 #: What every function of the core returns.
 OK, MALFORMED, FAILED = range(3)

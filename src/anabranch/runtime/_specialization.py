@@ -12,7 +12,7 @@ from anabranch import _activity
 from anabranch.backends import Stateful
 from anabranch.export import AliasOutput, Program, Signature
 from anabranch.plan import Plan
-from anabranch.plan._build import build_plan
+from anabranch.plan._planner import build_plan
 from anabranch.race import check_plan
 from anabranch.runtime import _summary
 from anabranch.runtime._builder import Builder

@@ -9,7 +9,7 @@ import torch
 
 from anabranch.errors import InputError
 from anabranch.export import Program, Signature, finisher, valid_integer
-from anabranch.plan._build import uses_workspace
+from anabranch.plan._planner import uses_workspace
 from anabranch.runtime._flags import Watch
 from anabranch.runtime._settings import Settings
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from anabranch import _trust
-from anabranch._native import cache_root
+from anabranch._toolchain import cache_root
 
 _log = logging.getLogger("anabranch.tensorrt")
 _FORMAT = "anabranch-tensorrt 1"
