@@ -36,8 +36,14 @@ bool python_is_up() {
 #endif
 }
 
-// A hook is the conductor; if it fails there is nobody left who could decide what runs next.
+// A hook is the conductor; if it fails there is nobody left who could decide what runs next. An interrupt may come at
+// its first instruction, where it cannot catch it.
 void give_up() {
+  if (PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) {
+    std::fputs("anabranch: interrupted\n", stderr);
+    std::fflush(nullptr);
+    std::_Exit(130);
+  }
   PyErr_Print();
   std::fflush(nullptr);
   std::_Exit(70);
