@@ -132,13 +132,13 @@ bool Specialization::accepts(const at::Tensor* const* inputs, size_t count) cons
 Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Values& numbers, const Builder& build,
                                             Values& results) {
   for (size_t i = 0; i < specs.size(); ++i) {
-    if (!is_plain(inputs[i])) return Outcome::kElsewhere;
+    if (!is_plain(inputs[i])) return Outcome::kDeclined;
   }
   std::optional<c10::InferenceMode> normal;
   if (c10::InferenceMode::is_enabled()) normal.emplace(false);
   bool runs_direct = program || (numbers.empty() && (!kernels.empty() || python));
   if (!api_) {
-    if (!runs_direct || !is_unchanged()) return Outcome::kElsewhere;
+    if (!runs_direct || !is_unchanged()) return Outcome::kDeclined;
     return finish_direct(direct(inputs, numbers, {}, results), results);
   }
   std::optional<c10::DeviceGuard> on_device;
@@ -147,35 +147,35 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Valu
   StreamRef ref{guard_.getStreamNativeHandle(stream), stream.id(), device.index()};
   bool is_capturing = false;
   check("asking whether the stream is under capture", api_->is_capturing(ref, &is_capturing));
-  if (is_capturing) return Outcome::kElsewhere;
+  if (is_capturing) return Outcome::kDeclined;
 
   if (uses_graphs) {
-    auto grant = pool.acquire(ref.id, may_grow.load("read"));
-    if (grant.kind == Pool::Grant::kRoom) {
-      auto built = build(grant.reserved);
-      grant = built.slot    ? Pool::Grant{Pool::Grant::kContext, built.slot}
-              : built.retry ? pool.acquire(ref.id, false)
-                            : Pool::Grant{};
+    auto acquired = pool.acquire(ref.id, may_grow.load("read"));
+    if (acquired.kind == Pool::Acquired::kRoom) {
+      auto built = build(acquired.reserved);
+      acquired = built.slot    ? Pool::Acquired{Pool::Acquired::kContext, built.slot}
+                 : built.retry ? pool.acquire(ref.id, false)
+                               : Pool::Acquired{};
     }
-    if (grant.kind == Pool::Grant::kContext) {
-      if (grant.waits) counters_->add(Counters::kWaits);
-      auto& context = static_cast<Context&>(*grant.slot->payload);
+    if (acquired.kind == Pool::Acquired::kContext) {
+      if (acquired.waits) counters_->add(Counters::kWaits);
+      auto& context = static_cast<Context&>(*acquired.slot->payload);
       try {
         auto regions = layout->allocate();
-        launch(context, grant.again, inputs, stream, ref, regions);
+        launch(context, acquired.same_stream, inputs, stream, ref, regions);
         fill(results, layout->tensors(regions));
       } catch (...) {
         // Part of it may be queued: whatever that is, the context is freed after it, and used by no other call.
-        auto remains = pool.discard(grant.slot);
+        auto discarded = pool.discard(acquired.slot);
         try {
           context.done->record(stream);
         } catch (...) {
           // Nothing says when the device is done with it, so it is never freed.
-          (void)remains.release();
+          (void)discarded.release();
         }
         throw;
       }
-      pool.release(grant.slot, ref.id);
+      pool.release(acquired.slot, ref.id);
       // The next user's wait may bind to the record before this one.
       if (planted("late record")) context.done->record(stream);
       counters_->add(Counters::kCalls);
@@ -184,13 +184,13 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Valu
     }
   }
 
-  if (!runs_direct || !is_unchanged()) return Outcome::kElsewhere;
+  if (!runs_direct || !is_unchanged()) return Outcome::kDeclined;
   bool is_done = false;
   if (!has_weights) {
     is_done = direct(inputs, numbers, ref, results);
   } else {
-    auto grant = events.acquire(ref.id, true);
-    auto* slot = grant.kind == Pool::Grant::kContext ? grant.slot : events.add(new_event(ref.id), 0);
+    auto acquired = events.acquire(ref.id, true);
+    auto* slot = acquired.kind == Pool::Acquired::kContext ? acquired.slot : events.add(new_event(ref.id), 0);
     auto& last_use = static_cast<Context&>(*slot->payload);
     try {
       // The stream may be a new one under the handle of one that died: what that one still runs stays covered.
@@ -222,7 +222,7 @@ bool Specialization::is_unchanged() const {
 Specialization::Outcome Specialization::finish_direct(bool is_done, Values& results) {
   if (!is_done || !is_unchanged()) {
     results.clear();
-    return Outcome::kElsewhere;
+    return Outcome::kDeclined;
   }
   counters_->add(Counters::kCalls);
   counters_->add(Counters::kDirectCalls);
@@ -241,10 +241,10 @@ Specialization::Outcome Specialization::finish_direct(bool is_done, Values& resu
 // Where the graph reads and writes the caller's own memory there is nothing to copy; that memory is the caller's
 // stream's, as with any operator. A stream that comes back to its context need not wait for itself, if it is one that
 // is never destroyed: a handle that died may have been given to a new stream.
-void Specialization::launch(Context& context, bool again, const at::Tensor* inputs, const c10::Stream& stream,
+void Specialization::launch(Context& context, bool same_stream, const at::Tensor* inputs, const c10::Stream& stream,
                             const StreamRef& ref, const Regions& regions) {
-  if (planted("no wait")) again = true;  // as if every stream were the last one
-  if (!again || !api_->is_lasting || !api_->is_lasting(ref)) wait(*context.done, stream, ref);
+  if (planted("no wait")) same_stream = true;  // as if every stream were the last one
+  if (!same_stream || !api_->is_lasting || !api_->is_lasting(ref)) wait(*context.done, stream, ref);
   c10::SmallVector<const void*, 8> buffers;
   Tensors read;  // what is read where the caller has it, or a copy that kernels can read
   for (size_t i = 0; i < specs.size(); ++i) {

@@ -91,7 +91,7 @@ struct Context : Payload {
 
 class Specialization {
  public:
-  enum class Outcome { kDone, kElsewhere };
+  enum class Outcome { kDone, kDeclined };
   // Called where a context may be built, for `reserved` bytes: an owned slot; null to go on without a new one, by
   // `retry` with the contexts there are, else direct.
   struct Built {
@@ -104,7 +104,7 @@ class Specialization {
                  Counters* counters);
 
   // Run one call on the calling thread's current stream of the device. `inputs` have this signature, `numbers` are what
-  // `program` takes after them. `kElsewhere`:
+  // `program` takes after them. `kDeclined`:
   // nothing was queued; this call takes a way that is not known here (it is inside a caller's capture, say).
   //
   // Threads: any, without the GIL. Blocks for other threads' hosts only. Throws what the device throws; the context is
@@ -140,8 +140,8 @@ class Specialization {
 
  private:
   at::Tensor canonical(const at::Tensor& x, size_t i) const;
-  void launch(Context& context, bool again, const at::Tensor* inputs, const c10::Stream& stream, const StreamRef& ref,
-              const Regions& regions);
+  void launch(Context& context, bool same_stream, const at::Tensor* inputs, const c10::Stream& stream,
+              const StreamRef& ref, const Regions& regions);
   void wait(const c10::Event& event, const c10::Stream& stream, const StreamRef& ref) const;
   void record(c10::Event& event, const c10::Stream& stream, const StreamRef& ref) const;
   bool is_unchanged() const;

@@ -274,7 +274,7 @@ struct Signature {
   // way. Throws.
   bool run(const at::Tensor* inputs, const Values& numbers, Values& results) {
     std::exception_ptr error;
-    auto outcome = Specialization::Outcome::kElsewhere;
+    auto outcome = Specialization::Outcome::kDeclined;
     ++calls_under_way;
     t_inside = true;
     PyThreadState* state = spec->needs_gil() ? nullptr : PyEval_SaveThread();
@@ -454,7 +454,7 @@ void report(PyObject* self) {
 
 PyObject* engine_call_or_throw(PyObject* object, PyObject* args, PyObject* kwargs) {
   auto* self = reinterpret_cast<EngineBase*>(object);
-  auto elsewhere = [&]() -> PyObject* {
+  auto declined = [&]() -> PyObject* {
     static PyObject* name = PyUnicode_InternFromString("_call");
     PyObject* method = PyObject_GetAttr(object, name);
     if (!method) return nullptr;
@@ -463,15 +463,15 @@ PyObject* engine_call_or_throw(PyObject* object, PyObject* args, PyObject* kwarg
     return result;
   };
   auto count = static_cast<size_t>(PyTuple_GET_SIZE(args));
-  if ((kwargs && PyDict_GET_SIZE(kwargs)) || !self->is_usable || is_exiting) return elsewhere();
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return elsewhere();
+  if ((kwargs && PyDict_GET_SIZE(kwargs)) || !self->is_usable || is_exiting) return declined();
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return declined();
   c10::SmallVector<const at::Tensor*, 4> given;
   bool grad = at::GradMode::is_enabled();
   for (size_t i = 0; i < count; ++i) {
     PyObject* x = PyTuple_GET_ITEM(args, static_cast<Py_ssize_t>(i));
-    if (!THPVariable_CheckExact(x)) return elsewhere();
+    if (!THPVariable_CheckExact(x)) return declined();
     given.push_back(&THPVariable_Unpack(x));
-    if (grad && given.back()->requires_grad()) return elsewhere();
+    if (grad && given.back()->requires_grad()) return declined();
   }
   for (auto& candidate : *self->entries) {
     auto& spec = *candidate.signature->spec;
@@ -498,9 +498,9 @@ PyObject* engine_call_or_throw(PyObject* object, PyObject* args, PyObject* kwarg
       set_error(std::current_exception());
     }
     Py_DECREF(entry.owner);
-    return is_done ? answer : elsewhere();
+    return is_done ? answer : declined();
   }
-  return elsewhere();
+  return declined();
 }
 
 // Python calls this: nothing may be thrown through it, whatever a caller passes.
