@@ -14,7 +14,7 @@
 #include <sstream>
 #include <unordered_map>
 
-#include "../runtime/_core/call.h"
+#include "../runtime/_core/specialization.h"
 #include "device.h"
 #include "file.h"
 
@@ -390,9 +390,7 @@ struct Engine::Impl {
       }
       at::Tensor like = rank ? at::empty_strided(input.sizes, input.strides, options) : at::empty(input.sizes, options);
       if (like.is_contiguous()) input.strides.clear();
-      all.push_back({c10::SmallVector<int64_t, 5>(like.sizes().begin(), like.sizes().end()),
-                     c10::SmallVector<int64_t, 5>(like.strides().begin(), like.strides().end()), input.dtype,
-                     like.is_contiguous(), static_cast<size_t>(like.numel()) * like.element_size()});
+      all.emplace_back(like);
     }
     return all;
   }

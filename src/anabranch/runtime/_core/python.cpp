@@ -15,7 +15,7 @@
 #include <cstdlib>
 
 #include "allocations.h"
-#include "call.h"
+#include "specialization.h"
 
 namespace py = pybind11;
 
@@ -298,12 +298,6 @@ struct Signature {
 c10::Event* event_of(py::handle event) {
   TORCH_CHECK_TYPE(THPEvent_Check(event.ptr()), "expected a torch.Event");
   return &reinterpret_cast<THPEvent*>(event.ptr())->event;
-}
-
-InputSpec spec_of(const at::Tensor& x) {
-  return {c10::SmallVector<int64_t, 5>(x.sizes().begin(), x.sizes().end()),
-          c10::SmallVector<int64_t, 5>(x.strides().begin(), x.strides().end()), x.scalar_type(), x.is_contiguous(),
-          static_cast<size_t>(x.numel()) * x.element_size()};
 }
 
 // (node, (function, kernel, context), grid, block, shared bytes, params, offsets, packed, [(at, buffer, delta)])
@@ -684,7 +678,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                        py::object limits, py::object counters, py::object owner) {
         auto self = std::make_unique<Signature>();
         std::vector<InputSpec> inputs;
-        for (auto& x : specs) inputs.push_back(spec_of(x));
+        for (auto& x : specs) inputs.emplace_back(x);
         self->limits = keep(limits);
         self->counters = keep(counters);
         self->owner = keep(owner);
