@@ -129,36 +129,23 @@ c10::IValue Program::value(const Argument& argument, Slots& slots) const {
     case Argument::kList:
       break;
   }
+  auto fill = [&](auto list) -> c10::IValue {
+    using T = typename decltype(list)::value_type;
+    list.reserve(argument.items.size());
+    for (auto& item : argument.items) list.push_back(value(item, slots).template to<T>());
+    return list;
+  };
   switch (argument.element->kind()) {
-    case c10::TypeKind::TensorType: {
-      c10::List<at::Tensor> list;
-      list.reserve(argument.items.size());
-      for (auto& item : argument.items) list.push_back(value(item, slots).toTensor());
-      return list;
-    }
-    case c10::TypeKind::OptionalType: {
-      c10::List<std::optional<at::Tensor>> list;
-      list.reserve(argument.items.size());
-      for (auto& item : argument.items) list.push_back(value(item, slots).toOptional<at::Tensor>());
-      return list;
-    }
-    case c10::TypeKind::IntType: {
-      c10::List<int64_t> list;
-      list.reserve(argument.items.size());
-      for (auto& item : argument.items) list.push_back(value(item, slots).toInt());
-      return list;
-    }
-    case c10::TypeKind::FloatType: {
-      c10::List<double> list;
-      list.reserve(argument.items.size());
-      for (auto& item : argument.items) list.push_back(value(item, slots).toDouble());
-      return list;
-    }
-    default: {
-      c10::impl::GenericList list(argument.element);
-      for (auto& item : argument.items) list.push_back(value(item, slots));
-      return list;
-    }
+    case c10::TypeKind::TensorType:
+      return fill(c10::List<at::Tensor>());
+    case c10::TypeKind::OptionalType:
+      return fill(c10::List<std::optional<at::Tensor>>());
+    case c10::TypeKind::IntType:
+      return fill(c10::List<int64_t>());
+    case c10::TypeKind::FloatType:
+      return fill(c10::List<double>());
+    default:
+      return fill(c10::impl::GenericList(argument.element));
   }
 }
 

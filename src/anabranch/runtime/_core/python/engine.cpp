@@ -3,7 +3,6 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
-#include "bindings.h"
 #include "errors.h"
 #include "specialization.h"
 #include "values.h"

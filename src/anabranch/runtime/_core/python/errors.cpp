@@ -1,9 +1,9 @@
 #include "errors.h"
 
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "../device.h"
-#include "bindings.h"
 
 namespace anabranch::runtime {
 

@@ -1,5 +1,4 @@
 #include "../counters.h"
-#include "bindings.h"
 #include "reservation.h"
 
 namespace anabranch::runtime {

@@ -2,7 +2,6 @@
 #include <cstdlib>
 
 #include "../sync.h"
-#include "bindings.h"
 #include "gil.h"
 
 namespace anabranch::runtime {

@@ -1,6 +1,5 @@
 #include "../program.h"
 
-#include "bindings.h"
 #include "values.h"
 
 // Declared here as in <torch/csrc/jit/python/pybind_utils.h>, which brings TorchScript along: seconds of compiling.

@@ -2,7 +2,6 @@
 
 #include <torch/csrc/Event.h>
 
-#include "bindings.h"
 #include "errors.h"
 #include "reservation.h"
 #include "values.h"
@@ -95,18 +94,18 @@ using KernelTuple =
 std::vector<Kernel> kernels_of(const std::vector<KernelTuple>& given) {
   std::vector<Kernel> all;
   for (auto& [node, handles, grid, block, shared_bytes, params, offsets, packed, patches] : given) {
-    Kernel kernel;
-    kernel.node = reinterpret_cast<void*>(node);
-    kernel.function = reinterpret_cast<void*>(handles[0]);
-    kernel.kernel = reinterpret_cast<void*>(handles[1]);
-    kernel.context = reinterpret_cast<void*>(handles[2]);
-    kernel.grid = grid;
-    kernel.block = block;
-    kernel.shared_bytes = shared_bytes;
-    std::string_view view = params;
-    kernel.params.assign(view.begin(), view.end());
-    kernel.offsets = offsets;
-    kernel.packed = packed;
+    std::string_view bytes = params;
+    Kernel kernel{.node = reinterpret_cast<void*>(node),
+                  .function = reinterpret_cast<void*>(handles[0]),
+                  .kernel = reinterpret_cast<void*>(handles[1]),
+                  .context = reinterpret_cast<void*>(handles[2]),
+                  .grid = grid,
+                  .block = block,
+                  .shared_bytes = shared_bytes,
+                  .params = {bytes.begin(), bytes.end()},
+                  .offsets = offsets,
+                  .packed = packed,
+                  .patches = {}};
     for (auto& [at, buffer, delta] : patches) kernel.patches.push_back({at, buffer, delta});
     all.push_back(std::move(kernel));
   }
