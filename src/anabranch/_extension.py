@@ -45,15 +45,16 @@ def build(
     """Where the module's library is, compiled from the ``*.cpp`` of ``folder`` if need be.
 
     ``more`` are flags, which come last and win; ``headers`` are those outside ``folder`` that the sources include;
-    ``beside`` names the sources that are a translation unit of their own.
+    ``beside`` has the names, or patterns of names, of sources that are a translation unit of their own.
 
     Raises :class:`~anabranch.errors.BuildError` where there is no compiler.
     """
     libraries = cpp_extension.TORCH_LIB_PATH
+    second = [source for pattern in beside for source in sorted(folder.glob(pattern))]
     return _toolchain.build(
         name,
-        [source for source in sorted(folder.glob("*.cpp")) if source.name not in beside],
-        beside=[folder / source for source in beside],
+        [source for source in sorted(folder.glob("*.cpp")) if source not in second],
+        beside=second,
         flags=[*flags(name), *more],
         libraries=[f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"],
         headers=headers,
@@ -66,7 +67,7 @@ def ahead(name: str, folder: Path) -> Path:
     It is trusted as the package's Python code is, whoever installed both: it lies beside it.
     """
     digest = hashlib.sha256()
-    for file in sorted((*folder.glob("*.cpp"), *folder.glob("*.h"))):
+    for file in sorted((*folder.rglob("*.cpp"), *folder.rglob("*.h"))):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     version = f"torch{torch.__version__}-{sysconfig.get_config_var('SOABI')}"
     return folder.parent / "_ahead" / f"{name}-{version}-{digest.hexdigest()[:20]}.so"

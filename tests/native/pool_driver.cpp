@@ -296,9 +296,9 @@ class Engine {
       call.input[i] = static_cast<int64_t>(number_ << 48 | host.number << 32 | host.calls.size() << 8) + i;
       call.output[i] = kPoison;
     }
-    auto grant = pool_.acquire(stream.id, true);
-    auto* slot = grant.slot;
-    if (grant.kind == Pool::Grant::kRoom) slot = build(host, grant.reserved);
+    auto acquired = pool_.acquire(stream.id, true);
+    auto* slot = acquired.slot;
+    if (acquired.kind == Pool::Acquired::kRoom) slot = build(host, acquired.reserved);
     if (!slot) {
       CHECK(options_.contexts >= 0 || options_.errors, "a pool without limits gave nothing");
       direct(call, stream);
@@ -310,12 +310,12 @@ class Engine {
           (unsigned long long)number_);
     if (options_.contexts < 0) {
       if (context.only_on == Slot::kNever) context.only_on = stream.id;
-      CHECK(context.only_on == stream.id && !grant.waits, "lent across streams");
+      CHECK(context.only_on == stream.id && !acquired.waits, "lent across streams");
     }
-    CHECK(!grant.waits || context.done, "waits for a context that was never used");
+    CHECK(!acquired.waits || context.done, "waits for a context that was never used");
     ++context.uses;
-    host.waits += grant.waits;
-    if (context.done && (grant.waits || !options_.trust) && !options_.no_wait) stream.wait(*context.done);
+    host.waits += acquired.waits;
+    if (context.done && (acquired.waits || !options_.trust) && !options_.no_wait) stream.wait(*context.done);
     stream.push([&call, &context] { std::copy_n(call.input, kWords, context.buffer); });
     stream.push([&context] {
       for (int i = 0; i < kWords; ++i) context.scratch[i] = model(context.buffer[i], i);
@@ -598,16 +598,16 @@ void fair(const Options& options) {
     auto& host = hosts[i];
     for (int64_t n = 0; n < options.calls; ++n) {
       auto stream = options.change ? static_cast<int64_t>(host.random.below(4)) : i;
-      auto grant = pool.acquire(stream, true);
-      CHECK(grant.kind == Pool::Grant::kContext, "no context");
+      auto acquired = pool.acquire(stream, true);
+      CHECK(acquired.kind == Pool::Acquired::kContext, "no context");
       auto overtaken = Jitter::overtaken();
       CHECK(inside.fetch_add(1, kRelaxed) == 0, "two calls have one context");
-      ++static_cast<Context&>(*grant.slot->payload).uses;
+      ++static_cast<Context&>(*acquired.slot->payload).uses;
       stood.fetch_add(overtaken >= 0, kRelaxed);
       for (auto seen = most.load(kRelaxed); overtaken > seen && !most.compare_exchange_weak(seen, overtaken, kRelaxed);)
         continue;
       inside.fetch_sub(1, kRelaxed);
-      pool.release(grant.slot, stream);
+      pool.release(acquired.slot, stream);
       Watchdog::moved();
     }
   });
@@ -692,21 +692,21 @@ void hints(const Options& options) {
 void choice(const Options&) {
   Limits limits(3, -1);
   Pool pool(&limits);
-  auto kind = [](const Pool::Grant& grant) { return grant.kind; };
-  using Grant = Pool::Grant;
+  auto kind = [](const Pool::Acquired& acquired) { return acquired.kind; };
+  using Acquired = Pool::Acquired;
   auto build = [&](int64_t stream) {
-    auto grant = pool.acquire(stream, true);
-    CHECK(kind(grant) == Grant::kRoom && !grant.slot && grant.reserved == pool.estimate(), "no room");
-    CHECK(limits.confirm(grant.reserved, 100), "over the limit");
+    auto acquired = pool.acquire(stream, true);
+    CHECK(kind(acquired) == Acquired::kRoom && !acquired.slot && acquired.reserved == pool.estimate(), "no room");
+    CHECK(limits.confirm(acquired.reserved, 100), "over the limit");
     return pool.add(std::make_unique<Context>(&limits, 100, 0), 100);
   };
   auto expect = [&](int64_t stream, Slot* slot, bool waits) {
-    auto grant = pool.acquire(stream, true);
-    CHECK(kind(grant) == Grant::kContext && grant.slot == slot && grant.waits == waits, "stream %lld: another context",
-          (long long)stream);
+    auto acquired = pool.acquire(stream, true);
+    CHECK(kind(acquired) == Acquired::kContext && acquired.slot == slot && acquired.waits == waits,
+          "stream %lld: another context", (long long)stream);
     return slot;
   };
-  CHECK(kind(pool.acquire(1, false)) == Grant::kNothing, "a context out of nothing");
+  CHECK(kind(pool.acquire(1, false)) == Acquired::kNothing, "a context out of nothing");
   auto* a = build(1);
   pool.release(a, 1);
   std::thread([&] { pool.release(expect(1, a, false), 1); }).join();  // without a hint
@@ -737,12 +737,12 @@ void choice(const Options&) {
   pool.release(b, 1);
   pool.release(c, 5);
   expect(5, c, false);
-  CHECK(limits.has_room(1) && kind(pool.acquire(9, false)) == Grant::kContext, "a context may not be built, and is");
+  CHECK(limits.has_room(1) && kind(pool.acquire(9, false)) == Acquired::kContext, "a context may not be built, and is");
   pool.release(b, 9);
   pool.release(c, 9);
   pool.forget_uses();
-  auto grant = pool.acquire(5, true);
-  CHECK(kind(grant) == Grant::kContext && !grant.waits, "a use that was to be forgotten");
+  auto acquired = pool.acquire(5, true);
+  CHECK(kind(acquired) == Acquired::kContext && !acquired.waits, "a use that was to be forgotten");
   std::printf("{}\n");
 }
 
@@ -751,61 +751,61 @@ void line(const Options&) {
   Jitter observer(0);
   Limits limits(2, -1);
   Pool pool(&limits);
-  using Grant = Pool::Grant;
+  using Acquired = Pool::Acquired;
   auto add = [&] { return pool.add(std::make_unique<Context>(&limits, 0, 0), 0); };
   // A thread that waits while `then` runs, and what it gets.
   auto meanwhile = [&](const std::function<void()>& then) {
-    Grant grant;
+    Acquired acquired;
     auto stood = Jitter::stood();
-    std::thread waiter([&] { grant = pool.acquire(1, true); });
+    std::thread waiter([&] { acquired = pool.acquire(1, true); });
     while (Jitter::stood() == stood) usleep(100);
     then();
     waiter.join();
-    return grant;
+    return acquired;
   };
   CHECK(limits.reserve(0) && limits.reserve(0), "no room");  // for one, and in the way of another
 
   // The last context is discarded.
   auto* slot = add();
-  auto grant = meanwhile([&] {
+  auto acquired = meanwhile([&] {
     pool.discard(slot).reset();
     CHECK(limits.reserve(0), "no room");
   });
-  CHECK(grant.kind == Grant::kNothing, "discarded, and handed out");
+  CHECK(acquired.kind == Acquired::kNothing, "discarded, and handed out");
 
   // It is given back by who got it without a look at the line.
   slot = add();
-  grant = meanwhile([&] {
+  acquired = meanwhile([&] {
     CHECK(pool.drain().empty(), "drained from an owner's hands");
     pool.release(slot, 2);
     CHECK(pool.drain().empty(), "drained from those who wait");
   });
-  CHECK(grant.slot == slot && grant.waits, "another context");
+  CHECK(acquired.slot == slot && acquired.waits, "another context");
 
   // There is one more, which is built and given back while they wait.
-  grant = meanwhile([&] {
+  acquired = meanwhile([&] {
     limits.forget(0);
     auto room = pool.acquire(3, true);
-    CHECK(room.kind == Grant::kRoom, "no room");
+    CHECK(room.kind == Acquired::kRoom, "no room");
     pool.release(add(), 1);
   });
-  CHECK(grant.kind == Grant::kContext && grant.slot != slot && !grant.waits, "another context");
+  CHECK(acquired.kind == Acquired::kContext && acquired.slot != slot && !acquired.waits, "another context");
 
   // Two wait, and one of two contexts comes back twice.
-  auto* other = grant.slot;
-  Grant second;
-  grant = meanwhile([&] {
+  auto* other = acquired.slot;
+  Acquired second;
+  acquired = meanwhile([&] {
     second = meanwhile([&] {
       pool.release(slot, 1);  // to the first
       pool.release(slot, 1);  // in its place
     });
   });
-  CHECK(grant.slot == slot && second.slot == slot, "another context");
+  CHECK(acquired.slot == slot && second.slot == slot, "another context");
 
   // It is given back when who wants it has looked for it, and does not stand in line yet.
   Jitter::before("look", 2, [&] { pool.release(slot, 2); });
-  grant = pool.acquire(1, true);
-  CHECK(grant.slot == slot && grant.waits, "another context");
+  acquired = pool.acquire(1, true);
+  CHECK(acquired.slot == slot && acquired.waits, "another context");
   CHECK(!pool.take(other), "taken from an owner's hands");
   pool.release(other, 1);
   CHECK(pool.take(other), "idle, and not taken");
@@ -846,9 +846,9 @@ void forks(const Options& options) {
   std::thread parent([&] {
     in_threads(options.threads, [&](int64_t i) {
       while (!stop.load(kRelaxed)) {
-        auto grant = pool.acquire(i % options.streams, true);
-        ++static_cast<Context&>(*grant.slot->payload).uses;
-        pool.release(grant.slot, i % options.streams);
+        auto acquired = pool.acquire(i % options.streams, true);
+        ++static_cast<Context&>(*acquired.slot->payload).uses;
+        pool.release(acquired.slot, i % options.streams);
         Watchdog::moved();
       }
     });
@@ -861,16 +861,17 @@ void forks(const Options& options) {
       alarm(20);
       pool.after_fork();
       auto alive = pool.alive();
-      std::vector<Pool::Grant> grants;
+      std::vector<Pool::Acquired> all;
       if (limits.held().first != alive) fail(1, "child: the limits count contexts that are lost");
-      for (int64_t i = 0; i < alive; ++i) grants.push_back(pool.acquire(i, false));
-      for (auto& grant : grants) {
-        if (grant.kind != Pool::Grant::kContext || !grant.slot->payload) fail(1, "child: an idle context is lost");
-        ++static_cast<Context&>(*grant.slot->payload).uses;
+      for (int64_t i = 0; i < alive; ++i) all.push_back(pool.acquire(i, false));
+      for (auto& acquired : all) {
+        if (acquired.kind != Pool::Acquired::kContext || !acquired.slot->payload)
+          fail(1, "child: an idle context is lost");
+        ++static_cast<Context&>(*acquired.slot->payload).uses;
       }
-      for (auto& grant : grants) pool.release(grant.slot, 7);
+      for (auto& acquired : all) pool.release(acquired.slot, 7);
       if (static_cast<int64_t>(pool.drain().size()) != alive || pool.alive()) fail(1, "child: not all were given back");
-      if (pool.acquire(1, false).kind != Pool::Grant::kNothing) fail(1, "child: a context out of nothing");
+      if (pool.acquire(1, false).kind != Pool::Acquired::kNothing) fail(1, "child: a context out of nothing");
       leave(static_cast<int>(100 + alive));
     }
     int status = 0;

@@ -30,7 +30,7 @@ CHECK, HANG, RACE = 1, 3, 66
 
 def program(name: str, core: Path, flags: list[str]) -> Path:
     sources = [*(core / source for source in SOURCES), DRIVER]
-    return build(name, sources, flags=[f"-I{core}", *flags], libraries=["-lpthread"], shared=False)
+    return build(name, sources, flags=["-std=c++20", f"-I{core}", *flags], libraries=["-lpthread"], shared=False)
 
 
 def run(driver: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -219,8 +219,8 @@ DEFECTS = {
         "pool.cpp",
         [
             (
-                "if (change(slot, word, Slot::kTaken)) return granted(&slot, stream);",
-                "if (ON) break;\n            if (change(slot, word, Slot::kTaken)) return granted(&slot, stream);",
+                "if (change(slot, word, Slot::kTaken)) return taken(&slot, stream);",
+                "if (ON) break;\n            if (change(slot, word, Slot::kTaken)) return taken(&slot, stream);",
             )
         ],
         "line",
@@ -313,8 +313,8 @@ DEFECTS = {
         "pool.cpp",
         [
             (
-                "      if (!limits_) return {Grant::kRoom};",
-                "      if (!limits_ && !(ON && oldest)) return {Grant::kRoom};\n"
+                "      if (!limits_) return {.kind = Acquired::kRoom};",
+                "      if (!limits_ && !(ON && oldest)) return {.kind = Acquired::kRoom};\n"
                 "      can_build = can_build && limits_;",
             )
         ],

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "../../src/anabranch/cpp/device.h"
+#include "../../src/anabranch/cpp/tests.h"
 #include "anabranch/engine.h"
 #include "documented.h"
 

@@ -40,14 +40,13 @@ INTERNAL = {
         ("which is a {type(value).__name__}", "a part of the text about the operator's argument"),
         ("which program files do not know", "a part of the text about the operator's argument"),
     ],
-    "src/anabranch/cpp/engine.cpp": [
+    "src/anabranch/cpp/device.cpp": [
+        ("making a stream failed with code", "CUDA's own code, at a call that fails only on a lost device"),
+    ],
+    "src/anabranch/cpp/lowering.cpp": [
         ("is given where the schema says", "a part of the text about the step"),
-        ("arguments given, the schema has", "a part of the text about the step"),
-        ("given, which has no default", "a part of the text about the step"),
         ("given, and so far there are", "a part of the text about the step"),
         ("a step without a name takes", "a part of the text about the step"),
-        ("a list is given for", "a part of the text about the step"),
-        ("making a stream failed with code", "CUDA's own code, at a call that fails only on a lost device"),
     ],
     "src/anabranch/devices/_cpu.py": [
         ("the CPU has no", "the runtime asks a device without streams for none of these"),
@@ -74,25 +73,30 @@ INTERNAL = {
         ("no memory for the reports", "the process has no memory left"),
     ],
     "src/anabranch/runtime/_compiler.py": [("{e} Compiled so far", "the text of another error, with an addition")],
-    "src/anabranch/runtime/_core/allocations.cpp": [
-        ("this log of allocations is", "a rule between the package's own functions"),
-        ("a profiler watches this thread", "the reason why calls copy their inputs, which explain() shows"),
-        ("ends on the thread that began it", "a rule between the package's own functions"),
+    "src/anabranch/runtime/_core/argument.cpp": [
+        ("arguments given, the schema has", "a part of the text about the step"),
+        ("given, which has no default", "a part of the text about the step"),
+        ("a list is given for", "the reason why calls are queued from Python, which explain() shows"),
+        ("that is computed", "the reason why calls are queued from Python, which explain() shows"),
+        ("expected a value from a slot", "a rule between the package's own functions"),
     ],
     "src/anabranch/runtime/_core/numbers.cpp": [
         ("no operation on numbers is called", "a rule between the package's own functions"),
     ],
     "src/anabranch/runtime/_core/program.cpp": [
-        ("arguments, given", "a rule between the package's own functions"),
         ("the program takes {} values", "a rule between the package's own functions"),
     ],
-    "src/anabranch/runtime/_core/python.cpp": [
+    "src/anabranch/runtime/_core/python/allocations.cpp": [
+        ("this log of allocations is", "a rule between the package's own functions"),
+        ("a profiler watches this thread", "the reason why calls copy their inputs, which explain() shows"),
+        ("ends on the thread that began it", "a rule between the package's own functions"),
+    ],
+    "src/anabranch/runtime/_core/python/specialization.cpp": [
         ("expected a torch.Event", "a rule between the package's own functions"),
-        ("a kernel's result is neither", "a rule between the package's own functions"),
-        ("that is computed", "the reason why calls are queued from Python, which explain() shows"),
-        ("is no list", "the reason why calls are queued from Python, which explain() shows"),
-        ("expected a value from a slot", "a rule between the package's own functions"),
         ("the slot is in other hands", "a rule between the package's own functions"),
+    ],
+    "src/anabranch/runtime/_core/python/values.cpp": [
+        ("a kernel's result is neither", "a rule between the package's own functions"),
     ],
     "src/anabranch/sim/_core/backend.cpp": [("not an address of device memory", "PyTorch gives none")],
     "src/anabranch/sim/_core/bindings.cpp": [
@@ -237,10 +241,20 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("{target} cannot be written ({e})", "give a path that can"),
         ("{step.name} ({", "takes {e}", "Engines in Python run it"),
     ],
-    "src/anabranch/cpp/engine.cpp": [
+    "src/anabranch/cpp/device.cpp": [
         ("{}", "engines in C++ run on cpu and cuda", "give one of these"),
         ("{}, and the PyTorch in this process has no CUDA", "Link one that has", "or give cpu"),
         ("{}, and there are {} such devices", "give one of them, or cpu"),
+    ],
+    "src/anabranch/cpp/engine.cpp": [
+        ("{} is no plain tensor with memory", "expected one", "Pass w.clone()"),
+        ("{} is on {}", "this engine runs on {}", "Pass w.to("),
+        ("{} does not fit into its storage", "expected a storage of all of its elements", "Pass w.clone()"),
+        ("{} inputs given", "this engine takes {}"),
+        ("input {} requires grad", "engines run inference only", "Pass x.detach()"),
+        ("its stream is under capture", "engines in C++ cannot take part in", "Call the engine outside the capture"),
+    ],
+    "src/anabranch/cpp/inputs.cpp": [
         ("{} is undefined", "expected {}", "Pass a tensor"),
         ("{} is on {}", "this engine runs on {}", "or load another engine there"),
         ("{} has layout {}", "expected Strided", "Pass x.to_dense()"),
@@ -251,15 +265,11 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "Pass x.clone()",
         ),
         ("{} is {}", "this engine takes {}", "save a program for yours"),
-        ("{} is no plain tensor with memory", "expected one", "Pass w.clone()"),
-        ("{} is on {}", "this engine runs on {}", "Pass w.to("),
-        ("{} does not fit into its storage", "expected a storage of all of its elements", "Pass w.clone()"),
         ("sizes {} of an input given", "each must be 0 or more"),
         ("{} strides of an input given, and {} sizes", "give as many, or none"),
+    ],
+    "src/anabranch/cpp/lowering.cpp": [
         ("step {} of the program ({", "what the operator's schema says", "Give each step"),
-        ("{} inputs given", "this engine takes {}"),
-        ("input {} requires grad", "engines run inference only", "Pass x.detach()"),
-        ("its stream is under capture", "engines in C++ cannot take part in", "Call the engine outside the capture"),
     ],
     "src/anabranch/cpp/file.cpp": [
         ("the dtype {}", "not known to this version", "Save it with the anabranch"),

@@ -15,8 +15,6 @@ from anabranch.cpp._save import save_program
 __all__ = ["cmake_path", "compile_flags", "include_paths", "link_flags", "save_program", "sources"]
 
 _PACKAGE = Path(__file__).parents[1]
-#: Of the runtime's folder: they need Python.
-_NOT_OURS = ("python.cpp", "allocations.cpp")
 
 
 def cmake_path() -> Path:
@@ -26,11 +24,8 @@ def cmake_path() -> Path:
 
 def sources() -> list[Path]:
     """What is compiled along with a program: half a minute. None of it includes Python's headers."""
-    core = _PACKAGE / "runtime" / "_core"
-    return [
-        *sorted((_PACKAGE / "cpp").glob("*.cpp")),
-        *sorted(p for p in core.glob("*.cpp") if p.name not in _NOT_OURS),
-    ]
+    folders = _PACKAGE / "cpp", _PACKAGE / "runtime" / "_core"
+    return [source for folder in folders for source in sorted(folder.glob("*.cpp"))]
 
 
 def include_paths() -> list[Path]:

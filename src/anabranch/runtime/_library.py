@@ -14,7 +14,7 @@ from anabranch.errors import BuildError
 FOLDER = Path(__file__).parent / "_core"
 NAME = "anabranch_runtime"
 #: What speaks to Python. pybind11's headers take as long as all others.
-BESIDE = ("allocations.cpp", "python.cpp")
+BESIDE = ("python/*.cpp",)
 
 
 def flags() -> list[str]:

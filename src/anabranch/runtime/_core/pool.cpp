@@ -77,13 +77,16 @@ Slot* Pool::by_hint(int64_t stream) {
   return change(*h.slot, Slot::word(Slot::kIdle, stream), Slot::kTaken) ? h.slot : nullptr;
 }
 
-Pool::Grant Pool::granted(Slot* slot, int64_t stream) {
+Pool::Acquired Pool::taken(Slot* slot, int64_t stream) {
   auto used_on = Slot::stream(slot->word_.peek());
-  return {Grant::kContext, slot, 0, used_on != Slot::kNever && used_on != stream, used_on == stream};
+  return {.kind = Acquired::kContext,
+          .slot = slot,
+          .waits = used_on != Slot::kNever && used_on != stream,
+          .same_stream = used_on == stream};
 }
 
-Pool::Grant Pool::acquire(int64_t stream, bool may_build) {
-  if (auto* slot = by_hint(stream)) return {Grant::kContext, slot, 0, false, true};
+Pool::Acquired Pool::acquire(int64_t stream, bool may_build) {
+  if (auto* slot = by_hint(stream)) return {.kind = Acquired::kContext, .slot = slot, .same_stream = true};
 
   std::unique_ptr<Waiter> waiter;
   {
@@ -105,25 +108,25 @@ Pool::Grant Pool::acquire(int64_t stream, bool may_build) {
         }
       }
       if (best) {
-        if (change(*best, best_word, Slot::kTaken)) return granted(best, stream);
+        if (change(*best, best_word, Slot::kTaken)) return taken(best, stream);
         continue;
       }
-      if (!limits_) return {Grant::kRoom};
+      if (!limits_) return {.kind = Acquired::kRoom};
       if (can_build) {
-        if (limits_->reserve(estimate_)) return {Grant::kRoom, nullptr, estimate_, false};
+        if (limits_->reserve(estimate_)) return {.kind = Acquired::kRoom, .reserved = estimate_};
         can_build = false;
       }
       if (!oldest) break;
-      if (change(*oldest, oldest_word, Slot::kTaken)) return granted(oldest, stream);
+      if (change(*oldest, oldest_word, Slot::kTaken)) return taken(oldest, stream);
     }
-    if (can_build && limits_ && limits_->reserve(estimate_)) return {Grant::kRoom, nullptr, estimate_, false};
+    if (can_build && limits_ && limits_->reserve(estimate_)) return {.kind = Acquired::kRoom, .reserved = estimate_};
     if (!alive_) return {};
     if (line_.empty()) {
       for (auto& slot : slots_) {
         for (;;) {
           auto word = slot.word_.load("look");
           if (Slot::state(word) == Slot::kIdle) {
-            if (change(slot, word, Slot::kTaken)) return granted(&slot, stream);
+            if (change(slot, word, Slot::kTaken)) return taken(&slot, stream);
           } else if (Slot::state(word) != Slot::kTaken || change(slot, word, Slot::kWanted)) {
             break;
           }
@@ -134,7 +137,7 @@ Pool::Grant Pool::acquire(int64_t stream, bool may_build) {
     line_.push_back(waiter.get());
   }
   waiter->ready.wait();
-  return waiter->slot ? granted(waiter->slot, stream) : Grant{};
+  return waiter->slot ? taken(waiter->slot, stream) : Acquired{};
 }
 
 Slot* Pool::add(std::unique_ptr<Payload> payload, int64_t bytes) {

@@ -94,7 +94,7 @@ class Slot {
 
 class Pool {
  public:
-  struct Grant {
+  struct Acquired {
     enum Kind {
       kContext,  // `slot` is the caller's
       kRoom,     // build a context: `reserved` bytes are set aside in the limits for it
@@ -102,8 +102,8 @@ class Pool {
     } kind = kNothing;
     Slot* slot = nullptr;
     int64_t reserved = 0;
-    bool waits = false;  // last used on another stream, for which the device has to wait
-    bool again = false;  // last used on this very stream, as far as numbers tell
+    bool waits = false;        // last used on another stream, for which the device has to wait
+    bool same_stream = false;  // last used on this very stream, as far as numbers tell
   };
 
   // `limits` must outlive the pool. Null: a pool whose contexts are never lent to another stream, without a limit.
@@ -114,7 +114,7 @@ class Pool {
 
   // An idle context, by preference: last used on `stream`; never used; a new one, if `may_build`; the least recently
   // used. When all are in the hands of other threads, waits for the first that comes back.
-  Grant acquire(int64_t stream, bool may_build);
+  Acquired acquire(int64_t stream, bool may_build);
 
   // A context that was just built, in its builder's hands; `bytes` is what the next will take.
   Slot* add(std::unique_ptr<Payload> payload, int64_t bytes);
@@ -147,7 +147,7 @@ class Pool {
   };
 
   Slot* by_hint(int64_t stream);
-  static Grant granted(Slot* slot, int64_t stream);
+  static Acquired taken(Slot* slot, int64_t stream);
   bool change(Slot& slot, int64_t from, Slot::State state);
   void send_away();
 

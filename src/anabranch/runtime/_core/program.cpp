@@ -58,12 +58,10 @@ int Program::append(Step step) {
   return steps_.back().first;
 }
 
-int Program::call(const std::string& name, const std::string& overload, std::vector<Argument> arguments) {
+int Program::call(const std::string& name, const std::string& overload, const std::vector<Given>& given) {
   auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
-  TORCH_CHECK(arguments.size() == op.schema().arguments().size(), name, " takes ", op.schema().arguments().size(),
-              " arguments, given ", arguments.size());
   only_aten_ = only_aten_ && name.rfind("aten::", 0) == 0;
-  Step step(Kind::kCall, op.schema().returns().size(), std::move(arguments));
+  Step step(Kind::kCall, op.schema().returns().size(), arguments_of(op.schema(), given));
   step.op = op;
   return append(std::move(step));
 }
@@ -77,22 +75,23 @@ int Program::pick(int slot, int index) {
   return append(std::move(step));
 }
 
-int Program::number(const std::string& name, std::vector<Argument> arguments) {
-  Step step(Kind::kNumber, 1, std::move(arguments));
+int Program::number(const std::string& name, const std::vector<Given>& given) {
+  Step step(Kind::kNumber, 1, values_of(given));
   step.number = number_op(name);
   return append(std::move(step));
 }
 
-int Program::check(Argument holds, const std::string& message) {
-  Step step(Kind::kCheck, 0, {std::move(holds)});
+int Program::check(const Given& holds, const std::string& message) {
+  Step step(Kind::kCheck, 0, {value_of(holds)});
   step.message = message;
   return append(std::move(step));
 }
 
-int Program::branch(Argument condition, std::shared_ptr<const Program> yes, std::shared_ptr<const Program> no,
-                    std::vector<Argument> operands, size_t results) {
-  operands.insert(operands.begin(), std::move(condition));
-  Step step(Kind::kBranch, results, std::move(operands));
+int Program::branch(const Given& condition, std::shared_ptr<const Program> yes, std::shared_ptr<const Program> no,
+                    const std::vector<Given>& operands, size_t results) {
+  auto arguments = values_of(operands);
+  arguments.insert(arguments.begin(), value_of(condition));
+  Step step(Kind::kBranch, results, std::move(arguments));
   only_aten_ = only_aten_ && yes->only_aten_ && no->only_aten_;
   step.yes = std::move(yes);
   step.no = std::move(no);
@@ -130,36 +129,23 @@ c10::IValue Program::value(const Argument& argument, Slots& slots) const {
     case Argument::kList:
       break;
   }
+  auto fill = [&](auto list) -> c10::IValue {
+    using T = typename decltype(list)::value_type;
+    list.reserve(argument.items.size());
+    for (auto& item : argument.items) list.push_back(value(item, slots).template to<T>());
+    return list;
+  };
   switch (argument.element->kind()) {
-    case c10::TypeKind::TensorType: {
-      c10::List<at::Tensor> list;
-      list.reserve(argument.items.size());
-      for (auto& item : argument.items) list.push_back(value(item, slots).toTensor());
-      return list;
-    }
-    case c10::TypeKind::OptionalType: {
-      c10::List<std::optional<at::Tensor>> list;
-      list.reserve(argument.items.size());
-      for (auto& item : argument.items) list.push_back(value(item, slots).toOptional<at::Tensor>());
-      return list;
-    }
-    case c10::TypeKind::IntType: {
-      c10::List<int64_t> list;
-      list.reserve(argument.items.size());
-      for (auto& item : argument.items) list.push_back(value(item, slots).toInt());
-      return list;
-    }
-    case c10::TypeKind::FloatType: {
-      c10::List<double> list;
-      list.reserve(argument.items.size());
-      for (auto& item : argument.items) list.push_back(value(item, slots).toDouble());
-      return list;
-    }
-    default: {
-      c10::impl::GenericList list(argument.element);
-      for (auto& item : argument.items) list.push_back(value(item, slots));
-      return list;
-    }
+    case c10::TypeKind::TensorType:
+      return fill(c10::List<at::Tensor>());
+    case c10::TypeKind::OptionalType:
+      return fill(c10::List<std::optional<at::Tensor>>());
+    case c10::TypeKind::IntType:
+      return fill(c10::List<int64_t>());
+    case c10::TypeKind::FloatType:
+      return fill(c10::List<double>());
+    default:
+      return fill(c10::impl::GenericList(argument.element));
   }
 }
 

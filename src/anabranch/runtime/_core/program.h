@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "argument.h"
 #include "numbers.h"
 
 namespace anabranch::runtime {
@@ -41,34 +42,24 @@ class Neutral {
 // Immutable once it is finished; any number of threads may run it at once, each on its own current stream.
 class Program {
  public:
-  struct Argument {
-    // A value that an earlier step left in a slot; a number from there; a list; a constant.
-    enum Kind { kSlot, kNumber, kList, kConstant } kind = kConstant;
-    int slot = -1;
-    bool is_last = false;                              // nothing needs the slot afterwards
-    c10::TypeKind wanted = c10::TypeKind::NumberType;  // of a number: what the operator takes
-    std::vector<Argument> items;                       // of a list; its constants may be None
-    c10::TypePtr element;                              // of a list
-    c10::IValue constant;
-  };
-
   // The first slots hold `weights`, the next ones the `inputs` values that `run` is given: tensors, then numbers.
   Program(std::vector<at::Tensor> weights, int inputs);
 
   // Each appends a step and returns the slot of its (first) result; several results lie one after another.
 
-  // Call an operator by its schema's name ("aten::relu"). Throws c10::Error where there is no such operator.
-  int call(const std::string& name, const std::string& overload, std::vector<Argument> arguments);
+  // Call an operator by its schema's name ("aten::relu"). Throws c10::Error where there is no such operator, or
+  // it takes something else.
+  int call(const std::string& name, const std::string& overload, const std::vector<Given>& given);
   // The `index`-th of the list in `slot`.
   int pick(int slot, int index);
   // Python's arithmetic.
-  int number(const std::string& name, std::vector<Argument> arguments);
+  int number(const std::string& name, const std::vector<Given>& given);
   // Throws `message` where the argument is false.
-  int check(Argument holds, const std::string& message);
+  int check(const Given& holds, const std::string& message);
   // The `results` values that `yes` returns, or `no`, given `operands`. `condition`: a number or a tensor of one
   // element.
-  int branch(Argument condition, std::shared_ptr<const Program> yes, std::shared_ptr<const Program> no,
-             std::vector<Argument> operands, size_t results);
+  int branch(const Given& condition, std::shared_ptr<const Program> yes, std::shared_ptr<const Program> no,
+             const std::vector<Given>& operands, size_t results);
   // These slots are the results. Nothing may be appended afterwards.
   void finish(std::vector<int> results);
 
@@ -78,6 +69,8 @@ class Program {
   bool run(const at::Tensor* inputs, size_t count, const Values& numbers, c10::Device device, Values& results) const;
 
   size_t size() const { return steps_.size(); }
+  // So far: those of weights, inputs and steps.
+  int slots() const { return slots_; }
 
  private:
   enum class Kind { kCall, kPick, kNumber, kCheck, kBranch };

@@ -1,0 +1,20 @@
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "../runtime/_core/program.h"
+#include "anabranch/engine.h"
+
+namespace anabranch {
+
+// A program as the runtime runs it.
+struct Lowered {
+  std::shared_ptr<const runtime::Program> program;
+  std::vector<int64_t> outputs;  // slots: weights, inputs, and then what `program` returns
+};
+
+// Throws InputError.
+Lowered lower(const Program& program, const std::vector<at::Tensor>& weights, size_t inputs);
+
+}  // namespace anabranch

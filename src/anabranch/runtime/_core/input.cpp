@@ -1,0 +1,36 @@
+#include "input.h"
+
+namespace anabranch::runtime {
+
+bool is_plain(const at::Tensor& x) {
+  using Key = c10::DispatchKey;
+  constexpr auto ordinary =
+      c10::DispatchKeySet({Key::Dense, Key::AutogradFunctionality, Key::AutogradOther, Key::ADInplaceOrView}) |
+      c10::autocast_dispatch_keyset;
+  auto* impl = x.unsafeGetTensorImpl();
+  auto odd = (impl->key_set() - ordinary).raw_repr() & ~c10::full_backend_mask;
+  return !odd && x.has_storage() && !x._fw_grad(0).defined();
+}
+
+InputSpec::InputSpec(const at::Tensor& x)
+    : sizes(x.sizes().begin(), x.sizes().end()),
+      strides(x.strides().begin(), x.strides().end()),
+      dtype(x.scalar_type()),
+      contiguous(x.is_contiguous()),
+      bytes(static_cast<size_t>(x.numel()) * x.element_size()) {}
+
+bool InputSpec::accepts(const at::Tensor& x) const {
+  // First of all: a nested tensor has no sizes to ask for.
+  if (!is_plain(x) || x.dtype() != caffe2::TypeMeta::fromScalarType(dtype)) return false;
+  if (x.sizes() != c10::IntArrayRef(sizes)) return false;
+  if (contiguous) return x.is_contiguous();
+  return !x.is_contiguous() && x.strides() == c10::IntArrayRef(strides);
+}
+
+bool InputSpec::matches(const at::Tensor& x, size_t alignment) const {
+  if (!x.numel()) return true;
+  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment) return false;
+  return contiguous ? x.is_contiguous() : x.strides() == c10::IntArrayRef(strides);
+}
+
+}  // namespace anabranch::runtime

@@ -1,0 +1,239 @@
+#include "specialization.h"
+
+#include <torch/csrc/Event.h>
+
+#include "errors.h"
+#include "reservation.h"
+#include "values.h"
+
+namespace anabranch::runtime {
+
+namespace {
+
+// Threads that are inside a call. Guarded by the GIL.
+int64_t calls_under_way = 0;
+// Whether this thread is: it must not wait for the device. Not while it builds.
+thread_local bool t_inside = false;
+// The slot that this thread has added to a pool, until it gives it back or has its call on it.
+thread_local Slot* t_added = nullptr;
+
+}  // namespace
+
+Specialization::Built PySpecialization::build(int64_t reserved) {
+  struct Outside {
+    Outside() { t_inside = false; }
+    ~Outside() { t_inside = true; }
+  } outside;
+  Gil gil;
+  auto self = py::reinterpret_borrow<py::object>(owner.get())();
+  py::object built = py::none();
+  auto reservation = std::make_unique<Reservation>(limits, reserved);
+  try {
+    if (!self.is_none()) built = self.attr("_build_native")(std::move(reservation));
+  } catch (...) {
+    discard_added();
+    throw;
+  }
+  t_added = nullptr;
+  if (built.is_none()) return {};
+  auto slot = built.cast<uintptr_t>();
+  return {reinterpret_cast<Slot*>(slot), slot == 0};
+}
+
+void PySpecialization::discard_added() {
+  if (auto* slot = std::exchange(t_added, nullptr)) (void)spec->pool.discard(slot).reset();
+}
+
+void PySpecialization::watch_flags(const py::object& is_unchanged, bool only_numerics) {
+  if (is_unchanged.is_none()) return;
+  unchanged = keep(is_unchanged);
+  // Of the flags as they were at compile, which is known of them if nobody changes them meanwhile.
+  auto before = flags_now();
+  bool known = only_numerics && is_unchanged().cast<bool>() && flags_now() == before;
+  spec->flags = known ? before : std::nullopt;
+  spec->flags_unchanged = [kept = unchanged] {
+    Gil gil;
+    return py::reinterpret_borrow<py::object>(kept.get())().cast<bool>();
+  };
+}
+
+bool PySpecialization::run(const at::Tensor* inputs, const Values& numbers, Values& results) {
+  std::exception_ptr error;
+  auto outcome = Specialization::Outcome::kDeclined;
+  ++calls_under_way;
+  t_inside = true;
+  PyThreadState* state = spec->needs_gil() ? nullptr : PyEval_SaveThread();
+  try {
+    outcome = spec->run(inputs, numbers, [this](int64_t reserved) { return build(reserved); }, results);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  if (state) PyEval_RestoreThread(state);
+  t_inside = false;
+  --calls_under_way;
+  if (error) {
+    results.clear();
+    set_error(error);
+    throw py::error_already_set();
+  }
+  return outcome == Specialization::Outcome::kDone;
+}
+
+namespace {
+
+c10::Event* event_of(py::handle event) {
+  TORCH_CHECK_TYPE(THPEvent_Check(event.ptr()), "expected a torch.Event");
+  return &reinterpret_cast<THPEvent*>(event.ptr())->event;
+}
+
+// (node, (function, kernel, context), grid, block, shared bytes, params, offsets, packed, [(at, buffer, delta)])
+using KernelTuple =
+    std::tuple<uintptr_t, std::array<uintptr_t, 3>, std::array<unsigned, 3>, std::array<unsigned, 3>, unsigned,
+               py::bytes, std::vector<size_t>, bool, std::vector<std::tuple<size_t, int, int64_t>>>;
+
+std::vector<Kernel> kernels_of(const std::vector<KernelTuple>& given) {
+  std::vector<Kernel> all;
+  for (auto& [node, handles, grid, block, shared_bytes, params, offsets, packed, patches] : given) {
+    std::string_view bytes = params;
+    Kernel kernel{.node = reinterpret_cast<void*>(node),
+                  .function = reinterpret_cast<void*>(handles[0]),
+                  .kernel = reinterpret_cast<void*>(handles[1]),
+                  .context = reinterpret_cast<void*>(handles[2]),
+                  .grid = grid,
+                  .block = block,
+                  .shared_bytes = shared_bytes,
+                  .params = {bytes.begin(), bytes.end()},
+                  .offsets = offsets,
+                  .packed = packed,
+                  .patches = {}};
+    for (auto& [at, buffer, delta] : patches) kernel.patches.push_back({at, buffer, delta});
+    all.push_back(std::move(kernel));
+  }
+  return all;
+}
+
+// A context that its builder has in hand; returns its slot.
+uintptr_t add_context(PySpecialization& self, py::handle owner, py::handle done, uintptr_t graph,
+                      const std::vector<std::optional<at::Tensor>>& inputs, const std::vector<at::Tensor>& results,
+                      const std::vector<bool>& bound, const std::vector<KernelTuple>& kernels, int64_t bytes) {
+  auto context = std::make_unique<Context>();
+  context->owner = keep(owner);
+  context->done = event_of(done);
+  context->graph = reinterpret_cast<void*>(graph);
+  for (auto& x : inputs) context->inputs.push_back(x.value_or(at::Tensor()));
+  if (!self.spec->layout) self.spec->layout.emplace(results, bound);
+  context->results = self.spec->layout->sources(results);
+  for (size_t i = 0; i < bound.size(); ++i) {
+    if (bound[i]) context->results[i] = nullptr;
+  }
+  context->kernels = kernels_of(kernels);
+  t_added = self.spec->pool.add(std::move(context), bytes);
+  return reinterpret_cast<uintptr_t>(t_added);
+}
+
+Slot* slot_of(uintptr_t slot) {
+  return reinterpret_cast<Slot*>(slot);
+}
+
+}  // namespace
+
+void bind_specialization(py::module_& m) {
+  m.def("calls_under_way", [] { return calls_under_way; });
+  m.def("in_call", [] { return t_inside; });
+  py::class_<PySpecialization>(m, "Signature")
+      .def(py::init([](const c10::Device& device, uintptr_t api, const std::vector<at::Tensor>& specs,
+                       py::object limits, py::object counters, py::object owner) {
+        auto self = std::make_unique<PySpecialization>();
+        std::vector<InputSpec> inputs;
+        for (auto& x : specs) inputs.emplace_back(x);
+        self->limits = keep(limits);
+        self->counters = keep(counters);
+        self->owner = keep(owner);
+        self->spec =
+            std::make_unique<Specialization>(device, reinterpret_cast<const DeviceApi*>(api), std::move(inputs),
+                                             limits.cast<Limits*>(), counters.cast<Counters*>());
+        return self;
+      }))
+      .def("run",
+           [](PySpecialization& self, const py::list& given) -> py::object {
+             std::vector<at::Tensor> inputs;
+             Values numbers, results;
+             for (auto x : given) {
+               if (inputs.size() < self.spec->specs.size()) {
+                 inputs.push_back(x.cast<at::Tensor>());
+               } else if (auto number = number_of(x)) {
+                 numbers.push_back(*number);
+               } else {
+                 return py::none();  // past 64 bits
+               }
+             }
+             if (!self.run(inputs.data(), numbers, results)) return py::none();
+             py::list all;
+             for (auto& y : results) all.append(wrapped(std::move(y)));
+             return all;
+           })
+      .def("add", &add_context)
+      .def(
+          "release",
+          [](PySpecialization& self, uintptr_t slot, std::optional<int64_t> stream) {
+            t_added = nullptr;
+            self.spec->pool.release(slot_of(slot), stream.value_or(Slot::kNever));
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def("discard",
+           [](PySpecialization& self, uintptr_t slot) {
+             t_added = nullptr;
+             (void)self.spec->pool.discard(slot_of(slot)).reset();
+           })
+      .def("discard_added", &PySpecialization::discard_added)
+      .def("drain", [](PySpecialization& self) { (void)self.spec->pool.drain().size(); })
+      .def("estimate", [](PySpecialization& self) { return self.spec->pool.estimate(); })
+      .def("alive", [](PySpecialization& self) { return self.spec->pool.alive(); })
+      .def("take",
+           [](PySpecialization& self, uintptr_t slot) {
+             if (!self.spec->pool.take(slot_of(slot))) throw std::runtime_error("the slot is in other hands");
+           })
+      .def("forget_uses", [](PySpecialization& self) { self.spec->pool.forget_uses(); })
+      .def("after_fork",
+           [](PySpecialization& self) {
+             self.spec->pool.after_fork();
+             self.spec->events.after_fork();
+           })
+      .def("may_grow", [](PySpecialization& self) { return self.spec->may_grow.load("read"); })
+      .def("set_may_grow", [](PySpecialization& self, bool value) { self.spec->may_grow.store("write", value); })
+      .def("set_graphs", [](PySpecialization& self, bool value) { self.spec->uses_graphs = value; })
+      .def("set_program",
+           [](PySpecialization& self, std::shared_ptr<Program> program, py::object unchanged, bool only_numerics) {
+             self.spec->program = std::move(program);
+             self.watch_flags(unchanged, only_numerics);
+           })
+      .def("set_python",
+           [](PySpecialization& self, py::object kernels, py::object unchanged, bool only_numerics) {
+             self.spec->python = [kept = keep(kernels)](const std::vector<at::Tensor>& inputs, Values& results) {
+               Gil gil;
+               auto made = py::reinterpret_borrow<py::object>(kept.get())(inputs);
+               for (auto y : py::reinterpret_borrow<py::iterable>(made)) results.push_back(unwrap(y));
+             };
+             self.watch_flags(unchanged, only_numerics);
+           })
+      .def("sees_flags", [](PySpecialization& self) { return self.spec->flags.has_value(); })
+      .def("set_kernels",
+           [](PySpecialization& self, const std::vector<at::Tensor>& results, const std::vector<KernelTuple>& kernels) {
+             self.spec->kernels = kernels_of(kernels);
+             if (!self.spec->layout) self.spec->layout.emplace(results, std::vector<bool>(results.size(), true));
+           })
+      .def("set_alignment", [](PySpecialization& self, size_t bytes) { self.spec->alignment = bytes; })
+      .def("set_last_uses", [](PySpecialization& self, py::object make) {
+        self.spec->has_weights = true;
+        self.spec->new_event = [made = keep(make)](c10::StreamId stream) -> std::unique_ptr<Payload> {
+          Gil gil;
+          auto event = py::reinterpret_borrow<py::object>(made.get())(stream);
+          auto context = std::make_unique<Context>();
+          context->done = event_of(event);
+          context->owner = keep(event);
+          return context;
+        };
+      });
+}
+
+}  // namespace anabranch::runtime
