@@ -88,10 +88,11 @@ class Contexts:
             return f"capture failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
         if context is None:
             return f"a context exceeds memory_limit ({unit.limits.memory_limit} bytes)"
+        self.pool.add(context)
         return context
 
     def one_more(self, reservation: Reservation) -> Context | None:
-        """One more context for a call, while another thread's build does not have to be waited for."""
+        """One more context for a call, not in the pool yet; none where another thread's build had to be waited for."""
         lock, taken, unit = process.build_lock, list[bool](), self._unit
         try:
             # One call, as far as a signal can tell: it comes before the lock is taken, or when the list says so.
@@ -128,6 +129,7 @@ class Contexts:
                     if context is None:
                         unit.watch.check()
                         break
+                    pool.add(context)
                     pool.release(context)
             except BaseException:
                 pool.discard_added()
@@ -140,7 +142,7 @@ class Contexts:
         self.pool.drain()
 
     def _build(self, reservation: Reservation, scratch: Scratch | None = None) -> Context | None:
-        """Build the context that there is room for; None if it takes more than the limit."""
+        """Build the context that there is room for, not in the pool yet; None if it takes more than the limit."""
         unit = self._unit
         assert self.kernels is not None
         try:
@@ -157,5 +159,4 @@ class Contexts:
             return None
         if not unit.watch.unchanged():
             return None  # captured under somebody's temporary flags
-        self.pool.add(context)
         return context

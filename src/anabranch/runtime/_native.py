@@ -63,24 +63,24 @@ class Counters:
 class Pool:
     """The C++ pool of one signature, as :class:`anabranch.runtime._pool.ContextPool` for whoever builds contexts."""
 
-    def __init__(self, signature: Any) -> None:
-        self._signature = signature
+    def __init__(self, specialization: Any) -> None:
+        self._core = specialization
         self._alive: weakref.WeakSet[Context] = weakref.WeakSet()
         process.register(self)
 
     @property
     def may_grow(self) -> bool:
         """Whether calls may build contexts; not after a build failed."""
-        return bool(self._signature.may_grow())
+        return bool(self._core.may_grow())
 
     @may_grow.setter
     def may_grow(self, value: bool) -> None:
-        self._signature.set_may_grow(value)
+        self._core.set_may_grow(value)
 
     @property
     def estimate(self) -> int:
         """Bytes of the last context built: what the next will take."""
-        return int(self._signature.estimate())
+        return int(self._core.estimate())
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +89,10 @@ class Pool:
 
     def add(self, context: Context) -> None:
         """Count a context that was just built; it is in its builder's hands."""
+        context.slot = self._core.add(self.described(context))
+
+    def described(self, context: Context) -> tuple[Any, ...]:
+        """A new context as the C++ takes it to put it into the pool."""
         self._alive.add(context)
         results, recording = context.outputs.results, context.recording
         if recording is None:
@@ -99,35 +103,33 @@ class Pool:
             inputs = [None] * len(recording.capture.inputs)
             bound = list(recording.table.bound)
             kernels = [kernel_tuple(patch) for patch in recording.patched]
-        context.slot = self._signature.add(
-            context, context.done, context.graph.native, inputs, results, bound, kernels, context.nbytes
-        )
+        return context, context.done, context.graph.native, inputs, results, bound, kernels, context.nbytes
 
     def release(self, context: Context) -> None:
         """Give a context back that no caller has used."""
-        self._signature.release(context.slot, None)
+        self._core.release(context.slot, None)
 
     def discard(self, context: Context) -> None:
         """Give up a context; it is freed once its queued work is done."""
-        self._signature.discard(context.slot)
+        self._core.discard(context.slot)
 
     def discard_added(self) -> None:
         """Give up the context that this thread has added and nobody got: an interrupt came in between."""
-        self._signature.discard_added()
+        self._core.discard_added()
 
     def drain(self) -> None:
         """Take all idle contexts out for good."""
-        self._signature.drain()
+        self._core.drain()
 
     def events(self) -> set[int]:
         """Identities of the events of the contexts that are alive."""
         return {id(context.done) for context in list(self._alive)}
 
     def after_fork(self) -> None:
-        self._signature.after_fork()
+        self._core.after_fork()
 
     def __len__(self) -> int:
-        return int(self._signature.alive())
+        return int(self._core.alive())
 
 
 class NativeCalls:
@@ -141,7 +143,7 @@ class NativeCalls:
         self._unit, self._device = unit, unit.device
         if unit.device.has_streams:
             core.on_device_error(unit.device.call_error)
-        self.core = core.Signature(
+        self.core = core.Specialization(
             unit.torch_device,
             unit.device.native_api(core),
             [replace(spec, on_cpu=False).empty(torch.device("meta")) for spec in unit.specs],
@@ -202,15 +204,15 @@ class NativeCalls:
         of_one_layout = program.reads_layout and self._unit.signature.layouts is not None
         return not (self._unit.is_lazy or of_one_layout or program.absolute or program.on_cpu)
 
-    def _build_native(self, reservation: Any) -> int | None:
-        """Asked by the C++ for one more context: its slot; 0 to take one there is; None to run direct."""
+    def build(self, reservation: Any) -> tuple[Any, ...] | bool | None:
+        """Asked by the C++ for one more context, which it puts into the pool. None: there is none, and the call runs
+        direct; True: it takes one that there is."""
         if not self._unit.watch.unchanged():
-            return 0  # a context captured now would have today's flags baked in
+            return True  # a context captured now would have today's flags baked in
         context = self.contexts.one_more(reservation)
         if context is None:
-            return 0 if self.contexts.are_shared else None
-        slot: int = context.slot
-        return slot
+            return True if self.contexts.are_shared else None
+        return self._pool.described(context)
 
     def explain(self) -> list[str]:
         lines = []

@@ -63,6 +63,8 @@ class PythonCalls:
         choice = self._pool.acquire(stream.stream_id, contexts.may_build)
         if isinstance(choice, Reservation):
             context = contexts.one_more(choice)
+            if context is not None:
+                self._pool.add(context)
             if context is not None or not contexts.are_shared:
                 return context
             choice = self._pool.acquire(stream.stream_id, lambda: False)

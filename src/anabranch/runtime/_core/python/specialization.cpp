@@ -14,8 +14,60 @@ namespace {
 int64_t calls_under_way = 0;
 // Whether this thread is: it must not wait for the device. Not while it builds.
 thread_local bool t_inside = false;
-// The slot that this thread has added to a pool, until it gives it back or has its call on it.
+// The slot that Python has added to a pool on this thread, until it gives it back.
 thread_local Slot* t_added = nullptr;
+
+c10::Event* event_of(py::handle event) {
+  TORCH_CHECK_TYPE(THPEvent_Check(event.ptr()), "expected a torch.Event");
+  return &reinterpret_cast<THPEvent*>(event.ptr())->event;
+}
+
+// (node, (function, kernel, context), grid, block, shared bytes, params, offsets, packed, [(at, buffer, delta)])
+using KernelTuple =
+    std::tuple<uintptr_t, std::array<uintptr_t, 3>, std::array<unsigned, 3>, std::array<unsigned, 3>, unsigned,
+               py::bytes, std::vector<size_t>, bool, std::vector<std::tuple<size_t, int, int64_t>>>;
+
+std::vector<Kernel> kernels_of(const std::vector<KernelTuple>& given) {
+  std::vector<Kernel> all;
+  for (auto& [node, handles, grid, block, shared_bytes, params, offsets, packed, patches] : given) {
+    std::string_view bytes = params;
+    Kernel kernel{.node = reinterpret_cast<void*>(node),
+                  .function = reinterpret_cast<void*>(handles[0]),
+                  .kernel = reinterpret_cast<void*>(handles[1]),
+                  .context = reinterpret_cast<void*>(handles[2]),
+                  .grid = grid,
+                  .block = block,
+                  .shared_bytes = shared_bytes,
+                  .params = {bytes.begin(), bytes.end()},
+                  .offsets = offsets,
+                  .packed = packed,
+                  .patches = {}};
+    for (auto& [at, buffer, delta] : patches) kernel.patches.push_back({at, buffer, delta});
+    all.push_back(std::move(kernel));
+  }
+  return all;
+}
+
+// What there is of a context: (owner, done, graph, inputs, results, bound, kernels, bytes)
+using ContextTuple = std::tuple<py::object, py::object, uintptr_t, std::vector<std::optional<at::Tensor>>,
+                                std::vector<at::Tensor>, std::vector<bool>, std::vector<KernelTuple>, int64_t>;
+
+// Puts a context into the pool, in its builder's hands.
+Slot* add_context(PySpecialization& self, const ContextTuple& given) {
+  auto& [owner, done, graph, inputs, results, bound, kernels, bytes] = given;
+  auto context = std::make_unique<Context>();
+  context->owner = keep(owner);
+  context->done = event_of(done);
+  context->graph = reinterpret_cast<void*>(graph);
+  for (auto& x : inputs) context->inputs.push_back(x.value_or(at::Tensor()));
+  if (!self.spec->layout) self.spec->layout.emplace(results, bound);
+  context->results = self.spec->layout->sources(results);
+  for (size_t i = 0; i < bound.size(); ++i) {
+    if (bound[i]) context->results[i] = nullptr;
+  }
+  context->kernels = kernels_of(kernels);
+  return self.spec->pool.add(std::move(context), bytes);
+}
 
 }  // namespace
 
@@ -26,18 +78,12 @@ Specialization::Built PySpecialization::build(int64_t reserved) {
   } outside;
   Gil gil;
   auto self = py::reinterpret_borrow<py::object>(owner.get())();
-  py::object built = py::none();
-  auto reservation = std::make_unique<Reservation>(limits, reserved);
-  try {
-    if (!self.is_none()) built = self.attr("_build_native")(std::move(reservation));
-  } catch (...) {
-    discard_added();
-    throw;
-  }
-  t_added = nullptr;
+  if (self.is_none()) return {};
+  py::object built = self.attr("build")(std::make_unique<Reservation>(limits, reserved));
   if (built.is_none()) return {};
-  auto slot = built.cast<uintptr_t>();
-  return {reinterpret_cast<Slot*>(slot), slot == 0};
+  if (py::isinstance<py::bool_>(built)) return {nullptr, built.cast<bool>()};
+  // Between Python's return and here no interrupt can come.
+  return {add_context(*this, built.cast<ContextTuple>()), false};
 }
 
 void PySpecialization::discard_added() {
@@ -79,68 +125,12 @@ bool PySpecialization::run(const at::Tensor* inputs, const Values& numbers, Valu
   return outcome == Specialization::Outcome::kDone;
 }
 
-namespace {
-
-c10::Event* event_of(py::handle event) {
-  TORCH_CHECK_TYPE(THPEvent_Check(event.ptr()), "expected a torch.Event");
-  return &reinterpret_cast<THPEvent*>(event.ptr())->event;
-}
-
-// (node, (function, kernel, context), grid, block, shared bytes, params, offsets, packed, [(at, buffer, delta)])
-using KernelTuple =
-    std::tuple<uintptr_t, std::array<uintptr_t, 3>, std::array<unsigned, 3>, std::array<unsigned, 3>, unsigned,
-               py::bytes, std::vector<size_t>, bool, std::vector<std::tuple<size_t, int, int64_t>>>;
-
-std::vector<Kernel> kernels_of(const std::vector<KernelTuple>& given) {
-  std::vector<Kernel> all;
-  for (auto& [node, handles, grid, block, shared_bytes, params, offsets, packed, patches] : given) {
-    std::string_view bytes = params;
-    Kernel kernel{.node = reinterpret_cast<void*>(node),
-                  .function = reinterpret_cast<void*>(handles[0]),
-                  .kernel = reinterpret_cast<void*>(handles[1]),
-                  .context = reinterpret_cast<void*>(handles[2]),
-                  .grid = grid,
-                  .block = block,
-                  .shared_bytes = shared_bytes,
-                  .params = {bytes.begin(), bytes.end()},
-                  .offsets = offsets,
-                  .packed = packed,
-                  .patches = {}};
-    for (auto& [at, buffer, delta] : patches) kernel.patches.push_back({at, buffer, delta});
-    all.push_back(std::move(kernel));
-  }
-  return all;
-}
-
-// A context that its builder has in hand; returns its slot.
-uintptr_t add_context(PySpecialization& self, py::handle owner, py::handle done, uintptr_t graph,
-                      const std::vector<std::optional<at::Tensor>>& inputs, const std::vector<at::Tensor>& results,
-                      const std::vector<bool>& bound, const std::vector<KernelTuple>& kernels, int64_t bytes) {
-  auto context = std::make_unique<Context>();
-  context->owner = keep(owner);
-  context->done = event_of(done);
-  context->graph = reinterpret_cast<void*>(graph);
-  for (auto& x : inputs) context->inputs.push_back(x.value_or(at::Tensor()));
-  if (!self.spec->layout) self.spec->layout.emplace(results, bound);
-  context->results = self.spec->layout->sources(results);
-  for (size_t i = 0; i < bound.size(); ++i) {
-    if (bound[i]) context->results[i] = nullptr;
-  }
-  context->kernels = kernels_of(kernels);
-  t_added = self.spec->pool.add(std::move(context), bytes);
-  return reinterpret_cast<uintptr_t>(t_added);
-}
-
-Slot* slot_of(uintptr_t slot) {
-  return reinterpret_cast<Slot*>(slot);
-}
-
-}  // namespace
-
 void bind_specialization(py::module_& m) {
   m.def("calls_under_way", [] { return calls_under_way; });
   m.def("in_call", [] { return t_inside; });
-  py::class_<PySpecialization>(m, "Signature")
+  // Of a pool, which lives as long as its specialization does.
+  py::class_<Slot, std::unique_ptr<Slot, py::nodelete>>(m, "Slot");
+  py::class_<PySpecialization>(m, "Specialization")
       .def(py::init([](const c10::Device& device, uintptr_t api, const std::vector<at::Tensor>& specs,
                        py::object limits, py::object counters, py::object owner) {
         auto self = std::make_unique<PySpecialization>();
@@ -172,26 +162,28 @@ void bind_specialization(py::module_& m) {
              for (auto& y : results) all.append(wrapped(std::move(y)));
              return all;
            })
-      .def("add", &add_context)
+      .def(
+          "add", [](PySpecialization& self, const ContextTuple& given) { return t_added = add_context(self, given); },
+          py::return_value_policy::reference)
       .def(
           "release",
-          [](PySpecialization& self, uintptr_t slot, std::optional<int64_t> stream) {
+          [](PySpecialization& self, Slot& slot, std::optional<int64_t> stream) {
             t_added = nullptr;
-            self.spec->pool.release(slot_of(slot), stream.value_or(Slot::kNever));
+            self.spec->pool.release(&slot, stream.value_or(Slot::kNever));
           },
           py::call_guard<py::gil_scoped_release>())
       .def("discard",
-           [](PySpecialization& self, uintptr_t slot) {
+           [](PySpecialization& self, Slot& slot) {
              t_added = nullptr;
-             (void)self.spec->pool.discard(slot_of(slot)).reset();
+             (void)self.spec->pool.discard(&slot).reset();
            })
       .def("discard_added", &PySpecialization::discard_added)
       .def("drain", [](PySpecialization& self) { (void)self.spec->pool.drain().size(); })
       .def("estimate", [](PySpecialization& self) { return self.spec->pool.estimate(); })
       .def("alive", [](PySpecialization& self) { return self.spec->pool.alive(); })
       .def("take",
-           [](PySpecialization& self, uintptr_t slot) {
-             if (!self.spec->pool.take(slot_of(slot))) throw std::runtime_error("the slot is in other hands");
+           [](PySpecialization& self, Slot& slot) {
+             if (!self.spec->pool.take(&slot)) throw std::runtime_error("the slot is in other hands");
            })
       .def("forget_uses", [](PySpecialization& self) { self.spec->pool.forget_uses(); })
       .def("after_fork",

@@ -17,7 +17,7 @@ struct PySpecialization {
 
   Specialization::Built build(int64_t reserved);
 
-  // An interrupt came between the context's being added and its having an owner who knows of it.
+  // An interrupt came between the context's being added by Python and its having an owner who knows of it.
   void discard_added();
 
   // `is_unchanged`: () -> bool, see Specialization::flags_unchanged, or None. `only_numerics`: it looks at nothing
