@@ -1,6 +1,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 
 #include "sync.h"
@@ -15,7 +16,11 @@ class Counters {
                                                          "waits", "captures",    "specializations"};
 
   void add(Name name, int64_t count = 1) { mine().counts[name].count(names[name], count); }
-  int64_t read(Name name) const;
+  int64_t read(Name name) const {
+    int64_t sum = 0;
+    for (auto& shard : shards_) sum += shard.counts[name].load(names[name]);
+    return sum;
+  }
 
  private:
   // Threads count in different places, so that they do not wait for each other's cache lines.
@@ -25,7 +30,11 @@ class Counters {
     std::array<Atomic<int64_t>, kNames> counts;
   };
   static constexpr size_t kShards = 16;
-  Shard& mine();
+  Shard& mine() {
+    thread_local size_t number = next_thread_.fetch_add(1, std::memory_order_relaxed);
+    return shards_[number % kShards];
+  }
+  static inline std::atomic<size_t> next_thread_{0};
   std::array<Shard, kShards> shards_;
 };
 

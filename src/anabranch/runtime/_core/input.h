@@ -1,3 +1,4 @@
+// Inline throughout: each call asks about each of its inputs.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,12 +8,25 @@ namespace anabranch::runtime {
 
 // Whether it is an ordinary dense tensor: its bytes are its values, it is no other tensor's stand-in (of vmap, say),
 // and nothing is attached to it that a call would lose.
-bool is_plain(const at::Tensor& x);
+inline bool is_plain(const at::Tensor& x) {
+  using Key = c10::DispatchKey;
+  constexpr auto ordinary =
+      c10::DispatchKeySet({Key::Dense, Key::AutogradFunctionality, Key::AutogradOther, Key::ADInplaceOrView}) |
+      c10::autocast_dispatch_keyset;
+  auto* impl = x.unsafeGetTensorImpl();
+  auto odd = (impl->key_set() - ordinary).raw_repr() & ~c10::full_backend_mask;
+  return !odd && x.has_storage() && !x._fw_grad(0).defined();
+}
 
 // Shape, strides and dtype of an input as the kernels see it.
 struct InputSpec {
   // Of inputs like `x`.
-  explicit InputSpec(const at::Tensor& x);
+  explicit InputSpec(const at::Tensor& x)
+      : sizes(x.sizes().begin(), x.sizes().end()),
+        strides(x.strides().begin(), x.strides().end()),
+        dtype(x.scalar_type()),
+        contiguous(x.is_contiguous()),
+        bytes(static_cast<size_t>(x.numel()) * x.element_size()) {}
 
   c10::SmallVector<int64_t, 5> sizes, strides;
   at::ScalarType dtype;
@@ -20,9 +34,20 @@ struct InputSpec {
   size_t bytes;
 
   // Whether a call with `x` is one of this signature; says no where it takes a closer look to tell.
-  bool accepts(const at::Tensor& x) const;
+  bool accepts(const at::Tensor& x) const {
+    // First of all: a nested tensor has no sizes to ask for.
+    if (!is_plain(x) || x.dtype() != caffe2::TypeMeta::fromScalarType(dtype)) return false;
+    if (x.sizes() != c10::IntArrayRef(sizes)) return false;
+    if (contiguous) return x.is_contiguous();
+    return !x.is_contiguous() && x.strides() == c10::IntArrayRef(strides);
+  }
+
   // Whether the kernels can read `x` as it is: same strides where they matter, and aligned.
-  bool matches(const at::Tensor& x, size_t alignment) const;
+  bool matches(const at::Tensor& x, size_t alignment) const {
+    if (!x.numel()) return true;
+    if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment) return false;
+    return contiguous ? x.is_contiguous() : x.strides() == c10::IntArrayRef(strides);
+  }
 };
 
 }  // namespace anabranch::runtime

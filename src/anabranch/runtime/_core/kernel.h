@@ -3,6 +3,7 @@
 #include <c10/util/SmallVector.h>
 
 #include <array>
+#include <cstring>
 #include <vector>
 
 #include "device.h"
@@ -27,16 +28,40 @@ struct Kernel {
   bool is_set = false;  // the graph has what `params` says
 };
 
-// A kernel's parameters with addresses written in, as the driver wants them.
+// A kernel's parameters with addresses written in, as the driver wants them. Inline: calls make one a kernel.
 class KernelArguments {
  public:
   // `params`: the kernel's own, or a copy of them, to write to.
-  KernelArguments(const Kernel& kernel, char* params, const void* const* buffers);
+  KernelArguments(const Kernel& kernel, char* params, const void* const* buffers) : kernel_(kernel) {
+    for (auto& patch : kernel.patches) {
+      auto address = static_cast<const char*>(buffers[patch.buffer]) + patch.delta;
+      changed_ = changed_ || std::memcmp(params + patch.at, &address, sizeof address) != 0;
+      std::memcpy(params + patch.at, &address, sizeof address);
+    }
+    if (kernel.packed) {
+      size_ = kernel.params.size();
+      extra_ = {kBuffer, params, kBufferSize, &size_, nullptr};
+    } else {
+      for (auto offset : kernel.offsets) pointers_.push_back(params + offset);
+    }
+  }
   // Whether other addresses were there before.
   bool changed() const { return changed_; }
-  KernelLaunch launch();
+  KernelLaunch launch() {
+    return {kernel_.function,
+            kernel_.kernel,
+            kernel_.context,
+            kernel_.grid.data(),
+            kernel_.block.data(),
+            kernel_.shared_bytes,
+            kernel_.packed ? nullptr : pointers_.data(),
+            kernel_.packed ? extra_.data() : nullptr};
+  }
 
  private:
+  // CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE
+  static inline void* const kBuffer = reinterpret_cast<void*>(1);
+  static inline void* const kBufferSize = reinterpret_cast<void*>(2);
   const Kernel& kernel_;
   c10::SmallVector<void*, 32> pointers_;
   std::array<void*, 5> extra_{};
