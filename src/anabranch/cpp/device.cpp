@@ -52,7 +52,7 @@ const runtime::DeviceApi* api_of(c10::Device device) {
   }
 }
 
-c10::Stream reaper_of(c10::Device device, const runtime::DeviceApi& api) {
+c10::Stream retiring_stream(c10::Device device, const runtime::DeviceApi& api) {
   static std::mutex lock;
   static auto& made = *new std::unordered_map<c10::DeviceIndex, c10::Stream>;
   std::lock_guard<std::mutex> guard(lock);

@@ -21,8 +21,8 @@ const runtime::DeviceApi* api_of(c10::Device device);
 // A stream that nobody queues anything on but engines that go. One for each device, made with its first engine (a
 // destructor had better not) and never destroyed.
 //
-// PyTorch's pool would do in the order of things, but its streams are lent to strangers: their work would wait for our
+// PyTorch's pool would do in the order of things, but its streams are lent to other code, whose work would wait for our
 // last uses, and where one is under capture a wait for an event from outside breaks the capture.
-c10::Stream reaper_of(c10::Device device, const runtime::DeviceApi& api);
+c10::Stream retiring_stream(c10::Device device, const runtime::DeviceApi& api);
 
 }  // namespace anabranch

@@ -60,7 +60,7 @@ struct Engine::Impl {
       last_use->owner = std::move(event);
       return last_use;
     };
-    reaper = reaper_of(device, *api);
+    retiring = retiring_stream(device, *api);
   }
 
   // Why the weights are freed after their last use. Each direct call has recorded an event behind what it queued, in
@@ -70,16 +70,16 @@ struct Engine::Impl {
   // and hands the memory out again when that is done: after every last use.
   //
   //     a caller's stream:  ... kernels that read the weights; record last use
-  //     the reaper:                                   wait for each last use; the allocator's event
+  //     the retiring stream:                          wait for each last use; the allocator's event
   //     the next owner of the memory:                                              ... after that
   ~Impl() {
-    if (!reaper) return;
+    if (!retiring) return;
     try {
       c10::DeviceGuard on(spec.device);
       std::vector<c10::Event*> last_uses;
       spec.events.for_each([&](runtime::Payload& p) { last_uses.push_back(static_cast<runtime::Context&>(p).done); });
-      for (auto* event : last_uses) event->block(*reaper);
-      for (auto& w : weights) guard.recordDataPtrOnStream(w.storage().data_ptr(), *reaper);
+      for (auto* event : last_uses) event->block(*retiring);
+      for (auto& w : weights) guard.recordDataPtrOnStream(w.storage().data_ptr(), *retiring);
     } catch (...) {
       // The device is lost, or the process at its end: nothing says when a last use is over, so nothing is freed.
       (void)new std::vector<at::Tensor>(std::move(weights));
@@ -131,7 +131,7 @@ struct Engine::Impl {
   runtime::Specialization spec;
   c10::impl::VirtualGuardImpl guard;
   std::vector<int64_t> outputs;  // see Lowered
-  std::optional<c10::Stream> reaper;
+  std::optional<c10::Stream> retiring;
 };
 
 Engine::Engine(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}

@@ -55,6 +55,8 @@ class Direct:
         the flags are looked at before and after, and a run in which they changed is thrown away.
         """
         kernels, watch = kernels or self.kernels, self._unit.watch
+        if not watch.reads_any:
+            return kernels(self._canonical(inputs))
         for _ in range(3):
             watch.check()
             results = kernels(self._canonical(inputs))

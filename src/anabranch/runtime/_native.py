@@ -315,7 +315,7 @@ class NativeCalls:
 
 
 class NativeEngine(core.EngineBase, Engine):
-    """An engine whose calls are C++: see ``EngineBase`` in ``_core/python.cpp`` for which of them."""
+    """An engine whose calls are C++: see ``EngineBase`` in ``_core/python/engine.cpp`` for which of them."""
 
     _runtime = Runtime("native", Limits, Counters, NativeCalls)
 
