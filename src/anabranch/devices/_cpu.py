@@ -5,12 +5,15 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from anabranch.devices._device import Graph, Lane, Latch, Memory, Scratch
 from anabranch.devices._stream import Event, Stream
+
+
+def _absent(*args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError("the CPU has no streams, lanes, graphs or private memory")
 
 
 class CpuDevice:
@@ -81,44 +84,6 @@ class CpuDevice:
         return platform.processor() or platform.machine()
 
     # What needs streams is never asked of a device without them.
-    def current_stream(self, index: int) -> NoReturn:
-        raise NotImplementedError("the CPU has no streams")
-
-    def stream(self, index: int) -> NoReturn:
-        raise NotImplementedError("the CPU has no streams")
-
-    def latch(self) -> Latch:
-        raise NotImplementedError("the CPU has no streams")
-
-    def event(self) -> NoReturn:
-        raise NotImplementedError("the CPU has no events")
-
-    def acquire_lane(self, index: int) -> Lane:
-        raise NotImplementedError("the CPU has no lanes")
-
-    def release_lane(self, lane: Lane) -> None:
-        raise NotImplementedError("the CPU has no lanes")
-
-    def memory(self, index: int, fresh: bool = False) -> Memory:
-        raise NotImplementedError("the CPU has no private memory pools")
-
-    def release_memory(self, memory: Memory) -> None:
-        raise NotImplementedError("the CPU has no private memory pools")
-
-    def scratch(self, index: int) -> Scratch:
-        raise NotImplementedError("the CPU has no lanes")
-
-    def release_scratch(self, scratch: Scratch) -> None:
-        raise NotImplementedError("the CPU has no lanes")
-
-    def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
-        raise NotImplementedError("the CPU has no captures")
-
-    def hand_over(self, tensors: Sequence[torch.Tensor], stream: Stream) -> None:
-        raise NotImplementedError("the CPU has no captures")
-
-    def join_capture(self, stream: Stream, index: int, keep: Any) -> Lane:
-        raise NotImplementedError("the CPU has no captures")
-
-    def kept_by_capture(self, stream: Stream) -> list[Any]:
-        raise NotImplementedError("the CPU has no captures")
+    current_stream = stream = latch = event = staticmethod(_absent)
+    acquire_lane = release_lane = memory = release_memory = scratch = release_scratch = staticmethod(_absent)
+    capture = hand_over = join_capture = kept_by_capture = staticmethod(_absent)
