@@ -55,7 +55,7 @@ struct Engine::Impl {
     spec.has_weights = true;
     spec.new_event = [type = device.type()](c10::StreamId) -> std::unique_ptr<runtime::Payload> {
       auto event = std::make_shared<c10::Event>(type);
-      auto last_use = std::make_unique<runtime::Context>();
+      auto last_use = std::make_unique<runtime::LastUse>();
       last_use->done = event.get();
       last_use->owner = std::move(event);
       return last_use;
@@ -77,7 +77,7 @@ struct Engine::Impl {
     try {
       c10::DeviceGuard on(spec.device);
       std::vector<c10::Event*> last_uses;
-      spec.events.for_each([&](runtime::Payload& p) { last_uses.push_back(static_cast<runtime::Context&>(p).done); });
+      spec.events.for_each([&](runtime::Payload& p) { last_uses.push_back(static_cast<runtime::LastUse&>(p).done); });
       for (auto* event : last_uses) event->block(*retiring);
       for (auto& w : weights) guard.recordDataPtrOnStream(w.storage().data_ptr(), *retiring);
     } catch (...) {

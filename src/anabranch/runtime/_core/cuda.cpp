@@ -87,7 +87,7 @@ const DeviceApi& cuda_api() {
                             k.params,
                             k.extra,
                             k.kernel,
-                            k.context};
+                            k.cu_context};
           return cuda.set_params(graph, node, &params);
         },
         [](const KernelLaunch& k, const StreamRef& stream) {

@@ -17,9 +17,9 @@ struct StreamRef {
 
 // A kernel launch, as a graph's node or by itself.
 struct KernelLaunch {
-  void* function;  // a CUfunction; or null, and
-  void* kernel;    // a CUkernel,
-  void* context;   // of this CUcontext
+  void* function;    // a CUfunction; or null, and
+  void* kernel;      // a CUkernel,
+  void* cu_context;  // of this CUcontext
   const unsigned* grid;
   const unsigned* block;
   unsigned shared_bytes;

@@ -12,8 +12,8 @@ namespace anabranch::runtime {
 
 // Kernels with the places in their parameters where the addresses of a call's inputs and results belong.
 struct Kernel {
-  void* node = nullptr;                                             // in the graph, if it is part of one
-  void *function = nullptr, *kernel = nullptr, *context = nullptr;  // see KernelLaunch
+  void* node = nullptr;                                                // in the graph, if it is part of one
+  void *function = nullptr, *kernel = nullptr, *cu_context = nullptr;  // see KernelLaunch
   std::array<unsigned, 3> grid, block;
   unsigned shared_bytes = 0;
   std::vector<char> params;
@@ -50,7 +50,7 @@ class KernelArguments {
   KernelLaunch launch() {
     return {kernel_.function,
             kernel_.kernel,
-            kernel_.context,
+            kernel_.cu_context,
             kernel_.grid.data(),
             kernel_.block.data(),
             kernel_.shared_bytes,

@@ -193,7 +193,7 @@ bool Specialization::direct_using_weights(const at::Tensor* inputs, const Values
                                           Values& results) {
   auto acquired = events.acquire(caller.ref.id, true);
   auto* slot = acquired.kind == Pool::Acquired::kContext ? acquired.slot : events.add(new_event(caller.ref.id), 0);
-  auto& last_use = static_cast<Context&>(*slot->payload);
+  auto& last_use = static_cast<LastUse&>(*slot->payload);
   bool is_done = false;
   try {
     // The stream may be a new one under the handle of one that died: what that one still runs stays covered.

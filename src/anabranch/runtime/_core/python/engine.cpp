@@ -15,7 +15,7 @@ namespace {
 // a signature that was compiled before; whatever is out of the ordinary goes to the method `_call`.
 struct EngineBase {
   PyObject_HEAD struct Entry {
-    PyObject* owner;  // the Python specialization: kept through a call, so that its weights are
+    PyObject* owner;  // Python's NativeCalls: kept through a call, so that the weights are
     PySpecialization* calls;
     char finish;  // '1': a tensor; 't': a tuple of all results; 'l': a list; 'p': by the method `_finish`
   };

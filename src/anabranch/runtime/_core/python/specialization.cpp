@@ -22,7 +22,7 @@ c10::Event* event_of(py::handle event) {
   return &reinterpret_cast<THPEvent*>(event.ptr())->event;
 }
 
-// (node, (function, kernel, context), grid, block, shared bytes, params, offsets, packed, [(at, buffer, delta)])
+// (node, (function, kernel, cu_context), grid, block, shared bytes, params, offsets, packed, [(at, buffer, delta)])
 using KernelTuple =
     std::tuple<uintptr_t, std::array<uintptr_t, 3>, std::array<unsigned, 3>, std::array<unsigned, 3>, unsigned,
                py::bytes, std::vector<size_t>, bool, std::vector<std::tuple<size_t, int, int64_t>>>;
@@ -34,7 +34,7 @@ std::vector<Kernel> kernels_of(const std::vector<KernelTuple>& given) {
     Kernel kernel{.node = reinterpret_cast<void*>(node),
                   .function = reinterpret_cast<void*>(handles[0]),
                   .kernel = reinterpret_cast<void*>(handles[1]),
-                  .context = reinterpret_cast<void*>(handles[2]),
+                  .cu_context = reinterpret_cast<void*>(handles[2]),
                   .grid = grid,
                   .block = block,
                   .shared_bytes = shared_bytes,
@@ -220,10 +220,10 @@ void bind_specialization(py::module_& m) {
         self.spec->new_event = [made = keep(make)](c10::StreamId stream) -> std::unique_ptr<Payload> {
           Gil gil;
           auto event = py::reinterpret_borrow<py::object>(made.get())(stream);
-          auto context = std::make_unique<Context>();
-          context->done = event_of(event);
-          context->owner = keep(event);
-          return context;
+          auto last_use = std::make_unique<LastUse>();
+          last_use->done = event_of(event);
+          last_use->owner = keep(event);
+          return last_use;
         };
       });
 }
