@@ -68,10 +68,11 @@ class Scratch:
     that stays as large as one build needs; on the lanes of contexts it would grow with each of them.
     """
 
-    def __init__(self, device: Device, lane: Lane, memory: Any) -> None:
+    def __init__(self, on_stream: Callable[[Stream], AbstractContextManager[Any]], lane: Lane, memory: Memory) -> None:
+        """``on_stream``: the device's."""
         self.lane = lane
         self.memory = memory
-        self._device = device
+        self._on_stream = on_stream
 
     @property
     def stream(self) -> Stream:
@@ -80,7 +81,7 @@ class Scratch:
     @contextmanager
     def using(self) -> Iterator[None]:
         """Work of this thread goes to the stream, and its allocations into the memory."""
-        with self._device.on_stream(self.stream), self.memory.using():
+        with self._on_stream(self.stream), self.memory.using():
             yield
 
 

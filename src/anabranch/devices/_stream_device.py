@@ -58,8 +58,6 @@ class StreamDevice(ABC):
     def __init__(self) -> None:
         self.lanes: Spares[Lane] = Spares("lanes", self.new_lane)
         self.memories: Spares[Memory] = Spares("memory", self.new_memory)
-        # Apart from lanes of contexts: what is freed stays with the stream, and shall do so with one stream only.
-        self.scratches: Spares[Scratch] = Spares("scratch", self.new_scratch)
         #: Of each device one that waits for last uses of weights.
         self._retiring: dict[int, Stream] = _sync.dict_("streams that retire")
         self._deferred = DeferredFrees(self._are_done, self.building)
@@ -71,13 +69,13 @@ class StreamDevice(ABC):
     @abstractmethod
     def new_memory(self, index: int) -> Memory: ...
     @abstractmethod
-    def new_scratch(self, index: int) -> Scratch: ...
-    @abstractmethod
     def stream(self, index: int) -> Stream: ...
     @abstractmethod
     def current_index(self) -> int: ...
     @abstractmethod
     def current_stream(self, index: int) -> Stream: ...
+    @abstractmethod
+    def on_stream(self, stream: Stream) -> AbstractContextManager[Any]: ...
     @abstractmethod
     def on_device(self, index: int) -> AbstractContextManager[Any]: ...
     @abstractmethod
@@ -107,10 +105,11 @@ class StreamDevice(ABC):
         self.memories.give(memory.index, memory)
 
     def scratch(self, index: int) -> Scratch:
-        return self.scratches.take(index)
+        return Scratch(self.on_stream, self.acquire_lane(index), self.memory(index))
 
     def release_scratch(self, scratch: Scratch) -> None:
-        self.scratches.give(scratch.lane.index, scratch)
+        self.release_lane(scratch.lane)
+        self.release_memory(scratch.memory)
 
     # -- freed later
 

@@ -13,7 +13,7 @@ import torch
 
 from anabranch import _sync
 from anabranch.devices import Event, Stream
-from anabranch.devices._device import Graph, Lane, Latch, Memory, Scratch
+from anabranch.devices._device import Graph, Lane, Latch, Memory
 from anabranch.devices._stream_device import StreamDevice
 from anabranch.errors import DeviceLost
 from anabranch.sim import _module
@@ -170,15 +170,9 @@ class SimDevice(StreamDevice):
     def new_memory(self, index: int) -> Memory:
         return _SimMemory(index)
 
-    def new_scratch(self, index: int) -> Scratch:
-        return Scratch(self, self.acquire_lane(index), self.memory(index))
-
     def trim(self) -> None:
         self.collect()
         self.free_code()
-        for scratch in self.scratches.drain():
-            self.release_lane(scratch.lane)
-            self.release_memory(scratch.memory)
         kept: list[Memory] = []
         for memory in self.memories.drain():
             assert isinstance(memory, _SimMemory)

@@ -8,12 +8,11 @@ from typing import Protocol
 
 import torch
 
-from anabranch.devices._device import Lane, Scratch
+from anabranch.devices._device import Lane, Memory, Scratch
 from anabranch.devices._stream import Stream
 from anabranch.devices.cuda._device import CudaDevice
 from anabranch.devices.cuda._graph import CudaGraph
 from anabranch.devices.cuda._lane import CudaLane
-from anabranch.devices.cuda._memory import CudaMemory
 from anabranch.devices.cuda._nodes import Unreadable, read_nodes
 from anabranch.devices.cuda._recording import Computation, Recording, View
 from anabranch.devices.cuda._relocation import Capture, Kernel, Noise, Range, Table
@@ -96,7 +95,7 @@ def _bytes_of(x: torch.Tensor) -> torch.Tensor:
 def capture_on_lane(
     device: CudaDevice,
     lane: CudaLane,
-    memory: CudaMemory,
+    memory: Memory,
     scratch: Scratch,
     source: Source,
     specs: Sequence[TensorSpec],

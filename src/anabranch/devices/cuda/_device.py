@@ -13,7 +13,7 @@ import torch
 from anabranch import _sync
 from anabranch.devices._device import Graph, Lane, Latch, Memory, Scratch
 from anabranch.devices._stream import Event, Stream
-from anabranch.devices._stream_device import StreamDevice
+from anabranch.devices._stream_device import Spares, StreamDevice
 from anabranch.devices.cuda._callers import CallerCaptures
 from anabranch.devices.cuda._calls import NOT_CAPTURING, RELAXED, STICKY, CudaCallError, checked, rt
 from anabranch.devices.cuda._driver import handle
@@ -35,6 +35,8 @@ class CudaDevice(StreamDevice):
 
     def __init__(self) -> None:
         super().__init__()
+        # Apart from lanes of contexts: what is freed stays with the stream, and shall do so with one stream only.
+        self._scratches = Spares("scratch", lambda i: Scratch(self.on_stream, self.acquire_lane(i), OrdinaryMemory(i)))
         self._captured_by_callers = CallerCaptures(self.release_lane)
         self._lost: str | None = None
         self._leaked: list[Any] = _sync.list_("leaked")
@@ -45,7 +47,7 @@ class CudaDevice(StreamDevice):
     def _after_fork(self) -> None:
         # The child cannot use the parent's CUDA context. Nothing of it may be destroyed there, so it is leaked.
         self._lost = "this process was forked from one that used CUDA"
-        ours = (self._deferred, self._captured_by_callers, self.lanes, self.memories, self.scratches)
+        ours = (self._deferred, self._captured_by_callers, self.lanes, self.memories, self._scratches)
         for obj in (*ours, self._leaked):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(obj))
         self._deferred.close()
@@ -94,15 +96,18 @@ class CudaDevice(StreamDevice):
     def new_memory(self, index: int) -> Memory:
         return CudaMemory(index)
 
-    def new_scratch(self, index: int) -> Scratch:
-        return Scratch(self, self.acquire_lane(index), OrdinaryMemory(index))
+    def scratch(self, index: int) -> Scratch:
+        return self._scratches.take(index)
+
+    def release_scratch(self, scratch: Scratch) -> None:
+        self._scratches.give(scratch.lane.index, scratch)
 
     def trim(self) -> None:
         self.collect()
         self.free_code()
         for _ in self.memories.drain():
             pass
-        for unused in self.scratches.drain():
+        for unused in self._scratches.drain():
             self.release_lane(unused.lane)
         torch.cuda.empty_cache()
 
