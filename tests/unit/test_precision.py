@@ -257,7 +257,7 @@ def test_tied_weights_and_weights_in_one_storage_stay_so() -> None:
         b=nn.Parameter(memory[4:12]),
     )
     assert_right(model, torch.arange(6), tolerance=0.02)
-    module = compiled(model, torch.arange(6))._cast.snapshot.module
+    module = compiled(model, torch.arange(6))._compiler.cast.snapshot.module
     assert module.head.weight is module.embed.weight
     assert module.a.dtype is torch.float16
     assert module.a.untyped_storage().data_ptr() == module.b.untyped_storage().data_ptr()
