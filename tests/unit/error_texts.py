@@ -469,7 +469,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("the model is {unit.program.direct_only}", "needs the host to look at results", "Call the engine outside"),
         ("the model is {unit.program.direct_only}", "would keep the values of this call", "Call the engine outside"),
         (
-            "no execution context of {self.backend} is left",
+            "no execution context of {self._backend} is left",
             "each captured graph keeps one",
             "call engine.warm(captures=N)",
         ),

@@ -122,17 +122,17 @@ class StreamDevice(ABC):
         # all last uses, and the tensors are recorded on that one: their blocks come back after every last use.
         if self.lost():
             # In a forked child, or on a broken device, even destroying an event can abort the process.
-            return self.leak(events, tensors)
+            self.leak(events, tensors)
+            return
         ours = [t for t in tensors if t.device.type == self.kind]
         if not events or not ours:
-            return None
+            return
         stream = self._retiring[ours[0].device.index]
         for event in events:
             stream.wait_event(event)
         with _real_tensors():
             for t in ours:
                 t.record_stream(stream)
-        return None
 
     def defer_free(self, index: int, events: Sequence[Event], kept: Any, free: Callable[[], None]) -> None:
         self._deferred.defer(events, kept, self._on_its_device(index, free))

@@ -19,9 +19,9 @@ class Bound:
     Called with the build lock held.
     """
 
-    def __init__(self, unit: Unit, core: Any, signature: Any) -> None:
-        """``signature``: of ``core``, the runtime's C++; it is told what a recording shows of the kernels."""
-        self._unit, self._core, self._signature = unit, core, signature
+    def __init__(self, unit: Unit, core: Any, specialization: Any) -> None:
+        """``specialization``: of ``core``, the runtime's C++; it is told what a recording shows of the kernels."""
+        self._unit, self._core, self._specialization = unit, core, specialization
         #: Why graphs have memory of their own for inputs and results, or None where they use the caller's.
         self.copies: str | None = None if unit.device.kind == "cuda" else "not for this device"
         #: A recording that shows which kernels take which addresses from a call.
@@ -93,15 +93,15 @@ class Bound:
     def _learn(self, recording: Any, kernels: Kernels | Stateful) -> None:
         """The first recording of this signature's kernels."""
         self.known = recording
-        self._signature.set_alignment(recording.alignment)
+        self._specialization.set_alignment(recording.alignment)
         if not recording.table.why_not_direct and self.may_launch and not isinstance(kernels, Stateful):
-            self._signature.set_kernels(recording.results, [kernel_tuple(patch) for patch in recording.patches])
+            self._specialization.set_kernels(recording.results, [kernel_tuple(patch) for patch in recording.patches])
             self.launches = True
 
     def forget(self, may_launch: bool) -> None:
         """There are other kernels now."""
         if self.known is not None:
-            self._signature.set_kernels([], [])
+            self._specialization.set_kernels([], [])
         self.known, self.launches, self.may_launch = None, False, may_launch
 
 

@@ -16,7 +16,6 @@ from anabranch.runtime._calls import Calls
 from anabranch.runtime._comparison import why_off
 from anabranch.runtime._context import Context
 from anabranch.runtime._cost import measure
-from anabranch.runtime._instances import Instances
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import neutral, process
 from anabranch.runtime._unit import Unit
@@ -33,8 +32,6 @@ class Choice:
     why_eager: str
     #: Of the backend.
     kernels: Kernels | Stateful | None = None
-    #: What launches them one by one.
-    direct: Kernels | None = None
     uses_graphs: bool = False
     #: Why calls use graphs, or do not.
     reason: str = ""
@@ -69,11 +66,12 @@ class Builder:
         self._calls.ready(choice.uses_graphs, self._clock)
         if self._may_choose():
             self._choose_kernels()
-        if isinstance(choice.direct, Instances):
+        instances = self._calls.direct.instances
+        if instances is not None:
             with self._clock.phase("warm-up"):
                 if not choice.uses_graphs:
-                    choice.direct.prepare(1)
-                choice.direct.prepare_spare(1)  # a call in a caller's capture cannot build any
+                    instances.prepare(1)
+                instances.prepare_spare(1)  # a call in a caller's capture cannot build any
         unit.watch.check()  # another thread may have set a flag while kernels were chosen and captured
         return choice
 
@@ -157,14 +155,11 @@ class Builder:
             lowered = get_backend(choice.backend).lower(program, examples, options)
             run = of_one(lowered, own)
         choice.kernels = lowered
-        choice.direct = Instances(self._unit, lowered) if isinstance(lowered, Stateful) else lowered
         return run
 
     def _set_kernels(self) -> None:
-        choice = self._choice
-        assert choice.kernels is not None
-        assert choice.direct is not None
-        self._calls.set_kernels(choice.kernels, choice.direct, choice.backend)
+        assert self._choice.kernels is not None
+        self._calls.set_kernels(self._choice.kernels, self._choice.backend)
 
     def _warm_up(self, run: Kernels | Instance, examples: Sequence[torch.Tensor], times: int) -> None:
         """Run on made-up values: loads and tunes kernels, which no call and no capture may have to do.
@@ -275,7 +270,7 @@ class Builder:
                 examples = []
                 device.release_scratch(scratch)
         if taken:
-            choice.kernels = choice.direct = operators
+            choice.kernels = operators
             choice.backend = "eager"
             choice.why_eager = f"measured {eager} by PyTorch's operators, {compiled} by compiled kernels"
             self._set_kernels()

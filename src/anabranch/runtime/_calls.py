@@ -31,8 +31,8 @@ class Calls(Protocol):
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run one call on the calling thread's current stream. ``leaves`` have passed validation."""
 
-    def set_kernels(self, kernels: Kernels | Stateful, direct: Kernels, backend: str) -> None:
-        """What calls run from now on: ``kernels`` are captured, ``direct`` launches them one by one."""
+    def set_kernels(self, kernels: Kernels | Stateful, backend: str) -> None:
+        """What calls run from now on, captured or one by one."""
 
     def trying_graph(
         self, context: Context, direct: Kernels | Instance, stream: Stream

@@ -33,6 +33,7 @@ from anabranch.runtime._process import neutral, process
 from anabranch.runtime._settings import Settings
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._table import Table
+from anabranch.runtime._unit import Unit
 
 
 class Compiler:
@@ -64,7 +65,7 @@ class Compiler:
         self, key: Any, signature: Signature, given: Any, leaves: Sequence[Any], clock: Clock
     ) -> tuple[Any, Specialization]:
         """A specialization for a call, in the table, and its key there. Blocks until it is built."""
-        self.check_flags()
+        self._check_flags()
         return self._compile_for_all(key, signature, given, leaves, clock) or self._compile(
             key, signature, given, leaves, clock
         )
@@ -93,7 +94,7 @@ class Compiler:
                     f"the model runs in eager on these inputs ({signature}), and its graph does not run with"
                     f" backend {self._settings.backend!r}: {e.__cause__ or e}. Try another backend."
                 ) from e.__cause__
-            if any(True for _ in self._table):
+            if len(self._table):
                 raise InputError(f"{e} Compiled so far: {self._table}") from e.__cause__
             raise
         except AnabranchError:
@@ -191,13 +192,13 @@ class Compiler:
         args, kwargs = pytree.tree_unflatten(signature.examples(self._torch_device), signature.structure)
         with clock.phase("export"):
             program = export_program(self.snapshot, args, kwargs, self.cast, given, self._aside, numbers)
-        self.check_flags()  # another thread may have set one meanwhile
+        self._check_flags()  # another thread may have set one meanwhile
         return program
 
     def _build(self, program: Program, signature: Signature, leaves: Sequence[Any], clock: Clock) -> Specialization:
         given = () if self._device.has_streams else [x for x in leaves if isinstance(x, torch.Tensor)]
-        parts = self._limits, self._counters, self._runtime.make_calls
-        return Specialization(self._settings, program, signature, *parts, given, clock)
+        unit = Unit(self._settings, program, signature, self._limits, self._counters)
+        return Specialization(unit, self._runtime.make_calls, given, clock)
 
     def _aside(self, call: Callable[[], Any], lasting: bool = False) -> None:
         """Make a call on a stream of our own: the caller's may be held up. The host blocks until it is done.
@@ -223,7 +224,7 @@ class Compiler:
         with neutral(self._device, self._index):
             return run_in_eager(module, *given) is None
 
-    def check_flags(self) -> None:
+    def _check_flags(self) -> None:
         """Raises :class:`~anabranch.errors.FlagsChanged` where what is compiled now would not be as what is there."""
         flags = self._settings.compile_flags
         if not flags.unchanged():

@@ -52,12 +52,12 @@ class Contexts:
     one is captured on.
     """
 
-    def __init__(self, unit: Unit, pool: Any, capture: Capture, last_uses: LastUses) -> None:
+    def __init__(self, unit: Unit, pool: Pool, capture: Capture, last_uses: LastUses) -> None:
         self.pool = pool
         self._unit, self._device = unit, unit.device
         self._capture, self._last_uses = capture, last_uses
         #: What is captured. Set while the specialization is built.
-        self.kernels: Kernels | Stateful | None = None
+        self.kernels: Kernels | Stateful
 
     @property
     def are_shared(self) -> bool:
@@ -144,7 +144,6 @@ class Contexts:
     def _build(self, reservation: Reservation, scratch: Scratch | None = None) -> Context | None:
         """Build the context that there is room for, not in the pool yet; None if it takes more than the limit."""
         unit = self._unit
-        assert self.kernels is not None
         try:
             limited = unit.limits.memory_limit is not None
             context = self._capture(self.kernels, limited, reservation.cancel, scratch)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from anabranch.backends import Instance, Kernels
+from anabranch.backends import Instance, Kernels, Stateful
 from anabranch.devices import Lane, Stream
 from anabranch.errors import FlagsChanged, NotCapturable
 from anabranch.runtime._instances import Instances, Member
@@ -31,7 +31,17 @@ class Direct:
         self.last_uses = LastUses(unit.device, unit.index, unit.program.weights)
         #: Set while the specialization is built.
         self.kernels: Kernels
-        self.backend: str
+        self._backend: str
+
+    def set_kernels(self, kernels: Kernels | Stateful, backend: str) -> None:
+        """What calls run from now on. With the build lock held."""
+        self.kernels = Instances(self._unit, kernels) if isinstance(kernels, Stateful) else kernels
+        self._backend = backend
+
+    @property
+    def instances(self) -> Instances | None:
+        """Those of kernels that have state."""
+        return self.kernels if isinstance(self.kernels, Instances) else None
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Run one call on the calling thread's current stream."""
@@ -123,7 +133,7 @@ class Direct:
         if member is None:
             # Built now, it would load code, which invalidates a capture in the global mode.
             raise NotCapturable(
-                f"this call is inside a CUDA graph capture, and no execution context of {self.backend} is left for"
+                f"this call is inside a CUDA graph capture, and no execution context of {self._backend} is left for"
                 " it: each captured graph keeps one, of each stream that calls come on in it. Before the captures call"
                 " engine.warm(captures=N), N being how many graphs you capture."
             )
@@ -134,7 +144,7 @@ class Direct:
     def _canonical(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         # On the CPU PyTorch's operators take any layout, and give eager's bits for it. Where there are graphs a call
         # has the same bits with one and without.
-        if self.backend == "eager" and not self._device.has_streams:
+        if self._backend == "eager" and not self._device.has_streams:
             return list(inputs)
         return self._unit.canonical(inputs)
 

@@ -121,12 +121,7 @@ class Instances:
             results = member.run(inputs)
             member.done.record(stream)
         except BaseException:
-            # Part of it may be queued: it is freed after that, and used by no other call.
-            self._pool.discard(member)
-            try:
-                member.done.record(stream)
-            except BaseException:
-                _never_freed.append(member)  # nothing says when the device is done with it
+            self._pool.discard_used(member, stream)
             raise
         member.used_on = stream.stream_id
         self._pool.release(member)
@@ -177,7 +172,3 @@ class Instances:
         if reservation is not None:
             reservation.confirm(member.nbytes)
         return member
-
-
-#: Instances of which nothing says when the device is done with them.
-_never_freed: list[Any] = []

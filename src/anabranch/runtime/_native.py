@@ -64,23 +64,23 @@ class Pool:
     """The C++ pool of one signature, as :class:`anabranch.runtime._pool.ContextPool` for whoever builds contexts."""
 
     def __init__(self, specialization: Any) -> None:
-        self._core = specialization
+        self._specialization = specialization
         self._alive: weakref.WeakSet[Context] = weakref.WeakSet()
         process.register(self)
 
     @property
     def may_grow(self) -> bool:
         """Whether calls may build contexts; not after a build failed."""
-        return bool(self._core.may_grow())
+        return bool(self._specialization.may_grow())
 
     @may_grow.setter
     def may_grow(self, value: bool) -> None:
-        self._core.set_may_grow(value)
+        self._specialization.set_may_grow(value)
 
     @property
     def estimate(self) -> int:
         """Bytes of the last context built: what the next will take."""
-        return int(self._core.estimate())
+        return int(self._specialization.estimate())
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +89,7 @@ class Pool:
 
     def add(self, context: Context) -> None:
         """Count a context that was just built; it is in its builder's hands."""
-        context.slot = self._core.add(self.described(context))
+        context.slot = self._specialization.add(self.described(context))
 
     def described(self, context: Context) -> tuple[Any, ...]:
         """A new context as the C++ takes it to put it into the pool."""
@@ -107,29 +107,29 @@ class Pool:
 
     def release(self, context: Context) -> None:
         """Give a context back that no caller has used."""
-        self._core.release(context.slot, None)
+        self._specialization.release(context.slot, None)
 
     def discard(self, context: Context) -> None:
         """Give up a context; it is freed once its queued work is done."""
-        self._core.discard(context.slot)
+        self._specialization.discard(context.slot)
 
     def discard_added(self) -> None:
         """Give up the context that this thread has added and nobody got: an interrupt came in between."""
-        self._core.discard_added()
+        self._specialization.discard_added()
 
     def drain(self) -> None:
         """Take all idle contexts out for good."""
-        self._core.drain()
+        self._specialization.drain()
 
     def events(self) -> set[int]:
         """Identities of the events of the contexts that are alive."""
         return {id(context.done) for context in list(self._alive)}
 
     def after_fork(self) -> None:
-        self._core.after_fork()
+        self._specialization.after_fork()
 
     def __len__(self) -> int:
-        return int(self._core.alive())
+        return int(self._specialization.alive())
 
 
 class NativeCalls:
@@ -228,9 +228,9 @@ class NativeCalls:
 
     # -- building -----------------------------------------------------------------------------------------------
 
-    def set_kernels(self, kernels: Kernels | Stateful, direct: Kernels, backend: str) -> None:
+    def set_kernels(self, kernels: Kernels | Stateful, backend: str) -> None:
         self.contexts.kernels = kernels
-        self.direct.kernels, self.direct.backend = direct, backend
+        self.direct.set_kernels(kernels, backend)
         program, watch = self._unit.program, self._unit.watch
         if program.is_empty:
             return
@@ -301,7 +301,7 @@ class NativeCalls:
         program, bound, kernels = self._unit.program, self._bound, self.contexts.kernels
         runs = not (program.is_empty or program.direct_only)
         is_unknown = self.through_python and bound.known is None and bound.copies is None
-        if kernels is not None and runs and not uses_graphs and is_unknown:
+        if runs and not uses_graphs and is_unknown:
             # For what a capture shows of the kernels: few of them can be launched without it.
             try:
                 with neutral(self._device, self._unit.index), self._device.building(), clock.phase("capture"):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from anabranch import _sync
-from anabranch.devices import Event
+from anabranch.devices import Event, Stream
 from anabranch.runtime._process import process
 
 
@@ -21,6 +21,10 @@ class Pooled(Protocol):
 
 
 _P = TypeVar("_P", bound=Pooled)
+
+
+#: What was discarded and of which nothing says when the device is done with it.
+_never_freed: list[Any] = []
 
 
 class Limits:
@@ -245,6 +249,15 @@ class ContextPool(Generic[_P]):
             if not self._alive:
                 while self._waiters:
                     self._waiters.popleft().ready.set()
+
+    def discard_used(self, context: _P, stream: Stream) -> None:
+        """:meth:`discard` after an error in a use on ``stream``: part of it may be queued, and ``done`` comes after."""
+        self.discard(context)
+        try:
+            context.done.record(stream)
+        except BaseException:
+            # Nothing says when the device is done with it, so it is never freed.
+            _never_freed.append(context)
 
     def discard_added(self) -> None:
         """Give up what this thread has added and nobody got. Of a context that nothing refers to nothing is left."""

@@ -77,13 +77,7 @@ class PythonCalls:
         try:
             results = self._launch(context, inputs, stream)
         except BaseException:
-            # Part of it may be queued: whatever that is, the context is freed after it, and used by no other call.
-            self._pool.discard(context)
-            try:
-                context.done.record(stream)
-            except BaseException:
-                # Nothing says when the device is done with it, so it is never freed.
-                _never_freed.append(context)
+            self._pool.discard_used(context, stream)
             raise
         self._pool.release(context)
         return results
@@ -112,9 +106,9 @@ class PythonCalls:
 
     # -- building -----------------------------------------------------------------------------------------------
 
-    def set_kernels(self, kernels: Kernels | Stateful, direct: Kernels, backend: str) -> None:
+    def set_kernels(self, kernels: Kernels | Stateful, backend: str) -> None:
         self.contexts.kernels = kernels
-        self.direct.kernels, self.direct.backend = direct, backend
+        self.direct.set_kernels(kernels, backend)
 
     @contextmanager
     def trying_graph(self, context: Context, direct: Kernels | Instance, stream: Stream) -> Iterator[Sequence[Way]]:
@@ -131,7 +125,3 @@ class PythonCalls:
 
     def explain(self) -> list[str]:
         return []
-
-
-#: Contexts of which nothing says when the device is done with them.
-_never_freed: list[Context] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -18,10 +17,8 @@ from anabranch.runtime import _summary
 from anabranch.runtime._builder import Builder
 from anabranch.runtime._calls import Calls
 from anabranch.runtime._flops import flops_of
-from anabranch.runtime._instances import Instances
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import process
-from anabranch.runtime._settings import Settings
 from anabranch.runtime._unit import Unit
 
 
@@ -30,27 +27,22 @@ class Specialization:
 
     def __init__(
         self,
-        settings: Settings,
-        program: Program,
-        signature: Signature,
-        limits: Any,
-        counters: Any,
+        unit: Unit,
         make_calls: Callable[[Unit], Calls],
-        given: Sequence[torch.Tensor] = (),
-        clock: Clock | None = None,
+        given: Sequence[torch.Tensor],
+        clock: Clock,
     ) -> None:
         """Compile. Called with the build lock held; blocks until everything that was queued here is done.
 
-        ``make_calls``, ``limits``, ``counters``: of the engine's runtime. ``given``: see :meth:`Builder.build`.
-        ``clock``: of the build that this is the end of.
+        ``make_calls``: of the engine's runtime. ``given``: see :meth:`Builder.build`. ``clock``: of the build that this
+        is the end of.
         """
-        clock = clock or Clock()
-        self.unit = unit = Unit(settings, program, signature, limits, counters)
+        self.unit = unit
         self.calls = make_calls(unit)
         self.choice = Builder(unit, self.calls, clock).build(given)
         #: That no two steps of the plan can race. Raises PlanError before anything could run.
         self.proof = check_plan(self.plan()).raise_if_unordered()
-        counters.add("specializations")
+        unit.counters.add("specializations")
         #: Of the build, by phase.
         self.seconds = clock.read()
 
@@ -63,11 +55,6 @@ class Specialization:
         return self.unit.signature
 
     @property
-    def _instances(self) -> Instances | None:
-        """Those of direct calls, of kernels that have state."""
-        return self.choice.direct if isinstance(self.choice.direct, Instances) else None
-
-    @property
     def loads_code(self) -> bool:
         """Whether its backend loads code for each context, so that the host has to wait where one is freed."""
         return isinstance(self.choice.kernels, Stateful)
@@ -78,18 +65,19 @@ class Specialization:
         Of kernels with state: instances for as many direct calls, where calls run direct, and ``captures`` of them for
         callers' graphs.
         """
-        if self._instances is not None:
+        instances = self.calls.direct.instances
+        if instances is not None:
             with process.build_lock, _activity.building():
-                self._instances.prepare_spare(captures)
+                instances.prepare_spare(captures)
                 if not self.choice.uses_graphs:
-                    return self._instances.prepare(contexts)
+                    return instances.prepare(contexts)
         return self.calls.contexts.warm(contexts) if self.choice.uses_graphs else 0
 
     def trim(self) -> None:
         """Give up the contexts that are idle; calls in flight keep theirs, and later calls build new ones."""
         self.calls.contexts.trim()
-        if self._instances is not None:
-            self._instances.trim()
+        if self.calls.direct.instances is not None:
+            self.calls.direct.instances.trim()
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -111,6 +99,7 @@ class Specialization:
     def summary(self) -> _summary.SignatureSummary:
         """What it consists of, as plain data. Floating-point operations are counted at the first time."""
         choice, program, pool = self.choice, self.program, self.calls.contexts.pool
+        instances = self.calls.direct.instances
         return _summary.SignatureSummary(
             signature=str(self.signature),
             captured=choice.uses_graphs,
@@ -122,7 +111,7 @@ class Specialization:
             seconds=self.seconds,
             contexts=len(pool),
             bytes_per_context=pool.estimate if choice.uses_graphs else 0,
-            bytes=pool.nbytes + (self._instances.nbytes if self._instances is not None else 0),
+            bytes=pool.nbytes + (instances.nbytes if instances is not None else 0),
             measured_us=choice.measured,
         )
 
@@ -141,10 +130,11 @@ class Specialization:
         lines.append(f"  plan: {self.proof.pairs} conflicting pairs of accesses, all ordered")
         if isinstance(choice.kernels, Stateful):
             lines += [f"  {line}" for line in choice.kernels.describe()]
-        if self._instances is not None:
-            if len(self._instances):
-                lines.append(f"  instances of direct calls: {len(self._instances)}, {self._instances.nbytes} bytes")
-            lines.append(f"  instances for callers' graphs: {self._instances.spare} left")
+        instances = self.calls.direct.instances
+        if instances is not None:
+            if len(instances):
+                lines.append(f"  instances of direct calls: {len(instances)}, {instances.nbytes} bytes")
+            lines.append(f"  instances for callers' graphs: {instances.spare} left")
         if choice.backend != settings.backend and not program.is_empty:
             lines.append(f"  backend eager instead of {settings.backend}: {choice.why_eager}")
         if choice.uses_graphs:

@@ -34,6 +34,9 @@ class Table:
     def __iter__(self) -> Iterator[Specialization]:
         return iter(list(self._specializations.values()))
 
+    def __len__(self) -> int:
+        return len(self._specializations)
+
     def keep_on_cpu(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Inputs that are on the CPU now, beside an engine of another device, are to be there in every call."""
         if self._device.type != "cpu":
