@@ -3,8 +3,9 @@
     git worktree add /tmp/before COMMIT
     python benchmarks/two_trees.py --before /tmp/before --after . --json benchmarks/results/two_trees_h200.json
 
-Each checkout has a process that compiles all works and keeps them. Then the two take turns for some rounds; of the
-figures of a round the median over rounds counts, and the ratio is the later checkout's over the earlier one's. Every
+Each checkout has a process that compiles all works and keeps them, and the two take turns for some rounds. Then both
+begin anew: where a process happens to lie in memory and on which cores moves host times by more than changes do. Of
+the figures the median over all rounds counts, and the ratio is the later checkout's over the earlier one's. Every
 call uses a CUDA graph, on backend ``eager``, so that what compilers do is the same. A thread has a stream of its own,
 and looks at the device after every 8 calls.
 """
@@ -135,39 +136,51 @@ def answer(process: subprocess.Popen[str]) -> Any:
     raise click.ClickException(f"the process of a checkout ended with status {process.wait()}")
 
 
-@click.command()
-@click.option("--before", type=click.Path(exists=True, path_type=Path), help="The earlier checkout.")
-@click.option("--after", type=click.Path(exists=True, path_type=Path), default=".", show_default=True)
-@click.option("--rounds", default=5, show_default=True)
-@click.option("--json", "target", type=click.Path(path_type=Path), help="Where the results go.")
-@click.option("--child", "is_child", is_flag=True, hidden=True)
-def main(before: Path | None, after: Path, rounds: int, target: Path | None, is_child: bool) -> None:
-    """Time calls of two checkouts in turn."""
-    if is_child:
-        return child()
-    if before is None:
-        raise click.UsageError("--before CHECKOUT is needed: it says what this one is compared with")
-    trees = {"before": before, "after": after}
+def take_turns(trees: dict[str, Path], rounds: int, number: int, measured: dict[str, list[Any]]) -> None:
+    """Starts a process for each checkout, and has each measure once a round; which is first changes every time."""
+    order = list(trees) if number % 2 else list(trees)[::-1]
     processes = {
         name: subprocess.Popen(
             [sys.executable, __file__, "--child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(tree / "src")},
+            env={**os.environ, "PYTHONPATH": str(trees[name] / "src")},
         )
-        for name, tree in trees.items()
+        for name in order
     }
     for process in processes.values():
         answer(process)
-    measured: dict[str, list[Any]] = {name: [] for name in trees}
     for turn in range(rounds):
-        for name in list(trees) if turn % 2 else list(trees)[::-1]:
+        for name in order if turn % 2 else order[::-1]:
             stdin = processes[name].stdin
             assert stdin is not None
             stdin.write("\n")
             stdin.flush()
             measured[name].append(answer(processes[name]))
+    for process in processes.values():
+        assert process.stdin is not None
+        process.stdin.close()  # it ends
+        process.wait()
+
+
+@click.command()
+@click.option("--before", type=click.Path(exists=True, path_type=Path), help="The earlier checkout.")
+@click.option("--after", type=click.Path(exists=True, path_type=Path), default=".", show_default=True)
+@click.option("--rounds", default=2, show_default=True, help="Turns of a pair of processes.")
+@click.option("--pairs", default=5, show_default=True, help="Pairs of processes, one after another.")
+@click.option("--json", "target", type=click.Path(path_type=Path), help="Where the results go.")
+@click.option("--child", "is_child", is_flag=True, hidden=True)
+def main(before: Path | None, after: Path, rounds: int, pairs: int, target: Path | None, is_child: bool) -> None:
+    """Time calls of two checkouts in turn."""
+    if is_child:
+        return child()
+    if before is None:
+        raise click.UsageError("--before CHECKOUT is needed: it says what this one is compared with")
+    trees = {"before": before, "after": after}
+    measured: dict[str, list[Any]] = {name: [] for name in trees}
+    for number in range(pairs):
+        take_turns(trees, rounds, number, measured)
     report(measured, trees, target)
     return None
 

@@ -125,7 +125,9 @@ def merge(runs: list[Row]) -> Row:
             rows[row["model"]] = row
         elif row["status"] != "not started":
             builds = {b["first"]: b for r in (before, row) for b in r.get("builds", [])}
-            rows[row["model"]] = {**row, "builds": list(builds.values())}
+            # The peer that is timed on demand only keeps its figures.
+            peer = {k: before[k] for k in ("us_beside_overhead", "overhead_us") if k in before}
+            rows[row["model"]] = {**peer, **row, "builds": list(builds.values())}
     environments = [r["environment"] for r in runs]
     commands = list(dict.fromkeys(c for e in environments for c in e["commands"]))
     return {
