@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from anabranch import _entry_point
 from anabranch._version import __version__
 from anabranch.errors import (
     AnabranchError,
@@ -15,6 +16,7 @@ from anabranch.errors import (
     InputError,
     NotCapturable,
     PlanError,
+    RecompileLimit,
     TraceError,
     UnsupportedModel,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "NotCapturable",
     "Plan",
     "PlanError",
+    "RecompileLimit",
     "Stats",
     "TraceError",
     "UnsupportedModel",
@@ -56,6 +59,9 @@ _LAZY = {
     "build": "anabranch.ahead",
     "compile": "anabranch.runtime",
 }
+
+
+_entry_point.register()
 
 
 def __getattr__(name: str) -> Any:

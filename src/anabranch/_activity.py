@@ -21,14 +21,17 @@ _thread = _Thread()
 _also: list[Callable[[], bool]] = []
 
 
-def begin_call() -> None:
-    """The calling thread has entered a call. Calls may be nested; each needs its :func:`end_call`."""
+def begin_call() -> int:
+    """The calling thread has entered a call. Calls may be nested; each needs its :func:`end_call`. Returns how many it
+    is in now."""
     _thread.calls += 1
+    return _thread.calls
 
 
-def end_call() -> None:
-    """The call that this thread entered last has ended."""
+def end_call() -> int:
+    """The call that this thread entered last has ended. Returns how many it is still in: those that made this one."""
     _thread.calls -= 1
+    return _thread.calls
 
 
 def also_in_call(ask: Callable[[], bool]) -> None:

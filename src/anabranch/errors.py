@@ -12,6 +12,7 @@ __all__ = [
     "InputError",
     "NotCapturable",
     "PlanError",
+    "RecompileLimit",
     "TraceError",
     "UnsupportedModel",
 ]
@@ -65,3 +66,7 @@ class PlanError(AnabranchError):
 
 class TraceError(AnabranchError, ValueError):
     """A trace file is malformed; the message gives the line and what was expected there."""
+
+
+class RecompileLimit(UserWarning):
+    """``torch.compile`` has compiled a function as often as Dynamo's limit allows: further calls may run in eager."""

@@ -44,10 +44,10 @@ def seeded(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(params=["native", "python"])
 def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The runtime of every engine that the test compiles without naming one."""
-    from anabranch.runtime import _engine
+    from anabranch.runtime import _compile
 
     name = str(request.param)
-    monkeypatch.setitem(_engine.compile.__kwdefaults__, "runtime", name)
+    monkeypatch.setitem(_compile.compile.__kwdefaults__, "runtime", name)
     return name
 
 

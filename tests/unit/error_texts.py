@@ -28,6 +28,7 @@ CAUGHT = {
 }
 
 INTERNAL = {
+    "src/anabranch/_entry_point.py": [("has no attribute", "Python's own text")],
     "src/anabranch/__init__.py": [("has no attribute", "Python's own text")],
     "src/anabranch/backends/tensorrt/_cache.py": [
         ("it is for something else", "a warning; the entry is built again"),
@@ -36,6 +37,9 @@ INTERNAL = {
         ("no entry of this cache", "a warning; the entry is built again"),
     ],
     "src/anabranch/bench/_command.py": [("it has no works", "a part of the text about the file")],
+    "src/anabranch/runtime/_engine.py": [
+        ("its tensors are on {device}", "the reason why operators run a graph, which explain() shows"),
+    ],
     "src/anabranch/cpp/_save.py": [
         ("which is a {type(value).__name__}", "a part of the text about the operator's argument"),
         ("which program files do not know", "a part of the text about the operator's argument"),
@@ -474,13 +478,16 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "call engine.warm(captures=N)",
         ),
     ],
-    "src/anabranch/runtime/_engine.py": [
+    "src/anabranch/dynamo.py": [("was given {given}", "expected options= with none but {")],
+    "src/anabranch/runtime/_compile.py": [
         ("backend={backend} given", "expected None or one of {"),
         ("runtime={runtime} given", "expected 'auto'"),
         ("precision={precision} given", "expected None, torch.float16 or torch.bfloat16"),
         ("max_contexts={max_contexts} given", "expected at least 1"),
         ("memory_limit={memory_limit} given", "expected bytes, 0 or more, or None"),
         ("compile was called inside a CUDA graph capture", "compile first, then capture"),
+    ],
+    "src/anabranch/runtime/_engine.py": [
         ("its input signature was not compiled before", "cannot be done there", "Call engine.warm(...) first"),
         ("{self} was closed", "compile a new one"),
         ("belongs to the parent of this forked process", "this process cannot use", "Compile in the child"),
@@ -489,6 +496,14 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "src/anabranch/runtime/_flags.py": [
         ("numerics flags changed since compile: {", "would not give the engine's bits", "Set them back"),
+    ],
+    "src/anabranch/runtime/_fragment.py": [
+        ("grad is enabled", "engines run inference", "Call it under torch.no_grad()"),
+    ],
+    "src/anabranch/runtime/_guarded.py": [
+        ("inside a CUDA graph capture", "Python runs between the graphs", "Call the engine outside the capture"),
+        ("the model changes {written[0]} in place", "an engine is immutable", "Make it an output"),
+        ("the model changes {', '.join(changed)} in each call", "keeps no state of Python's", "Make it an input"),
     ],
     "src/anabranch/runtime/_given.py": [
         ("backend='tensorrt' given with inputs for CUDA", "PyTorch sees no GPU here", "anabranch build MODEL"),

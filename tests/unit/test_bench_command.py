@@ -150,7 +150,7 @@ def test_torch_tensorrt_is_tried_in_every_set_up() -> None:
 
 def test_our_engine_is_there_in_each_backend_and_runtime() -> None:
     from anabranch.backends import BACKENDS
-    from anabranch.runtime._engine import RUNTIMES
+    from anabranch.runtime._compile import RUNTIMES
 
     ours = {s.name for s in SYSTEMS.values() if s.family == "ours"}
     backends = {*BACKENDS, "tensorrt"}

@@ -79,7 +79,7 @@ def test_the_texts_of_the_options_are_those_of_the_code() -> None:
     from anabranch.cli._options import DTYPES
     from anabranch.explore import _explore, _oracles
     from anabranch.race._detector import REPORT_LIMIT
-    from anabranch.runtime._engine import DEFAULT_MAX_CONTEXTS, RUNTIMES
+    from anabranch.runtime._compile import DEFAULT_MAX_CONTEXTS, RUNTIMES
 
     assert choices("check", "backend") == BACKENDS
     assert choices("check", "runtime") == ("auto", *RUNTIMES)

@@ -250,11 +250,11 @@ def test_an_error_inside_a_call_reaches_the_caller_and_the_engine_stays_usable()
     assert engine(torch.tensor([4, 0])).shape == (2, 2)
 
 
-def test_every_error_is_an_anabranch_error() -> None:
+def test_every_error_is_an_anabranch_error_and_every_warning_a_users() -> None:
     names = [n for n in errors.__all__ if n != "AnabranchError"]
     assert len(names) >= 8
     for name in names:
         error = getattr(errors, name)
-        assert issubclass(error, anabranch.AnabranchError)
+        assert issubclass(error, UserWarning if name == "RecompileLimit" else anabranch.AnabranchError)
         assert inspect.getdoc(error)
     assert issubclass(anabranch.InputError, ValueError), "so that callers may catch what Python would raise"

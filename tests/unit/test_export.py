@@ -517,7 +517,7 @@ def test_an_input_changed_in_place_is_refused_by_name() -> None:
 
 def test_control_flow_on_data_is_refused() -> None:
     with pytest.raises(anabranch.UnsupportedModel, match=r"torch\.cond"):
-        build(lambda x: x + 1 if x.sum() > 0 else x * 2, torch.randn(3))
+        build(lambda x: x + 1 if x.sum() > 0 else x * 2, torch.randn(3), require_full=True)
 
 
 def test_cond_takes_the_branch_of_each_call() -> None:

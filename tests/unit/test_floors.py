@@ -46,6 +46,8 @@ FLOORS = (
     # Tools. `ahead` takes models as `check` does.
     "check",
     "ahead",
+    "dynamo",  # torch.compile's way in
+    "_entry_point",
     "anabranch",  # the package's face: what users import
     # Uses the face, as the other systems that it measures are used.
     "bench",

@@ -323,7 +323,7 @@ class _Anabranch(Ready):
 
 def _our_systems() -> Iterator[System]:
     from anabranch.backends import BACKENDS
-    from anabranch.runtime._engine import RUNTIMES
+    from anabranch.runtime._compile import RUNTIMES
 
     for backend in (b for b in BACKENDS if b != "tensorrt"):
         for runtime in RUNTIMES:

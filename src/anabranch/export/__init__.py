@@ -1,7 +1,7 @@
 """From a model to a flat graph: signatures of inputs, ``torch.export``, and what each output really is."""
 
 from anabranch.export._bystanders import undisturbed
-from anabranch.export._diagnosis import run_in_eager
+from anabranch.export._diagnosis import NotExported, copy_of, run_in_eager
 from anabranch.export._hooks import hooks_of, name_of
 from anabranch.export._indices import valid_integer
 from anabranch.export._number_tensors import tensorize
@@ -21,7 +21,8 @@ from anabranch.export._signature import (
     leaf_key,
     register_dataclasses,
 )
-from anabranch.export._snapshot import Snapshot
+from anabranch.export._snapshot import Fresh, Snapshot
+from anabranch.export._trial import changed_between, state_of
 from anabranch.export._uncaptured import Uncaptured, source_of
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
     "Cast",
     "ComputedOutput",
     "ConstantOutput",
+    "Fresh",
     "Input",
     "NotCarried",
+    "NotExported",
     "Numbers",
     "Program",
     "Signature",
@@ -38,6 +41,8 @@ __all__ = [
     "Snapshot",
     "TensorSpec",
     "Uncaptured",
+    "changed_between",
+    "copy_of",
     "export_program",
     "finisher",
     "flatten_call",
@@ -51,6 +56,7 @@ __all__ = [
     "run_in_eager",
     "same_computation",
     "source_of",
+    "state_of",
     "tensorize",
     "undisturbed",
     "valid_integer",

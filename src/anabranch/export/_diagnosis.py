@@ -40,6 +40,10 @@ _ADVICE = (
 )
 
 
+class NotExported(UnsupportedModel):
+    """``torch.export`` refuses the model, which may run in fragments all the same."""
+
+
 def check_parts(model: torch.nn.Module, *, values: bool = True) -> None:
     """Refuse a model with parts that cannot be exported, by their names. Raises :class:`UnsupportedModel`.
 
@@ -118,11 +122,11 @@ def diagnose(
     text, line = first_line(error), line_of(error) or line
     where = f" ({line})" if line else ""
     if isinstance(error, AnabranchError):
-        raise UnsupportedModel(
+        raise NotExported(
             f"the model calls an engine{where}: {text}. Engines run on real tensors only: compile a model without it."
         ) from error
     if type(error).__module__.startswith(("torch._dynamo", "torch.fx.experimental")) or "data-dependent" in str(error):
-        raise UnsupportedModel(
+        raise NotExported(
             f"torch.export cannot capture this model{where}: {text}. An engine needs a graph whose control flow does"
             " not depend on the values of tensors; torch.cond expresses a branch that does."
         ) from error
@@ -141,7 +145,7 @@ def diagnose(
     lowered = f"{type(error).__name__} {error}".lower()
     advice = next((what for words, what in _ADVICE if any(w in lowered for w in words)), None)
     advice = advice or "Write that step otherwise, or leave it out of the engine."
-    raise UnsupportedModel(
+    raise NotExported(
         f"torch.export cannot capture this model, which runs in eager{where}: {type(error).__name__}: {text}. {advice}"
     ) from error
 

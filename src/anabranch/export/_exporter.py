@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import operator
 import threading
@@ -150,7 +151,7 @@ def _export(
             # The graph's inputs follow the order of keywords given here.
             with (
                 undisturbed(),
-                _fake_tensor_errors_unlogged(),
+                _refusals_unsaid(),
                 weights_apart(module.model),
                 _packed.traced(module.model),
             ):
@@ -176,22 +177,35 @@ def _export(
 
 
 @contextmanager
-def _fake_tensor_errors_unlogged() -> Iterator[None]:
+def _refusals_unsaid() -> Iterator[None]:
     """Keep PyTorch from logging, with a traceback, an operator's refusal of its inputs that we raise by name anyway.
+    And from printing the graph so far where it cannot go on: other ways may be left.
 
     It is not for the eye only: whatever keeps log records would keep the traceback's frames, and with them the memory
-    of the tensors that were exported on. Other threads' records pass.
+    of the tensors that were exported on. Other threads' records and prints pass.
     """
-    logger, here = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
+    here = threading.get_ident()
+    loggers = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental")]
+    loggers.append(logging.getLogger("torch.fx.experimental.symbolic_shapes"))
+    trace: Any = importlib.import_module("torch.export._trace")
 
     def by_others(record: logging.LogRecord) -> bool:
-        return threading.get_ident() != here or record.levelno < logging.ERROR
+        return threading.get_ident() != here or record.levelno < logging.WARNING
 
-    logger.addFilter(by_others)
+    def print_of_others(*args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() != here:
+            print(*args, **kwargs)
+
+    before = trace.__dict__.get("print", print)
+    for logger in loggers:
+        logger.addFilter(by_others)
+    trace.print = print_of_others
     try:
         yield
     finally:
-        logger.removeFilter(by_others)
+        trace.print = before
+        for logger in loggers:
+            logger.removeFilter(by_others)
 
 
 def _transform(exported: ExportedProgram | None) -> str:

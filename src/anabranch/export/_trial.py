@@ -79,7 +79,7 @@ def try_out(call: Callable[[], Any], traced: Fresh) -> Trial:
     What the call raises is left for the trace to find out. On a GPU nothing is read or written at an index, which for
     made-up values may be none, and the call ends where it depends on data.
     """
-    before = _state(traced)
+    before = state_of(traced)
     used: dict[str, None] = {}
     finished = False
     try:
@@ -88,8 +88,8 @@ def try_out(call: Callable[[], Any], traced: Fresh) -> Trial:
         finished = True
     except Exception:
         pass
-    after = _state(traced)
-    changed = [name for name in after if name in before and not _same(before[name], after[name])]
+    after = state_of(traced)
+    changed = changed_between(before, after)
     drawn = [f"draws from {name}" for name in changed if name.startswith(_NUMPY)]
     return Trial(finished, [*used, *drawn], [f"changes {name}" for name in changed if not name.startswith(_NUMPY)])
 
@@ -211,7 +211,7 @@ def _line_of_model(frame: types.FrameType) -> str:
     return line
 
 
-def _state(traced: Fresh) -> dict[str, Any]:
+def state_of(traced: Fresh) -> dict[str, Any]:
     """By name what a call might change: attributes, numbers in the globals of the model's code, NumPy's generators."""
     found: dict[str, Any] = {}
     spaces: dict[str, Any] = {}
@@ -235,6 +235,11 @@ def _state(traced: Fresh) -> dict[str, Any]:
             bits = getattr(generator, "bit_generator", None) or generator._bit_generator
             found[f"{_NUMPY}.random" if not i else f"{_NUMPY} {type(generator).__name__}"] = repr(bits.state)
     return found
+
+
+def changed_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Names of what differs in two states of :func:`state_of`."""
+    return [name for name in after if name in before and not _same(before[name], after[name])]
 
 
 def _summary(value: Any, depth: int) -> Any:

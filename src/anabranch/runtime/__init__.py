@@ -1,6 +1,7 @@
 """Running an engine: specializations, execution contexts, the pool that hands them out, the call itself."""
 
-from anabranch.runtime._engine import Engine, compile
+from anabranch.runtime._compile import compile
+from anabranch.runtime._engine import Engine
 from anabranch.runtime._stats import Stats
 
 __all__ = ["Engine", "Stats", "compile"]

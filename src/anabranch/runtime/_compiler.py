@@ -191,7 +191,7 @@ class Compiler:
         # input by this call and by all later ones.
         args, kwargs = pytree.tree_unflatten(signature.examples(self._torch_device), signature.structure)
         with clock.phase("export"):
-            program = export_program(self.snapshot, args, kwargs, self.cast, given, self._aside, numbers)
+            program = export_program(self.snapshot, args, kwargs, self.cast, given, self.aside, numbers)
         self._check_flags()  # another thread may have set one meanwhile
         return program
 
@@ -200,7 +200,7 @@ class Compiler:
         unit = Unit(self._settings, program, signature, self._limits, self._counters)
         return Specialization(unit, self._runtime.make_calls, given, clock)
 
-    def _aside(self, call: Callable[[], Any], lasting: bool = False) -> None:
+    def aside(self, call: Callable[[], Any], lasting: bool = False) -> None:
         """Make a call on a stream of our own: the caller's may be held up. The host blocks until it is done.
 
         ``lasting``: tensors that it makes are kept.

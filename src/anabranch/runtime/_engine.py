@@ -1,11 +1,11 @@
-"""The engine: what :func:`compile` returns and what user threads call."""
+"""The engine: what ``anabranch.compile`` returns and what user threads call."""
 
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from anabranch import _activity, _sync
-from anabranch.backends import BACKENDS
-from anabranch.devices import Device, get_device
+from anabranch.devices import Device
 from anabranch.errors import (
     DeviceLost,
     EngineClosed,
@@ -22,6 +21,7 @@ from anabranch.errors import (
     NotCapturable,
 )
 from anabranch.export import (
+    NotExported,
     Signature,
     hooks_of,
     keyword_order_matters,
@@ -31,16 +31,12 @@ from anabranch.plan import Plan
 from anabranch.runtime import _phases
 from anabranch.runtime._calls import Runtime
 from anabranch.runtime._compiler import Compiler
-from anabranch.runtime._flags import Flags
 from anabranch.runtime._given import (
-    backend_for,
-    check_gpu,
     device_of,
-    given_model,
     inputs_of,
-    on_device,
     tensors_for,
 )
+from anabranch.runtime._guarded import Guarded
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._pool import Limits
 from anabranch.runtime._process import is_neutral, neutral, process
@@ -51,107 +47,6 @@ from anabranch.runtime._stats import Counters, Stats
 from anabranch.runtime._table import Table
 
 _log = logging.getLogger("anabranch")
-RUNTIMES = ("native", "python")
-
-DEFAULT_MAX_CONTEXTS = 16
-
-
-def compile(
-    model: torch.nn.Module | ExportedProgram | str | os.PathLike[str],
-    inputs: Sequence[Any] | Mapping[str, Any] | None = None,
-    *,
-    kwargs: Mapping[str, Any] | None = None,
-    backend: str | None = None,
-    runtime: str = "auto",
-    precision: torch.dtype | None = None,
-    max_contexts: int = DEFAULT_MAX_CONTEXTS,
-    memory_limit: int | None = None,
-    cuda_graphs: bool | None = None,
-    require_full: bool = False,
-) -> Engine:
-    """Compile ``model`` for inference and return an engine that any thread may call on any stream.
-
-    :param model: a module in ``eval()`` mode on the device of the inputs, an exported program, or the path of a
-        ``.pt2`` file (which is read with ``torch.export.load``: load only files that you trust). What
-        ``nn.DataParallel`` or ``torch.compile`` made is taken for the module that it wraps. The engine is what
-        the model is now, whatever becomes of it later; it shares the memory of its weights. Other threads may call the
-        model meanwhile. ``docs/contract.md`` says what is copied, what is shared and what is refused.
-    :param inputs: positional inputs, each a tensor, an :class:`Input`, a number, or a pytree of them; a mapping is
-        taken as keyword inputs. Of tensors only shape, dtype, strides and device count. Exported programs default to
-        their own example inputs. Further signatures are compiled at their first call, or by :meth:`Engine.warm`. A
-        float or an integer is a part of the signature until it has a second value; then one more specialization is
-        compiled that serves all its values, unless the model needs to know the value (``docs/contract.md``).
-    :param kwargs: keyword inputs, likewise.
-    :param backend: ``"inductor"``, ``"eager"``, ``"tensorrt"`` (on a GPU, with ``tensorrt`` or ``tensorrt_rtx``
-        installed), or None for the device's best: ``"inductor"``, and on ``sim``, which
-        Inductor cannot compile for, ``"eager"``. With None, a signature whose calls run direct on a GPU has PyTorch's
-        operators instead of compiled kernels where they measured faster; :meth:`Engine.explain` says so.
-    :param runtime: ``"native"`` (C++, compiled at the first use), ``"python"``, or ``"auto"``: native, or, where there
-        is no compiler, Python with a warning that says so. Both keep one contract; native calls cost less, and many
-        threads' calls do not wait for each other.
-    :param precision: ``torch.float16`` or ``torch.bfloat16``: run products and convolutions in that type (parameters
-        are cast to it); inputs and outputs keep the types that the model has, and so do buffers and what would lose
-        by it: :meth:`Engine.explain` lists what is cast and what is kept. None computes as the model says.
-    :param max_contexts: how many execution contexts (calls in flight on different streams, each with its own memory)
-        the engine may hold over all signatures. Beyond it calls share: the later one waits on the device.
-    :param memory_limit: bytes of device memory that contexts may hold. Beyond it calls share as above; a signature
-        whose first context does not fit runs direct.
-    :param cuda_graphs: True: always, False: never, None: where it measured faster.
-    :param require_full: raise where an operator would have to run in another backend than the one asked for.
-        Otherwise :meth:`Engine.explain` lists those that do.
-
-    The host blocks until everything is built, and until the calling thread's current stream is done, so that
-    parameters written just before are seen by every stream. Nothing may be under capture on that stream.
-
-    Raises :class:`~anabranch.errors.InputError`, :class:`~anabranch.errors.UnsupportedModel`,
-    :class:`~anabranch.errors.BuildError`, :class:`~anabranch.errors.DeviceLost`.
-    """
-    if backend is not None and backend not in BACKENDS:
-        raise InputError(f"backend={backend!r} given; expected None or one of {', '.join(map(repr, BACKENDS))}")
-    if runtime not in ("auto", *RUNTIMES):
-        raise InputError(f"runtime={runtime!r} given; expected 'auto', {' or '.join(map(repr, RUNTIMES))}")
-    if precision not in (None, torch.float16, torch.bfloat16):
-        raise InputError(f"precision={precision} given; expected None, torch.float16 or torch.bfloat16")
-    if max_contexts < 1:
-        raise InputError(f"max_contexts={max_contexts} given; expected at least 1 (cuda_graphs=False needs none)")
-    if memory_limit is not None and memory_limit < 0:
-        raise InputError(f"memory_limit={memory_limit} given; expected bytes, 0 or more, or None")
-    name, model = given_model(model)
-    args, keywords = inputs_of(model, inputs, kwargs)
-    kind = _engine_class(runtime)
-    with process.compiling():
-        clock = Clock()
-        check_gpu(backend, (args, keywords))
-        device = device_of(model, (args, keywords))
-        placed = on_device(model, device)
-        args, keywords = tensors_for((args, keywords), device)
-        seam = get_device(device.type)
-        index = seam.index(device)
-        if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
-            raise NotCapturable("compile was called inside a CUDA graph capture; compile first, then capture")
-        flags, compile_flags = Flags(device.type), Flags(device.type, export=True)
-        settings = Settings(
-            *(name, seam, index, backend_for(backend, seam), cuda_graphs, flags, compile_flags, require_full),
-            backend_is_given=backend is not None,
-        )
-        engine = kind(settings, placed, precision, max_contexts, memory_limit)
-        engine._table.keep_on_cpu(args, keywords)
-        if seam.has_streams:
-            # Parameters that were written just before are there for the lane that warms up, and for every later caller.
-            with seam.building():
-                seam.current_stream(index).synchronize()
-        engine._table.primary = engine._specialization(args, keywords, clock)
-    return engine
-
-
-def _engine_class(runtime: str) -> type[Engine]:
-    from anabranch.runtime import _library
-
-    if runtime == "python" or (runtime == "auto" and not _library.is_available()):
-        return Engine
-    from anabranch.runtime._native import NativeEngine
-
-    return NativeEngine
 
 
 #: By name: their modules are half of the compiler.
@@ -168,9 +63,9 @@ def _check_modes() -> None:
             )
 
 
-@_sync.atomics("_closed")
+@_sync.atomics("_closed", "_guarded")
 class Engine:
-    """A compiled model. Made by :func:`compile`; immutable to its callers.
+    """A compiled model. Made by :func:`anabranch.compile`; immutable to its callers.
 
     Threads: any number may call it at once. Streams: each call is ordered on the calling thread's current stream of
     the engine's device, looked up at every call, exactly as one built-in PyTorch operator would be; see
@@ -184,14 +79,14 @@ class Engine:
         settings: Settings,
         model: torch.nn.Module | ExportedProgram,
         precision: torch.dtype | None,
-        max_contexts: int,
-        memory_limit: int | None,
+        limits: Limits,
+        in_fragments: bool,
     ) -> None:
-        self._settings = settings
+        self._settings, self._precision = settings, precision
         self._device: Device = settings.device
         self._index = settings.index
         self._torch_device = settings.torch_device
-        self._limits: Limits = self._runtime.make_limits(max_contexts, memory_limit)
+        self._limits = limits
         self._counters: Counters = self._runtime.make_counters()
         self._table = Table(self._torch_device, keyword_order_matters(model))
         parts = self._runtime, self._limits, self._counters, self._table
@@ -199,6 +94,9 @@ class Engine:
         self._hooks = [f"{name_of(hook)} on {name!r}" for name, hook in hooks_of(self._compiler.snapshot.module)]
         if self._hooks:
             warnings.warn(f"{settings.name} is compiled {self._about_hooks()}", stacklevel=3)
+        self._in_fragments = in_fragments
+        #: What serves signatures that torch.export refuses, once there was one.
+        self._guarded: Guarded | None = None
         self._closed = False
         self._generation = process.generation
         process.register(self)
@@ -223,7 +121,11 @@ class Engine:
             if torch._C._len_torch_dispatch_stack():
                 _check_modes()
             leaves, key = self._table.key(args, kwargs)
-            specialization = self._table.find(key, leaves) or self._specialization(args, kwargs)
+            specialization = self._table.find(key, leaves)
+            if specialization is None:
+                specialization = None if self._guarded is not None else self._specialization(args, kwargs)
+            if specialization is None:
+                return self._in_pieces(args, kwargs)
             if is_neutral(self._device, self._index):
                 with self._device.range(self._settings.name):
                     return specialization.calls(leaves)
@@ -232,12 +134,47 @@ class Engine:
         finally:
             process.leave()
 
+    def _in_pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a model that torch.export refuses."""
+        guarded, device, index = self._guarded, self._device, self._index
+        assert guarded is not None
+        if device.has_streams and device.is_capturing(device.current_stream(index)):
+            guarded.refuse_capture()
+        with neutral(device, index), device.range(self._settings.name):
+            results = guarded(args, kwargs)
+        self._counters.add("calls", "graph_calls" if guarded.is_captured else "direct_calls")
+        return results
+
+    def _take_apart(self, why: NotExported, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Have Dynamo trace the model. With the build lock held. Raises ``why`` where there are to be no fragments."""
+        if not self._in_fragments:
+            raise why
+        assert self._compiler is not None
+        guarded = Guarded(self._compiler.snapshot, why, self._of_fragment, self._torch_device)
+        device, index = self._device, self._index
+        if device.has_streams:
+            device.current_stream(index).synchronize()  # inputs that were written just before
+        with neutral(device, index):
+            self._compiler.aside(lambda: guarded.prepare(args, kwargs), lasting=True)
+        self._guarded = guarded
+
+    def _of_fragment(self, model: torch.nn.Module, inputs: Sequence[Any]) -> Engine:
+        """An engine for one graph of a model that is taken apart; it shares this one's limits."""
+        device = device_of(model, (inputs, {}))
+        if device != self._torch_device:
+            raise InputError(f"its tensors are on {device}, and the engine is on {self._torch_device}")
+        settings = replace(self._settings, name=f"{self._settings.name}, a graph")
+        engine = type(self)(settings, model, self._precision, self._limits, False)
+        engine._table.keep_on_cpu(tuple(inputs), {})
+        engine._table.primary = engine._specialization(tuple(inputs), {})
+        return engine
+
     def _specialization(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], clock: Clock | None = None
-    ) -> Specialization:
+    ) -> Specialization | None:
         """The specialization for these inputs, compiled if need be. Blocks while another thread builds.
 
-        ``clock``: of the build, if it has begun.
+        None: torch.export refuses the model, and :attr:`_guarded` is there. ``clock``: of the build, if it has begun.
         """
         leaves, key = self._table.key(args, kwargs)
         device, index = self._device, self._index
@@ -248,13 +185,17 @@ class Engine:
             )
         with process.alone(), _activity.building():
             found = self._table.find(key, leaves)
-            if found is not None:
+            if found is not None or self._guarded is not None:
                 return found
             self._check_usable()
             assert self._compiler is not None  # it is usable, and this thread has the lock
             leaves, structure = self._table.flatten(args, kwargs)
             signature = Signature.of(leaves, structure, self._torch_device)
-            place, made = self._compiler.make(key, signature, (args, kwargs), leaves, clock or Clock())
+            try:
+                place, made = self._compiler.make(key, signature, (args, kwargs), leaves, clock or Clock())
+            except NotExported as why:
+                self._take_apart(why, args, kwargs)
+                return None
             self._added(place, made)
             _log.info("%s(%s): %s", self._settings.name, made.signature, _phases.describe(made.seconds))
             return made
@@ -305,11 +246,15 @@ class Engine:
         """
         self._check_usable()
         if inputs is None and kwargs is None:
+            if self._guarded is not None:
+                return sum(engine.warm(contexts=contexts, captures=captures) for engine in self._guarded.engines())
             return self._first().warm(contexts, captures)
         args, keywords = inputs_of(None, inputs, kwargs)
         args, keywords = tensors_for((args, keywords), self._torch_device)
         leaves, key = self._table.key(args, keywords)
         specialization = self._table.find(key, leaves) or self._specialization(args, keywords)
+        if specialization is None:
+            return self.warm(contexts=contexts, captures=captures)
         return specialization.warm(contexts, captures)
 
     def trim(self) -> None:
@@ -322,6 +267,8 @@ class Engine:
         with process.build_lock, self._device.building(), _activity.building():
             for specialization in self._table:
                 specialization.trim()
+            for engine in self._guarded.engines() if self._guarded is not None else ():
+                engine.trim()
             try:
                 self._device.trim()
             except Exception as e:
@@ -336,6 +283,9 @@ class Engine:
         self._closed = True
         with process.build_lock, _activity.building():
             loads_code = any(s.loads_code for s in self._table)
+            for engine in self._guarded.engines() if self._guarded is not None else ():
+                engine.close()
+            self._guarded = None
             self._table.clear()
             self._compiler = None
             if loads_code:
@@ -366,13 +316,14 @@ class Engine:
 
     @property
     def plan(self) -> Plan:
-        """The plan for the signature that the engine was compiled for."""
-        return self._first().plan()
+        """The plan for the signature that the engine was compiled for. Of a model in fragments: of its first graph."""
+        return self.plans[0] if self._guarded is not None else self._first().plan()
 
     @property
     def plans(self) -> tuple[Plan, ...]:
         """The plan of each signature compiled so far."""
-        return tuple(s.plan() for s in self._table)
+        plans = [s.plan() for s in self._table]
+        return (*plans, *(self._guarded.plans() if self._guarded is not None else ()))
 
     def explain(self) -> str:
         """What runs captured, what direct, and why; one paragraph a signature."""
@@ -382,6 +333,7 @@ class Engine:
             lines.append(self._about_hooks())
         for specialization in self._table:
             lines += specialization.explain()
+        lines += self._guarded.explain() if self._guarded is not None else ()
         lines += self._table.varying.explain()
         limit = self._limits.memory_limit
         memory = "no limit on memory" if limit is None else f"{limit} bytes"
@@ -408,6 +360,11 @@ class Engine:
         ``measured_us`` has the microseconds of a call as a ``graph`` and ``direct`` where both were measured, and of a
         direct one by ``compiled`` kernels and by PyTorch's ``operators``.
 
+        ``fragments`` is None but for a model that torch.export refuses: then it has ``why``; ``graphs``, an entry for
+        each graph, with how many ``operators`` it has, why they run ``by_operators`` of PyTorch's, or nothing, where it
+        ``ends`` (``reason``, ``source``, and ``us``, the microseconds of Python from there to the next graph) and the
+        summaries of its ``engines``; and ``past_limit``, functions that Dynamo compiles no more.
+
         Any thread. Nothing is queued on a device. Floating-point operations are counted, from shapes, the first time.
         """
         stats = self.stats()
@@ -421,11 +378,16 @@ class Engine:
             "max_contexts": self._limits.max_contexts,
             "memory_limit": self._limits.memory_limit,
             "signatures": [s.summary().data() for s in self._table],
+            "fragments": self._guarded.summary() if self._guarded is not None else None,
         }
 
     def stats(self) -> Stats:
         """Counters since compile."""
         stats = self._counters.snapshot()
+        for made in (e.stats() for e in (self._guarded.engines() if self._guarded is not None else ())):
+            stats.waits += made.waits
+            stats.captures += made.captures
+            stats.specializations += made.specializations
         stats.contexts, stats.bytes = self._limits.held()
         return stats
 

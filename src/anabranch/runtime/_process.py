@@ -127,7 +127,8 @@ class _Process:
         code that aborts the process. So the exit waits for calls under way, and no new one starts.
         """
         thread = threading.get_ident()
-        _activity.begin_call()
+        if _activity.begin_call() > 1:
+            return  # a model's call of an engine is a part of the call that it is made in
         self._inside.add(thread)  # before the look at _exiting: either we see it, or at_exit() sees us
         if self._exiting and threading.current_thread() is not threading.main_thread():
             self._inside.discard(thread)
@@ -135,8 +136,8 @@ class _Process:
 
     def leave(self) -> None:
         """The call that this thread entered has ended."""
-        self._inside.discard(threading.get_ident())
-        _activity.end_call()
+        if not _activity.end_call():
+            self._inside.discard(threading.get_ident())
 
     def watch(self, close: Callable[[], None], under_way: Callable[[], int]) -> None:
         """Calls that do not come by :meth:`enter`: ``close`` sends new ones there, ``under_way`` counts the others."""

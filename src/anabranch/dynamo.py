@@ -1,0 +1,79 @@
+"""``torch.compile(model, backend="anabranch")``: Dynamo's graphs as engines, with Python between them.
+
+PyTorch finds :func:`backend` by the entry point ``torch_dynamo_backends`` of the installed package, so nothing has to
+be imported first. Where the package lies on ``PYTHONPATH`` only, ``import anabranch`` makes it known.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from anabranch.errors import InputError
+from anabranch.runtime._compile import compile as compile_engine
+from anabranch.runtime._compile import compile_graph
+from anabranch.runtime._fragment import Fragment
+from anabranch.runtime._recompiles import past_limit, watch_limits
+
+#: Options of :func:`anabranch.compile` that ``torch.compile(..., options={...})`` takes.
+OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(compile_engine).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "kwargs"
+)
+
+_fragments: weakref.WeakSet[Fragment] = weakref.WeakSet()
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """A graph of Dynamo's as a function, which compiles an engine at its first call.
+
+    Called by ``torch.compile``. ``options``: as in :func:`anabranch.compile`. What the function does in a call is in
+    :class:`~anabranch.runtime._fragment.Fragment`: any number of threads may call it on any streams. A graph that an
+    engine cannot be for (it changes an input in place, its sizes vary) runs by PyTorch's operators, with eager's
+    results; :func:`summary` says which and why.
+
+    The function raises :class:`~anabranch.errors.InputError` where an option is not known, and where grad is enabled
+    and a result requires it.
+    """
+    options = dict(options or {})
+    unknown = [name for name in options if name not in OPTIONS]
+    if unknown or mode is not None:
+        given = f"options {', '.join(map(repr, unknown))}" if unknown else f"mode={mode!r}"
+
+        def refuse(*inputs: Any) -> Any:  # what is raised before is wrapped by Dynamo
+            raise InputError(
+                f'torch.compile(backend="anabranch") was given {given}; expected options= with none but'
+                f" {', '.join(OPTIONS)}, and no mode"
+            )
+
+        return refuse
+
+    def make_engine(model: torch.nn.Module, inputs: Sequence[Any]) -> Any:
+        return compile_graph(model, inputs, **options)
+
+    watch_limits(gm)
+    made = Fragment(gm, example_inputs, make_engine)
+    _fragments.add(made)
+    return made
+
+
+def summary() -> dict[str, Any]:
+    """What ``torch.compile(..., backend="anabranch")`` consists of in this process, as plain data for tools.
+
+    ``graphs`` has an entry for each graph: its ``operators``; ``by_operators``, why PyTorch's operators run it, or
+    nothing; ``ends``, where Dynamo cut the function behind it, with ``reason`` and ``source``, the line; the summary of
+    its ``engines``. ``past_limit`` lists functions that Dynamo recompiles no more. Any thread; nothing is queued.
+    """
+    return {"graphs": [f.summary() for f in list(_fragments)], "past_limit": past_limit()}

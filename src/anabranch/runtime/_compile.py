@@ -1,0 +1,169 @@
+"""``anabranch.compile``: what it is asked for, and the engine that it makes."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from anabranch.backends import BACKENDS
+from anabranch.devices import get_device
+from anabranch.errors import InputError, NotCapturable
+from anabranch.runtime._engine import Engine
+from anabranch.runtime._flags import Flags
+from anabranch.runtime._given import (
+    backend_for,
+    check_gpu,
+    device_of,
+    given_model,
+    inputs_of,
+    on_device,
+    tensors_for,
+)
+from anabranch.runtime._phases import Clock
+from anabranch.runtime._process import process
+from anabranch.runtime._settings import Settings
+
+RUNTIMES = ("native", "python")
+
+DEFAULT_MAX_CONTEXTS = 16
+
+
+def compile(
+    model: torch.nn.Module | ExportedProgram | str | os.PathLike[str],
+    inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    runtime: str = "auto",
+    precision: torch.dtype | None = None,
+    max_contexts: int = DEFAULT_MAX_CONTEXTS,
+    memory_limit: int | None = None,
+    cuda_graphs: bool | None = None,
+    require_full: bool = False,
+) -> Engine:
+    """Compile ``model`` for inference and return an engine that any thread may call on any stream.
+
+    :param model: a module in ``eval()`` mode on the device of the inputs, an exported program, or the path of a
+        ``.pt2`` file (which is read with ``torch.export.load``: load only files that you trust). What
+        ``nn.DataParallel`` or ``torch.compile`` made is taken for the module that it wraps. The engine is what
+        the model is now, whatever becomes of it later; it shares the memory of its weights. Other threads may call the
+        model meanwhile. ``docs/contract.md`` says what is copied, what is shared and what is refused.
+    :param inputs: positional inputs, each a tensor, an :class:`Input`, a number, or a pytree of them; a mapping is
+        taken as keyword inputs. Of tensors only shape, dtype, strides and device count. Exported programs default to
+        their own example inputs. Further signatures are compiled at their first call, or by :meth:`Engine.warm`. A
+        float or an integer is a part of the signature until it has a second value; then one more specialization is
+        compiled that serves all its values, unless the model needs to know the value (``docs/contract.md``).
+    :param kwargs: keyword inputs, likewise.
+    :param backend: ``"inductor"``, ``"eager"``, ``"tensorrt"`` (on a GPU, with ``tensorrt`` or ``tensorrt_rtx``
+        installed), or None for the device's best: ``"inductor"``, and on ``sim``, which
+        Inductor cannot compile for, ``"eager"``. With None, a signature whose calls run direct on a GPU has PyTorch's
+        operators instead of compiled kernels where they measured faster; :meth:`Engine.explain` says so.
+    :param runtime: ``"native"`` (C++, compiled at the first use), ``"python"``, or ``"auto"``: native, or, where there
+        is no compiler, Python with a warning that says so. Both keep one contract; native calls cost less, and many
+        threads' calls do not wait for each other.
+    :param precision: ``torch.float16`` or ``torch.bfloat16``: run products and convolutions in that type (parameters
+        are cast to it); inputs and outputs keep the types that the model has, and so do buffers and what would lose
+        by it: :meth:`Engine.explain` lists what is cast and what is kept. None computes as the model says.
+    :param max_contexts: how many execution contexts (calls in flight on different streams, each with its own memory)
+        the engine may hold over all signatures. Beyond it calls share: the later one waits on the device.
+    :param memory_limit: bytes of device memory that contexts may hold. Beyond it calls share as above; a signature
+        whose first context does not fit runs direct.
+    :param cuda_graphs: True: always, False: never, None: where it measured faster.
+    :param require_full: raise where an operator would have to run in another backend than the one asked for, and
+        where ``torch.export`` refuses the model. Otherwise :meth:`Engine.explain` lists such operators; a model that
+        ``torch.export`` refuses runs in several graphs, as Dynamo cuts it, with its Python between them.
+
+    The host blocks until everything is built, and until the calling thread's current stream is done, so that
+    parameters written just before are seen by every stream. Nothing may be under capture on that stream.
+
+    Raises :class:`~anabranch.errors.InputError`, :class:`~anabranch.errors.UnsupportedModel`,
+    :class:`~anabranch.errors.BuildError`, :class:`~anabranch.errors.DeviceLost`.
+    """
+    return _compile(
+        model,
+        inputs,
+        kwargs=kwargs,
+        backend=backend,
+        runtime=runtime,
+        precision=precision,
+        max_contexts=max_contexts,
+        memory_limit=memory_limit,
+        cuda_graphs=cuda_graphs,
+        require_full=require_full,
+        in_fragments=True,
+    )
+
+
+def compile_graph(model: torch.nn.Module, inputs: Sequence[Any], **options: Any) -> Engine:
+    """As :func:`compile`, for a graph that Dynamo has made: what ``torch.export`` refuses is not traced once more."""
+    defaults = {n: p.default for n, p in inspect.signature(compile).parameters.items() if n not in ("model", "inputs")}
+    return _compile(model, inputs, **{**defaults, **options}, in_fragments=False)
+
+
+def _compile(
+    model: Any,
+    inputs: Sequence[Any] | Mapping[str, Any] | None,
+    *,
+    kwargs: Mapping[str, Any] | None,
+    backend: str | None,
+    runtime: str,
+    precision: torch.dtype | None,
+    max_contexts: int,
+    memory_limit: int | None,
+    cuda_graphs: bool | None,
+    require_full: bool,
+    in_fragments: bool,
+) -> Engine:
+    """``in_fragments``: whether Dynamo takes a model apart that ``torch.export`` refuses."""
+    if backend is not None and backend not in BACKENDS:
+        raise InputError(f"backend={backend!r} given; expected None or one of {', '.join(map(repr, BACKENDS))}")
+    if runtime not in ("auto", *RUNTIMES):
+        raise InputError(f"runtime={runtime!r} given; expected 'auto', {' or '.join(map(repr, RUNTIMES))}")
+    if precision not in (None, torch.float16, torch.bfloat16):
+        raise InputError(f"precision={precision} given; expected None, torch.float16 or torch.bfloat16")
+    if max_contexts < 1:
+        raise InputError(f"max_contexts={max_contexts} given; expected at least 1 (cuda_graphs=False needs none)")
+    if memory_limit is not None and memory_limit < 0:
+        raise InputError(f"memory_limit={memory_limit} given; expected bytes, 0 or more, or None")
+    name, model = given_model(model)
+    args, keywords = inputs_of(model, inputs, kwargs)
+    kind = _engine_class(runtime)
+    with process.compiling():
+        clock = Clock()
+        check_gpu(backend, (args, keywords))
+        device = device_of(model, (args, keywords))
+        placed = on_device(model, device)
+        args, keywords = tensors_for((args, keywords), device)
+        seam = get_device(device.type)
+        index = seam.index(device)
+        if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
+            raise NotCapturable("compile was called inside a CUDA graph capture; compile first, then capture")
+        flags, compile_flags = Flags(device.type), Flags(device.type, export=True)
+        settings = Settings(
+            *(name, seam, index, backend_for(backend, seam), cuda_graphs, flags, compile_flags, require_full),
+            backend_is_given=backend is not None,
+        )
+        limits = kind._runtime.make_limits(max_contexts, memory_limit)
+        engine = kind(settings, placed, precision, limits, in_fragments and not require_full)
+        engine._table.keep_on_cpu(args, keywords)
+        if seam.has_streams:
+            # Parameters that were written just before are there for the lane that warms up, and for every later caller.
+            with seam.building():
+                seam.current_stream(index).synchronize()
+        engine._table.primary = engine._specialization(args, keywords, clock)
+    return engine
+
+
+def _engine_class(runtime: str) -> type[Engine]:
+    from anabranch.runtime import _library
+
+    if runtime == "python" or (runtime == "auto" and not _library.is_available()):
+        return Engine
+    from anabranch.runtime._native import NativeEngine
+
+    return NativeEngine

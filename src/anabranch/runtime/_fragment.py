@@ -1,0 +1,319 @@
+"""A graph of Dynamo's as a function: an engine where one can be had, PyTorch's operators where none can.
+
+Dynamo (what ``torch.compile`` traces with) cuts a function where it meets what is no graph: a branch on a tensor's
+value, a call that it cannot look into. Each graph between two cuts is a *fragment*; Python runs between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import operator
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from anabranch import _activity, _sync
+from anabranch.errors import (
+    AnabranchError,
+    DeviceLost,
+    FlagsChanged,
+    InputError,
+    NotCapturable,
+)
+from anabranch.runtime._process import process
+
+_log = logging.getLogger("anabranch")
+
+#: So many sets of parameters have an engine of their own at a time: of modules that share their code.
+MOST_SETS = 8
+#: So many sets of sizes have one, where Dynamo has made symbols of them.
+MOST_SIZES = 4
+#: So many calls with the same sizes, one after another, show that these do not depend on data.
+STEADY = 8
+#: What computes nothing.
+_FREE = (operator.getitem,)
+
+
+class _Engine(Protocol):
+    def __call__(self, *args: Any) -> Any: ...
+
+    def summary(self) -> dict[str, Any]: ...
+
+    def explain(self) -> str: ...
+
+    def close(self) -> None: ...
+
+
+class _Graph(torch.nn.Module):
+    """A fragment's graph as a model: parameters and buffers are its own, the other inputs are those of its calls."""
+
+    def __init__(self, gm: fx.GraphModule, frozen: dict[int, Any], autocasts: Sequence[Any]) -> None:
+        super().__init__()
+        self.graph_module = gm
+        self._autocasts = tuple(autocasts)
+        placeholders = [n.name.strip("_") for n in gm.graph.find_nodes(op="placeholder")]
+        self._names = [(position, placeholders[position]) for position in sorted(frozen)]
+        for position, name in self._names:
+            value = frozen[position]
+            if isinstance(value, torch.nn.Parameter):
+                self.register_parameter(name, value)
+            elif isinstance(value, torch.Tensor):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+        self.eval()
+
+    def forward(self, *given: Any) -> Any:
+        everything = list(given)
+        for position, name in self._names:  # in ascending order
+            everything.insert(position, getattr(self, name))
+        with contextlib.ExitStack() as modes:
+            for autocast in self._autocasts:
+                modes.enter_context(torch.autocast(**autocast))
+            return self.graph_module(*everything)
+
+
+class _Frozen:
+    """An engine with the parameters that it was made of, which it does not keep from being freed, and the sizes."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], numbers: Sequence[Any], engine: _Engine) -> None:
+        self._references = [weakref.ref(t) for t in tensors]
+        self.numbers = numbers
+        self.engine = engine
+
+    def is_of(self, tensors: Sequence[torch.Tensor], numbers: Sequence[Any]) -> bool:
+        return numbers == self.numbers and all(ref() is t for ref, t in zip(self._references, tensors, strict=True))
+
+    @property
+    def is_alive(self) -> bool:
+        return all(ref() is not None for ref in self._references)
+
+
+class _Trying(threading.local):
+    """Whether the calling thread calls to have engines made: with other values each time, but not with other sizes."""
+
+    is_on = False
+
+
+_trying = _Trying()
+
+
+@contextlib.contextmanager
+def trying() -> Iterator[None]:
+    """Calls in here are by whoever builds, and few of them show that sizes do not depend on data."""
+    before, _trying.is_on = _trying.is_on, True
+    try:
+        yield
+    finally:
+        _trying.is_on = before
+
+
+@_sync.atomics("_last", "_row", "why_operators")
+class Fragment:
+    """Called with what Dynamo's generated code passes: the graph's inputs, parameters and buffers among them.
+
+    Threads: any. Streams: a call is ordered on the calling thread's current stream, as the engine's or the operators'
+    are. Parameters and buffers are written into the engine; they are compared by identity at each call, and others get
+    an engine of their own. What is written *into* one later is seen where no compiler has computed with it before.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        examples: Sequence[Any],
+        make_engine: Callable[[torch.nn.Module, Sequence[Any]], _Engine],
+        *,
+        first: int = 1,
+    ) -> None:
+        """Called by Dynamo, in the middle of a trace: nothing is compiled here.
+
+        ``make_engine``: raises :class:`~anabranch.errors.AnabranchError` where there can be none. ``first``: at the
+        how manieth call an engine is made; operators run the calls before.
+        """
+        self._gm = gm
+        self._make_engine = make_engine
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        frozen = [i for i, (n, x) in enumerate(zip(placeholders, examples, strict=True)) if _is_frozen(n, x)]
+        numbers = [i for i, n in enumerate(placeholders) if _is_number(n.meta.get("example_value"))]
+        others = [i for i in range(len(placeholders)) if i not in frozen and i not in numbers]
+        self._frozen_of, self._others_of = _picker(frozen), _picker(others)
+        self._numbers_of = _picker(numbers)
+        self._baked = [*frozen, *numbers]
+        self._first, self._steady = first, max(first, STEADY if numbers else 0)
+        #: How many calls in a row had the same numbers, and these.
+        self._row: tuple[int, Sequence[Any]] = (0, ())
+        #: Why PyTorch's operators run it, or nothing.
+        self.why_operators = _why_operators(gm, [examples[i] for i in others])
+        #: Where Dynamo's graph ended, and why; None where the function ended there.
+        self.cut: Any = _cut(gm)
+        self.operators = sum(n.op.startswith("call") and n.target not in _FREE for n in gm.graph.nodes)
+        self._autocasts = _autocasts(examples)
+        self._needs_grad = torch.is_grad_enabled() and any(map(_requires_grad, _results(gm)))
+        self._made: list[_Frozen] = _sync.list_("made")
+        self._last: _Frozen | None = None
+
+    def __call__(self, *given: Any) -> Any:
+        if self._needs_grad:
+            raise InputError(
+                "grad is enabled, and results of this function require it (its parameters or inputs do); engines run"
+                " inference. Call it under torch.no_grad() or torch.inference_mode(), call"
+                " model.requires_grad_(False), or train with another backend."
+            )
+        if self.why_operators:
+            return self._gm(*given)
+        frozen, numbers = self._frozen_of(given), self._numbers_of(given)
+        last = self._last
+        if last is None or not last.is_of(frozen, numbers):
+            last = self._find(frozen, numbers, given)
+            if last is None:
+                return self._gm(*given)
+        others = self._others_of(given)
+        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in others):
+            return self._without_grad(last.engine, others)
+        return last.engine(*others)
+
+    def _without_grad(self, engine: _Engine, given: Sequence[Any]) -> Any:
+        """No result requires grad: it is off here, or nothing that is computed has one."""
+        plain = [x.detach() if isinstance(x, torch.Tensor) and x.requires_grad else x for x in given]
+        back = {id(p): x for p, x in zip(plain, given, strict=True)}
+        return tuple(back.get(id(y), y) for y in engine(*plain))
+
+    def _find(self, frozen: Sequence[torch.Tensor], numbers: Sequence[Any], given: Sequence[Any]) -> _Frozen | None:
+        """The engine for these parameters and sizes, made if need be; None: operators run this call."""
+        for made in list(self._made):
+            if made.is_of(frozen, numbers):
+                self._last = made
+                return made
+        times, last = self._row  # several threads at once may count too few
+        times = times + 1 if numbers == last else 1
+        self._row = times, numbers
+        if times < (self._first if _trying.is_on else self._steady) or torch._C._len_torch_dispatch_stack():
+            return None  # and where the caller traces or counts operators, those are what it is to see
+        with process.alone(), _activity.building():
+            for made in self._made:
+                if made.is_of(frozen, numbers):
+                    return made
+            if self.why_operators or len({made.numbers for made in self._made} - {numbers}) >= MOST_SIZES:
+                return None
+            return self._make(frozen, numbers, given)
+
+    def _make(self, frozen: Sequence[torch.Tensor], numbers: Sequence[Any], given: Sequence[Any]) -> _Frozen | None:
+        others = [x.detach() if isinstance(x, torch.Tensor) else x for x in self._others_of(given)]
+        baked = dict(zip(self._baked, (*frozen, *numbers), strict=True))
+        try:
+            engine = self._make_engine(_Graph(self._gm, baked, self._autocasts), others)
+        except (DeviceLost, NotCapturable, FlagsChanged):
+            raise
+        except AnabranchError as e:
+            self.why_operators = str(e)
+            _log.info("a graph of torch.compile's runs by PyTorch's operators: %s", e)
+            return None
+        found = _Frozen(frozen, numbers, engine)
+        # The oldest is dropped, and with it those whose parameters are gone; calls under way keep theirs.
+        self._made[:] = [*[m for m in self._made if m.is_alive][-MOST_SETS + 1 :], found]
+        self._last = found
+        return found
+
+    @property
+    def engines(self) -> list[_Engine]:
+        """Those that there are now; None of a fragment that runs by operators."""
+        return [m.engine for m in list(self._made)]
+
+    def summary(self) -> dict[str, Any]:
+        """What it consists of, as plain data: see :meth:`anabranch.Engine.summary`."""
+        return {
+            "operators": self.operators,
+            "by_operators": self.why_operators
+            or ("" if self._made else "its sizes have not been the same often enough"),
+            "ends": self.cut.data() if self.cut is not None else None,
+            "engines": [e.summary() for e in self.engines],
+        }
+
+
+class Cut:
+    """Where a graph of Dynamo's ended before its function did."""
+
+    def __init__(self, reason: str, source: str) -> None:
+        #: Dynamo's reason, in a line.
+        self.reason = reason
+        #: ``file.py:12``, the model's line, or nothing.
+        self.source = source
+        #: Microseconds of Python from here to the next graph, where they were measured.
+        self.us: float | None = None
+
+    def data(self) -> dict[str, Any]:
+        return {"reason": self.reason, "source": self.source, "us": self.us}
+
+    def __str__(self) -> str:
+        cost = f", {self.us:.0f} us of Python" if self.us is not None else ""
+        return f"{self.source or 'unknown line'}: {self.reason}{cost}"
+
+
+def _cut(gm: fx.GraphModule) -> Cut | None:
+    why: Any = getattr(gm, "compile_subgraph_reason", None)
+    if why is None or not why.graph_break:
+        return None
+    stack = [frame for frame in why.user_stack or () if frame.filename]
+    line = f"{stack[-1].filename.rsplit('/', 1)[-1]}:{stack[-1].lineno}" if stack else ""
+    reason = (str(why.reason).splitlines() or [""])[0]
+    # Dynamo's name for it is that of an instruction of Python's.
+    branch = "a branch on the value of a tensor"
+    return Cut(branch if reason.startswith("generic_jump") else reason, line)
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What takes these items of a sequence."""
+    if not positions:
+        return lambda given: ()
+    if len(positions) == 1:
+        only = positions[0]
+        return lambda given: (given[only],)
+    return operator.itemgetter(*positions)
+
+
+def _is_frozen(node: fx.Node, example: Any) -> bool:
+    """Whether an input is a parameter or a buffer of the module, which Dynamo does not guard."""
+    if not isinstance(example, torch.Tensor):
+        return False
+    marked = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
+    return marked is not None or isinstance(example, torch.nn.Parameter)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _why_operators(gm: fx.GraphModule, others: Sequence[Any]) -> str:
+    """Why there can be no engine for these inputs, parameters and sizes aside; or nothing."""
+    # It enters and leaves levels of the process. A trace that fails in between leaves it there.
+    if any("functorch" in f"{getattr(n.target, '__module__', '')}{n.target}" for n in gm.graph.nodes):
+        return "it uses a transform of torch.func"
+    if not any(isinstance(x, torch.Tensor) for x in others):
+        return "it takes no tensor"
+    if any(not isinstance(x, torch.Tensor) for x in others):
+        return "it takes what is no tensor"
+    return ""
+
+
+def _results(gm: fx.GraphModule) -> list[Any]:
+    given: Any = gm.graph.output_node().args[0]
+    return [n.meta.get("example_value") for n in given if isinstance(n, fx.Node)]
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _autocasts(examples: Sequence[Any]) -> list[dict[str, Any]]:
+    """What autocast the caller is in, for the devices of the graph: calls of engines turn it off."""
+    kinds = {"cpu", *(x.device.type for x in examples if isinstance(x, torch.Tensor))}
+    return [
+        {"device_type": kind, "dtype": torch.get_autocast_dtype(kind), "enabled": True}
+        for kind in sorted(kinds)
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    ]

@@ -1,0 +1,236 @@
+"""A model that ``torch.export`` refuses, in fragments: Dynamo's graphs as engines, with the model's Python between."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import random
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from anabranch import _sync
+from anabranch.errors import AnabranchError, NotCapturable, UnsupportedModel
+from anabranch.export import Fresh, NotExported, Snapshot, changed_between, copy_of, state_of
+from anabranch.plan import Plan
+from anabranch.runtime._fragment import Cut, Fragment, trying
+from anabranch.runtime._recompiles import past_limit, watch_limits
+
+_log = logging.getLogger("anabranch")
+
+#: At which call a fragment gets an engine. Sizes that depend on data are not the same three times, and by then Dynamo
+#: has made symbols of them.
+FIRST = 3
+#: So many graphs a function may have, where PyTorch lets one say so.
+MOST_GRAPHS = 64
+
+
+class _Meter(threading.local):
+    """Of the calling thread: what is measured of Python between fragments."""
+
+    is_on = False
+    cut: Cut | None = None
+    since = 0.0
+
+
+class _Timed:
+    """A fragment whose calls tell how long Python took since the last one, while that is measured."""
+
+    def __init__(self, fragment: Fragment, meter: _Meter) -> None:
+        self._fragment, self._meter = fragment, meter
+
+    def __call__(self, *given: Any) -> Any:
+        meter = self._meter
+        if not meter.is_on:
+            return self._fragment(*given)
+        now = time.perf_counter()
+        if meter.cut is not None:
+            meter.cut.us = (now - meter.since) * 1e6
+        results = self._fragment(*given)
+        meter.cut, meter.since = self._fragment.cut, time.perf_counter()
+        return results
+
+
+@contextlib.contextmanager
+def _generators_kept(device: torch.device) -> Iterator[None]:
+    """What is drawn in here is drawn again afterwards: nobody's draws depend on whether something was built."""
+    before = random.getstate()
+    devices = [device.index] if device.type != "cpu" else []
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            yield
+    finally:
+        random.setstate(before)
+
+
+class Guarded:
+    """Dynamo guards what its graphs assume, and traces again where that does not hold.
+
+    Threads: any number may call it. Streams: each graph and each operator between graphs runs on the calling thread's
+    current stream, so that a call as a whole is ordered there. Between graphs nothing is held that another call could
+    wait for: an execution context belongs to one graph, from its acquire to its record.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        why: NotExported,
+        make_engine: Callable[[torch.nn.Module, Sequence[Any]], Any],
+        device: torch.device,
+    ) -> None:
+        """``why``: what ``torch.export`` had against it. ``make_engine``: of a fragment's graph and its inputs."""
+        self._device = device
+        self._snapshot, self._why, self._make_engine = snapshot, why, make_engine
+        self._fresh = snapshot.fresh()
+        self._meter = _Meter()
+        self._fragments: list[Fragment] = _sync.list_("fragments")
+        self._run = self._compiled()
+        module = self._fresh.module
+        tensors = (*module.parameters(), *module.buffers())
+        self._originals = {id(t): self._fresh.original(t) for t in tensors}
+
+    def _compiled(self) -> Callable[..., Any]:
+        """What runs a copy of the model that it is given, by graphs that all copies have in common."""
+
+        def run(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+            return module(*args, **kwargs)
+
+        # Dynamo keeps graphs with a function's code, and counts them there against its limit.
+        own = types.FunctionType(run.__code__.replace(), globals(), "run")
+        known = inspect.signature(torch.compile).parameters
+        options: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": MOST_GRAPHS}
+        options = {name: value for name, value in options.items() if name in known}
+        compiled: Callable[..., Any] = torch.compile(own, backend=self._backend, **options)
+        return compiled
+
+    def _backend(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        watch_limits(gm)
+        fragment = Fragment(gm, examples, self._make_engine, first=FIRST)
+        self._fragments.append(fragment)
+        return _Timed(fragment, self._meter)
+
+    def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run one call on the calling thread's current stream, with autograd off."""
+        return pytree.tree_map_only(torch.nn.Parameter, self._given_back, self._run(self._fresh.module, args, kwargs))
+
+    def _given_back(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The user's own parameter, where the model returns one."""
+        original = self._originals.get(id(tensor))
+        found = original() if original is not None else None
+        return tensor if found is None else found
+
+    # -- building -----------------------------------------------------------------------------------------------
+
+    def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Call the model until its graphs for such inputs have engines. Blocks the calling thread only.
+
+        First a copy with buffers of its own, whose graphs run by operators: what writes weights or counts in Python's
+        state is refused. Raises :class:`~anabranch.errors.UnsupportedModel`, or what the model raises.
+        """
+        copy = self._snapshot.fresh()
+        own = {id(b): copy_of(b) for b in copy.module.buffers()}
+        for part in copy.module.modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = own[id(buffer)]
+        for attempt in range(FIRST - 1):
+            tensors = {n: (t, t._version) for n, t in (*copy.module.named_parameters(), *copy.module.named_buffers())}
+            before = state_of(copy)
+            self._try(copy, args, kwargs, attempt)
+            written = [n for n, (t, version) in tensors.items() if t._version != version]
+            if written:
+                raise UnsupportedModel(
+                    f"the model changes {written[0]!r} in place; an engine is immutable and cannot keep that change."
+                    " Make it an output of the model instead. Call model.eval() first?"
+                )
+            changed = changed_between(before, state_of(copy))
+            if changed and attempt:  # what the first call changes may be a cache that it fills
+                raise UnsupportedModel(
+                    f"the model changes {', '.join(changed)} in each call, and torch.export refuses it ({self._why})."
+                    " An engine keeps no state of Python's. Make it an input."
+                )
+        for attempt in range(FIRST - 1, FIRST + 1):
+            self._try(self._fresh, args, kwargs, attempt)
+        self._meter.cut, self._meter.is_on = None, True
+        try:
+            self._try(self._fresh, args, kwargs, FIRST + 1)
+        finally:
+            self._meter.cut, self._meter.is_on = None, False
+
+    def _try(self, copy: Fresh, args: Sequence[Any], kwargs: dict[str, Any], attempt: int) -> None:
+        """Call it on copies of these inputs: as they are at first, then with other floating-point values."""
+        generator = torch.Generator().manual_seed(attempt)
+
+        def made(x: torch.Tensor) -> torch.Tensor:
+            y = copy_of(x)
+            if attempt and y.is_floating_point() and y.numel():
+                noise = torch.rand((), generator=generator).item()
+                y = y * (1 - 0.2 * noise) + 0.05 * noise
+            return y
+
+        given = pytree.tree_map_only(torch.Tensor, made, (tuple(args), kwargs))
+        try:
+            with trying(), _generators_kept(self._device):
+                self._run(copy.module, *given)
+        except (AnabranchError, torch.OutOfMemoryError):
+            raise
+        except Exception as e:
+            if not attempt:
+                raise self._why from e
+            _log.info("a trial on other values ended with %s: %s", type(e).__name__, str(e))
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    @property
+    def fragments(self) -> list[Fragment]:
+        """In the order in which Dynamo traced them."""
+        return list(self._fragments)
+
+    def engines(self) -> list[Any]:
+        """Those of the fragments."""
+        return [engine for fragment in self.fragments for engine in fragment.engines]
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether a graph of it is a CUDA graph."""
+        return any(s.choice.uses_graphs for engine in self.engines() for s in engine._table)
+
+    def refuse_capture(self) -> None:
+        """Raises: nothing was queued so far."""
+        raise NotCapturable(
+            "this call is inside a CUDA graph capture, and Python runs between the graphs of this model, which"
+            f" torch.export refuses ({self._why}). Call the engine outside the capture."
+        )
+
+    def plans(self) -> list[Plan]:
+        """Of each fragment's engines."""
+        return [plan for engine in self.engines() for plan in engine.plans]
+
+    def summary(self) -> dict[str, Any]:
+        """As plain data: see :meth:`anabranch.Engine.summary`."""
+        return {
+            "why": str(self._why),
+            "graphs": [f.summary() for f in self.fragments],
+            "past_limit": past_limit(),
+        }
+
+    def explain(self) -> list[str]:
+        """What runs as a graph and where it is cut, a line each."""
+        fragments = self.fragments
+        cuts = [f.cut for f in fragments if f.cut is not None]
+        lines = [f"in {len(fragments)} graphs with Python between them: {self._why}"]
+        lines += [f"  cut at {cut}" for cut in cuts]
+        for number, fragment in enumerate(fragments):
+            what = fragment.summary()
+            how = f"by PyTorch's operators: {what['by_operators']}" if what["by_operators"] else "an engine"
+            lines.append(f"  graph {number}: {fragment.operators} operators, {how}")
+            lines += [f"    {line}" for engine in fragment.engines for line in engine.explain().splitlines()[1:-1]]
+        lines += [f"  compiled no more: {name}: {limit}" for name, limit in past_limit().items()]
+        return lines
