@@ -318,12 +318,21 @@ class _Subject:
 
     def _summary(self) -> None:
         content = self.engine.summary()
-        signature = content["signatures"][0]
+        signatures, fragments = content["signatures"], content["fragments"]
+        first = signatures[0] if signatures else {"backend": content["backend"], "seconds": {}}
         self.row["summary"] = {
-            **{k: signature[k] for k in ("captured", "backend", "reason", "operators", "flops", "seconds")},
-            "reasons": [f"{r['operator']}: {r['why']} ({r['source']})" for r in signature["reasons"]][:5],
+            "captured": bool(signatures) and all(s["captured"] for s in signatures) and fragments is None,
+            "backend": first["backend"],
+            "reason": first.get("reason", "") if fragments is None else f"in several graphs: {fragments['why']}",
+            **{k: _sum_of_shares([s[k] for s in signatures]) for k in ("operators", "flops")},
+            "seconds": first["seconds"],
+            "reasons": [f"{r['operator']}: {r['why']} ({r['source']})" for s in signatures[:1] for r in s["reasons"]][
+                :5
+            ],
             "runtime": content["runtime"],
         }
+        if fragments is not None:
+            self.row["summary"]["graphs"] = len(fragments["graphs"])
 
     def _latency(self) -> None:
         calls = {"us": self.engine_call, "eager_us": self.eager_call}
@@ -553,3 +562,13 @@ def _held(lock: str) -> Iterator[None]:
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _sum_of_shares(counts: list[Row]) -> Row:
+    """What of all graphs runs captured and direct; a graph whose count depends on data counts for nothing."""
+    captured, direct = (sum(c[way] or 0 for c in counts) for way in ("captured", "direct"))
+    return {
+        "captured": captured,
+        "direct": direct,
+        "share_captured": captured / (captured + direct) if captured + direct else None,
+    }

@@ -73,7 +73,7 @@ def summary() -> dict[str, Any]:
     """What ``torch.compile(..., backend="anabranch")`` consists of in this process, as plain data for tools.
 
     ``graphs`` has an entry for each graph: its ``operators``; ``by_operators``, why PyTorch's operators run it, or
-    nothing; ``ends``, where Dynamo cut the function behind it, with ``reason`` and ``source``, the line; the summary of
-    its ``engines``. ``past_limit`` lists functions that Dynamo recompiles no more. Any thread; nothing is queued.
+    nothing; ``ends``, where Dynamo cut the function behind it, with ``reason`` and ``source``, the line; and summaries
+    of its ``engines``. ``past_limit`` lists functions that Dynamo recompiles no more. Any thread; nothing is queued.
     """
     return {"graphs": [f.summary() for f in list(_fragments)], "past_limit": past_limit()}

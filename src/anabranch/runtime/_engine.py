@@ -322,8 +322,17 @@ class Engine:
     @property
     def plans(self) -> tuple[Plan, ...]:
         """The plan of each signature compiled so far."""
-        plans = [s.plan() for s in self._table]
-        return (*plans, *(self._guarded.plans() if self._guarded is not None else ()))
+        return tuple(s.plan() for s in self._all())
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether calls of a signature, or a graph of a model in fragments, use a CUDA graph."""
+        return any(s.choice.uses_graphs for s in self._all())
+
+    def _all(self) -> list[Specialization]:
+        """Those of its own signatures, and those of the graphs of a model in fragments."""
+        graphs = self._guarded.engines() if self._guarded is not None else ()
+        return [*self._table, *(s for engine in graphs for s in engine._table)]
 
     def explain(self) -> str:
         """What runs captured, what direct, and why; one paragraph a signature."""
@@ -352,18 +361,20 @@ class Engine:
     def summary(self) -> dict[str, Any]:
         """What the engine consists of, for tools: dicts, lists, strings, numbers and None; ``json.dumps`` takes it.
 
-        ``signatures`` has an entry for each signature compiled so far: its ``backend``; whether it is ``captured``, and
-        the ``reason``; ``reasons``, the operators that forbid it, each with ``why``, ``operator`` and ``source`` (the
-        model's line); how many ``operators`` and ``flops`` (floating-point operations a call) run ``captured`` and
-        ``direct``, with ``share_captured`` from 0 to 1 (None where there are none); ``seconds`` of the build by phase
-        and in ``total``; how many ``contexts`` there are, ``bytes_per_context``, and ``bytes``, all that they hold now.
-        ``measured_us`` has the microseconds of a call as a ``graph`` and ``direct`` where both were measured, and of a
-        direct one by ``compiled`` kernels and by PyTorch's ``operators``.
+        ``signatures`` has an entry for each signature compiled so far, of each graph where there are several: its
+        ``backend``; whether it is ``captured``, and the ``reason``; ``reasons``, the operators that forbid it, each
+        with ``why``, ``operator`` and ``source`` (the model's line); how many ``operators`` and ``flops``
+        (floating-point operations a call) run ``captured`` and ``direct``, with ``share_captured`` from 0 to 1 (None
+        where there are none); ``seconds`` of the build by phase and in ``total``; how many ``contexts`` there are,
+        ``bytes_per_context``, and ``bytes``, all that they hold now. ``measured_us`` has the microseconds of a call as
+        a ``graph`` and ``direct`` where both were measured, and of a direct one by ``compiled`` kernels and by
+        PyTorch's ``operators``.
 
         ``fragments`` is None but for a model that torch.export refuses: then it has ``why``; ``graphs``, an entry for
         each graph, with how many ``operators`` it has, why they run ``by_operators`` of PyTorch's, or nothing, where it
-        ``ends`` (``reason``, ``source``, and ``us``, the microseconds of Python from there to the next graph) and the
-        summaries of its ``engines``; and ``past_limit``, functions that Dynamo compiles no more.
+        ``ends`` (``reason`` and ``source``, or None where the function ends), ``python_us``, the microseconds of Python
+        from its end to the next graph where they were measured, and the summaries of its ``engines``; and
+        ``past_limit``, functions that Dynamo compiles no more.
 
         Any thread. Nothing is queued on a device. Floating-point operations are counted, from shapes, the first time.
         """
@@ -377,7 +388,7 @@ class Engine:
             "bytes": stats.bytes,
             "max_contexts": self._limits.max_contexts,
             "memory_limit": self._limits.memory_limit,
-            "signatures": [s.summary().data() for s in self._table],
+            "signatures": [s.summary().data() for s in self._all()],
             "fragments": self._guarded.summary() if self._guarded is not None else None,
         }
 

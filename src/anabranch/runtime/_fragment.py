@@ -150,7 +150,9 @@ class Fragment:
         #: Why PyTorch's operators run it, or nothing.
         self.why_operators = _why_operators(gm, [examples[i] for i in others])
         #: Where Dynamo's graph ended, and why; None where the function ended there.
-        self.cut: Any = _cut(gm)
+        self.cut: Cut | None = _cut(gm)
+        #: Microseconds of Python from its end to the next graph's begin, where they were measured.
+        self.python_us: float | None = None
         self.operators = sum(n.op.startswith("call") and n.target not in _FREE for n in gm.graph.nodes)
         self._autocasts = _autocasts(examples)
         self._needs_grad = torch.is_grad_enabled() and any(map(_requires_grad, _results(gm)))
@@ -231,6 +233,7 @@ class Fragment:
             "by_operators": self.why_operators
             or ("" if self._made else "its sizes have not been the same often enough"),
             "ends": self.cut.data() if self.cut is not None else None,
+            "python_us": self.python_us,
             "engines": [e.summary() for e in self.engines],
         }
 
@@ -243,15 +246,12 @@ class Cut:
         self.reason = reason
         #: ``file.py:12``, the model's line, or nothing.
         self.source = source
-        #: Microseconds of Python from here to the next graph, where they were measured.
-        self.us: float | None = None
 
     def data(self) -> dict[str, Any]:
-        return {"reason": self.reason, "source": self.source, "us": self.us}
+        return {"reason": self.reason, "source": self.source}
 
     def __str__(self) -> str:
-        cost = f", {self.us:.0f} us of Python" if self.us is not None else ""
-        return f"{self.source or 'unknown line'}: {self.reason}{cost}"
+        return f"{self.source or 'unknown line'}: {self.reason}"
 
 
 def _cut(gm: fx.GraphModule) -> Cut | None:

