@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from anabranch.devices import get_device
 from anabranch.errors import InputError
+from anabranch.runtime._compile import check_options, compile_graph
 from anabranch.runtime._compile import compile as compile_engine
-from anabranch.runtime._compile import compile_graph
 from anabranch.runtime._fragment import Fragment
+from anabranch.runtime._given import backend_for, check_gpu
 from anabranch.runtime._recompiles import past_limit, watch_limits
 
 #: Options of :func:`anabranch.compile` that ``torch.compile(..., options={...})`` takes.
@@ -48,15 +50,13 @@ def backend(
     and a result requires it.
     """
     options = dict(options or {})
-    unknown = [name for name in options if name not in OPTIONS]
-    if unknown or mode is not None:
-        given = f"options {', '.join(map(repr, unknown))}" if unknown else f"mode={mode!r}"
+    try:
+        _check(options, mode, example_inputs)
+    except InputError as e:
+        why = str(e)
 
         def refuse(*inputs: Any) -> Any:  # what is raised before is wrapped by Dynamo
-            raise InputError(
-                f'torch.compile(backend="anabranch") was given {given}; expected options= with none but'
-                f" {', '.join(OPTIONS)}, and no mode"
-            )
+            raise InputError(why)
 
         return refuse
 
@@ -67,6 +67,21 @@ def backend(
     made = Fragment(gm, example_inputs, make_engine)
     _fragments.add(made)
     return made
+
+
+def _check(options: Mapping[str, Any], mode: str | None, inputs: Sequence[Any]) -> None:
+    """Raises :class:`~anabranch.errors.InputError` where there are no such options, or no such values, for a device."""
+    unknown = [name for name in options if name not in OPTIONS]
+    if unknown or mode is not None:
+        given = f"options {', '.join(map(repr, unknown))}" if unknown else f"mode={mode!r}"
+        raise InputError(
+            f'torch.compile(backend="anabranch") was given {given}; expected options= with none but'
+            f" {', '.join(OPTIONS)}, and no mode"
+        )
+    check_options(**options)
+    check_gpu(options.get("backend"), inputs)
+    for kind in {x.device.type for x in inputs if isinstance(x, torch.Tensor)}:
+        backend_for(options.get("backend"), get_device(kind))
 
 
 def summary() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From a model to a flat graph: signatures of inputs, ``torch.export``, and what each output really is."""
 
 from anabranch.export._bystanders import undisturbed
-from anabranch.export._diagnosis import NotExported, copy_of, run_in_eager
+from anabranch.export._diagnosis import NotExported, copy_of, describe, first_line, run_in_eager
 from anabranch.export._hooks import hooks_of, name_of
 from anabranch.export._indices import valid_integer
 from anabranch.export._number_tensors import tensorize
@@ -43,8 +43,10 @@ __all__ = [
     "Uncaptured",
     "changed_between",
     "copy_of",
+    "describe",
     "export_program",
     "finisher",
+    "first_line",
     "flatten_call",
     "hooks_of",
     "is_random",

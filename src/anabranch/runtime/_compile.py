@@ -120,16 +120,7 @@ def _compile(
     in_fragments: bool,
 ) -> Engine:
     """``in_fragments``: whether Dynamo takes a model apart that ``torch.export`` refuses."""
-    if backend is not None and backend not in BACKENDS:
-        raise InputError(f"backend={backend!r} given; expected None or one of {', '.join(map(repr, BACKENDS))}")
-    if runtime not in ("auto", *RUNTIMES):
-        raise InputError(f"runtime={runtime!r} given; expected 'auto', {' or '.join(map(repr, RUNTIMES))}")
-    if precision not in (None, torch.float16, torch.bfloat16):
-        raise InputError(f"precision={precision} given; expected None, torch.float16 or torch.bfloat16")
-    if max_contexts < 1:
-        raise InputError(f"max_contexts={max_contexts} given; expected at least 1 (cuda_graphs=False needs none)")
-    if memory_limit is not None and memory_limit < 0:
-        raise InputError(f"memory_limit={memory_limit} given; expected bytes, 0 or more, or None")
+    check_options(backend, runtime, precision, max_contexts, memory_limit)
     name, model = given_model(model)
     args, keywords = inputs_of(model, inputs, kwargs)
     kind = _engine_class(runtime)
@@ -157,6 +148,27 @@ def _compile(
                 seam.current_stream(index).synchronize()
         engine._table.primary = engine._specialization(args, keywords, clock)
     return engine
+
+
+def check_options(
+    backend: str | None = None,
+    runtime: str = "auto",
+    precision: torch.dtype | None = None,
+    max_contexts: int = DEFAULT_MAX_CONTEXTS,
+    memory_limit: int | None = None,
+    **others: Any,
+) -> None:
+    """Raises :class:`~anabranch.errors.InputError` where an option of :func:`compile` has no right value."""
+    if backend is not None and backend not in BACKENDS:
+        raise InputError(f"backend={backend!r} given; expected None or one of {', '.join(map(repr, BACKENDS))}")
+    if runtime not in ("auto", *RUNTIMES):
+        raise InputError(f"runtime={runtime!r} given; expected 'auto', {' or '.join(map(repr, RUNTIMES))}")
+    if precision not in (None, torch.float16, torch.bfloat16):
+        raise InputError(f"precision={precision} given; expected None, torch.float16 or torch.bfloat16")
+    if max_contexts < 1:
+        raise InputError(f"max_contexts={max_contexts} given; expected at least 1 (cuda_graphs=False needs none)")
+    if memory_limit is not None and memory_limit < 0:
+        raise InputError(f"memory_limit={memory_limit} given; expected bytes, 0 or more, or None")
 
 
 def _engine_class(runtime: str) -> type[Engine]:

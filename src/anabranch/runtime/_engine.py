@@ -140,6 +140,7 @@ class Engine:
         assert guarded is not None
         if device.has_streams and device.is_capturing(device.current_stream(index)):
             guarded.refuse_capture()
+        self._settings.flags.check()  # Python between graphs runs operators, which may read any
         with neutral(device, index), device.range(self._settings.name):
             results = guarded(args, kwargs)
         self._counters.add("calls", "graph_calls" if guarded.is_captured else "direct_calls")
@@ -152,9 +153,9 @@ class Engine:
         assert self._compiler is not None
         guarded = Guarded(self._compiler.snapshot, why, self._of_fragment, self._torch_device)
         device, index = self._device, self._index
-        if device.has_streams:
-            device.current_stream(index).synchronize()  # inputs that were written just before
-        with neutral(device, index):
+        with neutral(device, index), device.building():
+            if device.has_streams:
+                device.current_stream(index).synchronize()  # inputs that were written just before
             self._compiler.aside(lambda: guarded.prepare(args, kwargs), lasting=True)
         self._guarded = guarded
 

@@ -87,6 +87,14 @@ class Flags:
         now = [get() for get in self._getters]
         return tuple(now) == self._values or not self._differences(now)
 
+    def check(self) -> None:
+        """Raises :class:`~anabranch.errors.FlagsChanged` where one has another value than at compile."""
+        if not self.unchanged():
+            raise FlagsChanged(
+                f"numerics flags changed since compile: {self.changes()}. This call would not give the engine's bits."
+                " Set them back, or compile a new engine under the new flags."
+            )
+
     def changes(self) -> str:
         """Each changed flag with its value at compile and now."""
         differences = self._differences([get() for get in self._getters])
@@ -139,8 +147,5 @@ class Watch:
 
     def check(self) -> None:
         """Raises :class:`~anabranch.errors.FlagsChanged` where they do not."""
-        if not self.unchanged():
-            raise FlagsChanged(
-                f"numerics flags changed since compile: {self.flags.changes()}. This call would not give the"
-                " engine's bits. Set them back, or compile a new engine under the new flags."
-            )
+        if self.reads_any:
+            self.flags.check()

@@ -94,6 +94,14 @@ class _Frozen:
         return all(ref() is not None for ref in self._references)
 
 
+class NotAccepted(Exception):
+    """An operator of a graph did not take what it was given."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class _Trying(threading.local):
     """Whether the calling thread calls to have engines made: with other values each time, but not with other sizes."""
 
@@ -113,7 +121,7 @@ def trying() -> Iterator[None]:
         _trying.is_on = before
 
 
-@_sync.atomics("_last", "_row", "why_operators")
+@_sync.atomics("_last", "_ran", "_row", "was_by_operators", "why_operators")
 class Fragment:
     """Called with what Dynamo's generated code passes: the graph's inputs, parameters and buffers among them.
 
@@ -129,11 +137,13 @@ class Fragment:
         make_engine: Callable[[torch.nn.Module, Sequence[Any]], _Engine],
         *,
         first: int = 1,
+        names_errors: bool = False,
     ) -> None:
         """Called by Dynamo, in the middle of a trace: nothing is compiled here.
 
         ``make_engine``: raises :class:`~anabranch.errors.AnabranchError` where there can be none. ``first``: at the
-        how manieth call an engine is made; operators run the calls before.
+        how manieth call an engine is made; operators run the calls before. ``names_errors``: what they raise is raised
+        as :class:`NotAccepted`.
         """
         self._gm = gm
         self._make_engine = make_engine
@@ -144,6 +154,7 @@ class Fragment:
         self._frozen_of, self._others_of = _picker(frozen), _picker(others)
         self._numbers_of = _picker(numbers)
         self._baked = [*frozen, *numbers]
+        self._names_errors = names_errors
         self._first, self._steady = first, max(first, STEADY if numbers else 0)
         #: How many calls in a row had the same numbers, and these.
         self._row: tuple[int, Sequence[Any]] = (0, ())
@@ -155,29 +166,56 @@ class Fragment:
         self.python_us: float | None = None
         self.operators = sum(n.op.startswith("call") and n.target not in _FREE for n in gm.graph.nodes)
         self._autocasts = _autocasts(examples)
-        self._needs_grad = torch.is_grad_enabled() and any(map(_requires_grad, _results(gm)))
+        results = _results(gm)
+        #: Which inputs required grad while grad was enabled, and whether a result then did. Not every version of Dynamo
+        #: guards it.
+        self._traced_with = torch.is_grad_enabled(), [_requires_grad(x) for x in examples]
+        self._result_requires = any(map(_requires_grad, results))
+        self._may_require = any(isinstance(x, torch.Tensor) and _may_require(x) for x in results)
+        #: Whether operators ran calls of users'.
+        self.was_by_operators = False
+        self._ran = False
         self._made: list[_Frozen] = _sync.list_("made")
         self._last: _Frozen | None = None
 
     def __call__(self, *given: Any) -> Any:
-        if self._needs_grad:
+        if torch.is_grad_enabled() and self._needs_grad(given):
             raise InputError(
                 "grad is enabled, and results of this function require it (its parameters or inputs do); engines run"
                 " inference. Call it under torch.no_grad() or torch.inference_mode(), call"
                 " model.requires_grad_(False), or train with another backend."
             )
         if self.why_operators:
-            return self._gm(*given)
+            return self._by_operators(given)
         frozen, numbers = self._frozen_of(given), self._numbers_of(given)
         last = self._last
         if last is None or not last.is_of(frozen, numbers):
             last = self._find(frozen, numbers, given)
             if last is None:
-                return self._gm(*given)
+                self.was_by_operators = self.was_by_operators or not _trying.is_on
+                return self._by_operators(given)
         others = self._others_of(given)
         if any(isinstance(x, torch.Tensor) and x.requires_grad for x in others):
             return self._without_grad(last.engine, others)
         return last.engine(*others)
+
+    def _needs_grad(self, given: Sequence[Any]) -> bool:
+        """Whether a result requires grad, with grad enabled."""
+        required = [_requires_grad(x) for x in given]
+        if not any(required):
+            return self._result_requires and self._traced_with == (True, required)  # of what it makes itself
+        return self._result_requires if self._traced_with == (True, required) else self._may_require
+
+    def _by_operators(self, given: Sequence[Any]) -> Any:
+        self._ran = True
+        try:
+            return self._gm(*given)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, IndexError) as e:
+            if not self._names_errors:
+                raise
+            raise NotAccepted(e) from e
 
     def _without_grad(self, engine: _Engine, given: Sequence[Any]) -> Any:
         """No result requires grad: it is off here, or nothing that is computed has one."""
@@ -220,6 +258,11 @@ class Fragment:
         self._made[:] = [*[m for m in self._made if m.is_alive][-MOST_SETS + 1 :], found]
         self._last = found
         return found
+
+    @property
+    def is_used(self) -> bool:
+        """Whether it was ever called."""
+        return bool(self._made) or self._ran
 
     @property
     def engines(self) -> list[_Engine]:
@@ -307,6 +350,10 @@ def _results(gm: fx.GraphModule) -> list[Any]:
 
 def _requires_grad(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _may_require(value: torch.Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 def _autocasts(examples: Sequence[Any]) -> list[dict[str, Any]]:

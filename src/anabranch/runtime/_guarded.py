@@ -19,9 +19,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from anabranch import _sync
-from anabranch.errors import AnabranchError, NotCapturable, UnsupportedModel
-from anabranch.export import Fresh, NotExported, Snapshot, changed_between, copy_of, state_of
-from anabranch.runtime._fragment import Fragment, trying
+from anabranch.errors import AnabranchError, InputError, NotCapturable, UnsupportedModel
+from anabranch.export import Fresh, NotExported, Snapshot, changed_between, copy_of, describe, first_line, state_of
+from anabranch.runtime._fragment import Fragment, NotAccepted, trying
 from anabranch.runtime._recompiles import past_limit, watch_limits
 
 _log = logging.getLogger("anabranch")
@@ -43,21 +43,33 @@ class _Meter(threading.local):
 
 
 class _Timed:
-    """A fragment whose calls tell how long Python took since the last one, while that is measured."""
+    """A fragment as Dynamo's code calls it; tells how long Python took since the last one, while that is measured."""
 
     def __init__(self, fragment: Fragment, meter: _Meter) -> None:
         self._fragment, self._meter = fragment, meter
 
     def __call__(self, *given: Any) -> Any:
         meter = self._meter
-        if not meter.is_on:
-            return self._fragment(*given)
-        now = time.perf_counter()
-        if meter.last is not None:
+        now = time.perf_counter() if meter.is_on else 0.0
+        if meter.is_on and meter.last is not None:
             meter.last.python_us = round((now - meter.since) * 1e6, 1)
         results = self._fragment(*given)
-        meter.last, meter.since = self._fragment, time.perf_counter()
+        if meter.is_on:
+            meter.last, meter.since = self._fragment, time.perf_counter()
         return results
+
+
+def _kinds(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Of each leaf of a call, what it is, whatever its value and sizes."""
+    leaves, structure = pytree.tree_flatten((tuple(args), kwargs))
+    return structure, tuple((type(x), x.dtype, x.ndim) if isinstance(x, torch.Tensor) else type(x) for x in leaves)
+
+
+def _not_accepted(args: Sequence[Any], kwargs: dict[str, Any], error: BaseException) -> InputError:
+    return InputError(
+        f"the model does not accept these inputs ({describe(args, kwargs)}): {first_line(error)}. Expected inputs that"
+        " model(*inputs) runs on; try that first."
+    )
 
 
 class _DynamoSettings:
@@ -116,9 +128,9 @@ _settings = _DynamoSettings()
 def _generators_kept(device: torch.device) -> Iterator[None]:
     """What is drawn in here is drawn again afterwards: nobody's draws depend on whether something was built."""
     before = random.getstate()
-    devices = [device.index] if device.type != "cpu" else []
+    kept = [device.index] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        with torch.random.fork_rng(kept):
             yield
     finally:
         random.setstate(before)
@@ -184,6 +196,7 @@ class Guarded:
         self._fresh = self._copy()
         self._meter = _Meter()
         self._fragments: list[Fragment] = _sync.list_("fragments")
+        self._kinds: set[Any] = _sync.set_("kinds of inputs")
         self._run = self._compiled()
         module = self._fresh.module
         tensors = (*module.parameters(), *module.buffers())
@@ -211,14 +224,28 @@ class Guarded:
 
     def _backend(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         watch_limits(gm)
-        fragment = Fragment(gm, examples, self._make_engine, first=FIRST)
+        fragment = Fragment(gm, examples, self._make_engine, first=FIRST, names_errors=True)
         self._fragments.append(fragment)
         return _Timed(fragment, self._meter)
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one call on the calling thread's current stream, with autograd off."""
-        with _settings:
-            results = self._run(self._fresh.module, args, kwargs)
+        from torch._dynamo.exc import TorchRuntimeError
+
+        try:
+            with _settings:
+                results = self._run(self._fresh.module, args, kwargs)
+        except TorchRuntimeError as e:  # Dynamo's, of an operator that does not take such inputs: nothing was queued
+            raise _not_accepted(args, kwargs, e.__cause__ or e) from e
+        except NotAccepted as e:
+            raise _not_accepted(args, kwargs, e.error) from e.error
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as e:
+            # Of inputs of other kinds than the model was compiled for; else it is the model that raises.
+            if isinstance(e, AnabranchError) or _kinds(args, kwargs) in self._kinds:
+                raise
+            raise _not_accepted(args, kwargs, e) from e
         return pytree.tree_map_only(torch.nn.Parameter, self._given_back, results)
 
     def _given_back(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -235,6 +262,7 @@ class Guarded:
         First a copy with buffers of its own, whose graphs run by operators: what writes weights or counts in Python's
         state is refused. Raises :class:`~anabranch.errors.UnsupportedModel`, or what the model raises.
         """
+        self._kinds.add(_kinds(args, kwargs))
         copy = self._copy()
         own = {id(b): copy_of(b) for b in copy.module.buffers()}
         for part in copy.module.modules():
@@ -291,8 +319,8 @@ class Guarded:
 
     @property
     def fragments(self) -> list[Fragment]:
-        """In the order in which Dynamo traced them."""
-        return list(self._fragments)
+        """Those that were ever called, in the order in which Dynamo traced them: it drops some that it has begun."""
+        return [f for f in list(self._fragments) if f.is_used]
 
     def engines(self) -> list[Any]:
         """Those of the fragments."""
@@ -325,6 +353,8 @@ class Guarded:
         for number, fragment in enumerate(fragments):
             what = fragment.summary()
             how = f"by PyTorch's operators: {what['by_operators']}" if what["by_operators"] else "an engine"
+            if not what["by_operators"] and fragment.was_by_operators:
+                how += "; operators ran its first calls, whose results may differ by rounding"
             lines.append(f"  graph {number}: {fragment.operators} operators, {how}")
             if fragment.cut is not None:
                 lines.append(f"    cut at {fragment.cut}")
