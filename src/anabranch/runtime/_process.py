@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import importlib
 import itertools
 import os
@@ -69,6 +70,7 @@ class _Process:
         """
         # Loads half of the compiler, so not at import.
         theirs = importlib.import_module("torch._dynamo.convert_frame").compile_lock
+        _keep_dynamo_out()
         while True:
             taken: list[bool] = []
             with self.build_lock:
@@ -154,6 +156,14 @@ class _Process:
     def _others(self) -> bool:
         inside = set(self._inside) - {threading.get_ident()}
         return bool(inside) or any(under_way() for _, under_way in self._watched)
+
+
+@functools.cache
+def _keep_dynamo_out() -> None:
+    """A call of an engine in a function that ``torch.compile`` traces runs as it is: Dynamo is not to look into it."""
+    rules = importlib.import_module("torch._dynamo.trace_rules")
+    for part in ("_sync", "_activity", "export", "devices", "backends", "runtime"):
+        rules.add(f"anabranch.{part}")
 
 
 process = _Process()

@@ -1,0 +1,109 @@
+"""Programs for the explorer: engines of models that ``torch.export`` refuses: graphs, with Python between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import engines
+import torch
+from engines import RUNTIMES, SIM, SOURCES, many_threads, one_thread
+
+import anabranch
+
+
+def _refused(h: torch.Tensor) -> torch.Tensor:
+    """What ``torch.export`` refuses, and no host waits for."""
+    return h if h.data_ptr() else h + 1
+
+
+class Broken(torch.nn.Module):
+    """A graph, Python that looks at no value, a graph."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = _refused(torch.relu(x * 2 + 1))
+        torch._dynamo.graph_break()
+        return torch.relu(h * 3 - 1)
+
+
+#: Engines that models call, by runtime and limit: the one that each model is compiled into.
+INNER: dict[Any, Any] = {}
+
+
+@torch.compiler.disable
+def _inner(key: Any, x: torch.Tensor) -> torch.Tensor:
+    """What the engine gives for a half; by hand before there is one. Dynamo has no guards here on what there is."""
+    inner = INNER.get(key)
+    return inner(x) if inner is not None else torch.relu(torch.relu(x * 2 + 1) * 3 - 1)
+
+
+class Recursive(torch.nn.Module):
+    """Calls its own engine on the first half of its input, between two graphs."""
+
+    def __init__(self, key: Any = None) -> None:
+        super().__init__()
+        self.key = key
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = _refused(torch.relu(x * 2 + 1))
+        torch._dynamo.graph_break()
+        if x.shape[0] > 2:
+            half = _inner(self.key, x[:2])
+            h = h + torch.cat([half, half])
+        return torch.relu(h * 3 - 1)
+
+
+def make(model: type[Any], runtime: str, limit: int) -> Any:
+    """An engine with as many contexts as ``limit`` lets it have, built."""
+    key = (model, runtime, limit)
+    x = torch.arange(4.0).to(SIM)
+    with torch.no_grad():
+        made = model(key) if model is Recursive else model()
+        engine = anabranch.compile(
+            made.to(SIM), [x], backend="eager", runtime=runtime, max_contexts=limit, cuda_graphs=True
+        )
+        INNER[key] = engine
+        for _ in range(12):  # until the graphs of both sizes have their engines
+            engine(x + 1)
+            engine(x[:2] + 1)
+        engine.warm(contexts=limit)
+    assert all(not graph["by_operators"] for graph in engine.summary()["fragments"]["graphs"][:2])
+    assert engine.stats().captures
+    return engine
+
+
+ENGINES = {
+    (model, runtime, limit): make(model, runtime, limit)
+    for model in (Broken, Recursive)
+    for runtime in RUNTIMES
+    for limit in (1, 2)
+}
+EXPECTED = {model: [model()(x) for x in SOURCES] for model in (Broken, Recursive)}
+torch.accelerator.synchronize()
+
+
+def _run(model: Any, runtime: str, limit: int, threads: int, calls: int) -> None:
+    engines.EXPECTED = EXPECTED[model]
+    call = ENGINES[model, runtime, limit]
+    if threads == 1:
+        one_thread(call, calls)
+    else:
+        many_threads(call, threads, calls)
+
+
+def broken_threads1_calls3(runtime: str, limit: int) -> None:
+    _run(Broken, runtime, limit, 1, 3)
+
+
+def broken_threads2_calls2(runtime: str, limit: int) -> None:
+    _run(Broken, runtime, limit, 2, 2)
+
+
+def recursive_threads1_calls2(runtime: str, limit: int) -> None:
+    _run(Recursive, runtime, limit, 1, 2)
+
+
+def recursive_threads2_calls1(runtime: str, limit: int) -> None:
+    _run(Recursive, runtime, limit, 2, 1)
+
+
+__all__ = ["ENGINES", "Broken", "Recursive"]
