@@ -20,6 +20,7 @@ CAUGHT = {
     "Unreadable": "the reason why calls copy their inputs, which explain() shows",
     "_Unbindable": "the reason why calls copy their inputs, which explain() shows",
     "_Untranslatable": "the reason why calls are queued from Python, which explain() shows",
+    "_Whole": "the reason why a program is not cut into pieces, which explain() shows",
     "NotCarried": "the reason why a number is a part of the signature, which explain() shows",
     "_Kept": "the reason why operators take a number as it is, which explain() shows",
     "NotReady": "a cell of the benchmark's table",

@@ -7,6 +7,7 @@ from anabranch.export._indices import valid_integer
 from anabranch.export._number_tensors import tensorize
 from anabranch.export._numbers import NotCarried, Numbers
 from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutput, SizeOutput, finisher
+from anabranch.export._pieces import Cut, Piece, cut
 from anabranch.export._precision import Cast
 from anabranch.export._program import Program, export_program
 from anabranch.export._proof import same_computation
@@ -29,15 +30,18 @@ __all__ = [
     "Cast",
     "ComputedOutput",
     "ConstantOutput",
+    "Cut",
     "Input",
     "NotCarried",
     "Numbers",
+    "Piece",
     "Program",
     "Signature",
     "SizeOutput",
     "Snapshot",
     "TensorSpec",
     "Uncaptured",
+    "cut",
     "export_program",
     "finisher",
     "flatten_call",
