@@ -468,6 +468,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/runtime/_direct.py": [
         ("numerics flags changed again and again", "set them once, before the calls"),
         ("the model is {unit.program.direct_only}", "needs the host to look at results", "Call the engine outside"),
+        ("an operator of the model {unit.program.direct_only}", "needs the host to wait", "Call the engine outside"),
         ("the model is {unit.program.direct_only}", "would keep the values of this call", "Call the engine outside"),
         (
             "no execution context of {self._backend} is left",

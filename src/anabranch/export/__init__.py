@@ -23,9 +23,10 @@ from anabranch.export._signature import (
     register_dataclasses,
 )
 from anabranch.export._snapshot import Snapshot
-from anabranch.export._uncaptured import Uncaptured, source_of
+from anabranch.export._uncaptured import READS_ON_HOST, Uncaptured, source_of
 
 __all__ = [
+    "READS_ON_HOST",
     "AliasOutput",
     "Cast",
     "ComputedOutput",

@@ -17,12 +17,21 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from anabranch.export._constants import copies_from_cpu, is_on_cpu
-from anabranch.export._indices import has_mask
+from anabranch.export._indices import has_mask, indexed_by_floats
 from anabranch.export._outputs import ComputedOutput, storage_of
 from anabranch.export._program import Program
 from anabranch.export._random import is_random
 from anabranch.export._signature import Signature, TensorSpec
-from anabranch.export._uncaptured import Uncaptured, direct_only, is_unbacked, reads_on_host, source_of, uncapturable
+from anabranch.export._uncaptured import (
+    ON_CPU,
+    READS_ON_HOST,
+    Uncaptured,
+    direct_only,
+    is_unbacked,
+    reads_on_host,
+    source_of,
+    uncapturable,
+)
 
 _aten = torch.ops.aten
 #: What these make depends on their arguments alone, and costs next to nothing.
@@ -131,7 +140,7 @@ class _Cutter:
         if is_random(node):
             return "random"
         if reads_on_host(node):
-            return "reads on the host"
+            return READS_ON_HOST
         if self._device.type != "cpu" and (
             is_on_cpu(node)
             or any(
@@ -140,7 +149,7 @@ class _Cutter:
                 if n.op != "get_attr"
             )
         ):
-            return "works on the CPU"
+            return ON_CPU
         return ""
 
     # -- phases -------------------------------------------------------------------------------------------------
@@ -161,7 +170,7 @@ class _Cutter:
                 continue
             is_direct = bool(self._why[node]) or node in absorbed
             phases[node] = first | 1 if is_direct else first + first % 2
-            if self._why[node] == "random":
+            if is_random(node) or _is_higher_order(node.target):  # a branch may draw
                 phases[node] = drawn = max(phases[node], drawn)
         return phases
 
@@ -181,6 +190,13 @@ class _Cutter:
                 continue
             if sum(map(len, members.values())) < LEAST:
                 raise _Whole("few operators could be captured")
+            # Contexts are built on made-up values, and an index that is out of range costs the process its device.
+            doubtful = [
+                n for nodes in members.values() for n in indexed_by_floats(self._closure(nodes, phases), self._weights)
+            ]
+            absorbed.update(doubtful)
+            if doubtful:
+                continue
             if len(members) <= MOST // 2:
                 return phases
             few *= 2
@@ -197,7 +213,7 @@ class _Cutter:
         if len(members) < 2:
             raise _Whole("it is of one kind throughout")
         order = sorted(members)
-        inside = {p: self._closure(members[p], phases, p) for p in order}
+        inside = {p: self._closure(members[p], phases) for p in order}
         wanted: dict[fx.Node, None] = dict.fromkeys(results)
         for nodes in inside.values():
             wanted.update((n, None) for n, is_inside in nodes.items() if not is_inside)
@@ -223,7 +239,7 @@ class _Cutter:
         ]
         return Cut(tuple(done), tuple(values[n] for n in self._results))
 
-    def _closure(self, members: Iterable[fx.Node], phases: dict[fx.Node, int], phase: int) -> dict[fx.Node, bool]:
+    def _closure(self, members: Iterable[fx.Node], phases: dict[fx.Node, int]) -> dict[fx.Node, bool]:
         """What a piece is made of: its members, what is computed anew for them, and (False) what it is given."""
         found: dict[fx.Node, bool] = {}
         stack = list(members)
@@ -288,8 +304,8 @@ class _Cutter:
     def _uncaptured(self, needed: dict[fx.Node, bool]) -> tuple[Uncaptured, ...]:
         inside = [n for n, is_inside in needed.items() if is_inside]
         found = list(uncapturable(inside))
-        at_cpu = [n for n in inside if self._why.get(n) == "works on the CPU" and n.target is not operator.getitem]
-        return (*found, *(Uncaptured("works on the CPU", str(n.target), source_of(n)) for n in at_cpu))
+        at_cpu = [n for n in inside if self._why.get(n) == ON_CPU and n.target is not operator.getitem]
+        return (*found, *(Uncaptured(ON_CPU, str(n.target), source_of(n)) for n in at_cpu))
 
     def _spec(self, node: fx.Node) -> TensorSpec:
         """Of a value that a piece is given."""

@@ -19,6 +19,10 @@ from anabranch.export._random import is_random
 _PACKAGE = str(Path(__file__).parents[1])
 
 
+#: Why an operator cannot be captured.
+READS_ON_HOST, ON_CPU = "reads on the host", "works on the CPU"
+
+
 class Uncaptured(NamedTuple):
     """An operator that keeps a graph from being captured: ``why`` is ``data-dependent``, ``random``, ``reads on the
     host`` (it waits for values there, whatever its result's sizes), ``input on the CPU`` (it reads one), ``works on the
@@ -45,7 +49,7 @@ def uncapturable(nodes: Iterable[fx.Node]) -> tuple[Uncaptured, ...]:
         elif is_random(node):
             why = "random"
         elif reads_on_host(node):
-            why = "reads on the host"
+            why = READS_ON_HOST
         if why:
             found.append(Uncaptured(why, str(node.target), source_of(node)))
     return tuple(found)
@@ -53,7 +57,7 @@ def uncapturable(nodes: Iterable[fx.Node]) -> tuple[Uncaptured, ...]:
 
 def direct_only(uncaptured: Sequence[Uncaptured]) -> str | None:
     """For messages, the reason that weighs more."""
-    for why in ("data-dependent", "random", "reads on the host", "input on the CPU", "works on the CPU"):
+    for why in ("data-dependent", "random", READS_ON_HOST, "input on the CPU", ON_CPU):
         named = [f"{u.operator} ({u.source})" if u.source else u.operator for u in uncaptured if u.why == why]
         if named:
             return f"{why}: {', '.join(named)}"
