@@ -14,7 +14,7 @@ from contract.pieces import PieceMlp
 #: Clauses that say nothing of pieces, or that count the contexts of a call: one for each captured piece.
 LEFT_OUT = {
     "test_clause1_starts_after_the_callers_queued_work": "it has a model of three pieces among its own",
-    "test_clause3_only_the_held_one_waits_for_the_least_recently_used_context": "two contexts are one call's; see below",
+    "test_clause3_only_the_held_one_waits_for_the_least_recently_used_context": "two are one call's; see below",
     "test_clause3_the_memory_limit_is_kept": "half of what two contexts take may be enough for one of them",
     "test_clause4_what_is_handed_back_is_the_callers": "it has a model of its own",
     "test_clause6_what_cannot_be_captured_raises": "it has models of its own",

@@ -311,11 +311,26 @@ def test_strided_and_misaligned_inputs(rig: Rig, compiled: Make) -> None:
     strided = torch.stack([x, x], -1)[..., 0]
     misaligned = torch.empty(x.numel() + 1, device=x.device)[1:].view_as(x).copy_(x)
     for given in (x, strided, misaligned):
-        engine(given)  # it may be compiled for another layout, which draws
         torch.manual_seed(1)
         got = engine(given)
         torch.manual_seed(1)
         assert_same(got, model(x))
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_build_leaves_the_generator_alone(rig: Rig, compiled: Make, name: str, graphs: bool) -> None:
+    model = MODELS[name]()
+    torch.manual_seed(2)
+    engine = compiled(model, rig.random(4, 256), cuda_graphs=graphs)
+    first = torch.rand(8, device=rig.device())
+    torch.manual_seed(2)
+    assert_same(first, torch.rand(8, device=rig.device()))
+    x = rig.random(6, 256)
+    torch.manual_seed(3)
+    got = engine(x)  # compiled in the call
+    torch.manual_seed(3)
+    assert_same(got, model(x))
 
 
 def test_dropout_between_layers_is_not_the_same_draw_twice(rig: Rig, compiled: Make) -> None:

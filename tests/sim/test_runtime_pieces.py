@@ -19,8 +19,8 @@ def pieces() -> Any:
     return pieces
 
 
-# How many schedules are not equivalent; see `test_runtime.py`. Each captured piece has a pool of its own, and draws have
-# the generator's lock in common. With a limit of one context the last piece runs direct.
+# How many schedules are not equivalent; see `test_runtime.py`. Each captured piece has a pool of its own, and draws
+# have the generator's lock in common. With a limit of one context the last piece runs direct.
 @pytest.mark.parametrize("runtime", ["python", "native"])
 @pytest.mark.parametrize(
     ("program", "limit", "schedules"),

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import anabranch
 from anabranch._judge import differences
 from anabranch.export import Cut, Signature, Snapshot, cut, export_program, finisher
 from anabranch.export import _pieces as pieces_module
+from anabranch.export._uncaptured import direct_only, uncapturable
 from contract.numbers import MODELS as NUMBERS
 from contract.numbers import inputs_of
 from contract.pieces import MODELS
@@ -173,7 +175,9 @@ def test_a_lone_operator_between_draws_is_no_piece() -> None:
     assert not differences(got, model(x), inputs=[x])
 
 
-def test_many_pieces_become_few() -> None:
+def test_many_pieces_become_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces_module, "MOST", 48)
+
     def model(x: torch.Tensor) -> torch.Tensor:
         for i in range(60):
             x = F.dropout(torch.tanh(x * 2 + i), 0.1, training=True)
@@ -224,3 +228,41 @@ def test_the_cpu_runs_everything_in_one_piece(name: str, runtime: str) -> None:
         torch.manual_seed(seed)
         assert not differences(got, model(x), inputs=[x])
     assert engine.stats().direct_calls == engine.stats().calls == 2
+
+
+def _grouped(dtype: torch.dtype, device: str) -> tuple[torch.fx.GraphModule, torch.fx.Node]:
+    """A graph with a grouped product, on a device that need not be there."""
+    with FakeTensorMode():
+        x, w = torch.empty(16, 8, dtype=dtype, device=device), torch.empty(2, 8, 8, dtype=dtype, device=device)
+        ends = torch.empty(2, dtype=torch.int32, device=device)
+        graph = torch.fx.Graph()
+        given = []
+        for name, value in (("x", x), ("w", w), ("ends", ends)):
+            given.append(graph.placeholder(name))
+            given[-1].meta["val"] = value
+        node = graph.call_function(torch.ops.aten._grouped_mm.default, (*given[:2],), {"offs": given[2]})
+        node.meta["val"] = torch.empty(16, 8, dtype=dtype, device=device)
+        graph.output((node,))
+    return torch.fx.GraphModule(torch.nn.Module(), graph), node
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "capability", "reads"),
+    [
+        (torch.float16, "cuda", (9, 0), True),
+        (torch.float32, "cuda", (9, 0), True),
+        (torch.bfloat16, "cuda", (9, 0), False),  # a kernel of its own reads the offsets on the device
+        (torch.bfloat16, "cuda", (8, 0), True),
+        (torch.float16, "cpu", (9, 0), False),  # nothing is captured there
+    ],
+)
+def test_a_grouped_product_reads_on_the_host_and_is_not_called_data_dependent(
+    dtype: torch.dtype, device: str, capability: tuple[int, int], reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    gm, _ = _grouped(dtype, device)
+    found = uncapturable(gm.graph.nodes)
+    assert [u.why for u in found] == ["reads on the host"] * reads
+    if reads:
+        assert direct_only(found) == "reads on the host: aten._grouped_mm.default"

@@ -42,7 +42,7 @@ _TABLES = {
 #: A captured piece of fewer operators is not worth its launch, nor is a program with fewer of them in all.
 FEW, LEAST = 3, 4
 #: With more pieces, small ones become direct.
-MOST = 48
+MOST = 256
 
 
 class _Whole(Exception):

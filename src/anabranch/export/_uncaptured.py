@@ -78,16 +78,16 @@ def reads_on_host(node: fx.Node) -> bool:
     """Whether the host waits for values of an argument, though every size is known.
 
     PyTorch's grouped product has a kernel that reads where groups begin on the device, for bfloat16 on newer GPUs; else
-    it takes that from the host, and makes a product for each group.
+    the host reads it, and makes a product for each group. So does what transformers has in its place.
     """
-    if "_grouped_mm" not in str(node.target) or not isinstance(node.target, torch._ops.OpOverload):
+    target, value = node.target, node.meta.get("val")
+    if not isinstance(target, torch._ops.OpOverload) or "grouped_mm" not in target.name() or "scaled" in target.name():
         return False
-    value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.device.type == "cpu":
         return False
-    if value.device.type != "cuda" or value.dtype is not torch.bfloat16 or not torch.cuda.is_available():
+    if target.namespace != "aten" or value.device.type != "cuda" or value.dtype is not torch.bfloat16:
         return True
-    return torch.cuda.get_device_capability(value.device)[0] < 9
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(value.device)[0] < 9
 
 
 def is_unbacked(value: Any) -> bool:

@@ -406,7 +406,9 @@ class Engine:
         ``direct``, with ``share_captured`` from 0 to 1 (None where there are none); ``seconds`` of the build by phase
         and in ``total``; how many ``contexts`` there are, ``bytes_per_context``, and ``bytes``, all that they hold now.
         ``measured_us`` has the microseconds of a call as a ``graph`` and ``direct`` where both were measured, and of a
-        direct one by ``compiled`` kernels and by PyTorch's ``operators``.
+        direct one by ``compiled`` kernels and by PyTorch's ``operators``. ``pieces`` has, where a call runs in several,
+        for each whether it is ``captured``, its ``backend``, how many ``operators``, and ``why`` it runs direct; then
+        ``captured`` says whether any is, and ``measured_us`` has what is captured as ``pieces`` and ``direct``.
 
         Any thread. Nothing is queued on a device. Floating-point operations are counted, from shapes, the first time.
         """
