@@ -350,3 +350,43 @@ def test_dropout_between_layers_is_not_the_same_draw_twice(rig: Rig, compiled: M
     torch.manual_seed(5)
     assert_same(got, [model(x) for _ in range(3)])
     assert not torch.equal(got[0], got[1])
+
+
+@pytest.mark.parametrize("name", ["masked", "dropout"])
+@pytest.mark.parametrize("faster", [True, False])
+def test_where_there_is_time_pieces_are_measured_and_what_is_slower_is_not_taken(
+    rig: Rig, compiled: Make, monkeypatch: pytest.MonkeyPatch, name: str, faster: bool
+) -> None:
+    from anabranch.runtime import _builder, _pieces
+    from anabranch.runtime._cost import Cost
+
+    ran: list[list[Any]] = []
+
+    def of_pieces(ways: Any, inputs: Any, stream: Any) -> list[Cost]:
+        ran.append([way(x) for way in ways for x in inputs])
+        return [Cost(100, 1), Cost(1000 if faster else 50, 1)]
+
+    monkeypatch.setattr(type(rig.seam), "has_time", True)
+    monkeypatch.setattr(_builder, "measure", lambda ways, inputs, stream: [Cost(1, 1), Cost(2, 2)])
+    monkeypatch.setattr(_pieces, "measure", of_pieces)
+    model = MODELS[name]()
+    engine = compiled(model, rig.random(4, 256), backend="eager")
+    assert pieces_of(engine) == ([True, False, True] if faster else [])
+    assert ("not in pieces: measured" if not faster else "pieces: measured") in engine.explain()
+    # Of what depends on data each captured piece by itself, else the whole.
+    assert len(ran) == (2 if name == "masked" else 1)
+    for a, b, c, d in ran:
+        if name == "masked":
+            assert_same([*a, *b], [*c, *d])
+        assert [y.shape for y in a] == [y.shape for y in c]
+    stats = engine.stats()
+    assert (stats.calls, stats.graph_calls, stats.direct_calls, stats.waits) == (0, 0, 0, 0)
+    (signature,) = engine.summary()["signatures"]
+    assert signature["measured_us"].keys() == {"pieces", "direct"}
+    x = rig.random(4, 256)
+    torch.manual_seed(1)
+    got = engine(x)
+    torch.manual_seed(1)
+    assert_same(got, model(x))
+    stats = engine.stats()
+    assert (stats.calls, stats.graph_calls, stats.direct_calls) == (1, int(faster), int(not faster))

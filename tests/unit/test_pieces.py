@@ -259,9 +259,9 @@ def _grouped(dtype: torch.dtype, device: str) -> tuple[torch.fx.GraphModule, tor
 def test_a_grouped_product_reads_on_the_host_and_is_not_called_data_dependent(
     dtype: torch.dtype, device: str, capability: tuple[int, int], reads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gm, _ = _grouped(dtype, device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    gm, _ = _grouped(dtype, device)
     found = uncapturable(gm.graph.nodes)
     assert [u.why for u in found] == ["reads on the host"] * reads
     if reads:

@@ -288,6 +288,16 @@ class NativeCalls:
             self._forget_tries()
             self.core.set_program(None, None, False)
 
+    @contextmanager
+    def trying_direct(self) -> Iterator[Way]:
+        def by_core(inputs: Sequence[Any]) -> Any:
+            return self._try("direct_calls", inputs)
+
+        try:
+            yield by_core if self.runs_here else self.direct.run
+        finally:
+            self._forget_tries()
+
     def _try(self, kind: str, inputs: Sequence[Any]) -> Any:
         """A call that only measures."""
         self._tries[kind] += 1

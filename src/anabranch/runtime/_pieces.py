@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from anabranch.backends import Stateful
 from anabranch.errors import DeviceLost, FlagsChanged
 from anabranch.export import Cut, Piece, cut
 from anabranch.runtime._builder import Builder, Choice
 from anabranch.runtime._calls import Calls
-from anabranch.runtime._cost import measure
+from anabranch.runtime._cost import Way, measure
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import neutral
 from anabranch.runtime._unit import Unit
@@ -52,9 +54,11 @@ class Pieces:
     #: Its calls come by Python.
     takes_plain_tensors = False
 
-    def __init__(self, unit: Unit, whole: Calls, made: Cut, parts: Sequence[Part], measured: str = "") -> None:
+    def __init__(self, unit: Unit, whole: Calls, made: Cut, parts: Sequence[Part]) -> None:
         """``whole``: what runs the program in one piece."""
-        self.parts, self.whole, self.measured = tuple(parts), whole, measured
+        self.parts, self.whole = tuple(parts), whole
+        #: Why a call runs in pieces, where that was measured.
+        self.measured = ""
         self.takes = tuple(part.piece.takes for part in parts)
         #: Which values the program's results are.
         self.results = made.results
@@ -69,15 +73,18 @@ class Pieces:
         if device.is_capturing(device.current_stream(unit.index)):
             return self.whole(leaves)
         given, inputs = unit.inputs(leaves)
+        return unit.finish(given, self.run(inputs))
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
+        """The program's results. ``inputs`` are what lies in memory of a call's."""
         for watch in self._watches:
             watch.check()
         values: list[Any] = list(inputs)
-        del inputs
         for calls, takes, drops in self._steps:
             values += calls([values[i] for i in takes])
             for i in drops:
                 values[i] = None
-        return unit.finish(given, [values[i] for i in self.results])
+        return [values[i] for i in self.results]
 
     @property
     def captured(self) -> list[Part]:
@@ -148,18 +155,17 @@ def _build(
     captured = [part for part in parts if part.choice.uses_graphs]
     if not captured:
         return f"not in pieces: {next(part.choice.reason for part in parts if part.piece.is_captured)}"
-    measured = ""
+    others = [part for part in parts if part is not captured[0]]
+    pieces = Pieces(unit, whole, made, parts)
     if unit.settings.cuda_graphs is None and unit.device.has_time:
         with clock.phase("measuring"):
-            ours, direct = _measure(unit, captured, choice, make_calls, clock)
-        ours += _BETWEEN_US * len(parts)
+            ours, direct = _measure(unit, pieces, make_calls, clock)
         choice.measured |= {"pieces": ours, "direct": direct}
-        measured = f"measured {ours:.0f} us for what is captured, {direct:.0f} us direct"
+        pieces.measured = f"measured {ours:.0f} us in pieces, {direct:.0f} us direct"
         if ours > direct:
-            return f"not in pieces: {measured}"
-    others = [part for part in parts if part is not captured[0]]
+            return f"not in pieces: {pieces.measured}"
     unit.counters.include([part.unit.counters for part in (captured[0], *others)])
-    return Pieces(unit, whole, made, parts, measured)
+    return pieces
 
 
 def _part(unit: Unit, piece: Piece, make_calls: Callable[[Unit], Calls], clock: Clock, direct: bool) -> Part:
@@ -170,32 +176,38 @@ def _part(unit: Unit, piece: Piece, make_calls: Callable[[Unit], Calls], clock: 
     return Part(piece, own, calls, Builder(own, calls, clock).build(()))
 
 
-def _measure(
-    unit: Unit, captured: Sequence[Part], choice: Choice, make_calls: Callable[[Unit], Calls], clock: Clock
-) -> tuple[float, float]:
-    """Microseconds of all captured pieces, by their graphs and as they would run in one direct program.
+def _measure(unit: Unit, pieces: Pieces, make_calls: Callable[[Unit], Calls], clock: Clock) -> tuple[float, float]:
+    """Microseconds of a call in pieces and in one.
 
-    Piece by piece: what depends on data cannot run on made-up values, and costs the same either way.
+    What depends on data cannot run on made-up values. It costs the same either way, so what counts is each captured
+    piece, by its graph and by the operators that would run it in one direct program, and what is between pieces.
     """
-    ours = direct = 0.0
-    device = unit.device
-    for part in captured:
-        if choice.backend != "eager":
-            ours, direct = ours + part.choice.measured["graph"], direct + part.choice.measured["direct"]
-            continue
+    if not unit.program.data_dependent:
+        with pieces.whole.trying_direct() as direct:
+            return _race(unit, pieces.run, direct)
+    ours, theirs = _BETWEEN_US * len(pieces.parts), 0.0
+    for part in pieces.captured:
         twin = _part(unit, part.piece, make_calls, clock, True)
-        with neutral(device, unit.index), device.building():
-            scratch = device.scratch(unit.index)
-            examples: list[Any] = []
-            try:
-                if unit.workspaces:
-                    scratch.lane.load_workspaces()
-                with scratch.using():
-                    examples = [part.unit.examples(), part.unit.examples()]
-                    graph, operators = measure((part.calls, twin.calls), examples, scratch.stream)
-            finally:
-                scratch.stream.synchronize()
-                examples = []
-                device.release_scratch(scratch)
-        ours, direct = ours + graph.us, direct + operators.us
-    return ours, direct
+        with twin.calls.trying_direct() as direct:
+            graph, operators = _race(part.unit, part.calls, direct)
+        ours, theirs = ours + graph, theirs + operators
+    return ours, theirs
+
+
+def _race(unit: Unit, first: Way, second: Way) -> tuple[float, float]:
+    """Microseconds of two ways to run a call of ``unit``."""
+    device = unit.device
+    examples: list[Any] = []
+    with neutral(device, unit.index), device.building():
+        scratch = device.scratch(unit.index)
+        try:
+            if unit.workspaces:
+                scratch.lane.load_workspaces()  # first of all, as in Builder
+            with scratch.using():
+                examples = [unit.examples(), unit.examples()]
+                costs = measure((first, second), examples, scratch.stream)
+        finally:
+            scratch.stream.synchronize()
+            examples = []
+            device.release_scratch(scratch)
+    return costs[0].us, costs[1].us
