@@ -21,28 +21,48 @@ def pieces() -> Any:
 
 # How many schedules are not equivalent; see `test_runtime.py`. Each captured piece has a pool of its own, and draws
 # have the generator's lock in common. With a limit of one context the last piece runs direct.
-@pytest.mark.parametrize("runtime", ["python", "native"])
 @pytest.mark.parametrize(
-    ("program", "limit", "schedules"),
+    ("program", "runtime", "limit", "schedules"),
     [
-        ("draws_threads1_calls3", 1, {"python": 1, "native": 1}),
-        ("draws_threads1_calls3", 2, {"python": 1, "native": 1}),
-        ("draws_threads2_calls1", 1, {"python": 8, "native": 16}),
-        ("draws_threads2_calls1", 2, {"python": 32, "native": 128}),
-        ("looks_threads2_calls1", 1, {"python": 4, "native": 8}),
-        ("looks_threads2_calls1", 2, {"python": 16, "native": 64}),
-        ("looks_threads2_calls2", 1, {"python": 28, "native": 582}),
-        pytest.param("looks_threads2_calls2", 2, {"python": 472}, marks=pytest.mark.slow),
+        *(("draws_threads1_calls3", runtime, limit, 1) for runtime in ("python", "native") for limit in (1, 2)),
+        ("draws_threads2_calls1", "python", 1, 8),
+        ("draws_threads2_calls1", "python", 2, 32),
+        ("draws_threads2_calls1", "native", 1, 16),
+        ("draws_threads2_calls1", "native", 2, 128),
+        ("looks_threads2_calls1", "python", 1, 4),
+        ("looks_threads2_calls1", "python", 2, 16),
+        ("looks_threads2_calls1", "native", 1, 8),
+        ("looks_threads2_calls1", "native", 2, 64),
+        ("looks_threads2_calls2", "python", 1, 28),
+        ("draws_threads2_calls2", "python", 1, 104),
+        pytest.param("looks_threads2_calls2", "python", 2, 472, marks=pytest.mark.slow),
+        pytest.param("looks_threads2_calls2", "native", 1, 582, marks=pytest.mark.slow),
     ],
 )
-def test_every_interleaving(pieces: Any, runtime: str, program: str, limit: int, schedules: dict[str, int]) -> None:
-    from anabranch.explore._oracles import ORACLES
+def test_every_interleaving(pieces: Any, program: str, runtime: str, limit: int, schedules: int) -> None:
     from anabranch.sim import explore
 
-    # The host waits where it looks how many there are, as it does in eager. It has no context in hand then.
-    oracles = [o for o in ORACLES if o != "host-wait" or not program.startswith("looks")]
-    verdict = explore(getattr(pieces, program), args=(runtime, limit), schedules=20000, oracles=oracles)
+    verdict = explore(getattr(pieces, program), args=(runtime, limit), schedules=2000, oracles=oracles_of(program))
     assert not verdict.failed, verdict.report()
     assert verdict.kind == "exhaustive"
-    assert verdict.schedules == schedules[runtime]
+    assert verdict.schedules == schedules
     assert len(verdict.outcomes) == 1
+
+
+# More than 12,000 schedules are not equivalent.
+@pytest.mark.parametrize("program", ["looks_threads2_calls2", "draws_threads2_calls2"])
+def test_two_pools_of_the_native_runtime_at_random(pieces: Any, program: str) -> None:
+    from anabranch.sim import explore, random
+
+    verdict = explore(
+        getattr(pieces, program), args=("native", 2), scheduler=random(0), schedules=150, oracles=oracles_of(program)
+    )
+    assert not verdict.failed, verdict.report()
+    assert str(verdict) == "bounded(150 schedules, 150)"
+
+
+def oracles_of(program: str) -> list[str]:
+    """The host waits where it looks how many there are, as it does in eager: it has no context in hand then."""
+    from anabranch.explore._oracles import ORACLES
+
+    return [o for o in ORACLES if o != "host-wait" or not program.startswith("looks")]
