@@ -18,13 +18,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anabranch
+from contract.pieces import PieceMlp
 from contract.support import PATHS, Chain, Make, Mlp, Rig, assert_same, on_threads
 
 # -- 1: ordered on the caller's current stream, looked up at every call ----------------------------------------------
 
 
 @PATHS
-@pytest.mark.parametrize("model", [torch.nn.ReLU(), Mlp(), Chain()], ids=["relu", "mlp", "chain"])
+@pytest.mark.parametrize("model", [torch.nn.ReLU(), Mlp(), Chain(), PieceMlp()], ids=["relu", "mlp", "chain", "pieces"])
 def test_clause1_starts_after_the_callers_queued_work(rig: Rig, compiled: Make, model: Any, graphs: bool) -> None:
     source = rig.random(4, 256)
     engine = compiled(model, source, cuda_graphs=graphs)

@@ -32,6 +32,8 @@ DIAGNOSTICS = {
     "instance that does not wait for its last run": "stream `B` has waited for no work of stream `A`",
     "instance released before its run is queued": "has waited for no work of stream",
     "instance of a direct call captured": "stream `B` has waited for no work of stream `A`",
+    "order between two pieces skipped": "stream `lane` has waited for no work of stream `A`",
+    "value between pieces left in the context": "stream `B` has waited for",
 }
 
 

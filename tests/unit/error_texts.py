@@ -20,6 +20,7 @@ CAUGHT = {
     "Unreadable": "the reason why calls copy their inputs, which explain() shows",
     "_Unbindable": "the reason why calls copy their inputs, which explain() shows",
     "_Untranslatable": "the reason why calls are queued from Python, which explain() shows",
+    "_Whole": "the reason why a program is not cut into pieces, which explain() shows",
     "NotCarried": "the reason why a number is a part of the signature, which explain() shows",
     "_Kept": "the reason why operators take a number as it is, which explain() shows",
     "NotReady": "a cell of the benchmark's table",
@@ -471,6 +472,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/runtime/_direct.py": [
         ("numerics flags changed again and again", "set them once, before the calls"),
         ("the model is {unit.program.direct_only}", "needs the host to look at results", "Call the engine outside"),
+        ("an operator of the model {unit.program.direct_only}", "needs the host to wait", "Call the engine outside"),
         ("the model is {unit.program.direct_only}", "would keep the values of this call", "Call the engine outside"),
         (
             "no execution context of {self._backend} is left",

@@ -7,6 +7,7 @@ from anabranch.export._indices import valid_integer
 from anabranch.export._number_tensors import tensorize
 from anabranch.export._numbers import NotCarried, Numbers
 from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutput, SizeOutput, finisher
+from anabranch.export._pieces import Cut, Piece, cut
 from anabranch.export._precision import Cast
 from anabranch.export._program import Program, export_program
 from anabranch.export._proof import same_computation
@@ -23,18 +24,21 @@ from anabranch.export._signature import (
 )
 from anabranch.export._snapshot import Fresh, Snapshot
 from anabranch.export._trial import changed_between, state_of
-from anabranch.export._uncaptured import Uncaptured, source_of
+from anabranch.export._uncaptured import READS_ON_HOST, Uncaptured, source_of
 
 __all__ = [
+    "READS_ON_HOST",
     "AliasOutput",
     "Cast",
     "ComputedOutput",
     "ConstantOutput",
+    "Cut",
     "Fresh",
     "Input",
     "NotCarried",
     "NotExported",
     "Numbers",
+    "Piece",
     "Program",
     "Signature",
     "SizeOutput",
@@ -43,6 +47,7 @@ __all__ = [
     "Uncaptured",
     "changed_between",
     "copy_of",
+    "cut",
     "describe",
     "export_program",
     "finisher",

@@ -93,7 +93,7 @@ def compute_constants(
         _compute(wanted, known)
         for node in wanted:
             value, users = known[node], [user for user in node.users if user not in made_of_nothing]
-            copying = [user for user in users if _copies(user, node)] if value.device.type == "cpu" else []
+            copying = [user for user in users if copies_from_cpu(user, node)] if value.device.type == "cpu" else []
             for x, by in ((value.to(device), copying), (value, [user for user in users if user not in copying])):
                 if by and (x is not value or node.op != "placeholder"):
                     constants.append((node, x, _uniform(x), by))
@@ -140,7 +140,7 @@ def is_on_cpu(node: fx.Node) -> bool:
     return any(x.device.type == "cpu" for x in values)
 
 
-def _copies(user: fx.Node, node: fx.Node) -> bool:
+def copies_from_cpu(user: fx.Node, node: fx.Node) -> bool:
     """Whether an operator copies this tensor of the CPU to the device, where its result is, in each call."""
     if is_on_cpu(user):
         return False

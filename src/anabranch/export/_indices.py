@@ -8,7 +8,7 @@ computed here, on the CPU, for one integer after another.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,10 @@ _INDEXING = frozenset(
         *("nll_loss2d", "nll_loss2d_forward", "nll_loss_nd", "unsafe_masked_index"),
     )
 )
+#: They make integers of floating values.
+_CONVERTING = frozenset(("to_copy", "to", "type_as", "view"))
+#: With both bounds, or a divisor, their results lie in a range.
+_BOUNDED = frozenset(("clamp", "remainder"))
 _TRIED = (*range(17), *(2**n for n in range(5, 21)))
 #: Elements: what is larger is not computed here, and counts as unknown.
 _LARGEST = 1 << 22
@@ -71,6 +75,36 @@ def valid_integer(graph: fx.Graph, inputs: Sequence[TensorSpec]) -> tuple[int, s
         if not why:
             return value, ""
     return 0, why
+
+
+def indexed_by_floats(nodes: Mapping[fx.Node, bool], weights: Container[fx.Node]) -> list[fx.Node]:
+    """Operators of a piece that index with integers made of floating values, which may be any where those are made up.
+
+    ``nodes``: of the piece, in order; those that it is given, or False. ``weights`` have their own values.
+    """
+    floating: set[fx.Node] = set()
+    unsure: set[fx.Node] = set()
+    found = []
+    for node, is_inside in nodes.items():
+        values = [x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor)]
+        is_float = any(x.is_floating_point() or x.is_complex() for x in values)
+        if not is_inside:
+            if is_float and node not in weights:
+                floating.add(node)
+            continue
+        given = node.all_input_nodes
+        if is_float and not floating.isdisjoint(given):
+            floating.add(node)
+        name = node.target._schema.name.rsplit("::")[-1] if isinstance(node.target, torch._ops.OpOverload) else ""
+        if name and is_indexing(node.target) and not unsure.isdisjoint(given):
+            found.append(node)
+        converts = not is_float and not floating.isdisjoint(given) and name.strip("_") in _CONVERTING
+        bounds = name in _BOUNDED and None not in node.args and len(node.args) == (3 if name == "clamp" else 2)
+        has_integers = any(_is_integer(x.dtype) and x.dtype is not torch.bool for x in values)
+        # Positions that an operator finds (argmax, say) are valid whatever the values are.
+        if has_integers and not bounds and (converts or not unsure.isdisjoint(given)):
+            unsure.add(node)
+    return found
 
 
 def _fails(nodes: Iterable[fx.Node], known: dict[fx.Node, Any]) -> str:

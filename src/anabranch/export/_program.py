@@ -207,7 +207,7 @@ def _flatten(
     # computed a value in another type, and fail.
     for node in gm.graph.find_nodes(op="call_function", target=_aten._assert_tensor_metadata.default):
         gm.graph.erase_node(node)
-    uncaptured = uncapturable(gm.graph)
+    uncaptured = uncapturable(gm.graph.nodes)
     data_dependent = any(u.why == "data-dependent" for u in uncaptured)
     _propagate(gm, data_dependent)
     asks = pin_default_dtype(gm)

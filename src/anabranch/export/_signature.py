@@ -70,6 +70,8 @@ class TensorSpec:
     on_cpu: bool = False
     #: What made-up integers of it are.
     integer: int = dataclasses.field(default=0, compare=False)
+    #: Whether its sizes depend on data: any tensor of its kind is taken as it is.
+    is_open: bool = False
 
     @classmethod
     def of(cls, x: torch.Tensor, device: torch.device | None = None) -> TensorSpec:
@@ -120,6 +122,8 @@ class TensorSpec:
 
     def matches(self, x: torch.Tensor) -> bool:
         """Whether the steps can read ``x`` as it is: same strides where they matter, and aligned."""
+        if self.is_open:
+            return True
         if x.data_ptr() % ALIGNMENT and x.numel():
             return False
         return x.is_contiguous() if self.is_contiguous else x.stride() == self.strides
@@ -135,6 +139,8 @@ class TensorSpec:
 
     def __str__(self) -> str:
         name = f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}" + " on the CPU" * self.on_cpu
+        if self.is_open:
+            return f"{name} (0: depends on data)"
         return name if self.is_contiguous else f"{name} strides {list(self.strides)}"
 
 

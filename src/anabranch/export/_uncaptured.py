@@ -19,9 +19,14 @@ from anabranch.export._random import is_random
 _PACKAGE = str(Path(__file__).parents[1])
 
 
+#: Why an operator cannot be captured.
+READS_ON_HOST, ON_CPU = "reads on the host", "works on the CPU"
+
+
 class Uncaptured(NamedTuple):
-    """An operator that keeps a graph from being captured: ``why`` is ``data-dependent``, ``random``, ``input on the
-    CPU`` (it reads one), or ``number``: it takes a number of the call that cannot be a tensor."""
+    """An operator that keeps a graph from being captured: ``why`` is ``data-dependent``, ``random``, ``reads on the
+    host`` (it waits for values there, whatever its result's sizes), ``input on the CPU`` (it reads one), ``works on the
+    CPU`` (in a piece), or ``number``: it takes a number of the call that cannot be a tensor."""
 
     why: str
     operator: str
@@ -29,10 +34,10 @@ class Uncaptured(NamedTuple):
     source: str
 
 
-def uncapturable(graph: fx.Graph) -> tuple[Uncaptured, ...]:
-    """Why the graph must run uncaptured; nothing where it need not. A captured random op would replay one draw."""
+def uncapturable(nodes: Iterable[fx.Node]) -> tuple[Uncaptured, ...]:
+    """Why a graph must run uncaptured; nothing where it need not. A captured random op would replay one draw."""
     found = []
-    for node in graph.nodes:
+    for node in nodes:
         if node.op != "call_function":
             continue
         why = ""
@@ -40,9 +45,11 @@ def uncapturable(graph: fx.Graph) -> tuple[Uncaptured, ...]:
             why = "data-dependent" if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
         elif depends_on_data(node):
             # Not what only comes of another one.
-            why = "" if any(_is_unbacked(n.meta.get("val")) for n in node.all_input_nodes) else "data-dependent"
+            why = "" if any(is_unbacked(n.meta.get("val")) for n in node.all_input_nodes) else "data-dependent"
         elif is_random(node):
             why = "random"
+        elif reads_on_host(node):
+            why = READS_ON_HOST
         if why:
             found.append(Uncaptured(why, str(node.target), source_of(node)))
     return tuple(found)
@@ -50,7 +57,7 @@ def uncapturable(graph: fx.Graph) -> tuple[Uncaptured, ...]:
 
 def direct_only(uncaptured: Sequence[Uncaptured]) -> str | None:
     """For messages, the reason that weighs more."""
-    for why in ("data-dependent", "random", "input on the CPU"):
+    for why in ("data-dependent", "random", READS_ON_HOST, "input on the CPU", ON_CPU):
         named = [f"{u.operator} ({u.source})" if u.source else u.operator for u in uncaptured if u.why == why]
         if named:
             return f"{why}: {', '.join(named)}"
@@ -64,10 +71,27 @@ def depends_on_data(node: fx.Node) -> bool:
     the one for ``index`` is for masks, and most indices are integers. Masks that are written through (``index_put``)
     have results of a known size, and the host looks at them all the same.
     """
-    return has_mask(node.target, node.args) or _is_unbacked(node.meta.get("val"))
+    return has_mask(node.target, node.args) or is_unbacked(node.meta.get("val"))
 
 
-def _is_unbacked(value: Any) -> bool:
+def reads_on_host(node: fx.Node) -> bool:
+    """Whether the host waits for values of an argument, though every size is known.
+
+    PyTorch's grouped product has a kernel that reads where groups begin on the device, for bfloat16 on newer GPUs; else
+    the host reads it, and makes a product for each group. So does what transformers has in its place.
+    """
+    target, value = node.target, node.meta.get("val")
+    if not isinstance(target, torch._ops.OpOverload) or "grouped_mm" not in target.name() or "scaled" in target.name():
+        return False
+    if not isinstance(value, torch.Tensor) or value.device.type == "cpu":
+        return False
+    if target.namespace != "aten" or value.device.type != "cuda" or value.dtype is not torch.bfloat16:
+        return True
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(value.device)[0] < 9
+
+
+def is_unbacked(value: Any) -> bool:
+    """Whether it is a number that depends on data, or a tensor of such sizes, or has one of them."""
     return any(
         isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool)
         or (isinstance(x, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in x.shape))

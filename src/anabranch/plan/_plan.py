@@ -66,6 +66,8 @@ class Step:
     kind: str = "op"
     op: str = ""
     source: str = ""
+    #: Which of the plan's pieces it is in.
+    piece: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,22 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class PlanPiece:
+    """How a part of a plan runs: as a captured graph with memory of its own, or direct; and why."""
+
+    captured: bool
+    backend: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """The steps of one engine for one input signature.
 
     Steps are listed in issue order. Two steps of one lane run in that order; steps of different lanes are ordered
     only by :class:`Edge` (and what follows from edges and lanes together). ``captured`` says whether the steps run as
-    a captured CUDA graph; ``reason`` says why or why not.
+    a captured CUDA graph; ``reason`` says why or why not. Where they run in several ways, ``pieces`` has those, and
+    ``captured`` says whether any of them is.
     """
 
     name: str
@@ -95,6 +107,7 @@ class Plan:
     captured: bool = False
     reason: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
+    pieces: tuple[PlanPiece, ...] = ()
 
     def __post_init__(self) -> None:
         names = {b.name for b in self.buffers}
@@ -138,6 +151,7 @@ class Plan:
                     Step(**{**s, "reads": accesses(s["reads"]), "writes": accesses(s["writes"])}) for s in d["steps"]
                 ),
                 "edges": tuple(Edge(**e) for e in d["edges"]),
+                "pieces": tuple(PlanPiece(**p) for p in d.get("pieces", ())),
             }
         )
 
@@ -174,7 +188,7 @@ def _accesses(accesses: Sequence[Access]) -> str:
 
 
 def _text(plan: Plan) -> str:
-    mode = "captured" if plan.captured else "direct"
+    mode = "in pieces" if plan.pieces else "captured" if plan.captured else "direct"
     lines = [f"plan {plan.name}: {plan.device}, {plan.backend}, {mode} ({plan.reason})"]
     lines.append(f"  lanes: {', '.join(plan.lanes)}")
     width = max((len(s.name) for s in plan.steps), default=0)
@@ -182,7 +196,11 @@ def _text(plan: Plan) -> str:
     waits: dict[str, list[str]] = {}
     for e in plan.edges:
         waits.setdefault(e.after, []).append(e.before)
+    piece = -1
     for i, s in enumerate(plan.steps):
+        if plan.pieces and s.piece != piece:
+            piece, p = s.piece, plan.pieces[s.piece]
+            lines.append(f"  piece {piece}: {'captured' if p.captured else 'direct'}, {p.backend} ({p.reason})")
         wait = f"  waits for {', '.join(waits[s.name])}" if s.name in waits else ""
         where = f"  # {s.source}" if s.source else ""
         lines.append(

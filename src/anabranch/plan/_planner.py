@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -44,7 +44,19 @@ def _aliases(node: fx.Node) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in node.target._schema.returns)
 
 
-def build_plan(
+class Planned(NamedTuple):
+    """A plan, and where each of the program's results lies at its end; nothing for a number."""
+
+    plan: Plan
+    results: tuple[tuple[Access, ...], ...]
+
+
+def build_plan(program: Program, inputs: Sequence[TensorSpec], **options: Any) -> Plan:
+    """As :func:`plan_program`, the plan alone."""
+    return plan_program(program, inputs, **options).plan
+
+
+def plan_program(
     program: Program,
     inputs: Sequence[TensorSpec],
     *,
@@ -55,7 +67,7 @@ def build_plan(
     reason: str,
     notes: Mapping[str, str],
     graph: fx.Graph | None = None,
-) -> Plan:
+) -> Planned:
     """The plan of ``program``: one lane, on which each step follows the one before it.
 
     ``eager`` shows each operator. A compiled backend's kernels are one step: what it does inside is its own, and
@@ -146,7 +158,8 @@ def build_plan(
         for i, node in enumerate(results):
             out = buffer(f"output {i}", "output", node.meta["val"])
             steps.append(Step(f"copy out {i}", lane, of[node], (out,), "copy", "copy_"))
-    return Plan(
+            of[node] = (out,)
+    plan = Plan(
         name=name,
         device=str(device),
         backend=backend,
@@ -157,6 +170,7 @@ def build_plan(
         reason=reason,
         notes=dict(notes),
     )
+    return Planned(plan, tuple(of.get(node, ()) for node in results))
 
 
 def _ints(shape: Sequence[Any]) -> tuple[int, ...]:

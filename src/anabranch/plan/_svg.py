@@ -36,6 +36,8 @@ def render(plan: Plan) -> str:
 
     lane_of = {s.name: s.lane for s in plan.steps}
     mode = "captured in a CUDA graph" if plan.captured else "run directly"
+    if plan.pieces:
+        mode = f"in {len(plan.pieces)} pieces, {sum(p.captured for p in plan.pieces)} of them captured"
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
         ' font-family="ui-monospace, monospace" font-size="12">',

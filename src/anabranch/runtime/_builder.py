@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
+from torch.utils import _pytree as pytree
 
 from anabranch.backends import Instance, Kernels, Options, Stateful, get_backend, of_one
 from anabranch.devices import Stream
 from anabranch.errors import BuildError, InputError
+from anabranch.export import is_random
 from anabranch.runtime._calls import Calls
 from anabranch.runtime._comparison import why_off
 from anabranch.runtime._context import Context
@@ -108,7 +111,8 @@ class Builder:
                 examples = self._unit.examples()
                 run = self._lower(examples, lane.stream)
                 if not self._program.data_dependent and not self._program.is_empty:
-                    self._warm_up(run, examples, times=2)
+                    draws = self._program.is_random and self._choice.backend == "eager"
+                    self._warm_up(self._without_draws if draws else run, examples, times=2)
                     run = self._compare(run, examples)
                 self._set_kernels()
             with self._clock.phase("warm-up"):
@@ -181,6 +185,10 @@ class Builder:
                 f"the model does not run on inputs like these ({self._unit.signature}): {type(e).__name__}: {why}."
                 " Expected inputs that model(*inputs) runs on; try that first."
             ) from e
+
+    def _without_draws(self, inputs: Sequence[torch.Tensor]) -> Any:
+        """Run the operators but for those that draw: the next draws are the user's, and other threads'."""
+        return _WithoutDraws(self._program.module).run(*self._program.weights_for_eager(), *inputs)
 
     def _compare(self, run: Kernels | Instance, examples: Sequence[torch.Tensor]) -> Kernels | Instance:
         """Have PyTorch's operators run the model where compiled kernels give other results; returns what runs."""
@@ -274,3 +282,16 @@ class Builder:
             choice.backend = "eager"
             choice.why_eager = f"measured {eager} by PyTorch's operators, {compiled} by compiled kernels"
             self._set_kernels()
+
+
+class _WithoutDraws(fx.Interpreter):
+    """Has zeros in the place of what a graph draws."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        if not is_random(n):
+            return super().run_node(n)
+
+        def zeros(x: torch.Tensor) -> torch.Tensor:
+            return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device).zero_()
+
+        return pytree.tree_map_only(torch.Tensor, zeros, n.meta["val"])

@@ -42,6 +42,9 @@ class Calls(Protocol):
     def trying_operators(self, operators: Kernels) -> AbstractContextManager[Sequence[Way]]:
         """Two ways to run a direct call: by the kernels, and by PyTorch's ``operators``. Leaves no trace."""
 
+    def trying_direct(self) -> AbstractContextManager[Way]:
+        """A way to run a direct call, once it is :meth:`ready`. Leaves no trace."""
+
     def ready(self, uses_graphs: bool, clock: Clock) -> None:
         """The last step of a build: it is known whether calls use graphs."""
 

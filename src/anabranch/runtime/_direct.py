@@ -9,6 +9,7 @@ import torch
 from anabranch.backends import Instance, Kernels, Stateful
 from anabranch.devices import Lane, Stream
 from anabranch.errors import FlagsChanged, NotCapturable
+from anabranch.export import READS_ON_HOST
 from anabranch.runtime._instances import Instances, Member
 from anabranch.runtime._last_uses import LastUses
 from anabranch.runtime._unit import Unit
@@ -93,6 +94,11 @@ class Direct:
             raise NotCapturable(
                 f"this call is inside a CUDA graph capture, and the model is {unit.program.direct_only}, which needs"
                 " the host to look at results. Call the engine outside the capture."
+            )
+        if any(u.why == READS_ON_HOST for u in unit.program.uncaptured):
+            raise NotCapturable(
+                f"this call is inside a CUDA graph capture, and an operator of the model {unit.program.direct_only},"
+                " which needs the host to wait. Call the engine outside the capture."
             )
         if unit.program.on_cpu:
             raise NotCapturable(

@@ -328,7 +328,7 @@ class Engine:
     @property
     def is_captured(self) -> bool:
         """Whether calls of a signature, or a graph of a model in fragments, use a CUDA graph."""
-        return any(s.choice.uses_graphs for s in self._all())
+        return any(s.is_captured for s in self._all())
 
     def _all(self) -> list[Specialization]:
         """Those of its own signatures, and those of the graphs of a model in fragments."""
@@ -369,7 +369,9 @@ class Engine:
         where there are none); ``seconds`` of the build by phase and in ``total``; how many ``contexts`` there are,
         ``bytes_per_context``, and ``bytes``, all that they hold now. ``measured_us`` has the microseconds of a call as
         a ``graph`` and ``direct`` where both were measured, and of a direct one by ``compiled`` kernels and by
-        PyTorch's ``operators``.
+        PyTorch's ``operators``. ``pieces`` has, where a call runs in several, for each whether it is ``captured``, its
+        ``backend``, how many ``operators``, and ``why`` it runs direct; then ``captured`` says whether any is, and
+        ``measured_us`` has what is captured as ``pieces`` and ``direct``.
 
         ``fragments`` is None but for a model that torch.export refuses: then it has ``why``; ``graphs``, an entry for
         each graph, with how many ``operators`` it has, why they run ``by_operators`` of PyTorch's, or nothing, where it

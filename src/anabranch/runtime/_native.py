@@ -29,7 +29,7 @@ from anabranch.runtime._engine import Engine
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import neutral, process
 from anabranch.runtime._specialization import Specialization
-from anabranch.runtime._stats import Stats
+from anabranch.runtime._stats import Parted
 from anabranch.runtime._translation import translate
 from anabranch.runtime._unit import Unit
 
@@ -41,10 +41,11 @@ Limits: Any = core.Limits
 """As :class:`anabranch.runtime._pool.Limits`."""
 
 
-class Counters:
+class Counters(Parted):
     """As :class:`anabranch.runtime._stats.Counters`: the C++ counts calls, Python the rest."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.core = core.Counters()
 
     def add(self, *names: str) -> None:
@@ -56,8 +57,9 @@ class Counters:
         self.core.add(name, -count)
         self.core.add("calls", -count)
 
-    def snapshot(self) -> Stats:
-        return Stats(**self.core.read())
+    def read(self) -> dict[str, int]:
+        counts: dict[str, int] = self.core.read()
+        return counts
 
 
 class Pool:
@@ -146,7 +148,7 @@ class NativeCalls:
         self.core = core.Specialization(
             unit.torch_device,
             unit.device.native_api(core),
-            [replace(spec, on_cpu=False).empty(torch.device("meta")) for spec in unit.specs],
+            [None if spec.is_open else replace(spec, on_cpu=False).empty(torch.device("meta")) for spec in unit.specs],
             unit.limits,
             unit.counters.core,
             weakref.ref(self),
@@ -285,6 +287,16 @@ class NativeCalls:
         finally:
             self._forget_tries()
             self.core.set_program(None, None, False)
+
+    @contextmanager
+    def trying_direct(self) -> Iterator[Way]:
+        def by_core(inputs: Sequence[Any]) -> Any:
+            return self._try("direct_calls", inputs)
+
+        try:
+            yield by_core if self.runs_here else self.direct.run
+        finally:
+            self._forget_tries()
 
     def _try(self, kind: str, inputs: Sequence[Any]) -> Any:
         """A call that only measures."""

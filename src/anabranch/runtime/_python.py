@@ -120,6 +120,10 @@ class PythonCalls:
     def trying_operators(self, operators: Kernels) -> Iterator[Sequence[Way]]:
         yield [self.direct.kernels, operators]
 
+    @contextmanager
+    def trying_direct(self) -> Iterator[Way]:
+        yield self.direct.run
+
     def ready(self, uses_graphs: bool, clock: Clock) -> None:
         self._uses_graphs = uses_graphs
 

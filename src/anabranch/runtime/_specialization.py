@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -11,13 +12,15 @@ from anabranch import _activity
 from anabranch.backends import Stateful
 from anabranch.export import AliasOutput, Program, Signature
 from anabranch.plan import Plan
-from anabranch.plan._planner import build_plan
+from anabranch.plan._join import join_plans
+from anabranch.plan._planner import Planned, plan_program
 from anabranch.race import check_plan
 from anabranch.runtime import _summary
-from anabranch.runtime._builder import Builder
+from anabranch.runtime._builder import Builder, Choice
 from anabranch.runtime._calls import Calls
 from anabranch.runtime._flops import flops_of
 from anabranch.runtime._phases import Clock
+from anabranch.runtime._pieces import Pieces, build_pieces
 from anabranch.runtime._process import process
 from anabranch.runtime._unit import Unit
 
@@ -38,8 +41,16 @@ class Specialization:
         is the end of.
         """
         self.unit = unit
-        self.calls = make_calls(unit)
+        self.calls: Any = make_calls(unit)
         self.choice = Builder(unit, self.calls, clock).build(given)
+        built = build_pieces(unit, self.calls, self.choice, make_calls, clock)
+        #: What runs calls, where that is several pieces.
+        self.pieces: Pieces | None = None
+        self._why_whole = ""
+        if isinstance(built, str):
+            self._why_whole = built
+        else:
+            self.calls = self.pieces = built
         #: That no two steps of the plan can race. Raises PlanError before anything could run.
         self.proof = check_plan(self.plan()).raise_if_unordered()
         unit.counters.add("specializations")
@@ -55,6 +66,11 @@ class Specialization:
         return self.unit.signature
 
     @property
+    def is_captured(self) -> bool:
+        """Whether calls use a CUDA graph, in one of their pieces at least."""
+        return self.choice.uses_graphs or self.pieces is not None
+
+    @property
     def loads_code(self) -> bool:
         """Whether its backend loads code for each context, so that the host has to wait where one is freed."""
         return isinstance(self.choice.kernels, Stateful)
@@ -65,6 +81,8 @@ class Specialization:
         Of kernels with state: instances for as many direct calls, where calls run direct, and ``captures`` of them for
         callers' graphs.
         """
+        if self.pieces is not None:
+            return self.pieces.warm(contexts)
         instances = self.calls.direct.instances
         if instances is not None:
             with process.build_lock, _activity.building():
@@ -75,6 +93,9 @@ class Specialization:
 
     def trim(self) -> None:
         """Give up the contexts that are idle; calls in flight keep theirs, and later calls build new ones."""
+        if self.pieces is not None:
+            self.pieces.trim()
+            return
         self.calls.contexts.trim()
         if self.calls.direct.instances is not None:
             self.calls.direct.instances.trim()
@@ -84,58 +105,82 @@ class Specialization:
     def plan(self) -> Plan:
         """What a call does, as plain data."""
         choice, unit = self.choice, self.unit
-        return build_plan(
-            unit.program,
-            unit.specs,
-            name=f"{unit.settings.name}({unit.signature})",
-            device=unit.torch_device,
-            backend=choice.backend,
-            captured=choice.uses_graphs,
-            reason=choice.reason,
-            graph=choice.kernels.graph if isinstance(choice.kernels, Stateful) else None,
-            notes={f"{how} path, us a call": f"{us:.1f}" for how, us in choice.measured.items()},
-        )
+        name = f"{unit.settings.name}({unit.signature})"
+        notes = {f"{how} path, us a call": f"{us:.1f}" for how, us in choice.measured.items()}
+        if self.pieces is not None:
+            planned = [(_plan_of(p.unit, p.choice, name, {}), p.piece.takes) for p in self.pieces.parts]
+            return join_plans(planned, self.pieces.results, len(unit.specs), unit.settings.backend, notes)
+        return _plan_of(unit, choice, name, notes).plan
 
     def summary(self) -> _summary.SignatureSummary:
         """What it consists of, as plain data. Floating-point operations are counted at the first time."""
-        choice, program, pool = self.choice, self.program, self.calls.contexts.pool
-        instances = self.calls.direct.instances
+        choice, program, pieces = self.choice, self.program, self.pieces
+        instances = None if pieces is not None else self.calls.direct.instances
+        total = _summary.count_operators(program.module.graph)
+        captured, flops = (total, self._flops) if choice.uses_graphs else (0, 0)
+        backend, reason = choice.backend, choice.reason
+        described: tuple[_summary.PieceSummary, ...] = ()
+        pools = [self.calls.contexts.pool] if choice.uses_graphs else []
+        if pieces is not None:
+            pools = [part.calls.contexts.pool for part in pieces.captured]
+            # What is computed anew in several pieces counts once, as direct.
+            counted = sum(part.piece.operators for part in pieces.captured)
+            captured, flops = min(counted, total), self._captured_flops
+            backend = pieces.captured[0].choice.backend
+            reason = f"in pieces: {len(pools)} of {len(pieces.parts)} captured; {program.direct_only}"
+            described = tuple(
+                _summary.PieceSummary(p.choice.uses_graphs, p.choice.backend, p.piece.operators, p.why_direct)
+                for p in pieces.parts
+            )
         return _summary.SignatureSummary(
             signature=str(self.signature),
-            captured=choice.uses_graphs,
-            backend=choice.backend,
-            reason=choice.reason,
+            captured=bool(pools),
+            backend=backend,
+            reason=reason,
             uncaptured=program.uncaptured,
-            operators=_summary.Shared(_summary.count_operators(program.module.graph), choice.uses_graphs),
-            flops=_summary.Shared(self._flops, choice.uses_graphs),
+            operators=_summary.Shared(total, captured),
+            flops=_summary.Shared(self._flops, flops),
             seconds=self.seconds,
-            contexts=len(pool),
-            bytes_per_context=pool.estimate if choice.uses_graphs else 0,
-            bytes=pool.nbytes + (instances.nbytes if instances is not None else 0),
+            contexts=sum(map(len, pools)),
+            bytes_per_context=sum(pool.estimate for pool in pools),
+            bytes=sum(pool.nbytes for pool in pools) + (instances.nbytes if instances is not None else 0),
             measured_us=choice.measured,
+            pieces=described,
         )
 
     @functools.cached_property
     def _flops(self) -> int | None:
-        counts = flops_of(self.program.module.graph).values()
+        return _sum(self.program)
+
+    @functools.cached_property
+    def _captured_flops(self) -> int | None:
+        assert self.pieces is not None
+        counts = [_sum(part.piece.program) for part in self.pieces.captured]
         return None if None in counts else sum(n for n in counts if n)
 
     def explain(self) -> list[str]:
         """Why it runs as it does, a line each."""
-        choice, program, settings = self.choice, self.program, self.unit.settings
+        choice, program, settings, pieces = self.choice, self.program, self.unit.settings, self.pieces
         device, reads_flags = settings.device, self.unit.watch.reads_any
         way = "captured: one CUDA graph launch a call" if choice.uses_graphs else "direct"
+        way = way if pieces is None else f"in {len(pieces.parts)} pieces, {len(pieces.captured)} of them captured"
         lines = [f"{self.signature}: {way} ({choice.reason})"]
         lines += [f"  {line}" for line in self.summary().lines()]
         lines.append(f"  plan: {self.proof.pairs} conflicting pairs of accesses, all ordered")
         if isinstance(choice.kernels, Stateful):
             lines += [f"  {line}" for line in choice.kernels.describe()]
-        instances = self.calls.direct.instances
+        if self._why_whole:
+            lines.append(f"  {self._why_whole}")
+        instances = None if pieces is not None else self.calls.direct.instances
         if instances is not None:
             if len(instances):
                 lines.append(f"  instances of direct calls: {len(instances)}, {instances.nbytes} bytes")
             lines.append(f"  instances for callers' graphs: {instances.spare} left")
-        if choice.backend != settings.backend and not program.is_empty:
+        if pieces is not None:
+            n, size = sum(len(p.calls.contexts.pool) for p in pieces.captured), self.summary().bytes_per_context
+            lines.append(f"  contexts: {n}, each of one piece; {size} bytes for one of each")
+            lines.append("  in one piece inside a caller's own capture, if it can be captured at all")
+        elif choice.backend != settings.backend and not program.is_empty:
             lines.append(f"  backend eager instead of {settings.backend}: {choice.why_eager}")
         if choice.uses_graphs:
             pool = self.calls.contexts.pool
@@ -158,3 +203,22 @@ class Specialization:
         if reads_flags and device.kind != "cuda":
             lines.append("  CPU reductions give the same bits only under the same torch.get_num_threads()")
         return lines + [f"  {line}" for line in self.calls.explain()]
+
+
+def _plan_of(unit: Unit, choice: Choice, name: str, notes: Mapping[str, str]) -> Planned:
+    return plan_program(
+        unit.program,
+        unit.specs,
+        name=name,
+        device=unit.torch_device,
+        backend=choice.backend,
+        captured=choice.uses_graphs,
+        reason=choice.reason,
+        graph=choice.kernels.graph if isinstance(choice.kernels, Stateful) else None,
+        notes=notes,
+    )
+
+
+def _sum(program: Program) -> int | None:
+    counts = flops_of(program.module.graph).values()
+    return None if None in counts else sum(n for n in counts if n)

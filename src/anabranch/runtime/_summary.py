@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import fx
@@ -18,16 +18,29 @@ class Shared:
     """How much of something runs in CUDA graphs; the rest runs operator by operator. None: it depends on data."""
 
     total: int | None
-    is_captured: bool
+    captured: int | None
 
     @property
     def share(self) -> float | None:
-        """The captured share, from 0 to 1; None where there is nothing of it."""
-        return None if self.total == 0 else float(self.is_captured)
+        """The captured share, from 0 to 1; None where there is nothing of it, or nobody can tell."""
+        if self.captured == 0 and self.total != 0:
+            return 0.0
+        return self.captured / self.total if self.total and self.captured is not None else None
 
     def data(self) -> dict[str, Any]:
-        captured, direct = (self.total, 0) if self.is_captured else (0, self.total)
-        return {"captured": captured, "direct": direct, "share_captured": self.share}
+        known = self.total is not None and self.captured is not None
+        direct = self.total - self.captured if known else None  # type: ignore[operator]
+        return {"captured": self.captured, "direct": direct, "share_captured": self.share}
+
+
+@dataclass(frozen=True)
+class PieceSummary:
+    """Of one piece of a signature's calls. ``why``: why it runs direct."""
+
+    captured: bool
+    backend: str
+    operators: int
+    why: str
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,8 @@ class SignatureSummary:
     bytes_per_context: int
     bytes: int
     measured_us: Mapping[str, float]
+    #: In order, where there are several.
+    pieces: Sequence[PieceSummary] = ()
 
     def data(self) -> dict[str, Any]:
         """Dicts, lists, strings and numbers, as ``json.dumps`` takes them."""
@@ -63,6 +78,7 @@ class SignatureSummary:
             "bytes_per_context": self.bytes_per_context,
             "bytes": self.bytes,
             "measured_us": dict(self.measured_us),
+            "pieces": [asdict(piece) for piece in self.pieces],
         }
 
     def lines(self) -> list[str]:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pieces
 import torch
 from engines import ENGINES as ALL
 from engines import INPUTS, SIM, STREAMS, check, many_threads, one_thread, serve
@@ -383,6 +384,59 @@ def captured_spare() -> None:
     streams2_threads1_direct_call_then_capture("python")
 
 
+# -- 16, 17: calls of several pieces ---------------------------------------------------------------------------------
+
+
+def _piece_on_lane(*, waits: bool) -> None:
+    """The direct piece runs on a stream of the runtime's own, between two on the caller's."""
+    calls = _pick(pieces.ENGINES[pieces.Draws, "python", 2])
+    run, takes, drops = calls._steps[1]
+
+    def aside(values: Sequence[torch.Tensor]) -> Any:
+        caller = torch.accelerator.current_stream()
+        fork, join = torch.Event(SIM), torch.Event(SIM)
+        fork.record(caller)
+        if waits:
+            LANE.wait_event(fork)
+        with LANE:
+            results = run(values)
+            join.record(LANE)
+        for x in values:
+            x.record_stream(LANE)
+        for y in results:
+            y.record_stream(caller)
+        if waits:
+            caller.wait_event(join)
+        return results
+
+    calls._steps[1] = (aside, takes, drops)
+    pieces.draws_threads1_calls2("python", 2)
+
+
+def piece_out_of_order() -> None:
+    _piece_on_lane(waits=False)
+
+
+def piece_in_order() -> None:
+    _piece_on_lane(waits=True)
+
+
+def value_left_in_the_context() -> None:
+    part = _pick(pieces.ENGINES[pieces.Draws, "python", 2]).parts[0].calls
+    launch = part._launch
+
+    def without_copies(context: Any, inputs: Sequence[torch.Tensor], stream: Any) -> Sequence[torch.Tensor]:
+        launch(context, inputs, stream)
+        return context.outputs.results  # type: ignore[no-any-return]
+
+    part._launch = without_copies
+    pieces.draws_threads1_calls2("python", 2)
+
+
+def values_copied_out() -> None:
+    pieces.draws_threads1_calls2("python", 2)
+
+
 MUTANTS: dict[str, tuple[Program, Program]] = {
     "stale stream": (stale_stream, stale_stream_repaired),
     "no input wait": (no_input_wait, lane_repaired),
@@ -399,6 +453,8 @@ MUTANTS: dict[str, tuple[Program, Program]] = {
     "instance that does not wait for its last run": (instance_without_wait, instance_waited_for),
     "instance released before its run is queued": (instance_released_before_run, instance_released_after_run),
     "instance of a direct call captured": (captured_in_use, captured_spare),
+    "order between two pieces skipped": (piece_out_of_order, piece_in_order),
+    "value between pieces left in the context": (value_left_in_the_context, values_copied_out),
 }
 
 __all__ = ["MUTANTS"]

@@ -20,6 +20,9 @@ inline bool is_plain(const at::Tensor& x) {
 
 // Shape, strides and dtype of an input as the kernels see it.
 struct InputSpec {
+  // Of any tensor: its sizes depend on data, and operators take it as it is.
+  InputSpec() : contiguous(false), open(true), bytes(0) {}
+
   // Of inputs like `x`.
   explicit InputSpec(const at::Tensor& x)
       : sizes(x.sizes().begin(), x.sizes().end()),
@@ -29,14 +32,15 @@ struct InputSpec {
         bytes(static_cast<size_t>(x.numel()) * x.element_size()) {}
 
   c10::SmallVector<int64_t, 5> sizes, strides;
-  at::ScalarType dtype;
+  at::ScalarType dtype = at::ScalarType::Undefined;
   bool contiguous;
+  bool open = false;
   size_t bytes;
 
   // Whether a call with `x` is one of this signature; says no where it takes a closer look to tell.
   bool accepts(const at::Tensor& x) const {
     // First of all: a nested tensor has no sizes to ask for.
-    if (!is_plain(x) || x.dtype() != caffe2::TypeMeta::fromScalarType(dtype)) return false;
+    if (open || !is_plain(x) || x.dtype() != caffe2::TypeMeta::fromScalarType(dtype)) return false;
     if (x.sizes() != c10::IntArrayRef(sizes)) return false;
     if (contiguous) return x.is_contiguous();
     return !x.is_contiguous() && x.strides() == c10::IntArrayRef(strides);
@@ -44,7 +48,7 @@ struct InputSpec {
 
   // Whether the kernels can read `x` as it is: same strides where they matter, and aligned.
   bool matches(const at::Tensor& x, size_t alignment) const {
-    if (!x.numel()) return true;
+    if (open || !x.numel()) return true;
     if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment) return false;
     return contiguous ? x.is_contiguous() : x.strides() == c10::IntArrayRef(strides);
   }

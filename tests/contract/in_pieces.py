@@ -1,0 +1,81 @@
+"""The stream contract's clauses once more, over a model of three pieces: captured, direct, captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import anabranch
+from contract import clauses
+from contract.clauses import *  # noqa: F403
+from contract.pieces import PieceMlp
+
+#: Clauses that say nothing of pieces, or that count the contexts of a call: one for each captured piece.
+LEFT_OUT = {
+    "test_clause1_starts_after_the_callers_queued_work": "it has a model of three pieces among its own",
+    "test_clause3_only_the_held_one_waits_for_the_least_recently_used_context": "two are one call's; see below",
+    "test_clause3_the_memory_limit_is_kept": "half of what two contexts take may be enough for one of them",
+    "test_clause4_what_is_handed_back_is_the_callers": "it has a model of its own",
+    "test_clause6_what_cannot_be_captured_raises": "it has models of its own",
+    "test_clause6_random_models_draw_anew_in_a_users_graph": "it has a model of its own",
+    "test_clause7_flags_are_frozen_at_compile": "a direct piece looks at flags, as any direct call does; see below",
+}
+
+for _name in LEFT_OUT:
+    del globals()[_name]
+
+
+@pytest.fixture(autouse=True)
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clauses, "Mlp", PieceMlp)
+
+
+def test_the_model_is_in_three_pieces(rig: clauses.Rig, compiled: Any, backend: str) -> None:
+    engine = compiled(PieceMlp(), rig.random(4, 256), cuda_graphs=True, backend=backend)
+    (signature,) = engine.summary()["signatures"]
+    assert [piece["captured"] for piece in signature["pieces"]] == [True, False, True]
+
+
+def test_clause3_only_the_held_one_waits_for_the_least_recently_used_contexts(rig: clauses.Rig, compiled: Any) -> None:
+    x = rig.random(4, 256)
+    engine = compiled(PieceMlp(), x, cuda_graphs=True, max_contexts=4)
+    expected = rig.load_kernels(engine, x)
+    assert engine.warm(contexts=2) == 2
+    held, free, third = rig.stream(), rig.stream(), rig.stream()
+    latch = rig.latch(held)
+    with rig.module.stream(free):
+        engine(x)
+    with rig.module.stream(held):
+        y = engine(x)
+    with rig.module.stream(third):
+        z = engine(x)  # takes the contexts of `free`, which were used longest ago
+    third.synchronize()
+    clauses.assert_same(z, expected)
+    latch.open()
+    held.synchronize()
+    clauses.assert_same(y, expected)
+
+
+def test_clause7_flags_that_a_direct_piece_may_read_are_looked_at_before_anything_is_queued(
+    rig: clauses.Rig, compiled: Any
+) -> None:
+    x = rig.random(64, 256)
+    rig.fast_matmul(False)
+    engine = compiled(PieceMlp(), x, cuda_graphs=True)
+    expected = rig.load_kernels(engine, x)
+    before = engine.stats()
+    s = rig.stream()
+    try:
+        rig.fast_matmul(True)
+        with rig.module.stream(s), rig.nothing_queued(s):
+            x.new_empty(4)
+            with pytest.raises(anabranch.FlagsChanged, match="matmul"):
+                engine(x)
+    finally:
+        rig.fast_matmul(False)
+    assert engine.stats() == before
+    clauses.assert_same(engine(x), expected)
+
+
+__all__ = sorted(name for name in dict(globals()) if name.startswith("test_") or name == "in_pieces")
