@@ -108,6 +108,7 @@ _PLAIN_STATE = {
     ("ContextPool", "_waiters"): "its lock",
     ("ContextPool", "_alive"): "its lock",
     ("Pool", "_alive"): "the build lock; read while no thread builds",
+    ("_OwnCode", "_classes"): "filled while an engine is built, with the build lock held",
     ("_Process", "_watched"): "filled when the native runtime is imported, read at the interpreter's exit",
     ("_Process", "_forked"): "read in a forked child only, where there is one thread",
     ("_Flattening", "_several"): "one thread, which makes the list",

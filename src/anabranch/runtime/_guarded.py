@@ -72,6 +72,12 @@ def _not_accepted(args: Sequence[Any], kwargs: dict[str, Any], error: BaseExcept
     )
 
 
+class _Patches(threading.local):
+    """Of the calling thread: the settings that it has entered, the last one last."""
+
+    entered: tuple[Any, ...] = ()
+
+
 class _DynamoSettings:
     """A context manager: Dynamo's settings while a model in fragments is called, and may be traced.
 
@@ -93,15 +99,15 @@ class _DynamoSettings:
         self._lock = _sync.lock("dynamo settings")
         self._inside = 0
         self._patch: Any = None
-        self._own = threading.local()
+        self._own = _Patches()
 
     def __enter__(self) -> None:
         config: Any = importlib.import_module("torch._dynamo.config")
         entry = config._config["specialize_int"].user_override
         if isinstance(entry, contextvars.ContextVar):
-            patches = self._own.__dict__.setdefault("patches", [])
-            patches.append(config.patch(self._WANTED))
-            patches[-1].__enter__()
+            patch = config.patch(self._WANTED)
+            patch.__enter__()
+            self._own.entered = (*self._own.entered, patch)
             return
         with self._lock:
             self._inside += 1
@@ -110,9 +116,10 @@ class _DynamoSettings:
                 self._patch.__enter__()
 
     def __exit__(self, *exc: Any) -> None:
-        patches = self._own.__dict__.get("patches")
-        if patches:
-            patches.pop().__exit__(*exc)
+        if self._own.entered:
+            *before, patch = self._own.entered
+            self._own.entered = tuple(before)
+            patch.__exit__(*exc)
             return
         with self._lock:
             self._inside -= 1

@@ -11,6 +11,10 @@ from engines import RUNTIMES, SIM, SOURCES, many_threads, one_thread
 import anabranch
 
 
+# Explored programs have one, and Dynamo guards how many there are: it would trace again, with a lock of its own held.
+torch.set_num_threads(1)
+
+
 def _refused(h: torch.Tensor) -> torch.Tensor:
     """What ``torch.export`` refuses, and no host waits for."""
     return h if h.data_ptr() else h + 1
