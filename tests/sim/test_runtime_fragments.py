@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -19,15 +22,122 @@ def fragments() -> Any:
     return fragments
 
 
-@pytest.mark.parametrize("runtime", ["python", "native"])
-@pytest.mark.parametrize("limit", [1, 2])
-@pytest.mark.parametrize(
-    "program", ["broken_threads1_calls3", "recursive_threads1_calls2", "recursive_threads2_calls1"]
-)
-def test_every_interleaving(fragments: Any, runtime: str, program: str, limit: int) -> None:
+def _explored(fragments: Any, program: str, runtime: str, limit: int, schedules: int) -> Any:
     from anabranch.sim import explore
 
-    verdict = explore(getattr(fragments, program), args=(runtime, limit), schedules=2000)
+    verdict = explore(getattr(fragments, program), args=(runtime, limit), schedules=schedules)
     assert not verdict.failed, verdict.report()
-    assert verdict.kind == "exhaustive"
     assert len(verdict.outcomes) == 1
+    return verdict
+
+
+def _slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("program", "runtime", "limit"),
+    [
+        *(
+            (p, r, n)
+            for p in ("broken_threads1_calls3", "recursive_threads1_calls2")
+            for r in ("python", "native")
+            for n in (1, 2)
+        ),
+        ("broken_threads2_calls1", "native", 1),
+        ("broken_threads2_calls1", "python", 2),
+        _slow("broken_threads2_calls1", "native", 2),
+        _slow("broken_threads2_calls1", "python", 1),
+    ],
+)
+def test_every_interleaving(fragments: Any, program: str, runtime: str, limit: int) -> None:
+    assert _explored(fragments, program, runtime, limit, 5000).kind == "exhaustive"
+
+
+@pytest.mark.parametrize(
+    ("program", "runtime", "schedules"),
+    [
+        ("recursive_threads2_calls1", "python", 50),
+        _slow("recursive_threads2_calls1", "python", 3000),
+        _slow("recursive_threads2_calls1", "native", 3000),
+        _slow("broken_threads2_calls2", "python", 3000),
+        _slow("broken_threads2_calls2", "native", 3000),
+    ],
+)
+def test_many_interleavings_with_one_context(fragments: Any, program: str, runtime: str, schedules: int) -> None:
+    _explored(fragments, program, runtime, 1, schedules)
+
+
+# -- nobody waits for a context whose holder runs Python -------------------------------------------------------------
+
+
+class Meets(torch.nn.Module):
+    """Between its graphs each call waits for another thread's call to be there, too."""
+
+    barrier: threading.Barrier | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(x * 2 + 1)
+        h = h if h.data_ptr() else h + 1
+        self.meet()
+        return torch.relu(h * 3 - 1)
+
+    @torch.compiler.disable
+    def meet(self) -> None:
+        if Meets.barrier is not None:
+            Meets.barrier.wait(timeout=5)
+
+
+def _two_calls_meet(fragments: Any, engine: Any, ended: Callable[[], object] = lambda: None) -> list[BaseException]:
+    """What goes wrong in two calls from two threads that wait for each other. ``ended``: called after each."""
+    errors: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            with torch.no_grad(), torch.Stream(fragments.SIM):
+                x = torch.arange(4.0).to(fragments.SIM) + number
+                y = engine(x)
+                torch.accelerator.current_stream().synchronize()
+                assert torch.equal(y, torch.relu(torch.relu(x * 2 + 1) * 3 - 1))
+        except BaseException as e:
+            errors.append(e)
+        finally:
+            ended()
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
+    Meets.barrier = threading.Barrier(2)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        Meets.barrier = None
+    return errors
+
+
+def _engine(fragments: Any, runtime: str) -> Any:
+    import anabranch
+
+    torch._dynamo.reset()
+    x = torch.arange(4.0).to(fragments.SIM)
+    with torch.no_grad():
+        made = Meets().eval().to(fragments.SIM)
+        engine = anabranch.compile(made, [x], backend="eager", runtime=runtime, max_contexts=1, cuda_graphs=True)
+    assert engine.stats().contexts == 1
+    return engine
+
+
+@pytest.mark.parametrize("runtime", ["python", "native"])
+def test_no_call_waits_for_a_context_whose_holder_runs_python(fragments: Any, runtime: str) -> None:
+    assert _two_calls_meet(fragments, _engine(fragments, runtime)) == []
+
+
+def test_a_context_kept_across_python_is_found(fragments: Any) -> None:
+    engine = _engine(fragments, "python")
+    (first,) = (e for e in engine._guarded.engines() if e.is_captured)
+    pool: Any = first._first().calls._pool
+    release, kept = pool.release, []
+    pool.release = kept.append  # the mutant: it is kept until the call as a whole has ended
+    outcome = _two_calls_meet(fragments, engine, lambda: [release(kept.pop()) for _ in list(kept)])
+    assert any(isinstance(e, threading.BrokenBarrierError) for e in outcome)

@@ -10,7 +10,6 @@ from engines import RUNTIMES, SIM, SOURCES, many_threads, one_thread
 
 import anabranch
 
-
 # Explored programs have one, and Dynamo guards how many there are: it would trace again, with a lock of its own held.
 torch.set_num_threads(1)
 
@@ -100,6 +99,10 @@ def broken_threads1_calls3(runtime: str, limit: int) -> None:
 
 def broken_threads2_calls2(runtime: str, limit: int) -> None:
     _run(Broken, runtime, limit, 2, 2)
+
+
+def broken_threads2_calls1(runtime: str, limit: int) -> None:
+    _run(Broken, runtime, limit, 2, 1)
 
 
 def recursive_threads1_calls2(runtime: str, limit: int) -> None:

@@ -1,0 +1,189 @@
+"""Models that ``torch.export`` refuses: Dynamo's graphs as engines, with the model's Python between them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import anabranch
+from anabranch._judge import differences
+
+pytestmark = pytest.mark.usefixtures("seeded", "runtime")
+
+
+class Branches(nn.Module):
+    """Two branches on values: three paths, of results that differ in number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("shift", torch.randn(8))
+
+    def forward(self, x: torch.Tensor) -> tuple[Any, ...]:
+        y = self.first(x).relu()
+        if y.max() > 2:
+            y = y * 2 - x
+        z = self.second(y).sigmoid()
+        if z.mean() > 0.5:
+            return z + self.shift, len(x)
+        return z - self.shift, z[z > 0.4], self.second.bias
+
+
+def inputs(count: int, rows: int = 4) -> list[torch.Tensor]:
+    return [torch.randn(rows, 8) * (0.1 + i % 7) for i in range(count)]
+
+
+@pytest.fixture
+def model() -> Branches:
+    torch._dynamo.reset()
+    return Branches().eval().requires_grad_(False)
+
+
+def test_every_path_and_size_is_eagers(model: Branches) -> None:
+    engine = anabranch.compile(model, inputs(1), backend="eager")
+    paths = set()
+    for rows in (4, 4, 6, 4, 1, 3):
+        for x in inputs(10, rows):
+            expected = model(x)
+            paths.add((len(expected), bool(model.first(x).relu().max() > 2)))
+            assert differences(engine(x), expected) == []
+    assert len(paths) >= 3
+
+
+def test_threads_get_their_own_results(model: Branches) -> None:
+    engine = anabranch.compile(model, inputs(1), backend="eager")
+    wrong: list[str] = []
+
+    def work(number: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(number)
+            mine = inputs(25, 4 + number % 2)
+        for x in mine:
+            wrong.extend(differences(engine(x), model(x)))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert engine.stats().calls == 200
+
+
+def test_what_is_cut_and_why_is_listed(model: Branches) -> None:
+    engine = anabranch.compile(model, inputs(1), backend="eager")
+    fragments = json.loads(json.dumps(engine.summary()))["fragments"]
+    assert "test_fragments.py" in fragments["why"]
+    first = fragments["graphs"][0]
+    assert first["ends"]["source"].startswith("test_fragments.py:")
+    assert "branch on the value" in first["ends"]["reason"]
+    assert first["python_us"] > 0
+    assert first["engines"]
+    text = engine.explain()
+    assert f"cut at {first['ends']['source']}" in text
+    assert "us of Python until the next graph" in text
+    assert anabranch.compile(nn.ReLU(), inputs(1), backend="eager").summary()["fragments"] is None
+
+
+def test_a_parameter_that_is_returned_is_the_models_own(model: Branches) -> None:
+    engine = anabranch.compile(model, inputs(1), backend="eager")
+    results = next(y for y in map(engine, inputs(40)) if len(y) == 3)
+    assert results[2] is model.second.bias
+
+
+def test_closing_and_what_cannot_be(model: Branches) -> None:
+    with pytest.raises(anabranch.UnsupportedModel, match=r"torch\.cond"):
+        anabranch.compile(model, inputs(1), backend="eager", require_full=True)
+    engine = anabranch.compile(model, inputs(1), backend="eager")
+    with pytest.raises(anabranch.InputError, match="does not accept"):
+        engine(torch.randn(4, 7))
+    (x,) = inputs(1)
+    assert differences(engine(x), model(x)) == []
+    engine.close()
+    with pytest.raises(anabranch.EngineClosed):
+        engine(x)
+
+
+class Counts(nn.Module):
+    """Keeps state, of one kind or the other."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.calls = kind, 0
+        self.register_buffer("seen", torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "buffer":
+            self.seen += 1
+        else:
+            self.calls += 1
+        return x * 2 if x.sum() > 0 else x * self.calls + self.seen
+
+
+@pytest.mark.parametrize(("kind", "why"), [("buffer", "'seen' in place"), ("attribute", r"self\.calls")])
+def test_a_model_that_keeps_state_is_refused_and_left_alone(kind: str, why: str) -> None:
+    torch._dynamo.reset()
+    model = Counts(kind).eval()
+    with pytest.raises(anabranch.UnsupportedModel, match=why):
+        anabranch.compile(model, inputs(1), backend="eager")
+    assert model.calls == 0
+    assert torch.equal(model.seen, torch.ones(8))
+
+
+def test_engines_of_one_class_do_not_use_up_each_others_limit(model: Branches) -> None:
+    x, *_ = inputs(1)
+    for _ in range(4):
+        other = Branches().eval().requires_grad_(False)
+        engine = anabranch.compile(other, [x], backend="eager")
+        assert differences(engine(x), other(x)) == []
+        assert engine.summary()["fragments"]["graphs"][0]["engines"]
+    # Nor the user's own: `torch.compile` of the model itself begins with none.
+    graphs: list[Any] = []
+
+    def count(gm: Any, _: Any) -> Any:
+        graphs.append(gm)
+        return gm
+
+    compiled = torch.compile(model, backend=count)
+    assert differences(compiled(x), model(x)) == []
+    assert graphs
+    assert not engine.summary()["fragments"]["past_limit"]
+
+
+class Nested(nn.Module):
+    """Calls an engine between graphs, on half of its input: its own, once it has one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.tanh() * 2
+        if y.max() > 100:
+            y = y * 0
+        if len(x) > 2:
+            y = y + self._half(x[:2]).sum()
+        return y * 3 + 1
+
+    @torch.compiler.disable
+    def _half(self, x: torch.Tensor) -> torch.Tensor:
+        return HOLDER[-1](x) if HOLDER else x.tanh() * 6 + 1
+
+
+HOLDER: list[Any] = []
+
+
+def test_a_model_may_call_its_own_engine() -> None:
+    torch._dynamo.reset()
+    HOLDER.clear()
+    model = Nested().eval()
+    engine = anabranch.compile(model, inputs(1), backend="eager", max_contexts=1)
+    HOLDER.append(engine)
+    try:
+        for x in inputs(6):
+            half = x[:2].tanh() * 6 + 1
+            assert differences(engine(x), (x.tanh() * 2 + half.sum()) * 3 + 1) == []
+    finally:
+        HOLDER.clear()
+    assert engine.stats().calls >= 12
