@@ -492,6 +492,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/runtime/_engine.py": [
         ("its input signature was not compiled before", "cannot be done there", "Call engine.warm(...) first"),
         ("{self} was closed", "compile a new one"),
+        ("the engine that this graph was a part of is gone", "compile a new one"),
         ("belongs to the parent of this forked process", "this process cannot use", "Compile in the child"),
         ("the device was lost earlier in this process: {lost}", "Start a new process"),
         ("the call is made under a {type(mode).__name__}", "engines run on real tensors", "Call the engine outside"),

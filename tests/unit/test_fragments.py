@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -107,6 +109,17 @@ def test_closing_and_what_cannot_be(model: Branches) -> None:
     engine.close()
     with pytest.raises(anabranch.EngineClosed):
         engine(x)
+
+
+def test_dropping_the_engine_frees_those_of_its_graphs(model: Branches) -> None:
+    engine = anabranch.compile(model, inputs(1), backend="eager")
+    graphs = [weakref.ref(e) for e in engine._guarded.engines()]  # type: ignore[union-attr]
+    assert graphs
+    whole = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert whole() is None
+    assert [g() for g in graphs] == [None] * len(graphs)
 
 
 class Counts(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -151,7 +152,16 @@ class Engine:
         if not self._in_fragments:
             raise why
         assert self._compiler is not None
-        guarded = Guarded(self._compiler.snapshot, why, self._of_fragment, self._torch_device)
+        mine = weakref.ref(self)
+
+        def make_engine(model: torch.nn.Module, inputs: Sequence[Any]) -> Engine:
+            engine = mine()
+            if engine is None:
+                raise EngineClosed("the engine that this graph was a part of is gone; compile a new one")
+            return engine._of_fragment(model, inputs)
+
+        check_error = self._device.check_error
+        guarded = Guarded(self._compiler.snapshot, why, make_engine, self._torch_device, check_error)
         device, index = self._device, self._index
         with neutral(device, index), device.building():
             if device.has_streams:

@@ -259,6 +259,11 @@ class Fragment:
         self._last = found
         return found
 
+    def give_up(self) -> None:
+        """Its model is gone: so are its engines, and nothing will call it."""
+        self._made[:] = []
+        self._last = None
+
     @property
     def is_used(self) -> bool:
         """Whether it was ever called."""

@@ -11,8 +11,9 @@ import random
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import fx
@@ -181,6 +182,11 @@ def _with_own_code(method: types.FunctionType) -> types.FunctionType:
     return made
 
 
+def _give_up(fragments: list[Fragment]) -> None:
+    for fragment in fragments:
+        fragment.give_up()
+
+
 class Guarded:
     """Dynamo guards what its graphs assume, and traces again where that does not hold.
 
@@ -195,9 +201,11 @@ class Guarded:
         why: NotExported,
         make_engine: Callable[[torch.nn.Module, Sequence[Any]], Any],
         device: torch.device,
+        check_error: Callable[[Exception], None],
     ) -> None:
-        """``why``: what ``torch.export`` had against it. ``make_engine``: of a fragment's graph and its inputs."""
-        self._device = device
+        """``why``: what ``torch.export`` had against it. ``make_engine``: of a fragment's graph and its inputs.
+        ``check_error``: raises where the device is lost."""
+        self._device, self._check_error = device, check_error
         self._snapshot, self._why, self._make_engine = snapshot, why, make_engine
         self._own = _OwnCode()
         self._fresh = self._copy()
@@ -205,6 +213,8 @@ class Guarded:
         self._fragments: list[Fragment] = _sync.list_("fragments")
         self._kinds: set[Any] = _sync.set_("kinds of inputs")
         self._run = self._compiled()
+        # Dynamo keeps the code that it has made, and with it fragments, in places that outlive the model.
+        weakref.finalize(self, _give_up, self._fragments)
         module = self._fresh.module
         tensors = (*module.parameters(), *module.buffers())
         self._originals = {id(t): self._fresh.original(t) for t in tensors}
@@ -226,10 +236,16 @@ class Guarded:
         known = inspect.signature(torch.compile).parameters
         options: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": MOST_GRAPHS}
         options = {name: value for name, value in options.items() if name in known}
-        compiled: Callable[..., Any] = torch.compile(own, backend=self._backend, **options)
+        mine = weakref.ref(self)
+
+        def backend(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+            guarded = mine()
+            return gm.forward if guarded is None else guarded._fragment(gm, examples)
+
+        compiled: Callable[..., Any] = torch.compile(own, backend=backend, **options)
         return compiled
 
-    def _backend(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+    def _fragment(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         watch_limits(gm)
         fragment = Fragment(gm, examples, self._make_engine, first=FIRST, names_errors=True)
         self._fragments.append(fragment)
@@ -237,23 +253,29 @@ class Guarded:
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one call on the calling thread's current stream, with autograd off."""
-        from torch._dynamo.exc import TorchRuntimeError
-
         try:
             with _settings:
                 results = self._run(self._fresh.module, args, kwargs)
-        except TorchRuntimeError as e:  # Dynamo's, of an operator that does not take such inputs: nothing was queued
-            raise _not_accepted(args, kwargs, e.__cause__ or e) from e
-        except NotAccepted as e:
-            raise _not_accepted(args, kwargs, e.error) from e.error
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError, IndexError) as e:
-            # Of inputs of other kinds than the model was compiled for; else it is the model that raises.
-            if isinstance(e, AnabranchError) or _kinds(args, kwargs) in self._kinds:
-                raise
-            raise _not_accepted(args, kwargs, e) from e
+        except Exception as e:
+            self._raise(e, args, kwargs)
         return pytree.tree_map_only(torch.nn.Parameter, self._given_back, results)
+
+    def _raise(self, error: Exception, args: Sequence[Any], kwargs: dict[str, Any]) -> NoReturn:
+        """Raise what a caller is to see of an error in a call."""
+        from torch._dynamo.exc import TorchRuntimeError
+
+        # Dynamo's is of an operator that does not take such inputs: nothing was queued.
+        of_operator = isinstance(error, NotAccepted | TorchRuntimeError)
+        cause = error.error if isinstance(error, NotAccepted) else error
+        self._check_error(cause)
+        if isinstance(cause, AnabranchError | torch.OutOfMemoryError):
+            raise cause
+        # Of inputs of other kinds than the model was compiled for; else it is the model that raises.
+        if isinstance(cause, RuntimeError | TypeError | ValueError | IndexError):
+            of_operator = of_operator or _kinds(args, kwargs) not in self._kinds
+        if of_operator:
+            raise _not_accepted(args, kwargs, cause.__cause__ or cause) from cause
+        raise cause
 
     def _given_back(self, tensor: torch.Tensor) -> torch.Tensor:
         """The user's own parameter, where the model returns one."""
