@@ -26,11 +26,9 @@ from anabranch.runtime._given import (
 )
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import process
-from anabranch.runtime._settings import Settings
+from anabranch.runtime._settings import DEFAULT_MAX_CONTEXTS, Settings
 
 RUNTIMES = ("native", "python")
-
-DEFAULT_MAX_CONTEXTS = 16
 
 
 def compile(
@@ -70,7 +68,8 @@ def compile(
         are cast to it); inputs and outputs keep the types that the model has, and so do buffers and what would lose
         by it: :meth:`Engine.explain` lists what is cast and what is kept. None computes as the model says.
     :param max_contexts: how many execution contexts (calls in flight on different streams, each with its own memory)
-        the engine may hold over all signatures. Beyond it calls share: the later one waits on the device.
+        the engine may hold over all signatures. Beyond it calls share: the later one waits on the device. Of a model
+        that ``torch.export`` refuses, the default is for each of its graphs.
     :param memory_limit: bytes of device memory that contexts may hold. Beyond it calls share as above; a signature
         whose first context does not fit runs direct.
     :param cuda_graphs: True: always, False: never, None: where it measured faster.

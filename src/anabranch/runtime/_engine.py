@@ -42,7 +42,7 @@ from anabranch.runtime._phases import Clock
 from anabranch.runtime._pool import Limits
 from anabranch.runtime._process import is_neutral, neutral, process
 from anabranch.runtime._python import PythonCalls
-from anabranch.runtime._settings import Settings
+from anabranch.runtime._settings import DEFAULT_MAX_CONTEXTS, Settings
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._stats import Counters, Stats
 from anabranch.runtime._table import Table
@@ -170,12 +170,19 @@ class Engine:
         self._guarded = guarded
 
     def _of_fragment(self, model: torch.nn.Module, inputs: Sequence[Any]) -> Engine:
-        """An engine for one graph of a model that is taken apart; it shares this one's limits."""
+        """An engine for one graph of a model that is taken apart.
+
+        Limits that the user gave are for all graphs together. The default is for each: a call takes a context of every
+        graph in turn, and as many calls are to be in flight as of a model in one.
+        """
         device = device_of(model, (inputs, {}))
         if device != self._torch_device:
             raise InputError(f"its tensors are on {device}, and the engine is on {self._torch_device}")
         settings = replace(self._settings, name=f"{self._settings.name}, a graph")
-        engine = type(self)(settings, model, self._precision, self._limits, False)
+        limits = self._limits
+        if limits.memory_limit is None and limits.max_contexts == DEFAULT_MAX_CONTEXTS:
+            limits = self._runtime.make_limits(limits.max_contexts, None)
+        engine = type(self)(settings, model, self._precision, limits, False)
         engine._table.keep_on_cpu(tuple(inputs), {})
         engine._table.primary = engine._specialization(tuple(inputs), {})
         return engine
@@ -408,11 +415,15 @@ class Engine:
     def stats(self) -> Stats:
         """Counters since compile."""
         stats = self._counters.snapshot()
-        for made in (e.stats() for e in (self._guarded.engines() if self._guarded is not None else ())):
+        stats.contexts, stats.bytes = self._limits.held()
+        for engine in self._guarded.engines() if self._guarded is not None else ():
+            made = engine.stats()
             stats.waits += made.waits
             stats.captures += made.captures
             stats.specializations += made.specializations
-        stats.contexts, stats.bytes = self._limits.held()
+            if engine._limits is not self._limits:
+                stats.contexts += made.contexts
+                stats.bytes += made.bytes
         return stats
 
     def __repr__(self) -> str:

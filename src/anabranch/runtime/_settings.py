@@ -9,6 +9,8 @@ import torch
 from anabranch.devices import Device
 from anabranch.runtime._flags import Flags
 
+DEFAULT_MAX_CONTEXTS = 16
+
 
 @dataclass(frozen=True)
 class Settings:
