@@ -155,11 +155,11 @@ class _Backend:
 
 def install(device: Device) -> None:
     """Let ``anabranch.compile`` take ``backend="stateful"`` on ``device``, for as long as the process lives."""
-    from anabranch.runtime import _builder, _engine
+    from anabranch.runtime import _builder, _compile
 
     if NAME in device.backends:
         return
     table, backend = backends.get_backend, _Backend()
     _builder.get_backend = lambda name: backend if name == NAME else table(name)
-    _engine.BACKENDS = (*_engine.BACKENDS, NAME)
+    _compile.BACKENDS = (*_compile.BACKENDS, NAME)
     device.backends = (*device.backends, NAME)
