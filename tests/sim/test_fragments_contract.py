@@ -13,3 +13,9 @@ pytestmark = pytest.mark.parametrize("rig", ["lazy"], indirect=True)
 @pytest.fixture
 def backend() -> str:
     return "eager"
+
+
+@pytest.fixture(params=["native", pytest.param("python", marks=pytest.mark.slow)])
+def runtime(request: pytest.FixtureRequest) -> str:
+    """As in `contract.support`; the reference's calls in the slow tier, which the plain contract has on every push."""
+    return str(request.param)

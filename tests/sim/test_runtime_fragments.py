@@ -45,7 +45,7 @@ def _slow(*values: Any) -> Any:
             for n in (1, 2)
         ),
         ("broken_threads2_calls1", "native", 1),
-        ("broken_threads2_calls1", "python", 2),
+        _slow("broken_threads2_calls1", "python", 2),
         _slow("broken_threads2_calls1", "native", 2),
         _slow("broken_threads2_calls1", "python", 1),
     ],

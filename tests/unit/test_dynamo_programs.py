@@ -1429,11 +1429,12 @@ def check_program(
     return sum(len(fragment.engines) for fragment in set(dynamo._fragments) - before)
 
 
-def _named(*names: str) -> Any:
-    """Those of the programs, or all."""
+def _named(*names: str, slow: tuple[str, ...] = ()) -> Any:
+    """Those of the programs, or all; ``slow`` ones are too long for a push."""
     assert len({p.name for p in PROGRAMS}) == len(PROGRAMS)
     found = [p for p in PROGRAMS if p.name in names or not names]
-    return pytest.mark.parametrize("program", found, ids=lambda p: p.name)
+    marked = [pytest.param(p, marks=pytest.mark.slow if p.name in slow else ()) for p in found]
+    return pytest.mark.parametrize("program", marked, ids=lambda p: p.name)
 
 
 @_named()
@@ -1445,7 +1446,7 @@ def test_program_gives_what_eager_gives(program: Program) -> None:
     assert engines == 0 or program.engines
 
 
-@_named("branch_on_a_value", "replaced_parameter", "two_views_of_one")
+@_named("branch_on_a_value", "replaced_parameter", "two_views_of_one", slow=("branch_on_a_value", "two_views_of_one"))
 def test_program_gives_what_eager_gives_with_inductor(program: Program) -> None:
     """Kernels that a compiler makes, within rounding."""
     options = {"backend": "inductor"}
@@ -1458,7 +1459,10 @@ def test_program_gives_what_eager_gives_with_inductor(program: Program) -> None:
 @_named("branch_on_two_values", "batch_sizes", "aliased_inputs_changed", "in_place_on_its_own", "buffer_as_the_result")
 @pytest.mark.parametrize(
     ("dynamic", "runtime"),
-    [pytest.param(None, "python", id="runtime in Python"), pytest.param(True, "auto", id="all sizes symbols")],
+    [
+        pytest.param(None, "python", id="runtime in Python"),
+        pytest.param(True, "auto", id="all sizes symbols", marks=pytest.mark.slow),
+    ],
 )
 def test_program_gives_what_eager_gives_in_other_ways(program: Program, dynamic: bool | None, runtime: str) -> None:
     options = {**EAGER, "runtime": runtime}
