@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import anabranch
 from contract import clauses
 from contract.clauses import *  # noqa: F403
+from contract.support import assert_changed_flags_queue_nothing
 
 
 class BrokenMlp(torch.nn.Module):
@@ -124,19 +125,7 @@ def test_clause7_flags_are_looked_at_before_anything_is_queued(rig: clauses.Rig,
     x = rig.random(64, 256)
     rig.fast_matmul(False)
     engine = compiled(BrokenMlp(), x, cuda_graphs=True)
-    expected = rig.load_kernels(engine, x)
-    before = engine.stats()
-    s = rig.stream()
-    try:
-        rig.fast_matmul(True)
-        with rig.module.stream(s), rig.nothing_queued(s):
-            x.new_empty(4)
-            with pytest.raises(anabranch.FlagsChanged, match="matmul"):
-                engine(x)
-    finally:
-        rig.fast_matmul(False)
-    assert engine.stats() == before
-    clauses.assert_same(engine(x), expected)
+    assert_changed_flags_queue_nothing(rig, engine, x)
 
 
 __all__ = sorted(name for name in dict(globals()) if name.startswith("test_") or name == "in_fragments")

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-import anabranch
 from contract import clauses
 from contract.clauses import *  # noqa: F403
 from contract.pieces import PieceMlp
+from contract.support import assert_changed_flags_queue_nothing
 
 #: Clauses that say nothing of pieces, or that count the contexts of a call: one for each captured piece.
 LEFT_OUT = {
@@ -63,19 +63,7 @@ def test_clause7_flags_that_a_direct_piece_may_read_are_looked_at_before_anythin
     x = rig.random(64, 256)
     rig.fast_matmul(False)
     engine = compiled(PieceMlp(), x, cuda_graphs=True)
-    expected = rig.load_kernels(engine, x)
-    before = engine.stats()
-    s = rig.stream()
-    try:
-        rig.fast_matmul(True)
-        with rig.module.stream(s), rig.nothing_queued(s):
-            x.new_empty(4)
-            with pytest.raises(anabranch.FlagsChanged, match="matmul"):
-                engine(x)
-    finally:
-        rig.fast_matmul(False)
-    assert engine.stats() == before
-    clauses.assert_same(engine(x), expected)
+    assert_changed_flags_queue_nothing(rig, engine, x)
 
 
 __all__ = sorted(name for name in dict(globals()) if name.startswith("test_") or name == "in_pieces")

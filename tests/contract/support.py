@@ -227,6 +227,12 @@ def runtime(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=["native", pytest.param("python", marks=pytest.mark.slow)])
+def reference_is_slow(request: pytest.FixtureRequest) -> str:
+    """As :func:`runtime`, with the reference's calls in the slow tier: for models that are there beside plain ones."""
+    return str(request.param)
+
+
 @pytest.fixture
 def compiled(rig: Rig, runtime: str) -> Iterator[Make]:
     """Compile an engine of ``runtime``; closed at the end of the test."""
@@ -246,3 +252,20 @@ def compiled(rig: Rig, runtime: str) -> Iterator[Make]:
 
 #: The two ways in which a call outside a capture can run.
 PATHS = pytest.mark.parametrize("graphs", [True, False], ids=["graph", "direct"])
+
+
+def assert_changed_flags_queue_nothing(rig: Rig, engine: Any, x: torch.Tensor) -> None:
+    """A call under another flag than at compile raises before anything is queued; set back, the engine is as it was."""
+    expected = rig.load_kernels(engine, x)
+    before = engine.stats()
+    s = rig.stream()
+    try:
+        rig.fast_matmul(True)
+        with rig.module.stream(s), rig.nothing_queued(s):
+            x.new_empty(4)  # of which a trace tells; it queues nothing
+            with pytest.raises(anabranch.FlagsChanged, match="matmul"):
+                engine(x)
+    finally:
+        rig.fast_matmul(False)
+    assert engine.stats() == before
+    assert_same(engine(x), expected)

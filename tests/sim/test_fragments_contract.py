@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from contract.in_fragments import *  # noqa: F403  # pytest collects them here
+from contract.support import reference_is_slow as runtime  # noqa: F401  # a fixture
 
 # The schedule that finds missing waits; the other one is for the models of `test_device_contract.py`.
 pytestmark = pytest.mark.parametrize("rig", ["lazy"], indirect=True)
@@ -13,9 +14,3 @@ pytestmark = pytest.mark.parametrize("rig", ["lazy"], indirect=True)
 @pytest.fixture
 def backend() -> str:
     return "eager"
-
-
-@pytest.fixture(params=["native", pytest.param("python", marks=pytest.mark.slow)])
-def runtime(request: pytest.FixtureRequest) -> str:
-    """As in `contract.support`; the reference's calls in the slow tier, which the plain contract has on every push."""
-    return str(request.param)

@@ -185,8 +185,8 @@ def _refusals_unsaid() -> Iterator[None]:
     of the tensors that were exported on. Other threads' records and prints pass.
     """
     here = threading.get_ident()
-    loggers = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental")]
-    loggers.append(logging.getLogger("torch.fx.experimental.symbolic_shapes"))
+    names = "_subclasses.fake_tensor", "fx.experimental.symbolic_shapes"
+    loggers = [logging.getLogger(f"torch.{name}") for name in names]
     trace: Any = importlib.import_module("torch.export._trace")
 
     def by_others(record: logging.LogRecord) -> bool:

@@ -126,7 +126,7 @@ class Engine:
             if specialization is None:
                 specialization = None if self._guarded is not None else self._specialization(args, kwargs)
             if specialization is None:
-                return self._in_pieces(args, kwargs)
+                return self._call_guarded(args, kwargs)
             if is_neutral(self._device, self._index):
                 with self._device.range(self._settings.name):
                     return specialization.calls(leaves)
@@ -135,7 +135,7 @@ class Engine:
         finally:
             process.leave()
 
-    def _in_pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call_guarded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a model that torch.export refuses."""
         guarded, device, index = self._guarded, self._device, self._index
         assert guarded is not None

@@ -59,7 +59,6 @@ class Pieces:
         self.parts, self.whole = tuple(parts), whole
         #: Why a call runs in pieces, where that was measured.
         self.measured = ""
-        self.takes = tuple(part.piece.takes for part in parts)
         #: Which values the program's results are.
         self.results = made.results
         self._unit, self._device = unit, unit.device
