@@ -2,58 +2,63 @@
 
 A call must not wait for the device on the host, except while it builds. The explorer's oracle ``host-wait`` asks here.
 
-Threads: any; each knows of itself alone, without a lock.
+Threads: any; each knows of itself alone, without a lock. Nothing is counted that an interrupt could leave counted: a
+call is seen by its frame on the stack, and a thread builds while it owns a lock that nobody else ever sees, which takes
+and gives back in one step of the interpreter.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import CodeType, FrameType
+from typing import Any, TypeVar, cast
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class _Thread(threading.local):
-    calls = 0
-    builds = 0
+    def __init__(self) -> None:
+        self.builds: Any = threading.RLock()
 
 
 _thread = _Thread()
+_calls: list[CodeType] = []
 _also: list[Callable[[], bool]] = []
 
 
-def begin_call() -> int:
-    """The calling thread has entered a call. Calls may be nested; each needs its :func:`end_call`. Returns how many it
-    is in now."""
-    _thread.calls += 1
-    return _thread.calls
+def call(function: _Function) -> _Function:
+    """Decorator: while ``function`` runs, its thread is in a call. Costs a call nothing."""
+    _calls.append(function.__code__)
+    return function
 
 
-def end_call() -> int:
-    """The call that this thread entered last has ended. Returns how many it is still in: those that made this one."""
-    _thread.calls -= 1
-    return _thread.calls
+def calls_on(frame: FrameType | None) -> int:
+    """How many calls are under way on the stack whose innermost frame this is."""
+    calls = 0
+    while frame is not None:
+        calls += any(frame.f_code is code for code in _calls)
+        frame = frame.f_back
+    return calls
 
 
 def also_in_call(ask: Callable[[], bool]) -> None:
-    """Calls that do not come by :func:`begin_call`: ``ask()`` says whether the calling thread is in one."""
+    """Calls that are no :func:`call`'s: ``ask()`` says whether the calling thread is in one."""
     _also.append(ask)
-
-
-@contextmanager
-def building() -> Iterator[None]:
-    """In here the calling thread builds, warms up or frees: it may wait for the device, even in a call."""
-    _thread.builds += 1
-    try:
-        yield
-    finally:
-        _thread.builds -= 1
 
 
 def in_call() -> bool:
     """Whether the calling thread is in a call."""
-    return _thread.calls > 0 or any(ask() for ask in _also)
+    return calls_on(sys._getframe(1)) > 0 or any(ask() for ask in _also)
+
+
+def building() -> AbstractContextManager[Any]:
+    """In here the calling thread builds, warms up or frees: it may wait for the device, even in a call."""
+    return cast("AbstractContextManager[Any]", _thread.builds)
 
 
 def is_building() -> bool:
     """Whether the calling thread is inside :func:`building`."""
-    return _thread.builds > 0
+    return bool(_thread.builds._is_owned())

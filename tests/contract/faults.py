@@ -22,12 +22,13 @@ import pytest
 import torch
 
 import anabranch
+from anabranch import _activity
 from anabranch._judge import differences
 from anabranch.runtime._process import process
 from contract.support import ROUNDING, Make, Mlp, Rig, assert_same, on_threads
 
 WIDTH = 64
-RUNTIME = str(Path(anabranch.__file__).parent / "runtime") + "/"
+RUNTIME = (str(Path(anabranch.__file__).parent / "runtime") + "/", _activity.__file__)
 
 
 class Call:
@@ -164,6 +165,8 @@ def campaign(
             assert call.output is None
         else:
             assert call.output is not None
+        assert not _activity.in_call(), f"interrupted at place {nth}, the call seems to go on"
+        assert not _activity.is_building(), f"interrupted at place {nth}, the call seems to go on building"
         scene.check([call, *later])
         if not fault.fired:
             assert error is None, f"nothing was made to fail, and yet: {error!r}"
@@ -270,6 +273,8 @@ def signals(scene: Scene, seconds: float) -> None:
         signal.signal(signal.SIGINT, before)
     assert not wrong
     assert hits > 3, "hardly ever interrupted"
+    assert not _activity.in_call()
+    assert not _activity.is_building()
     nobody_holds_the_build_lock()
     scene.check_next()
 

@@ -104,6 +104,7 @@ class Engine:
 
     # -- calling ------------------------------------------------------------------------------------------------
 
+    @_activity.call
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on these inputs and return what it returns.
 
@@ -115,25 +116,23 @@ class Engine:
         :class:`~anabranch.errors.FlagsChanged`, :class:`~anabranch.errors.NotCapturable`; and
         :class:`~anabranch.errors.DeviceLost` after a CUDA error that lasts.
         """
-        process.enter()
-        try:
-            if self._closed or self._generation != process.generation or self._device.lost():
-                self._check_usable()
-            if torch._C._len_torch_dispatch_stack():
-                _check_modes()
-            leaves, key = self._table.key(args, kwargs)
-            specialization = self._table.find(key, leaves)
-            if specialization is None:
-                specialization = None if self._guarded is not None else self._specialization(args, kwargs)
-            if specialization is None:
-                return self._call_guarded(args, kwargs)
-            if is_neutral(self._device, self._index):
-                with self._device.range(self._settings.name):
-                    return specialization.calls(leaves)
-            with neutral(self._device, self._index), self._device.range(self._settings.name):
+        if process.is_exiting:
+            process.wait_for_exit()
+        if self._closed or self._generation != process.generation or self._device.lost():
+            self._check_usable()
+        if torch._C._len_torch_dispatch_stack():
+            _check_modes()
+        leaves, key = self._table.key(args, kwargs)
+        specialization = self._table.find(key, leaves)
+        if specialization is None:
+            specialization = None if self._guarded is not None else self._specialization(args, kwargs)
+        if specialization is None:
+            return self._call_guarded(args, kwargs)
+        if is_neutral(self._device, self._index):
+            with self._device.range(self._settings.name):
                 return specialization.calls(leaves)
-        finally:
-            process.leave()
+        with neutral(self._device, self._index), self._device.range(self._settings.name):
+            return specialization.calls(leaves)
 
     def _call_guarded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a model that torch.export refuses."""

@@ -29,7 +29,7 @@ class _Forked(Protocol):
         """In the child, on its only thread. Other threads of the parent may have held its locks."""
 
 
-@_sync.atomics("_exiting")
+@_sync.atomics("is_exiting")
 class _Process:
     """Lock order: Dynamo's (see :meth:`alone`), ``build_lock``, then a pool's, then ``Limits``'.
 
@@ -39,7 +39,8 @@ class _Process:
 
     def __init__(self) -> None:
         self.generation = 0
-        self._exiting = False
+        #: Whether the interpreter is ending. A call looks here once it can be seen on its thread's stack.
+        self.is_exiting = False
         #: The thread that is compiling, with the build lock held. A fork copies it as it was.
         self._compiling: int | None = None
         #: Whether this process was forked in the middle of another thread's compile.
@@ -53,8 +54,8 @@ class _Process:
     def renew_locks(self) -> None:
         """Make what threads share here anew. Nothing may be compiling and no call be under way in another thread."""
         self.build_lock = _sync.rlock("build")
-        #: Threads inside a call.
-        self._inside = _sync.set_("inside")
+        #: Threads whose calls wait for the exit.
+        self._stopped = _sync.set_("stopped")
 
     def register(self, owner: _Forked) -> None:
         """Call ``owner.after_fork()`` in each forked child, for as long as ``owner`` lives."""
@@ -122,31 +123,24 @@ class _Process:
         for owner in list(self._forked.values()):
             owner.after_fork()
 
-    def enter(self) -> None:
-        """A call begins. At interpreter exit a daemon thread stops here, for good.
+    def wait_for_exit(self) -> None:
+        """At interpreter exit a call of a daemon thread stops here, for good.
 
         The interpreter ends daemon threads by unwinding them wherever they next want the GIL; inside PyTorch's C++
-        code that aborts the process. So the exit waits for calls under way, and no new one starts.
+        code that aborts the process. So the exit waits for calls under way, and no new one starts. A model's call of
+        an engine is a part of the call that it is made in.
         """
-        thread = threading.get_ident()
-        if _activity.begin_call() > 1:
-            return  # a model's call of an engine is a part of the call that it is made in
-        self._inside.add(thread)  # before the look at _exiting: either we see it, or at_exit() sees us
-        if self._exiting and threading.current_thread() is not threading.main_thread():
-            self._inside.discard(thread)
-            _sync.event("for good").wait()
-
-    def leave(self) -> None:
-        """The call that this thread entered has ended."""
-        if not _activity.end_call():
-            self._inside.discard(threading.get_ident())
+        if threading.current_thread() is threading.main_thread() or _activity.calls_on(sys._getframe(1)) > 1:
+            return
+        self._stopped.add(threading.get_ident())
+        _sync.event("for good").wait()
 
     def watch(self, close: Callable[[], None], under_way: Callable[[], int]) -> None:
-        """Calls that do not come by :meth:`enter`: ``close`` sends new ones there, ``under_way`` counts the others."""
+        """Calls that are no engine's in Python: ``close`` sends new ones there, ``under_way`` counts the others."""
         self._watched.append((close, under_way))
 
     def at_exit(self) -> None:
-        self._exiting = True
+        self.is_exiting = True
         for close, _ in self._watched:
             close()
         end = time.monotonic() + 10.0  # a call that hangs must not keep the process alive
@@ -154,8 +148,11 @@ class _Process:
             time.sleep(0.001)
 
     def _others(self) -> bool:
-        inside = set(self._inside) - {threading.get_ident()}
-        return bool(inside) or any(under_way() for _, under_way in self._watched)
+        """Whether calls of other threads are under way that have not stopped."""
+        settled = self._stopped | {threading.get_ident()}
+        frames = sys._current_frames().items()
+        python = any(_activity.calls_on(frame) for thread, frame in frames if thread not in settled)
+        return python or any(under_way() for _, under_way in self._watched)
 
 
 @functools.cache

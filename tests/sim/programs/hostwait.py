@@ -14,41 +14,40 @@ from contract import stateful
 from .streams import SIM, A, B
 
 
+@_activity.call
 def waits() -> None:
-    _activity.begin_call()
     A.synchronize()
-    _activity.end_call()
 
 
+@_activity.call
 def asks() -> None:
     done = torch.Event(SIM)
     done.record(A)
-    _activity.begin_call()
     done.query()
-    _activity.end_call()
 
 
+@_activity.call
+def _does_nothing() -> None:
+    pass
+
+
+@_activity.call
 def waits_at_last() -> None:
     """In the outer one of two calls, after it has built something and called another engine."""
-    _activity.begin_call()
     with _activity.building():
         A.synchronize()
-    _activity.begin_call()
-    _activity.end_call()
+    _does_nothing()
     A.synchronize()
-    _activity.end_call()
 
 
+@_activity.call
 def builds() -> None:
-    _activity.begin_call()
     with _activity.building(), _activity.building():
         A.synchronize()
-    _activity.end_call()
 
 
 def outside() -> None:
-    _activity.begin_call()
-    _activity.end_call()
+    _does_nothing()
     A.synchronize()
 
 

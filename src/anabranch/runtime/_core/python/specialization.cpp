@@ -73,8 +73,8 @@ Slot* add_context(PySpecialization& self, const ContextTuple& given) {
 
 Specialization::Built PySpecialization::build(int64_t reserved) {
   struct Outside {
-    Outside() { t_inside = false; }
-    ~Outside() { t_inside = true; }
+    bool before = std::exchange(t_inside, false);
+    ~Outside() { t_inside = before; }
   } outside;
   Gil gil;
   auto self = py::reinterpret_borrow<py::object>(owner.get())();
@@ -107,7 +107,7 @@ bool PySpecialization::run(const at::Tensor* inputs, const Values& numbers, Valu
   std::exception_ptr error;
   auto outcome = Specialization::Outcome::kDeclined;
   ++calls_under_way;
-  t_inside = true;
+  bool nested = std::exchange(t_inside, true);
   PyThreadState* state = spec->needs_gil() ? nullptr : PyEval_SaveThread();
   try {
     outcome = spec->run(inputs, numbers, [this](int64_t reserved) { return build(reserved); }, results);
@@ -115,7 +115,7 @@ bool PySpecialization::run(const at::Tensor* inputs, const Values& numbers, Valu
     error = std::current_exception();
   }
   if (state) PyEval_RestoreThread(state);
-  t_inside = false;
+  t_inside = nested;
   --calls_under_way;
   if (error) {
     results.clear();
