@@ -23,7 +23,7 @@ from anabranch.errors import (
 
 if TYPE_CHECKING:
     from anabranch.ahead import Build, build
-    from anabranch.export import Input
+    from anabranch.export import Dim, Input
     from anabranch.plan import Plan
     from anabranch.runtime import Engine, Stats, compile
 
@@ -32,6 +32,7 @@ __all__ = [
     "Build",
     "BuildError",
     "DeviceLost",
+    "Dim",
     "Engine",
     "EngineClosed",
     "FlagsChanged",
@@ -52,6 +53,7 @@ __all__ = [
 #: Loaded when first used, so that tools which need no PyTorch (the race checker) do not load it.
 _LAZY = {
     "Build": "anabranch.ahead",
+    "Dim": "anabranch.export",
     "Engine": "anabranch.runtime",
     "Input": "anabranch.export",
     "Plan": "anabranch.plan",

@@ -157,6 +157,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("engines cannot be kept in {folder}: {why}", "Give a folder that you can write to"),
         ("does not run this model: {program.direct_only}", "require_full=True", "Leave require_full out"),
         ("no compute capability given", "Give the one of the GPU that engines are for"),
+        ("Input shape {tuple(map(str, x.shape))} given", "engines are for one shape", "Give numbers, and build once"),
     ],
     "src/anabranch/ahead/_command.py": [
         ("{option} given with {model}", "an exported program keeps its own", "Export it so"),
@@ -385,6 +386,10 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("the model uses {spec.target}", "expected tensors only", "Hold it outside the model"),
         ("input {spec.arg.name} is a {type(spec.arg).__name__}", "expected a tensor or a constant"),
     ],
+    "src/anabranch/export/_sizes.py": [
+        ("Dim name {self.name} given", "expected a name like 'batch'"),
+        ("{self} given", "expected 0 <= min <= max"),
+    ],
     "src/anabranch/export/_signature.py": [
         ("input {position} is a {kind.__name__}", "expected tensors, numbers, strings", "Register other containers"),
         ("input {position} is a {kind.__name__}", "expected a plain torch.Tensor"),
@@ -517,6 +522,12 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("inputs on several devices given ({", "an engine runs on one", "Move them to one device"),
         ("{path}: cannot be loaded as an exported program", "Expected a file written by torch.export.save"),
         ("the model's {name} is on {t.device}", "its inputs are on {device}", "call model.to("),
+        ("{dims[dim.name]} and {dim} given", "expected one name to have the same bounds everywhere"),
+    ],
+    "src/anabranch/runtime/_ranges.py": [
+        ("sizes were declared to vary ({names})", "the model does not let them: {why}", "Give numbers in their place"),
+        ("size {d} of input {i} is {size}; {dim.name}", "declared as {dim.bounds}", "Pass inputs within the bounds"),
+        ("and size {e} of input {other} is {equal}", "so they must be equal", "Give them two names"),
     ],
     "src/anabranch/runtime/_unit.py": [
         ("elements into its storage", "the model reads from the storage's beginning ({what})", "Pass x.clone()"),

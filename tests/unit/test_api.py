@@ -48,6 +48,7 @@ def test_compile_has_the_promised_signature() -> None:
         "memory_limit": None,
         "cuda_graphs": None,
         "require_full": False,
+        "dynamic": None,
     }
 
 

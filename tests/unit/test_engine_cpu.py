@@ -229,7 +229,7 @@ def test_explain_and_repr_name_what_runs(runtime: str) -> None:
     engine(torch.randn(5, 3))
     text = engine.explain()
     assert "float32[2, 3]: direct" in text
-    assert "float32[5, 3]: direct" in text
+    assert "float32[*, 3]: direct" in text, "the size has had a second value"
     assert "16 contexts" in text
     assert repr(engine) == f"<anabranch engine Linear on cpu, eager, {runtime}>"
     assert engine.device == torch.device("cpu")
@@ -475,7 +475,7 @@ def test_sixteen_first_calls_of_one_signature_compile_it_once(backend: str) -> N
 
 
 def test_threads_with_a_signature_each_get_their_own() -> None:
-    engine = build(nn.Softplus(), torch.randn(1))
+    engine = build(nn.Softplus(), torch.randn(1), dynamic=False)
 
     def work(i: int) -> None:
         for _ in range(10):
@@ -488,7 +488,7 @@ def test_threads_with_a_signature_each_get_their_own() -> None:
 
 def test_calls_go_on_while_another_thread_compiles_a_signature() -> None:
     model = Net().eval()
-    engine = build(model, torch.randn(2, 3, 9, 7))
+    engine = build(model, torch.randn(2, 3, 9, 7), dynamic=False)
     x = torch.randn(2, 3, 9, 7)
     expected = engine(x)[0]
     built = threading.Event()

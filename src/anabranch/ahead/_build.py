@@ -152,6 +152,11 @@ def _export(
     seam = get_device(device.type)
 
     def tensor(x: Any) -> Any:
+        if isinstance(x, Input) and x.dims:
+            raise InputError(
+                f"Input shape {tuple(map(str, x.shape))} given; TensorRT's engines are for one shape. Give numbers, and"
+                " build once for each shape."
+            )
         return dataclasses.replace(x, device=None).empty(device) if isinstance(x, Input) else x
 
     args, kwargs = pytree.tree_map(tensor, (args, kwargs), is_leaf=lambda x: isinstance(x, Input))

@@ -44,7 +44,8 @@ class _Inductor:
                 artifact = standalone_compile(
                     module,
                     [*weights, *examples],
-                    dynamic_shapes="from_example_inputs",
+                    # Assumptions about sizes are noted beside the program's own.
+                    dynamic_shapes="from_example_inputs" if program.sizes is None else "from_graph",
                     # Without this it runs every kernel once, to choose between variants, on values that it makes up:
                     # an index made of zeros can be out of range, which costs the process its GPU, and what is chosen
                     # on them is chosen again. So kernels choose where the engine is warmed up, on valid values.

@@ -46,6 +46,19 @@ def keeping_strides(module: fx.GraphModule, kernels: Kernels) -> Kernels:
     """
     wanted: list[Any] = [n.meta.get("val") for n in module.graph.output_node().args[0]]  # type: ignore[union-attr]
     gaps: list[int] | None = None
+    # Of many sizes some are padded, and others not.
+    vary = any(isinstance(w, Tensor) and any(not isinstance(n, int) for n in w.shape) for w in wanted)
+    if vary:
+        dense = [isinstance(w, Tensor) and _is_dense(w) for w in wanted]
+
+        def of_any_size(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+            results = list(kernels(inputs))
+            for i, y in enumerate(results):
+                if dense[i] and not _is_dense(y):
+                    results[i] = torch.empty_like(y).copy_(y)
+            return results
+
+        return of_any_size
 
     def without_gaps(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         nonlocal gaps

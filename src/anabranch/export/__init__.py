@@ -22,17 +22,20 @@ from anabranch.export._signature import (
     leaf_key,
     register_dataclasses,
 )
+from anabranch.export._sizes import SPECIAL, Dim, Sizes, shape_at, size_at
 from anabranch.export._snapshot import Fresh, Snapshot
 from anabranch.export._trial import changed_between, state_of
 from anabranch.export._uncaptured import READS_ON_HOST, Uncaptured, source_of
 
 __all__ = [
     "READS_ON_HOST",
+    "SPECIAL",
     "AliasOutput",
     "Cast",
     "ComputedOutput",
     "ConstantOutput",
     "Cut",
+    "Dim",
     "Fresh",
     "Input",
     "NotCarried",
@@ -42,6 +45,7 @@ __all__ = [
     "Program",
     "Signature",
     "SizeOutput",
+    "Sizes",
     "Snapshot",
     "TensorSpec",
     "Uncaptured",
@@ -62,6 +66,8 @@ __all__ = [
     "register_dataclasses",
     "run_in_eager",
     "same_computation",
+    "shape_at",
+    "size_at",
     "source_of",
     "state_of",
     "tensorize",

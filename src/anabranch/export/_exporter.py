@@ -20,11 +20,12 @@ from torch.utils import _pytree as pytree
 from anabranch.errors import UnsupportedModel
 from anabranch.export import _functional, _packed
 from anabranch.export._bystanders import undisturbed
-from anabranch.export._diagnosis import copy_of, diagnose
-from anabranch.export._forward import Forward, Seen
+from anabranch.export._diagnosis import copy_of, diagnose, first_line
+from anabranch.export._forward import TENSOR, Forward, Seen
 from anabranch.export._leaks import Watch
 from anabranch.export._recurrent import weights_apart
 from anabranch.export._signature import TensorSpec
+from anabranch.export._sizes import noting_lines
 from anabranch.export._snapshot import Fresh, Snapshot
 from anabranch.export._trial import Trial, needs_trial, try_out
 from anabranch.export._uncaptured import source_of
@@ -45,13 +46,16 @@ class Exporter:
         given: Any,
         aside: Callable[..., Any],
         numbers: frozenset[int],
+        free: frozenset[tuple[int, int]],
     ) -> None:
-        self._numbers = numbers
+        self._numbers, self._free = numbers, free
         self._args = tuple(args)
         self._kwargs = dict(kwargs)
         self._given = given[0], {name: given[1][name] for name in kwargs}
         self._aside = aside
         self.specs = [TensorSpec.of(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        #: Of sizes that were to vary, at which of the model's lines they became numbers.
+        self.lines: dict[Any, str] = {}
         self._state: dict[str, None] = {}
         self._watches: list[Watch | None] = []
 
@@ -83,9 +87,18 @@ class Exporter:
         return exported, traced, seen
 
     def _trace(self, traced: Fresh, options: Any, decompose: bool) -> tuple[ExportedProgram, Seen]:
-        forward = Forward(traced.module, self.specs, *options, numbers=self._numbers)
+        rest, tensors = None, list[torch.Tensor]()
+        if self._free:
+            leaves, structure = pytree.tree_flatten((self._args, self._kwargs))
+            tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+            rest = [TENSOR if isinstance(x, torch.Tensor) else x for x in leaves], structure
+        forward = Forward(traced.module, self.specs, *options, numbers=self._numbers, rest=rest)
         try:
-            exported = _export(forward, self._args, self._kwargs, self._given, decompose)
+            if rest is None:
+                exported = _export(forward, self._args, self._kwargs, self._given, decompose)
+            else:
+                with noting_lines(self.lines):
+                    exported = _export(forward, tensors, {}, None, decompose, self._free)
         finally:
             if forward.seen.recorder is not None:
                 forward.seen.recorder.is_over = True
@@ -141,9 +154,15 @@ def _alike(a: ExportedProgram, b: ExportedProgram) -> bool:
 
 
 def _export(
-    module: Forward, args: Sequence[Any], kwargs: Mapping[str, Any], given: Any, decompose: bool = True
+    module: Forward,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    given: Any,
+    decompose: bool = True,
+    free: frozenset[tuple[int, int]] = frozenset(),
 ) -> ExportedProgram:
-    """``given``: positional and keyword inputs with values, to find out by whose fault it fails."""
+    """``given``: positional and keyword inputs with values, to find out by whose fault it fails; None: nobody asks.
+    ``free``: of ``args``, input and dimension of each size that becomes a symbol, if it can be one."""
     exported: ExportedProgram | None = None
     try:
         with torch.no_grad():
@@ -155,7 +174,9 @@ def _export(
                 weights_apart(module.model),
                 _packed.traced(module.model),
             ):
-                exported = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
+                sizes = ([{d: torch.export.Dim.AUTO for j, d in free if j == i} for i in range(len(args))],)
+                dynamic = tuple(map(tuple, sizes)) if free else None
+                exported = torch.export.export(module, tuple(args), dict(kwargs), dynamic_shapes=dynamic, strict=False)
                 if decompose:
                     _inline_grad_modes(exported)
                     _functional.prepare(exported, source_of)
@@ -168,6 +189,8 @@ def _export(
         if isinstance(e, UnsupportedModel) and exported is not None:
             raise
         refusal = getattr(module.seen, "returned", None) and module.seen.returned.refusal
+        if given is None:
+            raise UnsupportedModel(refusal or first_line(e)) from e
         raise (
             UnsupportedModel(refusal) if refusal else diagnose(e, module, given[0], given[1], _transform(exported))
         ) from e

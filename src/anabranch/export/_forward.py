@@ -16,6 +16,9 @@ from anabranch.export._precision import HalfPrecision
 from anabranch.export._signature import TensorSpec
 from anabranch.export._stand_ins import Recorder, TakesNumbers
 
+#: Stands for a tensor. The tensors themselves would live for as long as what export leaves behind.
+TENSOR = object()
+
 
 class Seen:
     """What was seen while the model ran. No attributes of the module: torch.export puts those back as they were."""
@@ -72,7 +75,10 @@ class Forward(torch.nn.Module):
         dtypes: Sequence[Any] = (),
         *,
         numbers: frozenset[int] = frozenset(),
+        rest: tuple[Sequence[Any], pytree.TreeSpec] | None = None,
     ) -> None:
+        """``rest``: it is given the tensors alone, one after another; all leaves of a call, with :data:`TENSOR` in the
+        place of each tensor, and their structure."""
         super().__init__()
         self.model = model
         self.seen = Seen()
@@ -81,8 +87,13 @@ class Forward(torch.nn.Module):
         self._specs = specs
         self._precision = precision
         self._dtypes = dtypes
+        self._rest = rest
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._rest is not None:
+            tensors, (leaves, structure) = iter(args), self._rest
+            whole = [next(tensors) if x is TENSOR else x for x in leaves]
+            args, kwargs = pytree.tree_unflatten(whole, structure)
         self.seen.watch = Watch(pytree.tree_leaves((args, kwargs)))
         if any(spec.is_lazy for spec in self._specs):
             specs = iter(self._specs)

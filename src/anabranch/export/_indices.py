@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from anabranch.export._signature import TensorSpec
+from anabranch.export._sizes import shape_at
 
 #: Operators that read or write at indices, by name.
 _INDEXING = frozenset(
@@ -52,13 +53,15 @@ def has_mask(func: Any, args: Sequence[Any]) -> bool:
     return any(isinstance(v, torch.Tensor) and v.dtype in (torch.bool, torch.uint8) for v in values)
 
 
-def valid_integer(graph: fx.Graph, inputs: Sequence[TensorSpec]) -> tuple[int, str]:
+def valid_integer(
+    graph: fx.Graph, inputs: Sequence[TensorSpec], values: Mapping[Any, int] | None = None
+) -> tuple[int, str]:
     """An integer with which every integer input may be filled: indices and divisors made from them are valid.
 
     Or 0, and why there seems to be none.
 
-    ``graph`` takes weights, and then tensors of these specs; its nodes carry fake tensors under ``meta["val"]``.
-    What depends on weights or on other inputs is not looked at.
+    ``graph`` takes weights, and then tensors of these specs; its nodes carry fake tensors under ``meta["val"]``;
+    ``values``: of symbols in their sizes. What depends on weights or on other inputs is not looked at.
     """
     # Numbers, if any, come last.
     placeholders = [n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)]
@@ -71,7 +74,8 @@ def valid_integer(graph: fx.Graph, inputs: Sequence[TensorSpec]) -> tuple[int, s
     for value in _TRIED:
         # A wider type may hold what a narrow one cannot.
         fits = all(s.dtype is torch.bool or value <= torch.iinfo(s.dtype).max for s in given.values())
-        why = _fails(nodes, {n: torch.full(s.shape, value, dtype=s.dtype) for n, s in given.items()}) if fits else why
+        filled = {n: torch.full(s.shape, value, dtype=s.dtype) for n, s in given.items()} if fits else {}
+        why = _fails(nodes, filled, values) if fits else why
         if not why:
             return value, ""
     return 0, why
@@ -107,7 +111,7 @@ def indexed_by_floats(nodes: Mapping[fx.Node, bool], weights: Container[fx.Node]
     return found
 
 
-def _fails(nodes: Iterable[fx.Node], known: dict[fx.Node, Any]) -> str:
+def _fails(nodes: Iterable[fx.Node], known: dict[fx.Node, Any], values: Mapping[Any, int] | None) -> str:
     """Why these values are not valid, or nothing."""
     for node in nodes:
         # What is made of nothing (arange, say) is as good as known.
@@ -115,11 +119,11 @@ def _fails(nodes: Iterable[fx.Node], known: dict[fx.Node, Any]) -> str:
         checks = is_indexing(node.target)
         if not is_known and not (checks and _has_known_index(node, known)):
             continue
-        if not _is_small(node, checks):
+        if not _is_small(node, checks, values):
             continue
         try:
             with torch.no_grad():
-                arguments = _on_cpu(node.args, known, node), _on_cpu(node.kwargs, known, node)
+                arguments = _on_cpu(node.args, known, node, values), _on_cpu(node.kwargs, known, node, values)
                 result = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
         except Exception as e:
             if _is_of_values(e):
@@ -144,7 +148,7 @@ def _has_known_index(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
     return any(_is_integer(v.dtype) for n in node.all_input_nodes if isinstance(v := known.get(n), torch.Tensor))
 
 
-def _is_small(node: fx.Node, checks: bool) -> bool:
+def _is_small(node: fx.Node, checks: bool, sizes: Mapping[Any, int] | None) -> bool:
     """Whether it costs next to nothing to compute; of what is only looked into, the memory is not there."""
     if node.target is torch.ops.aten.embedding.default:
         return True
@@ -152,19 +156,22 @@ def _is_small(node: fx.Node, checks: bool) -> bool:
     found = [x for v in values for x in pytree.tree_leaves(v) if isinstance(x, torch.Tensor)]
     try:
         return bool(found) and all(
-            int(x.numel()) <= _LARGEST and x.layout is torch.strided and (checks or _is_integer(x.dtype)) for x in found
+            math.prod(shape_at(x.shape, sizes)) <= _LARGEST
+            and x.layout is torch.strided
+            and (checks or _is_integer(x.dtype))
+            for x in found
         )
     except (RuntimeError, TypeError):
         return False  # its size depends on data
 
 
-def _on_cpu(arguments: Any, known: dict[fx.Node, Any], node: fx.Node) -> Any:
+def _on_cpu(arguments: Any, known: dict[fx.Node, Any], node: fx.Node, sizes: Mapping[Any, int] | None) -> Any:
     def of(x: Any) -> Any:
         if isinstance(x, fx.Node):
             if x in known:
                 return known[x]
             # Zeros of that shape, in the memory of one element; of a table of vectors, vectors of one element.
-            shape = x.meta["val"].shape
+            shape = shape_at(x.meta["val"].shape, sizes)
             shape = (shape[0], 1) if node.target is torch.ops.aten.embedding.default and len(shape) == 2 else shape
             return torch.zeros((), dtype=x.meta["val"].dtype).expand(shape)
         return torch.device("cpu") if isinstance(x, torch.device) else x

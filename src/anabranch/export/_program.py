@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from anabranch.export._outputs import ComputedOutput, Output, classify, storage_
 from anabranch.export._precision import Cast
 from anabranch.export._recurrent import call_cudnn
 from anabranch.export._signature import TensorSpec
+from anabranch.export._sizes import Sizes
 from anabranch.export._snapshot import Fresh, Snapshot
 from anabranch.export._stand_ins import bind
 from anabranch.export._uncaptured import Uncaptured, direct_only, reading, source_of, uncapturable, with_line
@@ -68,6 +69,20 @@ class Program:
     notes: tuple[str, ...] = ()
     #: The call's numbers that it takes after the tensors.
     numbers: Numbers | None = None
+    #: Of a program for many sizes of its inputs.
+    sizes: Sizes | None = None
+    #: Of one for single sizes that was made for many: what the symbols in its graph stand for.
+    values: Mapping[Any, int] | None = None
+
+    def at(self, shapes: Sequence[Sequence[int]]) -> Program:
+        """Of a program for many sizes: the same for these alone. It has the same graph, weights and kernels."""
+        assert self.sizes is not None
+        return replace(self, sizes=None, values=self.sizes.values(shapes))
+
+    @property
+    def returns_sizes(self) -> bool:
+        """Whether numbers are among its results."""
+        return not all(isinstance(n.meta.get("val"), torch.Tensor) for n in _results(self.module.graph))
 
     def weights_for_eager(self) -> list[torch.Tensor]:
         """The weights as PyTorch's own operators have to be given them, with autograd off.
@@ -103,9 +118,12 @@ def export_program(
     given: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
     aside: Callable[..., Any] = lambda call, lasting=False: call(),
     numbers: frozenset[int] = frozenset(),
+    free: frozenset[tuple[int, int]] = frozenset(),
 ) -> Program:
     """Export a copy of ``model`` for these inputs; with ``cast``, in that precision.
 
+    ``free``: position among the tensors and dimension of each size that varies; see :attr:`Program.sizes` for which of
+    them the model does not need to know.
     ``numbers``: positions of those among the leaves that become inputs of the program, in place of a part of it; see
     :attr:`Program.numbers`. Raises :class:`NotCarried` where one cannot.
 
@@ -121,7 +139,7 @@ def export_program(
     """
     check_global_hooks()
     snapshot = model if isinstance(model, Snapshot) else Snapshot.of(model, values=False)
-    exporter = Exporter(args, kwargs, given or (args, kwargs), aside, numbers)
+    exporter = Exporter(args, kwargs, given or (args, kwargs), aside, numbers, free)
     options: tuple[Any, ...] = ()
     if cast is not None:
         exported, *_ = exporter.export(snapshot, decompose=False)
@@ -129,6 +147,9 @@ def export_program(
     exported, traced, seen = exporter.export(cast.snapshot if cast is not None else snapshot, *options)
     program = _flatten(exported, traced, cast, exporter.specs, seen, aside, pytree.tree_leaves((args, kwargs)))
     program.reads_layout = seen.reads_layout
+    if free:
+        placeholders = program.module.graph.find_nodes(op="placeholder")[len(program.weights) :]
+        program.sizes = Sizes([n.meta["val"] for n in placeholders], exporter.lines)
     del exported, traced
     program.notes = exporter.notes()
     return program

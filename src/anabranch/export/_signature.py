@@ -7,7 +7,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from anabranch.errors import InputError
+from anabranch.export._sizes import Dim
 
 #: Bytes. PyTorch's allocators hand out more; kernels that load 16 bytes at a time are chosen on this.
 ALIGNMENT = 16
@@ -25,18 +26,19 @@ ALIGNMENT = 16
 class Input:
     """A tensor to come: what :func:`anabranch.compile` needs to know of it.
 
-    ``shape`` in elements; ``device`` defaults to the model's; ``memory_format`` is ``torch.contiguous_format``,
-    ``torch.channels_last`` (4-D) or ``torch.channels_last_3d`` (5-D).
+    ``shape`` in elements, with a :class:`Dim` (or one of ``torch.export``) for a size that varies; ``device`` defaults
+    to the model's; ``memory_format`` is ``torch.contiguous_format``, ``torch.channels_last`` (4-D) or
+    ``torch.channels_last_3d`` (5-D).
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[Any, ...]
     dtype: torch.dtype = torch.float32
     device: torch.device | str | None = None
     memory_format: torch.memory_format = torch.contiguous_format
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
-        if any(n < 0 for n in self.shape):
+        object.__setattr__(self, "shape", tuple(Dim.of(n) or int(n) for n in self.shape))
+        if any(n < 0 for n in self.shape if isinstance(n, int)):
             raise InputError(f"Input shape {self.shape} given; sizes must be 0 or more")
         rank = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(self.memory_format, len(self.shape))
         if len(self.shape) != rank:
@@ -45,10 +47,19 @@ class Input:
                 " give as many, or leave memory_format out"
             )
 
-    def empty(self, device: torch.device) -> torch.Tensor:
-        """An uninitialized tensor like this one: nothing at compile reads an input's values."""
+    @property
+    def dims(self) -> dict[int, Dim]:
+        """Sizes that vary."""
+        return {d: n for d, n in enumerate(self.shape) if isinstance(n, Dim)}
+
+    def empty(self, device: torch.device, sizes: Mapping[str, int] | None = None) -> torch.Tensor:
+        """An uninitialized tensor like this one: nothing at compile reads an input's values.
+
+        ``sizes``: of those that vary, by name.
+        """
         device = torch.device(self.device) if self.device is not None else device
-        return torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=self.memory_format)
+        shape = [(sizes or {}).get(n.name, n.example()) if isinstance(n, Dim) else n for n in self.shape]
+        return torch.empty(shape, dtype=self.dtype, device=device, memory_format=self.memory_format)
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,8 @@ class TensorSpec:
     integer: int = dataclasses.field(default=0, compare=False)
     #: Whether its sizes depend on data: any tensor of its kind is taken as it is.
     is_open: bool = False
+    #: Dimensions of which the size varies from call to call; ``shape`` has an example.
+    free: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, x: torch.Tensor, device: torch.device | None = None) -> TensorSpec:
@@ -126,7 +139,23 @@ class TensorSpec:
             return True
         if x.data_ptr() % ALIGNMENT and x.numel():
             return False
-        return x.is_contiguous() if self.is_contiguous else x.stride() == self.strides
+        if self.is_contiguous:
+            return x.is_contiguous()
+        return x.stride() == (self.strides_for(x.shape) if self.free else self.strides)
+
+    def strides_for(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of a dense tensor of this shape whose dimensions are in the order of this one's."""
+        strides, step = [0] * len(shape), 1
+        for d in sorted(range(len(shape)), key=lambda d: (self.strides[d], -d)):
+            strides[d] = step
+            step *= max(shape[d], 1)
+        return tuple(strides)
+
+    def empty_like(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """As :meth:`empty`, with the sizes of ``x``."""
+        if not self.free:
+            return self.empty(device)
+        return torch.empty_strided(x.shape, self.strides_for(x.shape), dtype=self.dtype, device=self.place(device))
 
     @property
     def is_contiguous(self) -> bool:
@@ -138,7 +167,8 @@ class TensorSpec:
         return True
 
     def __str__(self) -> str:
-        name = f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}" + " on the CPU" * self.on_cpu
+        sizes = ", ".join("*" if d in self.free else str(n) for d, n in enumerate(self.shape))
+        name = f"{str(self.dtype).removeprefix('torch.')}[{sizes}]" + " on the CPU" * self.on_cpu
         if self.is_open:
             return f"{name} (0: depends on data)"
         return name if self.is_contiguous else f"{name} strides {list(self.strides)}"
@@ -317,6 +347,23 @@ class Signature:
         """The same signature; integers that are made up for it are ``value``."""
         leaves = (replace(x, integer=value) if isinstance(x, TensorSpec) else x for x in self.leaves)
         return Signature(self.structure, tuple(leaves), self.numbers)
+
+    def with_free(self, free: Collection[tuple[int, int]]) -> Signature:
+        """The same signature for all values of these sizes: position among the tensors, and dimension."""
+        positions = itertools.count()
+
+        def of(x: Any) -> Any:
+            if not isinstance(x, TensorSpec):
+                return x
+            i = next(positions)
+            return replace(x, free=tuple(sorted(d for j, d in free if j == i)))
+
+        return Signature(self.structure, tuple(map(of, self.leaves)), self.numbers)
+
+    @property
+    def is_range(self) -> bool:
+        """Whether it serves many sizes."""
+        return any(x.free for x in self.given)
 
     def with_numbers(self, positions: Sequence[int], tensors: Sequence[TensorSpec]) -> Signature:
         """The same signature for all values of the numbers at ``positions``."""

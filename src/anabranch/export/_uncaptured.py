@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from anabranch.export._constants import is_on_cpu
 from anabranch.export._indices import has_mask
 from anabranch.export._random import is_random
+from anabranch.export._sizes import is_of_data
 
 #: The models' lines are elsewhere.
 _PACKAGE = str(Path(__file__).parents[1])
@@ -93,8 +94,7 @@ def reads_on_host(node: fx.Node) -> bool:
 def is_unbacked(value: Any) -> bool:
     """Whether it is a number that depends on data, or a tensor of such sizes, or has one of them."""
     return any(
-        isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool)
-        or (isinstance(x, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in x.shape))
+        any(map(is_of_data, x.shape)) if isinstance(x, torch.Tensor) else is_of_data(x)
         for x in pytree.tree_leaves(value)
     )
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from anabranch.export import Program, TensorSpec, source_of
+from anabranch.export import Program, TensorSpec, size_at, source_of
 from anabranch.plan._plan import Access, Buffer, Plan, Step
 
 #: ATen ops that use no cuBLAS workspace. Everything else is assumed to, so that a new op errs on the safe side.
@@ -83,9 +83,12 @@ def plan_program(
     has_workspaces = device.type != "cpu"
 
     def buffer(label: str, kind: str, value: Any) -> Access:
-        spec = value if isinstance(value, TensorSpec) else TensorSpec(_ints(value.shape), (), value.dtype)
+        spec = value if isinstance(value, TensorSpec) else TensorSpec(_ints(value.shape, program), (), value.dtype)
         dtype = str(spec.dtype).removeprefix("torch.")
-        buffers.setdefault(label, Buffer(label, spec.nbytes, kind, dtype=dtype, shape=spec.shape))
+        # Of a size that nobody knows yet it may have memory, and so be in a race.
+        known = isinstance(value, TensorSpec) or all(isinstance(n, int) for n in value.shape)
+        nbytes = spec.nbytes if known else max(spec.nbytes, spec.dtype.itemsize)
+        buffers.setdefault(label, Buffer(label, nbytes, kind, dtype=dtype, shape=spec.shape))
         return Access(label)
 
     in_pieces = graph is not None
@@ -173,9 +176,9 @@ def plan_program(
     return Planned(plan, tuple(of.get(node, ()) for node in results))
 
 
-def _ints(shape: Sequence[Any]) -> tuple[int, ...]:
-    """Sizes; 0 for one that is known only once the data is."""
-    return tuple(n if isinstance(n, int) else 0 for n in shape)
+def _ints(shape: Sequence[Any], program: Program) -> tuple[int, ...]:
+    """Sizes; of one that varies, what it was at export; 0 for one that is known only once the data is."""
+    return tuple(size_at(n, program.values) or 0 for n in shape)
 
 
 def _unique(accesses: Any) -> tuple[Access, ...]:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from anabranch.backends import Instance, Kernels, Options, Stateful, get_backend, of_one
 from anabranch.devices import Stream
 from anabranch.errors import BuildError, InputError
-from anabranch.export import is_random
+from anabranch.export import Program, is_random, shape_at
 from anabranch.runtime._calls import Calls
 from anabranch.runtime._comparison import why_off
 from anabranch.runtime._context import Context
@@ -45,13 +45,17 @@ class Choice:
 class Builder:
     """One build. Owner: the thread that builds, with the build lock held. The host waits for lanes of its own only."""
 
-    def __init__(self, unit: Unit, calls: Calls, clock: Clock) -> None:
+    def __init__(self, unit: Unit, calls: Calls, clock: Clock, lowered: Choice | None = None) -> None:
+        """``lowered``: of a build for many sizes, of which this one is for some: its kernels are taken."""
         self._unit, self._calls, self._clock = unit, calls, clock
         self._device, self._settings, self._program = unit.device, unit.settings, unit.program
         program = unit.program
         # What depends on data cannot be compiled for one shape: operators decide as they go.
         by_operators = program.data_dependent or program.is_empty or program.takes_numbers or program.on_cpu
         self._choice = Choice("eager" if by_operators else self._settings.backend, str(program.direct_only))
+        self._lowered = lowered
+        if lowered is not None:
+            self._choice = Choice(lowered.backend, lowered.why_eager)
 
     def build(self, given: Sequence[torch.Tensor]) -> Choice:
         """Have everything made that calls need. Blocks until everything that was queued here is done.
@@ -149,6 +153,10 @@ class Builder:
         ``own``: a stream that nobody else has meanwhile, where there are streams.
         """
         choice, settings, program = self._choice, self._settings, self._program
+        if self._lowered is not None:
+            choice.kernels = self._lowered.kernels
+            assert choice.kernels is not None
+            return of_one(choice.kernels, own)
         if settings.require_full and choice.backend != settings.backend and not program.is_empty:
             raise BuildError(
                 f"require_full=True given, and backend {settings.backend!r} does not run this model:"
@@ -159,6 +167,8 @@ class Builder:
             lowered = get_backend(choice.backend).lower(program, examples, options)
             run = of_one(lowered, own)
         choice.kernels = lowered
+        if program.sizes is not None:
+            program.sizes.settle()
         return run
 
     def _set_kernels(self) -> None:
@@ -188,13 +198,13 @@ class Builder:
 
     def _without_draws(self, inputs: Sequence[torch.Tensor]) -> Any:
         """Run the operators but for those that draw: the next draws are the user's, and other threads'."""
-        return _WithoutDraws(self._program.module).run(*self._program.weights_for_eager(), *inputs)
+        return _WithoutDraws(self._program).run(*self._program.weights_for_eager(), *inputs)
 
     def _compare(self, run: Kernels | Instance, examples: Sequence[torch.Tensor]) -> Kernels | Instance:
         """Have PyTorch's operators run the model where compiled kernels give other results; returns what runs."""
         choice, settings = self._choice, self._settings
         # In a forked child operators may wait for ever for OpenMP's threads, which are its parent's.
-        if choice.backend == "eager" or isinstance(choice.kernels, Stateful) or process.generation:
+        if choice.backend == "eager" or isinstance(choice.kernels, Stateful) or process.generation or self._lowered:
             return run
         try:
             with self._clock.phase("warm-up"):
@@ -222,6 +232,8 @@ class Builder:
             return f"not captured: {self._program.direct_only}"
         if self._settings.cuda_graphs is False:
             return "CUDA graphs were turned off"
+        if self._program.sizes is not None:
+            return "not captured: for many sizes"
         return ""
 
     def _graph_or_direct(
@@ -240,7 +252,7 @@ class Builder:
         """Whether calls run direct by compiled kernels that nobody asked for."""
         choice = self._choice
         return (
-            not (choice.uses_graphs or self._program.is_empty or self._settings.backend_is_given)
+            not (choice.uses_graphs or self._program.is_empty or self._settings.backend_is_given or self._lowered)
             and choice.backend != "eager"
             and not isinstance(choice.kernels, Stateful)
             and not self._settings.require_full
@@ -287,11 +299,16 @@ class Builder:
 class _WithoutDraws(fx.Interpreter):
     """Has zeros in the place of what a graph draws."""
 
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.module)
+        self._values = program.values
+
     def run_node(self, n: fx.Node) -> Any:
         if not is_random(n):
             return super().run_node(n)
 
         def zeros(x: torch.Tensor) -> torch.Tensor:
-            return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device).zero_()
+            strides = shape_at(x.stride(), self._values)
+            return torch.empty_strided(shape_at(x.shape, self._values), strides, dtype=x.dtype, device=x.device).zero_()
 
         return pytree.tree_map_only(torch.Tensor, zeros, n.meta["val"])

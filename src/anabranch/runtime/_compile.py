@@ -18,6 +18,7 @@ from anabranch.runtime._flags import Flags
 from anabranch.runtime._given import (
     backend_for,
     check_gpu,
+    declared_dims,
     device_of,
     given_model,
     inputs_of,
@@ -43,6 +44,7 @@ def compile(
     memory_limit: int | None = None,
     cuda_graphs: bool | None = None,
     require_full: bool = False,
+    dynamic: bool | None = None,
 ) -> Engine:
     """Compile ``model`` for inference and return an engine that any thread may call on any stream.
 
@@ -76,6 +78,10 @@ def compile(
     :param require_full: raise where an operator would have to run in another backend than the one asked for, and
         where ``torch.export`` refuses the model. Otherwise :meth:`Engine.explain` lists such operators; a model that
         ``torch.export`` refuses runs in several graphs, as Dynamo cuts it, with its Python between them.
+    :param dynamic: of sizes of inputs. None: when a size has a second value, one more specialization is compiled that
+        serves all its values but 0 and 1, and what else the model or a compiler treats otherwise; on CUDA as False.
+        True: from the first call on all sizes may vary. False: each shape is compiled by itself. A :class:`Dim` in an
+        :class:`Input`'s shape declares a size that varies, with its bounds.
 
     The host blocks until everything is built, and until the calling thread's current stream is done, so that
     parameters written just before are seen by every stream. Nothing may be under capture on that stream.
@@ -94,6 +100,7 @@ def compile(
         memory_limit=memory_limit,
         cuda_graphs=cuda_graphs,
         require_full=require_full,
+        dynamic=dynamic,
         in_fragments=True,
     )
 
@@ -101,7 +108,7 @@ def compile(
 def compile_graph(model: torch.nn.Module, inputs: Sequence[Any], **options: Any) -> Engine:
     """As :func:`compile`, for a graph that Dynamo has made: what ``torch.export`` refuses is not traced once more."""
     defaults = {n: p.default for n, p in inspect.signature(compile).parameters.items() if n not in ("model", "inputs")}
-    return _compile(model, inputs, **{**defaults, **options}, in_fragments=False)
+    return _compile(model, inputs, **{**defaults, "dynamic": False, **options}, in_fragments=False)
 
 
 def _compile(
@@ -116,6 +123,7 @@ def _compile(
     memory_limit: int | None,
     cuda_graphs: bool | None,
     require_full: bool,
+    dynamic: bool | None,
     in_fragments: bool,
 ) -> Engine:
     """``in_fragments``: whether Dynamo takes a model apart that ``torch.export`` refuses."""
@@ -128,8 +136,12 @@ def _compile(
         check_gpu(backend, (args, keywords))
         device = device_of(model, (args, keywords))
         placed = on_device(model, device)
-        args, keywords = tensors_for((args, keywords), device)
+        given = args, keywords
+        args, keywords = tensors_for(given, device)
+        dims = declared_dims(given, (args, keywords))
         seam = get_device(device.type)
+        if dynamic is None and seam.kind == "cuda" and not dims:
+            dynamic = False  # until it is measured there
         index = seam.index(device)
         if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
             raise NotCapturable("compile was called inside a CUDA graph capture; compile first, then capture")
@@ -139,13 +151,17 @@ def _compile(
             backend_is_given=backend is not None,
         )
         limits = kind._runtime.make_limits(max_contexts, memory_limit)
-        engine = kind(settings, placed, precision, limits, in_fragments and not require_full)
+        engine = kind(settings, placed, precision, limits, in_fragments and not require_full, dynamic)
         engine._table.keep_on_cpu(args, keywords)
+        engine._table.declare(args, keywords, dims)
         if seam.has_streams:
             # Parameters that were written just before are there for the lane that warms up, and for every later caller.
             with seam.building():
                 seam.current_stream(index).synchronize()
-        engine._table.primary = engine._specialization(args, keywords, clock)
+        made = engine._specialization(args, keywords, clock)
+        if made is not None and not dims:
+            made = engine._of_one_shape(args, keywords, made)  # for inputs that were given, it is made at once
+        engine._table.primary = made
     return engine
 
 

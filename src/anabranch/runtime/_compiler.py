@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -22,6 +23,7 @@ from anabranch.export import (
     Snapshot,
     Uncaptured,
     export_program,
+    first_line,
     run_in_eager,
     same_computation,
     source_of,
@@ -30,10 +32,13 @@ from anabranch.export import (
 from anabranch.runtime._calls import Runtime
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import neutral, process
+from anabranch.runtime._ranges import Place
 from anabranch.runtime._settings import Settings
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._table import Table
 from anabranch.runtime._unit import Unit
+
+_log = logging.getLogger("anabranch")
 
 
 class Compiler:
@@ -66,9 +71,19 @@ class Compiler:
     ) -> tuple[Any, Specialization]:
         """A specialization for a call, in the table, and its key there. Blocks until it is built."""
         self._check_flags()
-        return self._compile_for_all(key, signature, given, leaves, clock) or self._compile(
-            key, signature, given, leaves, clock
-        )
+        for_all = self._compile_for_all(key, signature, given, leaves, clock)
+        if for_all is not None:
+            return for_all
+        free = self._table.ranges.to_free(key)
+        made: Any = self._compile_range(key, signature, given, leaves, free, clock) if free else ""
+        if isinstance(made, str):
+            if made and not len(self._table):
+                self._table.ranges.check_declared(key, made)
+            alone = self._compile(key, signature, given, leaves, clock)
+            self._table.ranges.add(key, None, made)
+            return alone
+        self._table.ranges.add(key, made)
+        return key, made
 
     def _add(self, key: Any, signature: Signature, made: Specialization) -> tuple[Any, Specialization]:
         place = self._table.add(key, signature, made)
@@ -103,6 +118,46 @@ class Compiler:
             self._device.check_error(e)
             raise
         return self._add(key, signature, made)
+
+    def _compile_range(
+        self, key: Any, signature: Signature, given: Any, leaves: Sequence[Any], free: frozenset[Place], clock: Clock
+    ) -> Specialization | str:
+        """A specialization for many values of these sizes; or why there can be none."""
+        if signature.layouts is not None:
+            return ""  # this call's alone
+        if self._settings.backend == "tensorrt":
+            return "TensorRT's engines are for one shape"
+        places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
+        tensors = frozenset((places.index(i), d) for i, d in free)
+        try:
+            self._device.collect()
+            with self._compiling():
+                program = self._export(signature, given, clock, free=tensors)
+                sizes = program.sizes
+                assert sizes is not None
+                if not sizes.free or (sizes.free != tensors and self._table.ranges.is_declared(key)):
+                    return sizes.why_fixed(tensors)
+                made = self._build(program, signature.with_free(sizes.free), leaves, clock)
+        except (FlagsChanged, DeviceLost, EngineClosed):
+            raise
+        except Exception as e:
+            self._device.check_error(e)
+            why = f"{type(e).__name__}: {first_line(e)}"
+            _log.info("%s: not for many sizes: %s", self._settings.name, why)
+            return why
+        return sizes.refuses([tuple(leaves[i].shape) for i in places]) or made
+
+    def make_at(
+        self, signature: Signature, shapes: Sequence[Sequence[int]], of_range: Specialization
+    ) -> Specialization:
+        """A specialization for one shape of a range, by its kernels, which are captured if that is faster. Not in the
+        table. Blocks until it is built; nothing is compiled."""
+        self._check_flags()
+        self._device.collect()
+        with _disable_current_modes(), neutral(self._device, self._index), self._device.building():
+            program = of_range.program.at(shapes)
+            unit = Unit(self._settings, program, signature, self._limits, self._counters)
+            return Specialization(unit, self._runtime.make_calls, (), Clock(), of_range)
 
     def _compile_for_all(
         self, key: Any, signature: Signature, given: Any, leaves: Sequence[Any], clock: Clock
@@ -186,12 +241,19 @@ class Compiler:
         ):
             yield
 
-    def _export(self, signature: Signature, given: Any, clock: Clock, numbers: frozenset[int] = frozenset()) -> Program:
+    def _export(
+        self,
+        signature: Signature,
+        given: Any,
+        clock: Clock,
+        numbers: frozenset[int] = frozenset(),
+        free: frozenset[tuple[int, int]] = frozenset(),
+    ) -> Program:
         # Not on the caller's own tensors: one that is passed twice, or two that share memory, would be taken for one
         # input by this call and by all later ones.
         args, kwargs = pytree.tree_unflatten(signature.examples(self._torch_device), signature.structure)
         with clock.phase("export"):
-            program = export_program(self.snapshot, args, kwargs, self.cast, given, self.aside, numbers)
+            program = export_program(self.snapshot, args, kwargs, self.cast, given, self.aside, numbers, free)
         self._check_flags()  # another thread may have set one meanwhile
         return program
 

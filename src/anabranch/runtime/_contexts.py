@@ -58,6 +58,8 @@ class Contexts:
         self._capture, self._last_uses = capture, last_uses
         #: What is captured. Set while the specialization is built.
         self.kernels: Kernels | Stateful
+        #: Asks for one more, which is going to be built aside; None: calls build it themselves.
+        self.ask_for_more: Callable[[], None] | None = None
 
     @property
     def are_shared(self) -> bool:
@@ -94,12 +96,17 @@ class Contexts:
     def one_more(self, reservation: Reservation) -> Context | None:
         """One more context for a call, not in the pool yet; none where another thread's build had to be waited for."""
         lock, taken, unit = process.build_lock, list[bool](), self._unit
+        if self.ask_for_more is not None:
+            reservation.cancel()
+            self.ask_for_more()
+            return None
         try:
             # One call, as far as a signal can tell: it comes before the lock is taken, or when the list says so.
             taken.extend(map(lock.acquire, _AT_ONCE))
             if not taken[0]:
                 reservation.cancel()
                 return None
+            unit.counters.add("waits_for_build")
             with neutral(self._device, unit.index), self._device.building(), _activity.building():
                 return self._build(reservation)
         except Exception as e:

@@ -67,10 +67,10 @@ class Direct:
         """
         kernels, watch = kernels or self.kernels, self._unit.watch
         if not watch.reads_any:
-            return kernels(self._canonical(inputs))
+            return kernels(self.canonical(inputs))
         for _ in range(3):
             watch.check()
-            results = kernels(self._canonical(inputs))
+            results = kernels(self.canonical(inputs))
             if watch.unchanged():
                 return results
         raise FlagsChanged(
@@ -147,7 +147,8 @@ class Direct:
         self._device.join_capture(stream, self._unit.index, keep=kept)
         return kept.member.run
 
-    def _canonical(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def canonical(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Inputs as the kernels take them."""
         # On the CPU PyTorch's operators take any layout, and give eager's bits for it. Where there are graphs a call
         # has the same bits with one and without.
         if self._backend == "eager" and not self._device.has_streams:

@@ -15,34 +15,20 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from anabranch import _activity, _sync
 from anabranch.devices import Device
-from anabranch.errors import (
-    DeviceLost,
-    EngineClosed,
-    InputError,
-    NotCapturable,
-)
-from anabranch.export import (
-    NotExported,
-    Signature,
-    hooks_of,
-    keyword_order_matters,
-    name_of,
-)
+from anabranch.errors import DeviceLost, EngineClosed, InputError, NotCapturable
+from anabranch.export import NotExported, Signature, hooks_of, keyword_order_matters, name_of
 from anabranch.plan import Plan
 from anabranch.runtime import _phases
 from anabranch.runtime._calls import Runtime
 from anabranch.runtime._compiler import Compiler
-from anabranch.runtime._given import (
-    device_of,
-    inputs_of,
-    tensors_for,
-)
+from anabranch.runtime._given import device_of, inputs_of, tensors_for
 from anabranch.runtime._guarded import Guarded
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._pool import Limits
 from anabranch.runtime._process import is_neutral, neutral, process
 from anabranch.runtime._python import PythonCalls
 from anabranch.runtime._settings import DEFAULT_MAX_CONTEXTS, Settings
+from anabranch.runtime._shapes import Shapes
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._stats import Counters, Stats
 from anabranch.runtime._table import Table
@@ -82,6 +68,7 @@ class Engine:
         precision: torch.dtype | None,
         limits: Limits,
         in_fragments: bool,
+        dynamic: bool | None = None,
     ) -> None:
         self._settings, self._precision = settings, precision
         self._device: Device = settings.device
@@ -89,9 +76,11 @@ class Engine:
         self._torch_device = settings.torch_device
         self._limits = limits
         self._counters: Counters = self._runtime.make_counters()
-        self._table = Table(self._torch_device, keyword_order_matters(model))
+        self._table = Table(self._torch_device, keyword_order_matters(model), dynamic)
         parts = self._runtime, self._limits, self._counters, self._table
         self._compiler: Compiler | None = Compiler(settings, model, precision, *parts)
+        added, removed = weakref.WeakMethod(self._added), weakref.WeakMethod(self._removed)
+        self._shapes = Shapes(self._table, limits, self._compiler, added, removed)
         self._hooks = [f"{name_of(hook)} on {name!r}" for name, hook in hooks_of(self._compiler.snapshot.module)]
         if self._hooks:
             warnings.warn(f"{settings.name} is compiled {self._about_hooks()}", stacklevel=3)
@@ -124,10 +113,13 @@ class Engine:
             _check_modes()
         leaves, key = self._table.key(args, kwargs)
         specialization = self._table.find(key, leaves)
-        if specialization is None:
-            specialization = None if self._guarded is not None else self._specialization(args, kwargs)
+        if specialization is None and self._guarded is None:
+            specialization = self._specialization(args, kwargs)
+            self._counters.add("waits_for_build")
         if specialization is None:
             return self._call_guarded(args, kwargs)
+        if specialization.is_range:
+            self._shapes.met(key, leaves, lambda: self._table.flatten(args, kwargs)[1], specialization)
         if is_neutral(self._device, self._index):
             with self._device.range(self._settings.name):
                 return specialization.calls(leaves)
@@ -181,7 +173,7 @@ class Engine:
         limits = self._limits
         if limits.memory_limit is None and limits.max_contexts == DEFAULT_MAX_CONTEXTS:
             limits = self._runtime.make_limits(limits.max_contexts, None)
-        engine = type(self)(settings, model, self._precision, limits, False)
+        engine = type(self)(settings, model, self._precision, limits, False, False)
         engine._table.keep_on_cpu(tuple(inputs), {})
         engine._table.primary = engine._specialization(tuple(inputs), {})
         return engine
@@ -220,6 +212,9 @@ class Engine:
     def _added(self, key: Any, made: Specialization) -> None:
         """A specialization is ready for calls. With the build lock held."""
 
+    def _removed(self, made: Specialization) -> None:
+        """A specialization is given up. With the build lock held."""
+
     def _check_usable(self) -> None:
         if self._closed:
             raise EngineClosed(f"{self!r} was closed; compile a new one")
@@ -255,6 +250,8 @@ class Engine:
     ) -> int:
         """Compile a signature ahead (default: the one that the engine was compiled for) and build its contexts.
 
+        Of a shape among those that one specialization serves, this captures the graph.
+
         :param contexts: how many execution contexts there shall be; the engine's limits hold.
         :param captures: of TensorRT, in how many CUDA graphs of your own you are going to capture calls: each keeps
             an execution context (of each stream that calls come from in it), which cannot be made inside a capture.
@@ -272,7 +269,16 @@ class Engine:
         specialization = self._table.find(key, leaves) or self._specialization(args, keywords)
         if specialization is None:
             return self.warm(contexts=contexts, captures=captures)
-        return specialization.warm(contexts, captures)
+        return self._of_one_shape(args, keywords, specialization).warm(contexts, captures)
+
+    def _of_one_shape(self, args: tuple[Any, ...], kwargs: dict[str, Any], found: Specialization) -> Specialization:
+        """The specialization with graphs for the very shape of a call, where ``found`` serves many; else ``found``."""
+        if not found.is_range or found.why_no_graphs:
+            return found
+        leaves, key = self._table.key(args, kwargs)
+        signature = Signature.of(leaves, self._table.flatten(args, kwargs)[1], self._torch_device)
+        with process.build_lock, _activity.building():
+            return self._shapes.capture(key, signature, found, shelter=0) or found
 
     def trim(self) -> None:
         """Give the memory of idle contexts back to the driver. Later calls build contexts anew.
@@ -303,6 +309,7 @@ class Engine:
             for engine in self._guarded.engines() if self._guarded is not None else ():
                 engine.close()
             self._guarded = None
+            self._shapes.close()
             self._table.clear()
             self._compiler = None
             if loads_code:
@@ -360,7 +367,7 @@ class Engine:
         for specialization in self._table:
             lines += specialization.explain()
         lines += self._guarded.explain() if self._guarded is not None else ()
-        lines += self._table.varying.explain()
+        lines += [*self._table.varying.explain(), *self._table.ranges.explain(), *self._shapes.explain()]
         limit = self._limits.memory_limit
         memory = "no limit on memory" if limit is None else f"{limit} bytes"
         lines.append(

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from anabranch.devices import Device, get_device
 from anabranch.errors import EngineClosed, InputError
-from anabranch.export import Input, register_dataclasses
+from anabranch.export import Dim, Input, register_dataclasses
 from anabranch.runtime._process import process
 
 #: What can be done where there is no GPU.
@@ -60,8 +60,27 @@ def _is_input(x: Any) -> bool:
 
 
 def tensors_for(inputs: Any, device: torch.device) -> Any:
-    """Tensors in place of each :class:`Input`: zeros, which are valid indices, in case the model has to be tried."""
-    return pytree.tree_map(lambda x: x.empty(device).zero_() if _is_input(x) else x, inputs, is_leaf=_is_input)
+    """Tensors in place of each :class:`Input`: zeros, which are valid indices, in case the model has to be tried.
+
+    Raises :class:`~anabranch.errors.InputError` where two sizes of one name are declared with other bounds.
+    """
+    dims: dict[str, Dim] = {}
+    for x in pytree.tree_leaves(inputs, is_leaf=_is_input):
+        for dim in x.dims.values() if _is_input(x) else ():
+            if dims.setdefault(dim.name, dim) != dim:
+                raise InputError(
+                    f"{dims[dim.name]} and {dim} given; expected one name to have the same bounds everywhere"
+                )
+    sizes: dict[str, int] = {}
+    for name, dim in dims.items():
+        sizes[name] = dim.example(sizes.values())  # ones that differ: equal ones might be taken for one
+    return pytree.tree_map(lambda x: x.empty(device, sizes).zero_() if _is_input(x) else x, inputs, is_leaf=_is_input)
+
+
+def declared_dims(inputs: Any, tensors: Any) -> list[tuple[torch.Tensor, dict[int, Dim]]]:
+    """The tensors that :func:`tensors_for` has made of inputs that have sizes which vary, with these."""
+    pairs = zip(pytree.tree_leaves(inputs, is_leaf=_is_input), pytree.tree_leaves(tensors), strict=True)
+    return [(tensor, x.dims) for x, tensor in pairs if _is_input(x) and x.dims]
 
 
 def given_model(model: Any) -> tuple[str, torch.nn.Module | ExportedProgram]:

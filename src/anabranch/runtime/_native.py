@@ -17,7 +17,7 @@ import torch
 
 from anabranch.backends import Instance, Kernels, Stateful
 from anabranch.devices import Stream
-from anabranch.export import ComputedOutput
+from anabranch.export import ComputedOutput, TensorSpec
 from anabranch.runtime import _library
 from anabranch.runtime._bound import Bound, kernel_tuple
 from anabranch.runtime._calls import Runtime
@@ -148,7 +148,7 @@ class NativeCalls:
         self.core = core.Specialization(
             unit.torch_device,
             unit.device.native_api(core),
-            [None if spec.is_open else replace(spec, on_cpu=False).empty(torch.device("meta")) for spec in unit.specs],
+            [_meta(spec) for spec in unit.specs],
             unit.limits,
             unit.counters.core,
             weakref.ref(self),
@@ -168,6 +168,8 @@ class NativeCalls:
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         given, inputs = self._unit.inputs(leaves)
+        if self._unit.signature.is_range:
+            inputs = self.direct.canonical(inputs)
         try:
             results = self.core.run(inputs) if self.runs_here else None
             if results is None:
@@ -204,7 +206,12 @@ class NativeCalls:
         """Whether it serves every call of ordinary tensors of its shapes, strides and dtypes, as the C++ tells them."""
         program = self._unit.program
         of_one_layout = program.reads_layout and self._unit.signature.layouts is not None
-        return not (self._unit.is_lazy or of_one_layout or program.absolute or program.on_cpu)
+        return not (
+            self._unit.is_lazy or of_one_layout or program.absolute or program.on_cpu or self._unit.signature.is_range
+        )
+
+    def take_used(self) -> bool:
+        return bool(self.core.take_used())
 
     def build(self, reservation: Any) -> tuple[Any, ...] | bool | None:
         """Asked by the C++ for one more context, which it puts into the pool. None: there is none, and the call runs
@@ -237,7 +244,8 @@ class NativeCalls:
         if program.is_empty:
             return
         translated = translate(program) if backend == "eager" else f"{backend} launches its kernels itself"
-        self._bound.forget(may_launch=isinstance(translated, str))
+        # A recorded launch is for the sizes that it was recorded with.
+        self._bound.forget(may_launch=isinstance(translated, str) and not self._unit.signature.is_range)
         watched = watch.flags.unchanged if watch.reads_any else None, not program.asks_default_dtype
         if not isinstance(translated, str):
             self._why_python = None
@@ -311,7 +319,7 @@ class NativeCalls:
 
     def ready(self, uses_graphs: bool, clock: Clock) -> None:
         program, bound, kernels = self._unit.program, self._bound, self.contexts.kernels
-        runs = not (program.is_empty or program.direct_only)
+        runs = not (program.is_empty or program.direct_only or self._unit.signature.is_range)
         is_unknown = self.through_python and bound.known is None and bound.copies is None
         if runs and not uses_graphs and is_unknown:
             # For what a capture shows of the kernels: few of them can be launched without it.
@@ -324,6 +332,11 @@ class NativeCalls:
                 _log.info("%s: kernels stay with Python: %s: %s", name, type(e).__name__, str(e))
         self._uses_graphs = uses_graphs
         self.core.set_graphs(uses_graphs)
+
+
+def _meta(spec: TensorSpec) -> torch.Tensor | None:
+    """What tells the C++ shape, strides and dtype of an input; None: it takes any."""
+    return None if spec.is_open or spec.free else replace(spec, on_cpu=False).empty(torch.device("meta"))
 
 
 class NativeEngine(core.EngineBase, Engine):
@@ -345,6 +358,10 @@ class NativeEngine(core.EngineBase, Engine):
         is_flat = all(isinstance(part, tuple) for part in key)
         if is_flat and calls.takes_plain_tensors and calls.runs_here and not self._device.is_profiled:
             core.register(self, calls, calls.core, calls.finish)
+
+    def _removed(self, made: Specialization) -> None:
+        if hasattr(made.calls, "core"):
+            core.unregister(self, made.calls.core)
 
     def close(self) -> None:
         core.set_usable(self, False)

@@ -34,8 +34,10 @@ class PythonCalls:
         self._pool: ContextPool[Context] = ContextPool(unit.limits)
         self.contexts = Contexts(unit, self._pool, partial(Context.build, unit), self.direct.last_uses)
         self._uses_graphs = False
+        self._used = False
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
+        self._used = True
         given, inputs = self._unit.inputs(leaves)
         try:
             results = self._by_graph(inputs) if self._uses_graphs else None
@@ -103,6 +105,10 @@ class PythonCalls:
         context.done.record(stream)
         context.used_on = stream.stream_id
         return results
+
+    def take_used(self) -> bool:
+        used, self._used = self._used, False
+        return used
 
     # -- building -----------------------------------------------------------------------------------------------
 

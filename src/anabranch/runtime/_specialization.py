@@ -34,16 +34,22 @@ class Specialization:
         make_calls: Callable[[Unit], Calls],
         given: Sequence[torch.Tensor],
         clock: Clock,
+        of_range: Specialization | None = None,
     ) -> None:
         """Compile. Called with the build lock held; blocks until everything that was queued here is done.
 
         ``make_calls``: of the engine's runtime. ``given``: see :meth:`Builder.build`. ``clock``: of the build that this
-        is the end of.
+        is the end of. ``of_range``: one for many sizes that has the kernels for these.
         """
         self.unit = unit
         self.calls: Any = make_calls(unit)
-        self.choice = Builder(unit, self.calls, clock).build(given)
-        built = build_pieces(unit, self.calls, self.choice, make_calls, clock)
+        #: Whether it serves many sizes.
+        self.is_range = unit.signature.is_range
+        self.of_range = of_range
+        self.choice: Choice = Builder(unit, self.calls, clock, of_range.choice if of_range is not None else None).build(
+            given
+        )
+        built = "" if self.is_range else build_pieces(unit, self.calls, self.choice, make_calls, clock)
         #: What runs calls, where that is several pieces.
         self.pieces: Pieces | None = None
         self._why_whole = ""
@@ -53,7 +59,8 @@ class Specialization:
             self.calls = self.pieces = built
         #: That no two steps of the plan can race. Raises PlanError before anything could run.
         self.proof = check_plan(self.plan()).raise_if_unordered()
-        unit.counters.add("specializations")
+        if of_range is None:
+            unit.counters.add("specializations")
         #: Of the build, by phase.
         self.seconds = clock.read()
 
@@ -64,6 +71,20 @@ class Specialization:
     @property
     def signature(self) -> Signature:
         return self.unit.signature
+
+    @property
+    def why_no_graphs(self) -> str:
+        """Of one for many sizes: why none of them is captured, or nothing."""
+        program, settings = self.program, self.unit.settings
+        if not settings.device.has_streams:
+            return "the CPU has no graphs to capture"
+        if settings.cuda_graphs is False:
+            return "CUDA graphs were turned off"
+        if program.is_empty:
+            return "nothing is computed"
+        if program.returns_sizes:
+            return "sizes are among its results"
+        return program.direct_only or ""
 
     @property
     def is_captured(self) -> bool:
@@ -90,6 +111,12 @@ class Specialization:
                 if not self.choice.uses_graphs:
                     return instances.prepare(contexts)
         return self.calls.contexts.warm(contexts) if self.choice.uses_graphs else 0
+
+    def retire(self) -> None:
+        """Give up all contexts as they become idle; calls that come here nevertheless run direct."""
+        contexts = self.calls.contexts
+        contexts.pool.may_grow = False
+        contexts.pool.drain()
 
     def trim(self) -> None:
         """Give up the contexts that are idle; calls in flight keep theirs, and later calls build new ones."""

@@ -22,6 +22,8 @@ class Stats:
     calls_in_captures: int = 0
     #: Calls that had to wait on the device for a context last used on another stream.
     waits: int = 0
+    #: Calls in which something was compiled or captured, or that waited for another thread to do so.
+    waits_for_build: int = 0
     #: CUDA graphs captured; contexts given up by trim() or by an error stay counted.
     captures: int = 0
     #: Signatures compiled.
@@ -59,7 +61,8 @@ class Parted:
         counts = self.read()
         for part, before, is_first in self._parts:
             now = part.read()
-            for name in ("waits", "captures", *(("calls", "graph_calls", "direct_calls") if is_first else ())):
+            once = ("calls", "graph_calls", "direct_calls") if is_first else ()
+            for name in ("waits", "waits_for_build", "captures", *once):
                 counts[name] += now[name] - before[name]
         return Stats(**counts)
 

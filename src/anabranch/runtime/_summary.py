@@ -15,7 +15,7 @@ from anabranch.runtime import _phases
 
 @dataclass(frozen=True)
 class Shared:
-    """How much of something runs in CUDA graphs; the rest runs operator by operator. None: it depends on data."""
+    """How much of something runs in CUDA graphs; the rest runs operator by operator. None: nobody knows yet."""
 
     total: int | None
     captured: int | None
@@ -88,7 +88,7 @@ class SignatureSummary:
             counts = self.operators.data()
             lines.append(f"operators: {counts['captured']} captured, {counts['direct']} direct")
         if self.flops.total is None:
-            lines.append("floating-point operations: how many depends on data")
+            lines.append("floating-point operations: how many depends on data, or on sizes")
         elif self.flops.total:
             lines.append(f"floating-point operations: {self.flops.total:,} a call, {self.flops.share:.0%} captured")
         return [*lines, _phases.describe(self.seconds)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from anabranch import _sync
-from anabranch.export import Signature, flatten_call, layouts_of, leaf_key
+from anabranch.export import Dim, Signature, flatten_call, layouts_of, leaf_key
+from anabranch.runtime._ranges import Ranges
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._varying import Varying, has_numbers, used
 
@@ -18,30 +19,42 @@ from anabranch.runtime._varying import Varying, has_numbers, used
 class Table:
     """Threads: any may look up; the rest with the build lock held."""
 
-    def __init__(self, device: torch.device, in_order: bool) -> None:
-        """``in_order``: whether the order of keywords is a part of a signature."""
+    def __init__(self, device: torch.device, in_order: bool, dynamic: bool | None = None) -> None:
+        """``in_order``: whether the order of keywords is a part of a signature. ``dynamic``: see :class:`Ranges`."""
         self._device, self._in_order = device, in_order
         #: Written with the build lock held; read without, which a dict allows.
         self._specializations: dict[Any, Specialization] = _sync.dict_("specializations")
         #: The one that the engine was compiled for.
         self.primary: Specialization | None = None
         self.varying = Varying()
+        self.ranges = Ranges(dynamic)
         #: Positions among a call's leaves.
         self._on_cpu: frozenset[int] = frozenset()
         #: By structure of a call, what stands for it in keys.
         self._structures: dict[pytree.TreeSpec, object] = _sync.dict_("structures")
 
     def __iter__(self) -> Iterator[Specialization]:
-        return iter(list(self._specializations.values()))
+        return iter([*self._specializations.values(), *self.ranges])
 
     def __len__(self) -> int:
-        return len(self._specializations)
+        return len(self._specializations) + len(list(self.ranges))
 
     def keep_on_cpu(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Inputs that are on the CPU now, beside an engine of another device, are to be there in every call."""
         if self._device.type != "cpu":
             tensors = ((i, x) for i, x in enumerate(self.flatten(args, kwargs)[0]) if isinstance(x, torch.Tensor))
             self._on_cpu = frozenset(i for i, x in tensors if x.device.type == "cpu")
+
+    def declare(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], dims: Sequence[tuple[torch.Tensor, Mapping[int, Dim]]]
+    ) -> None:
+        """These sizes of inputs vary; ``dims`` has tensors that are among the leaves of the call."""
+        if not dims:
+            return
+        leaves, key = self.key(args, kwargs)
+        self.ranges.declare(
+            key, {(i, d): dim for i, x in enumerate(leaves) for y, own in dims if x is y for d, dim in own.items()}
+        )
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
         """Leaves and structure of a call."""
@@ -58,7 +71,7 @@ class Table:
         return leaves, (token, *[leaf_key(x, i, device, i in self._on_cpu) for i, x in enumerate(leaves)])
 
     def find(self, key: Any, leaves: Sequence[Any]) -> Specialization | None:
-        """The specialization for a call, if there is one: for its very numbers, or for all."""
+        """The specialization for a call, if there is one: for its very numbers and sizes, or for others too."""
         found = self.look_up(key, leaves)
         if has_numbers(key):
             if found is None:
@@ -68,7 +81,7 @@ class Table:
                     return None
             if found is not None:
                 used(found)
-        return found
+        return found if found is not None else self.ranges.find(key, leaves)
 
     def look_up(self, key: Any, leaves: Sequence[Any]) -> Specialization | None:
         found = self._specializations.get(key)
@@ -97,6 +110,7 @@ class Table:
         """Give up all."""
         self._specializations.clear()
         self.varying.clear()
+        self.ranges.clear()
         self.primary = None
 
     def __str__(self) -> str:

@@ -38,7 +38,7 @@ class Unit:
         )
 
     def _with_integer(self, signature: Signature) -> Signature:
-        integer, why = valid_integer(self.program.module.graph, signature.tensors)
+        integer, why = valid_integer(self.program.module.graph, signature.tensors, self.program.values)
         if why and self.device.has_streams:
             raise InputError(
                 "an engine is built on made-up inputs, and no integer was found that this model takes for all of"
@@ -80,7 +80,7 @@ class Unit:
     def canonical(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Inputs with the strides and the alignment that the kernels were compiled (and algorithms chosen) for."""
         tensors = [
-            x if spec.matches(x) else spec.empty(self.torch_device).copy_(x)
+            x if spec.matches(x) else spec.empty_like(x, self.torch_device).copy_(x)
             for x, spec in zip(inputs, self.specs, strict=False)
         ]
         return tensors + list(inputs[len(tensors) :])  # and numbers

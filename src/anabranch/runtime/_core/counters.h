@@ -11,9 +11,20 @@ namespace anabranch::runtime {
 // What an engine has done so far. Threads: any.
 class Counters {
  public:
-  enum Name { kCalls, kGraphCalls, kDirectCalls, kCaptured, kWaits, kCaptures, kSpecializations, kNames };
-  static constexpr std::array<const char*, kNames> names{"calls", "graph_calls", "direct_calls",   "calls_in_captures",
-                                                         "waits", "captures",    "specializations"};
+  enum Name {
+    kCalls,
+    kGraphCalls,
+    kDirectCalls,
+    kCaptured,
+    kWaits,
+    kWaitsForBuild,
+    kCaptures,
+    kSpecializations,
+    kNames
+  };
+  static constexpr std::array<const char*, kNames> names{
+      "calls", "graph_calls",     "direct_calls", "calls_in_captures",
+      "waits", "waits_for_build", "captures",     "specializations"};
 
   void add(Name name, int64_t count = 1) { mine().counts[name].count(names[name], count); }
   int64_t read(Name name) const {
@@ -25,7 +36,7 @@ class Counters {
  private:
   // Threads count in different places, so that they do not wait for each other's cache lines.
   struct alignas(64) Shard {
-    Shard() : counts{make(0), make(1), make(2), make(3), make(4), make(5), make(6)} {}
+    Shard() : counts{make(0), make(1), make(2), make(3), make(4), make(5), make(6), make(7)} {}
     static Atomic<int64_t> make(int i) { return Atomic<int64_t>(names[static_cast<size_t>(i)], 0); }
     std::array<Atomic<int64_t>, kNames> counts;
   };

@@ -42,6 +42,7 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Valu
   for (size_t i = 0; i < specs.size(); ++i) {
     if (!is_plain(inputs[i])) return Outcome::kDeclined;
   }
+  if (!was_used.load(std::memory_order_relaxed)) was_used.store(true, std::memory_order_relaxed);
   std::optional<c10::InferenceMode> normal;
   if (c10::InferenceMode::is_enabled()) normal.emplace(false);
   if (!api_) return run_direct(inputs, numbers, nullptr, results);

@@ -6,6 +6,7 @@
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -68,6 +69,8 @@ class Specialization {
   std::function<bool()> flags_unchanged;
   std::optional<Flags> flags;
   Atomic<bool> may_grow{"may grow", true};
+  // Whether a call has come since somebody asked: for who chooses what to give up. Nothing depends on its order.
+  std::atomic<bool> was_used{false};
 
  private:
   struct CallerStream {

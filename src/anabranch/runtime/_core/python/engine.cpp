@@ -193,6 +193,15 @@ void bind_engine(py::module_& m) {
   m.def("register", [](py::handle self, py::handle owner, PySpecialization& calls, const std::string& finish) {
     engine_of(self)->entries->push_back({owner.inc_ref().ptr(), &calls, finish.at(0)});
   });
+  m.def("unregister", [](py::handle self, PySpecialization& calls) {
+    auto& entries = *engine_of(self)->entries;
+    std::vector<EngineBase::Entry> gone;
+    for (auto& entry : entries) {
+      if (entry.calls == &calls) gone.push_back(entry);
+    }
+    std::erase_if(entries, [&](auto& entry) { return entry.calls == &calls; });
+    for (auto& entry : gone) Py_DECREF(entry.owner);  // what dies here may come by again
+  });
   m.def("clear", [](py::handle self) { engine_clear(self.ptr()); });
   m.def("set_usable", [](py::handle self, bool usable) { engine_of(self)->is_usable = usable; });
 }

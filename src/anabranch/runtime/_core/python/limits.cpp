@@ -17,6 +17,7 @@ void bind_limits(py::module_& m) {
              if (!self.cast<Limits*>()->reserve(bytes)) return nullptr;
              return std::make_unique<Reservation>(keep(self), bytes);
            })
+      .def("has_room", py::overload_cast<int64_t>(&Limits::has_room, py::const_))
       .def("held", &Limits::held)
       .def_readonly("max_contexts", &Limits::max_contexts)
       .def_property_readonly("memory_limit", [](const Limits& self) -> std::optional<int64_t> {

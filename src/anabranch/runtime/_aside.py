@@ -1,0 +1,85 @@
+"""Work that no call waits for: it is done on a thread of its own, one thing after another, while there is any."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from anabranch import _sync
+from anabranch.runtime._process import process
+
+_log = logging.getLogger("anabranch")
+#: Threads at work, of all engines.
+_at_work: set[int] = _sync.set_("threads that build aside")
+
+
+@_sync.atomics("_is_closed")
+class Aside:
+    """Threads: any may :meth:`ask`. A job must not keep alive what it builds for: it looks whether that is still there.
+
+    The thread begins with the first job and ends with the last one, so an engine at rest has none. At the interpreter's
+    exit it stops after the job that it is at, for which the exit waits.
+    """
+
+    def __init__(self) -> None:
+        self._lock = _sync.lock("jobs aside")
+        self._jobs = _sync.deque_("jobs aside")
+        self._has_thread = False
+        self._is_closed = False
+        process.register(self)
+
+    def ask(self, job: Callable[[], None]) -> None:
+        """Do ``job`` when those before it are done. What it raises is logged."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._jobs.append(job)
+            if self._has_thread:
+                return
+            self._has_thread = True
+        try:
+            threading.Thread(target=self._work, name="anabranch builds", daemon=True).start()
+        except BaseException:
+            self._has_thread = False  # the next one to ask tries again
+            raise
+
+    def close(self) -> None:
+        """Forget the jobs that are not begun, and all later ones. The job under way is not waited for."""
+        self._is_closed = True
+        with self._lock:
+            self._jobs.clear()
+
+    def wait(self) -> None:
+        """Block until nothing is left to do. Not on the thread that builds."""
+        done = _sync.event("jobs aside")
+        self.ask(done.set)
+        while not self._is_closed and not done.wait(timeout=1.0):
+            pass
+
+    def _work(self) -> None:
+        here = threading.get_ident()
+        _at_work.add(here)
+        try:
+            while True:
+                with self._lock:
+                    if not self._jobs or self._is_closed or process.is_exiting:
+                        self._has_thread = False
+                        return
+                    job = self._jobs.popleft()
+                try:
+                    job()
+                except Exception as e:
+                    # Its text: a handler may keep what it is given, and an exception keeps frames.
+                    _log.warning("what was to be built aside was not: %s: %s", type(e).__name__, str(e))
+                del job
+        finally:
+            _at_work.discard(here)
+
+    def after_fork(self) -> None:
+        self._lock = _sync.lock("jobs aside")
+        self._jobs.clear()
+        self._has_thread = False
+
+
+process.watch(lambda: None, lambda: len(_at_work))

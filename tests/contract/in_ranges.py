@@ -1,0 +1,58 @@
+"""The stream contract's clauses once more, over engines whose kernels are for many sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import anabranch
+from contract import clauses
+from contract.clauses import *  # noqa: F403
+from contract.support import ROUNDING, Fn, Mlp, assert_same
+
+#: Clauses that a range makes untrue.
+LEFT_OUT = {"test_clause6_what_cannot_be_captured_raises": "a new shape can be captured; see below"}
+
+for _name in LEFT_OUT:
+    del globals()[_name]
+
+
+@pytest.fixture(autouse=True)
+def in_ranges(rig: clauses.Rig) -> None:
+    rig.defaults["dynamic"] = True
+
+
+def test_one_specialization_serves_all_sizes(rig: clauses.Rig, compiled: Any, backend: str) -> None:
+    x = rig.random(4, 256)
+    engine = compiled(Mlp(), x, cuda_graphs=True, backend=backend)
+    served = [signature["signature"] for signature in engine.summary()["signatures"]]
+    assert served == ["float32[4, 256]", "float32[*, 256]"]
+    for n in (7, 5, 7):
+        y = rig.random(n, 256)
+        rows = torch.cat([engine(row) for row in y.split(1)])
+        assert_same(engine(y), rows, rounding=ROUNDING)
+    assert engine.stats().specializations == 2, "and what is of size 1"
+
+
+def test_clause6_a_new_shape_can_be_captured_and_what_depends_on_data_cannot(rig: clauses.Rig, compiled: Any) -> None:
+    x, other = rig.random(4, 256), rig.random(5, 256)
+    engine, data = compiled(Mlp(), x), compiled(Fn(lambda x: x[x > 0]), x)
+    expected = rig.load_kernels(engine, other)
+    graph = rig.new_graph()
+    with rig.capture(graph):
+        with pytest.raises(anabranch.NotCapturable, match=r"nonzero|data-dependent"):
+            data(x)
+        y = engine(other)
+    other.mul_(0.5)
+    graph.replay()
+    rig.module.synchronize()
+    assert_same(y, engine(other))
+    other.mul_(2)
+    graph.replay()
+    rig.module.synchronize()
+    assert_same(y, expected)
+
+
+__all__ = sorted(name for name in dict(globals()) if name.startswith("test_") or name == "in_ranges")
