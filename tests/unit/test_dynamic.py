@@ -133,6 +133,32 @@ def test_every_size_is_treated_as_in_eager(name: str, backend: str) -> None:
         check(engine, model, *inputs(n))
 
 
+def test_sizes_that_happen_to_be_equal_are_two() -> None:
+    """The second value of one size is what another one is."""
+    model = Fn(lambda x: (x.view(-1, 4) + 1).sum(1).view(x.shape[0], -1)).eval()
+    engine = anabranch.compile(model, [drawn(6, 8)], backend="inductor")
+    for n in (8, 9, 5):
+        check(engine, model, drawn(n, 8))
+    assert engine.stats().specializations == 2
+
+
+def test_what_the_compiler_assumes_is_checked_whatever_is_cached(run_python: Any) -> None:
+    """In a second process, too, where the compiler finds what it has made in the first one."""
+    program = """
+        import torch, anabranch
+        engine = anabranch.compile(torch.nn.Softmax(-1).eval(), [torch.randn(4, 9)], backend="inductor")
+        for shape in ((5, 11), (3, 5000), (6, 4097), (2, 4096)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(engine(x), x.softmax(-1))
+        (sizes,) = [made.program.sizes for made in engine._table.ranges][:1]
+        print(sizes.refuses([(3, 5000)]))
+    """
+    first, second = run_python(program), run_python(program)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stdout == second.stdout
+    assert "<= 4096 does not hold" in first.stdout, "this compiler assumes it no more: find another assumption"
+
+
 def test_kinds_of_sizes_that_vary_are_few() -> None:
     """What is alike is compiled once; each branch on a size has one more range, up to a limit."""
 

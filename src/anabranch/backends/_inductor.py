@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import fx
 
 from anabranch.backends._backend import Kernels, Options
 from anabranch.backends._faults import avoid
@@ -37,14 +41,14 @@ class _Inductor:
                 # A buffer that is written in place, or again, may be a result in the end: a call then has to tell each
                 # kernel that writes to it where its result lies. In a CUDA graph the allocator re-uses memory as well.
                 settings |= {"inplace_buffers": False, "allow_buffer_reuse": False}
-            with config.patch(settings), undisturbed():
+            with config.patch(settings), _without_caches(program.sizes is not None), undisturbed():
                 module = copy.deepcopy(program.module)  # it is rewritten; the plan still shows the original
                 avoid(module)
                 keep_layouts(module)
+                given: list[Any] = [*weights, *examples]
                 artifact = standalone_compile(
                     module,
-                    [*weights, *examples],
-                    # Assumptions about sizes are noted beside the program's own.
+                    given if program.sizes is None else _of_many_sizes(module),
                     dynamic_shapes="from_example_inputs" if program.sizes is None else "from_graph",
                     # Without this it runs every kernel once, to choose between variants, on values that it makes up:
                     # an index made of zeros can be out of range, which costs the process its GPU, and what is chosen
@@ -71,6 +75,45 @@ class _Inductor:
                 set_eval_frame(before)
 
         return keeping_strides(program.module, kernels)
+
+
+@contextlib.contextmanager
+def _without_caches(is_so: bool) -> Iterator[None]:
+    """Compile without what caches have kept of graphs: it comes without what was assumed of sizes when it was made.
+
+    That nothing is going to be kept is a warning of Inductor's, which says nothing to a user.
+    """
+    if not is_so:
+        yield
+        return
+    from torch._functorch import config as functorch
+    from torch._inductor import config
+
+    logger = logging.getLogger("torch._inductor.standalone_compile")
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return "artifact generation failed" not in record.getMessage()
+
+    logger.addFilter(is_wanted)
+    try:
+        with (
+            config.patch({"fx_graph_cache": False, "fx_graph_remote_cache": False}),
+            functorch.patch({"enable_autograd_cache": False, "enable_remote_autograd_cache": False}),
+        ):
+            yield
+    finally:
+        logger.removeFilter(is_wanted)
+
+
+def _of_many_sizes(module: fx.GraphModule) -> list[Any]:
+    """The fake tensors that ``module`` was traced on, to compile it for their symbols.
+
+    What is assumed of these is then noted in the shape environment that they are from. Of real tensors Inductor makes
+    other fake ones, with symbols of its own, and takes sizes that happen to be equal for one.
+    """
+    for node in module.graph.output_node().all_input_nodes:
+        node.meta["example_value"] = node.meta["val"]  # where Inductor looks for the environment
+    return [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
 
 
 BACKEND = _Inductor()

@@ -114,7 +114,9 @@ class Sizes:
         return "; ".join(found)
 
     def settle(self) -> None:
-        """All kernels are made: nothing more is going to be assumed. Nothing here changes any more."""
+        """All kernels are made: nothing more is going to be assumed. Nothing here changes any more. May be repeated."""
+        if self._assumed is not None:
+            return
         shapes = tuple(tuple(map(_plain, shape)) for shape in self._inputs)
         used = list(dict.fromkeys(s for shape in shapes for n in shape if not isinstance(n, int) for s in _symbols(n)))
         bounds: dict[Any, tuple[int, int | None]] = {}
