@@ -379,11 +379,14 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "An engine would repeat what it was",
             "Make it an input, or draw with",
         ),
+        ("sets the state of a random generator ({first.seeds})", "which is no part of a graph", "Seed before the call"),
     ],
     "src/anabranch/export/_program.py": [
         ("and was given one that is not dense", "the memory of input {position} past its shape", "Pass x.contiguous()"),
         ("the model changes {target} in place ({what})", "an engine is immutable", "Make it an output of the model"),
         ("the model uses {spec.target}", "expected tensors only", "Hold it outside the model"),
+        ("the model is given a torch.Generator", "In one graph it must draw from PyTorch's default generator"),
+        ("draws from a torch.Generator of its own{where}", "In one graph it must draw from PyTorch's default"),
         ("input {spec.arg.name} is a {type(spec.arg).__name__}", "expected a tensor or a constant"),
     ],
     "src/anabranch/export/_sizes.py": [

@@ -2,6 +2,7 @@
 
 from anabranch.export._bystanders import undisturbed
 from anabranch.export._diagnosis import NotExported, copy_of, describe, first_line, run_in_eager
+from anabranch.export._generators import generators_kept
 from anabranch.export._hooks import hooks_of, name_of
 from anabranch.export._indices import valid_integer
 from anabranch.export._number_tensors import tensorize
@@ -57,6 +58,7 @@ __all__ = [
     "finisher",
     "first_line",
     "flatten_call",
+    "generators_kept",
     "hooks_of",
     "is_random",
     "keyword_order_matters",

@@ -16,7 +16,7 @@ import torch
 def undisturbed() -> Iterator[None]:
     """Let other threads' operators and compiled functions run as before, while this thread traces or compiles.
 
-    PyTorch keeps what a trace is doing in variables of the process, and three of them reach other threads:
+    PyTorch keeps what a trace is doing in variables of the process, and four of them reach other threads:
 
     - ``torch.export`` turns cuDNN, oneDNN and NNPACK off for the trace, so that composite operators are not taken apart
       for one library. Others' operators would run other kernels. Nothing is taken apart here, so they stay on.
@@ -25,6 +25,7 @@ def undisturbed() -> Iterator[None]:
     - While any thread exports, ``torch.compile`` compiles nothing, and a function that is kept from Dynamo writes
       itself into the notes of the trace under way, whoever's it is; two that do so at once raise ``KeyError``. Here
       only this thread is told that it exports.
+    - Its default generators are set back, see :func:`draws_stay_drawn`.
 
     Where a PyTorch version lacks one of these hooks, that part does nothing. Called with the locks of
     ``process.compiling()`` held, so by one thread at a time.
@@ -40,6 +41,30 @@ def undisturbed() -> Iterator[None]:
         _replaced(tracer, "_ignore_backend_decomps", contextlib.nullcontext),
         _replaced(torch.compiler, "_is_compiling_flag", True),
         _replaced(torch.compiler, "is_exporting", is_exporting_here),
+        draws_stay_drawn(),
+    ):
+        yield
+
+
+@contextmanager
+def draws_stay_drawn() -> Iterator[None]:
+    """Keep PyTorch's tracers and compilers, in this thread, from setting the default generators back.
+
+    They do so to be sure that they have drawn nothing, which they do not anyway. What other threads have drawn in the
+    meantime would be drawn again.
+    """
+    here = threading.get_ident()
+
+    def by_others(set_state: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> None:
+            if threading.get_ident() != here:
+                set_state(*args, **kwargs)
+
+        return call
+
+    with (
+        _replaced(torch.random, "set_rng_state", by_others(torch.random.set_rng_state)),
+        _replaced(torch.cuda, "set_rng_state", by_others(torch.cuda.set_rng_state)),
     ):
         yield
 

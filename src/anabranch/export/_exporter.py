@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 from anabranch.errors import UnsupportedModel
 from anabranch.export import _functional, _packed
 from anabranch.export._bystanders import undisturbed
-from anabranch.export._diagnosis import copy_of, diagnose, first_line
+from anabranch.export._diagnosis import NotExported, copy_of, diagnose, first_line
 from anabranch.export._forward import TENSOR, Forward, Seen
+from anabranch.export._generators import generators_kept
 from anabranch.export._leaks import Watch
 from anabranch.export._recurrent import weights_apart
 from anabranch.export._signature import TensorSpec
@@ -66,6 +67,11 @@ class Exporter:
             exported, seen = self._trace(traced, options, decompose)
             return exported, traced, seen
         first = self._try(traced, options)
+        if first.seeds:
+            raise NotExported(
+                f"the model sets the state of a random generator ({first.seeds}), which is no part of a graph. Seed"
+                " before the call instead."
+            )
         if not first.finished:
             traced = snapshot.fresh()  # the call may have left it in any state
         # What the first call changes may be a cache that it fills.
@@ -189,11 +195,10 @@ def _export(
         if isinstance(e, UnsupportedModel) and exported is not None:
             raise
         refusal = getattr(module.seen, "returned", None) and module.seen.returned.refusal
-        if given is None:
+        if refusal or given is None:
             raise UnsupportedModel(refusal or first_line(e)) from e
-        raise (
-            UnsupportedModel(refusal) if refusal else diagnose(e, module, given[0], given[1], _transform(exported))
-        ) from e
+        with generators_kept(module.model, given):  # it may be run, to find out
+            diagnose(e, module, given[0], given[1], _transform(exported))
     if module.seen.returned.refusal:
         raise UnsupportedModel(module.seen.returned.refusal)
     return exported

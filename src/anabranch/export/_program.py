@@ -19,6 +19,7 @@ from anabranch.errors import UnsupportedModel
 from anabranch.export import _functional, _packed
 from anabranch.export._constants import compute_constants, is_on_cpu
 from anabranch.export._default_dtype import pin_default_dtype
+from anabranch.export._diagnosis import NotExported
 from anabranch.export._exporter import Exporter
 from anabranch.export._forward import Seen, place
 from anabranch.export._hooks import check_global_hooks
@@ -138,6 +139,11 @@ def export_program(
     Python's that its results depend on.
     """
     check_global_hooks()
+    if any(isinstance(x, torch.Generator) for x in pytree.tree_leaves((args, kwargs))):
+        raise NotExported(
+            "the model is given a torch.Generator, which is no part of a graph. In one graph it must draw from"
+            " PyTorch's default generator, which torch.manual_seed seeds."
+        )
     snapshot = model if isinstance(model, Snapshot) else Snapshot.of(model, values=False)
     exporter = Exporter(args, kwargs, given or (args, kwargs), aside, numbers, free)
     options: tuple[Any, ...] = ()
@@ -210,6 +216,12 @@ def _flatten(
             weights[node] = (name, tensors[name])
             if tensors[name].requires_grad or (seen.requires_grad and place(tensors[name]) in seen.requires_grad):
                 require_grad.add(node)
+        elif isinstance(exported.constants.get(str(spec.target)), torch.Generator):
+            where = next((f" ({with_line(user)})" for user in node.users), "")
+            raise NotExported(
+                f"the model draws from a torch.Generator of its own{where}, which is no part of a graph. In one graph"
+                " it must draw from PyTorch's default generator, which torch.manual_seed seeds."
+            )
         else:
             raise UnsupportedModel(
                 f"the model uses {spec.target!r}, a {spec.kind.name.lower()}; expected tensors only. Hold it"

@@ -264,6 +264,8 @@ def leaf_key(x: Any, position: int, device: torch.device, on_cpu: bool = False) 
         return (kind, repr(x))  # as values, 0.0 equals -0.0 and nan does not equal itself
     if x is None or kind in (int, bool, str):
         return (kind, x)
+    if isinstance(x, torch.Generator):
+        return (kind,)  # no graph takes one: whatever is compiled for it is given each call's own
     raise InputError(
         f"input {position} is a {kind.__name__}; expected tensors, numbers, strings, None, or containers of them."
         " Register other containers with torch.utils._pytree.register_pytree_node."

@@ -121,6 +121,13 @@ class Fresh:
         return self._originals.get(id(self.source(tensor)))
 
 
+def generators_in(module: torch.nn.Module) -> list[torch.Generator]:
+    """PyTorch's random generators that a module holds, in whatever it holds."""
+    copier = _Copier()
+    copier(module)
+    return copier.torch_generators
+
+
 def alias(x: torch.Tensor) -> torch.Tensor:
     """An ordinary tensor of its own over the memory of ``x``: no history, no inference mode.
 
@@ -145,6 +152,7 @@ class _Copier:
         self._made: dict[int, tuple[Any, Any]] = {i: (None, p) for i, p in (parameters or {}).items()}
         self.tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.generators: list[Any] = []
+        self.torch_generators: list[torch.Generator] = []
         #: Whether functions get global variables of their own: in hooks.
         self._isolated = False
         self._globals: dict[int, dict[str, Any]] = {}
@@ -168,6 +176,8 @@ class _Copier:
         if isinstance(x, torch.Tensor) and kind not in weakref.ProxyTypes:
             return self._tensor(x)
         if isinstance(x, _SHARED_IF_DERIVED) and kind not in weakref.ProxyTypes:
+            if isinstance(x, torch.Generator):
+                self.torch_generators.append(x)
             return x
         if isinstance(x, torch.nn.Module) and kind not in weakref.ProxyTypes:
             return self._module(x)

@@ -7,15 +7,15 @@ changes in each call.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,6 +29,7 @@ from anabranch.export._snapshot import Fresh
 
 _aten = torch.ops.aten
 _TORCH = str(Path(torch.__file__).parent)
+_CONTEXTLIB = contextlib.__file__
 #: Of PyTorch's files, those that call a model's code.
 _CALLS_MODELS = (f"{_TORCH}/nn/", f"{_TORCH}/utils/checkpoint.py")
 #: Where Dynamo begins to compile, as for `torch.cond`. Under a mode it fails, and then traces the same code no more, in
@@ -37,6 +38,10 @@ _COMPILES = (f"{_TORCH}/_dynamo/eval_frame.py", "compile_wrapper")
 _CLOCKS = frozenset((time.time, time.time_ns, time.perf_counter, time.monotonic))
 #: How often a call may look at the value of a tensor. One that loops until a value is reached might never end.
 _MOST_LOOKS = 1000
+#: Methods of PyTorch's generators that change what is drawn next, other than by drawing.
+_SETS_STATE = frozenset(("manual_seed", "seed", "set_state", "set_offset", "graphsafe_set_state"))
+#: Functions of PyTorch's that set those of several devices, one after another.
+_SEEDS_ALL = frozenset((torch.random.__file__, name) for name in ("manual_seed", "seed"))
 _OF_MODULES = frozenset(torch.nn.Module().__dict__)
 _NUMPY = "NumPy's"
 _ATOMIC = (bool, int, float, complex, str, bytes, type(None))
@@ -56,6 +61,8 @@ class Trial:
     draws: list[str] = field(default_factory=list)
     #: Attributes and global variables that it changed.
     changes: list[str] = field(default_factory=list)
+    #: Where it was about to set the state of one of PyTorch's generators: the model's line.
+    seeds: str = ""
 
 
 def needs_trial(module: torch.nn.Module) -> bool:
@@ -77,13 +84,15 @@ def try_out(call: Callable[[], Any], traced: Fresh) -> Trial:
 
     No weight is written, and no random number is drawn of PyTorch's generators, which other threads draw from as well.
     What the call raises is left for the trace to find out. On a GPU nothing is read or written at an index, which for
-    made-up values may be none, and the call ends where it depends on data.
+    made-up values may be none, and the call ends where it depends on data. It ends where one of those generators would
+    be seeded, too.
     """
     before = state_of(traced)
     used: dict[str, None] = {}
+    seeds: list[str] = []
     finished = False
     try:
-        with torch.no_grad(), _watch_python(used), _Harmless(traced.storages()):
+        with torch.no_grad(), _watch_python(used, seeds), _Harmless(traced.storages()):
             call()
         finished = True
     except Exception:
@@ -91,7 +100,8 @@ def try_out(call: Callable[[], Any], traced: Fresh) -> Trial:
     after = state_of(traced)
     changed = changed_between(before, after)
     drawn = [f"draws from {name}" for name in changed if name.startswith(_NUMPY)]
-    return Trial(finished, [*used, *drawn], [f"changes {name}" for name in changed if not name.startswith(_NUMPY)])
+    changes = [f"changes {name}" for name in changed if not name.startswith(_NUMPY)]
+    return Trial(finished, [*used, *drawn], changes, "".join(seeds[:1]))
 
 
 class _Harmless(TorchDispatchMode):
@@ -169,17 +179,29 @@ def _zeros(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 # -- state of Python's ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _watch_python(used: dict[str, None]) -> Iterator[None]:
-    """Note in ``used`` each draw of ``random`` and each look at the clock that the model's own code makes."""
+@contextlib.contextmanager
+def _watch_python(used: dict[str, None], seeds: list[str]) -> Iterator[None]:
+    """Note in ``used`` each draw of ``random`` and each look at the clock that the model's own code makes.
+
+    In ``seeds``, where the state of one of PyTorch's generators is about to be set: that ends the call before.
+    """
     before = sys.getprofile()
 
+    def seeding(frame: types.FrameType) -> NoReturn:
+        seeds.append(_caller_of_torch(frame))
+        raise _StopTrial("seeds a generator")
+
     def profile(frame: types.FrameType, event: str, function: Any) -> None:
-        if event == "call" and (frame.f_code.co_filename, frame.f_code.co_name) == _COMPILES:
+        called = (frame.f_code.co_filename, frame.f_code.co_name) if event == "call" else None
+        if called == _COMPILES:
             raise _StopTrial("compiles")
+        if called in _SEEDS_ALL:
+            seeding(frame)
         if event != "c_call":
             return
         owner = getattr(function, "__self__", None)
+        if isinstance(owner, torch.Generator) and function.__name__ in _SETS_STATE:
+            seeding(frame)
         if isinstance(owner, random.Random):
             what = "draws from random"
         elif isinstance(function, types.BuiltinFunctionType) and function in _CLOCKS:
@@ -195,6 +217,14 @@ def _watch_python(used: dict[str, None]) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(before)
+
+
+def _caller_of_torch(frame: types.FrameType) -> str:
+    """The line that ``frame`` works for, of whoever called PyTorch."""
+    caller: types.FrameType | None = frame
+    while caller is not None and caller.f_code.co_filename.startswith((_TORCH, _CONTEXTLIB)):
+        caller = caller.f_back
+    return f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno}" if caller is not None else "unknown line"
 
 
 def _line_of_model(frame: types.FrameType) -> str:

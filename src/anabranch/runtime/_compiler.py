@@ -24,6 +24,7 @@ from anabranch.export import (
     Uncaptured,
     export_program,
     first_line,
+    generators_kept,
     run_in_eager,
     same_computation,
     source_of,
@@ -283,7 +284,7 @@ class Compiler:
 
     def _runs_in_eager(self, given: Any) -> bool:
         module = (self.cast.snapshot if self.cast is not None else self.snapshot).fresh().module
-        with neutral(self._device, self._index):
+        with neutral(self._device, self._index), generators_kept(module, given):
             return run_in_eager(module, *given) is None
 
     def _check_flags(self) -> None:

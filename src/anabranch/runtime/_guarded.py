@@ -7,12 +7,11 @@ import contextvars
 import importlib
 import inspect
 import logging
-import random
 import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -21,7 +20,17 @@ from torch.utils import _pytree as pytree
 
 from anabranch import _sync
 from anabranch.errors import AnabranchError, InputError, NotCapturable, UnsupportedModel
-from anabranch.export import Fresh, NotExported, Snapshot, changed_between, copy_of, describe, first_line, state_of
+from anabranch.export import (
+    Fresh,
+    NotExported,
+    Snapshot,
+    changed_between,
+    copy_of,
+    describe,
+    first_line,
+    generators_kept,
+    state_of,
+)
 from anabranch.runtime._fragment import Fragment, NotAccepted, trying
 from anabranch.runtime._recompiles import past_limit, watch_limits
 
@@ -130,18 +139,6 @@ class _DynamoSettings:
 
 
 _settings = _DynamoSettings()
-
-
-@contextlib.contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    """What is drawn in here is drawn again afterwards: nobody's draws depend on whether something was built."""
-    before = random.getstate()
-    kept = [device.index] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(kept):
-            yield
-    finally:
-        random.setstate(before)
 
 
 class _OwnCode:
@@ -335,7 +332,7 @@ class Guarded:
 
         given = pytree.tree_map_only(torch.Tensor, made, (tuple(args), kwargs))
         try:
-            with trying(), _generators_kept(self._device), _settings:
+            with trying(), generators_kept(copy.module, given, self._device), _settings:
                 self._run(copy.module, *given)
         except (AnabranchError, torch.OutOfMemoryError):
             raise
