@@ -31,10 +31,10 @@ def check(*args: str) -> subprocess.CompletedProcess[str]:
 SMALL = ("relu", "--shape", "1,3,5", "--dtype", "float16", "--calls", "24", "--streams", "3", "--threads", "3")
 
 
-@pytest.mark.parametrize("path", ["--graphs", "--direct"])
+@pytest.mark.parametrize("path", ["--graphs", "--direct", "--graphs --dynamic"])
 def test_a_right_engine_is_silent(tmp_path: Path, path: str) -> None:
     target = tmp_path / "r.json"
-    done = check(*SMALL, path, "--json", str(target))
+    done = check(*SMALL, *path.split(), "--json", str(target))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all outputs right" in done.stdout
     assert "race:" not in done.stdout

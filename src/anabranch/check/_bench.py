@@ -46,6 +46,8 @@ class Options:
     inject: str | None = None
     max_contexts: int = 16
     cuda_graphs: bool | None = None
+    #: Check kernels that are compiled for all sizes of the input.
+    dynamic: bool = False
     paths: tuple[str, ...] = ()
     #: Compare each serial result (1), or each n-th of a round, with float32 eager.
     reference_every: int = 1
@@ -88,6 +90,7 @@ class Bench:
             runtime=options.runtime,
             max_contexts=options.max_contexts,
             cuda_graphs=options.cuda_graphs,
+            dynamic=options.dynamic,
         )
         self.call: Callable[..., Any] = StaleStream(self.engine) if options.inject else self.engine
         count = options.streams if self.device.has_streams else 0

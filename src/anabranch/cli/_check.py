@@ -29,6 +29,7 @@ from anabranch.cli._options import DTYPES, Shape
 @click.option(
     "--graphs/--direct", "cuda_graphs", default=None, help="Always, or never, use CUDA graphs. Default: what is faster."
 )
+@click.option("--dynamic", is_flag=True, help="Check kernels that are compiled for all sizes of the input at once.")
 @click.option("--max-contexts", default=16, show_default=True, type=click.IntRange(1))
 @click.option("--inject", type=click.Choice(["stale-stream"]), help="Put a known bug back, to show that it is found.")
 @click.option("--seed", default=0, show_default=True, help="With --device sim: the seed of the schedule.")

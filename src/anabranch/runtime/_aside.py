@@ -77,6 +77,7 @@ class Aside:
             _at_work.discard(here)
 
     def after_fork(self) -> None:
+        _at_work.clear()  # the threads of the parent's are not here
         self._lock = _sync.lock("jobs aside")
         self._jobs.clear()
         self._has_thread = False
