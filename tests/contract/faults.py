@@ -79,7 +79,9 @@ class Scene:
         self.held = held
         self.contexts = contexts
         self.model = Mlp(WIDTH).eval().requires_grad_(False).to(rig.device())
-        self.engine = compiled(Mlp(WIDTH), rig.random(4, WIDTH), cuda_graphs=graphs, max_contexts=contexts)
+        # Whatever is new is compiled by itself, in the call.
+        options: dict[str, Any] = {"cuda_graphs": graphs, "max_contexts": contexts, "dynamic": False}
+        self.engine = compiled(Mlp(WIDTH), rig.random(4, WIDTH), **options)
         self.streams = itertools.cycle(streams)
         for stream in streams:
             with rig.module.stream(stream):

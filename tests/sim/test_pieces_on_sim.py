@@ -304,6 +304,16 @@ def test_a_second_signature_and_a_closed_engine(rig: Rig, compiled: Make) -> Non
         engine(rig.random(4, 256))
 
 
+def test_sizes_that_vary_run_direct_where_graphs_were_not_asked_for(rig: Rig, compiled: Make) -> None:
+    model = MODELS["twice"]()
+    engine = compiled(model, rig.random(4, 256))
+    for rows in (4, 6, 5, 6):
+        x = rig.random(rows, 256)
+        assert_same(engine(x), model(x))
+    assert engine.stats().specializations == 2
+    assert "float32[*, 256]: direct" in engine.explain()
+
+
 def test_strided_and_misaligned_inputs(rig: Rig, compiled: Make) -> None:
     model = MODELS["dropout"]()
     x = rig.random(4, 256)

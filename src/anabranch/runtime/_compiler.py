@@ -138,8 +138,11 @@ class Compiler:
                 assert sizes is not None
                 if not sizes.free or (sizes.free != tensors and self._table.ranges.is_declared(key)):
                     return sizes.why_fixed(tensors)
+                uncaptured = program.direct_only or ("sizes are among its results" if program.returns_sizes else "")
+                if self._settings.cuda_graphs and self._device.has_streams and uncaptured:
+                    return f"cuda_graphs=True was given, and no shape of a range can be captured: {uncaptured}"
                 made = self._build(program, signature.with_free(sizes.free), leaves, clock)
-        except (FlagsChanged, DeviceLost, EngineClosed):
+        except (FlagsChanged, DeviceLost, EngineClosed, torch.OutOfMemoryError):
             raise
         except Exception as e:
             self._device.check_error(e)

@@ -27,7 +27,7 @@ _MOST_COUNTED = 4096
 
 @_sync.atomics("_compiler")
 class Shapes:
-    """Threads: any may say :meth:`met`; :meth:`capture` with the build lock held.
+    """Threads: any may say :meth:`met`; :meth:`capture` and :meth:`grow` with the build lock held.
 
     A call of a shape that has no graph runs direct, at once. Where there is room for no more contexts, the shape gives
     them up that was not called for longest; a call that is about to use one then runs direct.
@@ -106,25 +106,29 @@ class Shapes:
         return made
 
     def _has_room(self, shelter: int) -> bool:
-        """Whether there is room for another context; shapes that are not called any more are given up for it."""
-        while not self._limits.has_room(0):
-            now = self._direct_calls
-            for key, (made, _) in list(self._captured.items()):
-                if made.calls.take_used():
-                    self._captured[key] = made, now
-            oldest = min(self._captured, key=lambda key: self._captured[key][1], default=None)
-            if oldest is None or now - self._captured[oldest][1] < shelter:
-                return False
-            made, _ = self._captured.pop(oldest)
-            self._table.give_up(made)
-            if (removed := self._removed()) is not None:
-                removed(made)
-            made.retire()
-            self._calls.pop(oldest, None)
-        return True
+        """Whether there is room for another context; a shape that is not called any more is given up for it.
+
+        No more than one: a call may have its context in hand, which then goes a little later.
+        """
+        if self._limits.has_room(0):
+            return True
+        now = self._direct_calls
+        for key, (made, _) in list(self._captured.items()):
+            if made.calls.take_used():
+                self._captured[key] = made, now
+        oldest = min(self._captured, key=lambda key: self._captured[key][1], default=None)
+        if oldest is None or now - self._captured[oldest][1] < shelter:
+            return False
+        made, _ = self._captured.pop(oldest)
+        self._table.give_up(made)
+        if (removed := self._removed()) is not None:
+            removed(made)
+        made.retire()
+        self._calls.pop(oldest, None)
+        return bool(self._limits.has_room(0))
 
     def grow(self, made: Specialization) -> None:
-        """One more context of a shape that has some, if there is room without giving up others."""
+        """One more context of a shape that has graphs, if there is room without giving up others."""
         contexts = made.calls.contexts
         if self._compiler is not None and any(made is m for m, _ in self._captured.values()):
             contexts.warm(len(contexts.pool) + 1)
@@ -137,7 +141,8 @@ class Shapes:
         def job() -> None:
             shapes, specialization = mine(), theirs()
             if shapes is not None and specialization is not None:
-                shapes.grow(specialization)
+                with process.build_lock, _activity.building():
+                    shapes.grow(specialization)
 
         self._aside.ask(job)
 
