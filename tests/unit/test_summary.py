@@ -52,7 +52,7 @@ def test_a_summary_is_plain_data_with_an_entry_for_each_signature(caplog: pytest
     x, wide = torch.randn(2, 3, 6, 5), torch.randn(2, 3, 7, 9)
     with caplog.at_level(logging.INFO, "anabranch"):
         began = time.perf_counter()
-        engine = build(Net(), x)
+        engine = build(Net(), x, dynamic=False)
         engine(wide)
         took = time.perf_counter() - began
     summary = engine.summary()
