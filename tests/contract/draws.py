@@ -6,6 +6,7 @@ that drew the same are found by bits, whatever their inputs were.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
@@ -148,6 +149,28 @@ def assert_rate(name: str, drawn: list[torch.Tensor]) -> None:
     agree = (together[1:] == together[:-1]).double()
     chance = KEEP**2 + (1 - KEEP) ** 2
     _assert_mean(agree, chance, chance * (1 - chance))
+
+
+def assert_drawn_as_in_eager(
+    name: str,
+    drawn: list[torch.Tensor],
+    model: torch.nn.Module,
+    inputs: Iterable[Iterable[tuple[torch.Tensor]]],
+    seed: int,
+) -> bool:
+    """Calls of several threads, which share the default generator, never draw the same, and draw as often as eager.
+
+    ``drawn``: of each call; ``inputs``: by thread. Where a call draws once, each has what one of as many calls of
+    eager's has under ``seed``, in some order; then these calls are made, and True is returned.
+    """
+    assert_all_differ(drawn)
+    assert_rate(name, drawn)
+    if name in ("dropout", "noise"):
+        return False
+    torch.manual_seed(seed)
+    expected = [model(x)[1] for thread in inputs for (x,) in thread]
+    assert Counter(map(as_bytes, drawn)) == Counter(map(as_bytes, expected))
+    return True
 
 
 def _assert_mean(values: torch.Tensor, mean: float, variance: float) -> None:

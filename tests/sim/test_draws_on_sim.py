@@ -5,7 +5,6 @@ What surrounds a draw is captured; the draw itself runs direct, in a piece of it
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from anabranch._judge import differences
-from contract.draws import NETWORKS, WIDTH, Given, Held, as_bytes, assert_all_differ, assert_rate
+from contract.draws import NETWORKS, WIDTH, Given, Held, as_bytes, assert_all_differ, assert_drawn_as_in_eager
 from contract.support import Make, Rig, on_threads
 
 THREADS, CALLS, ROWS = 8, 3, 16
@@ -75,13 +74,7 @@ def test_threads_that_share_the_default_generator_never_draw_the_same(rig: Rig, 
     drawn = [made[1] for results in on_streams(rig, inputs, engine) for made in results]
     following = torch.rand(3, device=rig.kind).cpu()
     assert len(drawn) == THREADS * CALLS
-    assert_all_differ(drawn)
-    assert_rate(name, drawn)
-    if name not in ("dropout", "noise"):
-        # Where a call draws once, each has what one of as many calls of eager's has, in some order.
-        torch.manual_seed(11)
-        expected = [model(x)[1] for thread in inputs for (x,) in thread]
-        assert Counter(map(as_bytes, drawn)) == Counter(map(as_bytes, expected))
+    if assert_drawn_as_in_eager(name, drawn, model, inputs, 11):
         assert torch.equal(following, torch.rand(3, device=rig.kind).cpu())
 
 

@@ -38,9 +38,9 @@ def undisturbed() -> Iterator[None]:
         return threading.get_ident() == here and is_exporting()
 
     with (
-        _replaced(tracer, "_ignore_backend_decomps", contextlib.nullcontext),
-        _replaced(torch.compiler, "_is_compiling_flag", True),
-        _replaced(torch.compiler, "is_exporting", is_exporting_here),
+        replaced(tracer, "_ignore_backend_decomps", contextlib.nullcontext),
+        replaced(torch.compiler, "_is_compiling_flag", True),
+        replaced(torch.compiler, "is_exporting", is_exporting_here),
         draws_stay_drawn(),
     ):
         yield
@@ -63,14 +63,15 @@ def draws_stay_drawn() -> Iterator[None]:
         return call
 
     with (
-        _replaced(torch.random, "set_rng_state", by_others(torch.random.set_rng_state)),
-        _replaced(torch.cuda, "set_rng_state", by_others(torch.cuda.set_rng_state)),
+        replaced(torch.random, "set_rng_state", by_others(torch.random.set_rng_state)),
+        replaced(torch.cuda, "set_rng_state", by_others(torch.cuda.set_rng_state)),
     ):
         yield
 
 
 @contextmanager
-def _replaced(module: Any, name: str, value: bool | Callable[..., Any]) -> Iterator[None]:
+def replaced(module: Any, name: str, value: bool | Callable[..., Any]) -> Iterator[None]:
+    """Have another value under a name of a module or a class; nothing where there is no such name."""
     missing = object()
     before = getattr(module, name, missing)
     if before is missing:

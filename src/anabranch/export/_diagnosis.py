@@ -6,6 +6,7 @@ import re
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -92,6 +93,19 @@ def line_of(error: BaseException) -> str:
         if not name.startswith(_NOT_A_MODEL):
             found = f"{Path(name).name}:{line}"
     return found
+
+
+def line_on(frame: FrameType | None, others: tuple[str, ...] = ()) -> str:
+    """``file.py:12`` of the model's own code that is innermost on a stack, or nothing.
+
+    ``others``: files, or folders, that are no model's either.
+    """
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((*_NOT_A_MODEL, *others)):
+            return f"{Path(name).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
 
 
 def first_line(error: BaseException) -> str:

@@ -80,10 +80,11 @@ class Program:
         assert self.sizes is not None
         return replace(self, sizes=None, values=self.sizes.values(shapes))
 
-    @property
-    def returns_sizes(self) -> bool:
-        """Whether numbers are among its results."""
-        return not all(isinstance(n.meta.get("val"), torch.Tensor) for n in _results(self.module.graph))
+    @functools.cached_property
+    def why_not_by_shape(self) -> str:
+        """Of a program for many sizes: why it cannot be captured for any of them, or nothing."""
+        tensors = all(isinstance(n.meta.get("val"), torch.Tensor) for n in _results(self.module.graph))
+        return self.direct_only or ("" if tensors else "sizes are among its results")
 
     def weights_for_eager(self) -> list[torch.Tensor]:
         """The weights as PyTorch's own operators have to be given them, with autograd off.

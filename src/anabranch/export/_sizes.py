@@ -6,20 +6,22 @@ of the program's fake tensors. A compiler asks and notes there too. Nobody check
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from anabranch.errors import InputError
+from anabranch.export._bystanders import replaced
+from anabranch.export._diagnosis import line_on
 
 #: Sizes that mean more than a number: what has none, and what broadcasts. Compilers take a symbol for neither.
 SPECIAL = (0, 1)
@@ -188,32 +190,20 @@ def _function(expr: Any, symbols: Sequence[Any]) -> Callable[..., Any]:
     return made
 
 
-@contextmanager
+@contextlib.contextmanager
 def noting_lines(lines: dict[Any, str]) -> Iterator[None]:
     """Note, while this thread exports, at which of the model's lines a symbol became a number or another symbol."""
     shapes: Any = importlib.import_module("torch.fx.experimental.symbolic_shapes")
     here, before = threading.get_ident(), shapes.ShapeEnv._set_replacement
+    others = str(Path(str(importlib.import_module("sympy").__file__)).parent), contextlib.__file__
 
     def noting(env: Any, symbol: Any, *args: Any) -> Any:
         if threading.get_ident() == here:
-            lines.setdefault(symbol, _line())
+            lines.setdefault(symbol, line_on(sys._getframe(1), others))
         return before(env, symbol, *args)
 
-    shapes.ShapeEnv._set_replacement = noting
-    try:
+    with replaced(shapes.ShapeEnv, "_set_replacement", noting):
         yield
-    finally:
-        shapes.ShapeEnv._set_replacement = before
-
-
-def _line() -> str:
-    """``file.py:12`` of the innermost code that is the model's."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).partition(".")[0] not in ("torch", "anabranch", "sympy", "contextlib"):
-            return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
 
 
 def size_at(n: Any, values: Mapping[Any, int] | None) -> int | None:

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from anabranch.export import _operators
+from anabranch.export._diagnosis import line_on
 from anabranch.export._numbers import Expression, NotCarried
 from anabranch.export._operators import NAMESPACE
 
@@ -164,13 +165,8 @@ def _has_stand_in(data: Any) -> bool:
 
 def _line() -> str:
     """The model's line that is running, for messages."""
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((_TORCH, _PACKAGE, "<")):
-            return f" ({Path(name).name}:{frame.f_lineno})"
-        frame = frame.f_back
-    return ""
+    line = line_on(sys._getframe(2))
+    return f" ({line})" if line else ""
 
 
 #: Of PyTorch's node behind a number: what asks for its value.

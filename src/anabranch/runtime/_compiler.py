@@ -138,9 +138,9 @@ class Compiler:
                 assert sizes is not None
                 if not sizes.free or (sizes.free != tensors and self._table.ranges.is_declared(key)):
                     return sizes.why_fixed(tensors)
-                uncaptured = program.direct_only or ("sizes are among its results" if program.returns_sizes else "")
-                if self._settings.cuda_graphs and self._device.has_streams and uncaptured:
-                    return f"cuda_graphs=True was given, and no shape of a range can be captured: {uncaptured}"
+                why = program.why_not_by_shape
+                if self._settings.cuda_graphs and self._device.has_streams and why:
+                    return f"cuda_graphs=True was given, and no shape of a range can be captured: {why}"
                 made = self._build(program, signature.with_free(sizes.free), leaves, clock)
         except (FlagsChanged, DeviceLost, EngineClosed, torch.OutOfMemoryError):
             raise
@@ -151,15 +151,13 @@ class Compiler:
             return why
         return sizes.refuses([tuple(leaves[i].shape) for i in places]) or made
 
-    def make_at(
-        self, signature: Signature, shapes: Sequence[Sequence[int]], of_range: Specialization
-    ) -> Specialization:
+    def make_at(self, signature: Signature, of_range: Specialization) -> Specialization:
         """A specialization for one shape of a range, by its kernels, which are captured if that is faster. Not in the
         table. Blocks until it is built; nothing is compiled."""
         self._check_flags()
         self._device.collect()
         with _disable_current_modes(), neutral(self._device, self._index), self._device.building():
-            program = of_range.program.at(shapes)
+            program = of_range.program.at([spec.shape for spec in signature.given])
             unit = Unit(self._settings, program, signature, self._limits, self._counters)
             return Specialization(unit, self._runtime.make_calls, (), Clock(), of_range)
 

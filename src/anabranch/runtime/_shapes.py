@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import torch
 
 from anabranch import _activity, _sync
 from anabranch.export import Signature
@@ -88,17 +87,15 @@ class Shapes:
         compiler = self._compiler
         if compiler is None:
             return None
-        tensors = [torch.Size(spec.shape) for spec in signature.given]
         if key in self._captured:
             return self._captured[key][0]
         if not self._has_room(shelter):
             return None
-        made = compiler.make_at(signature, tensors, of_range)
+        made = compiler.make_at(signature, of_range)
         if not made.choice.uses_graphs:
             self._direct[key] = str(signature), made.choice.reason
             return None
-        mine, self_ = weakref.ref(made), weakref.ref(self)
-        made.calls.contexts.ask_for_more = lambda: _ask(self_, mine)
+        made.calls.contexts.ask_for_more = functools.partial(_ask_for_more, weakref.ref(self), weakref.ref(made))
         self._captured[key] = made, self._direct_calls
         place = self._table.add(key, signature, made)
         if (added := self._added()) is not None:
@@ -127,24 +124,16 @@ class Shapes:
         self._calls.pop(oldest, None)
         return bool(self._limits.has_room(0))
 
+    def ask_to_grow(self, made: Specialization) -> None:
+        """A call has found all contexts in use, and room for more."""
+        made.calls.contexts.pool.may_grow = False  # one at a time; building it sets this back
+        self._aside.ask(functools.partial(_grow, weakref.ref(self), weakref.ref(made)))
+
     def grow(self, made: Specialization) -> None:
         """One more context of a shape that has graphs, if there is room without giving up others."""
         contexts = made.calls.contexts
         if self._compiler is not None and any(made is m for m, _ in self._captured.values()):
             contexts.warm(len(contexts.pool) + 1)
-
-    def ask_to_grow(self, made: Specialization) -> None:
-        """A call has found all contexts in use, and room for more."""
-        mine, theirs = weakref.ref(self), weakref.ref(made)
-        made.calls.contexts.pool.may_grow = False  # one at a time; building it sets this back
-
-        def job() -> None:
-            shapes, specialization = mine(), theirs()
-            if shapes is not None and specialization is not None:
-                with process.build_lock, _activity.building():
-                    shapes.grow(specialization)
-
-        self._aside.ask(job)
 
     def explain(self) -> list[str]:
         """Why shapes of ranges have no graphs, a line each."""
@@ -161,7 +150,14 @@ class Shapes:
         self._captured.clear()
 
 
-def _ask(shapes: weakref.ref[Shapes], made: weakref.ref[Specialization]) -> None:
+def _ask_for_more(shapes: weakref.ref[Shapes], made: weakref.ref[Specialization]) -> None:
     mine, specialization = shapes(), made()
     if mine is not None and specialization is not None:
         mine.ask_to_grow(specialization)
+
+
+def _grow(shapes: weakref.ref[Shapes], made: weakref.ref[Specialization]) -> None:
+    mine, specialization = shapes(), made()
+    if mine is not None and specialization is not None:
+        with process.build_lock, _activity.building():
+            mine.grow(specialization)

@@ -45,10 +45,8 @@ class Specialization:
         self.calls: Any = make_calls(unit)
         #: Whether it serves many sizes.
         self.is_range = unit.signature.is_range
-        self.of_range = of_range
-        self.choice: Choice = Builder(unit, self.calls, clock, of_range.choice if of_range is not None else None).build(
-            given
-        )
+        lowered = of_range.choice if of_range is not None else None
+        self.choice: Choice = Builder(unit, self.calls, clock, lowered).build(given)
         built = "" if self.is_range else build_pieces(unit, self.calls, self.choice, make_calls, clock)
         #: What runs calls, where that is several pieces.
         self.pieces: Pieces | None = None
@@ -72,19 +70,15 @@ class Specialization:
     def signature(self) -> Signature:
         return self.unit.signature
 
-    @property
+    @functools.cached_property
     def why_no_graphs(self) -> str:
         """Of one for many sizes: why none of them is captured, or nothing."""
-        program, settings = self.program, self.unit.settings
+        settings = self.unit.settings
         if not settings.device.has_streams:
             return "the CPU has no graphs to capture"
         if settings.cuda_graphs is False:
             return "CUDA graphs were turned off"
-        if program.is_empty:
-            return "nothing is computed"
-        if program.returns_sizes:
-            return "sizes are among its results"
-        return program.direct_only or ""
+        return "nothing is computed" if self.program.is_empty else self.program.why_not_by_shape
 
     @property
     def is_captured(self) -> bool:

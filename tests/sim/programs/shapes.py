@@ -5,10 +5,10 @@ Each schedule starts from engines as they are here; the thread that captures beg
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -107,16 +107,6 @@ def a_graph_leaves_while_a_call_is_about_to_take_it(runtime: str, calls: int = 2
 # -- mutants -----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, other: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, other)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def with_a_graph_that_is_found_for_another_shape(runtime: str) -> None:
     """What is captured for one shape is found by calls of another."""
     add = _shapes.Table.add
@@ -125,7 +115,7 @@ def with_a_graph_that_is_found_for_another_shape(runtime: str) -> None:
         ((_, dtype),) = key
         return add(table, ((torch.Size([5]), dtype),), signature, made)
 
-    with replaced(_shapes.Table, "add", elsewhere):
+    with mock.patch.object(_shapes.Table, "add", elsewhere):
         a_new_shape_while_another_is_captured(runtime)
         FRESH[runtime]._shapes.wait()
 
@@ -133,5 +123,5 @@ def with_a_graph_that_is_found_for_another_shape(runtime: str) -> None:
 def with_memory_that_goes_at_once(runtime: str) -> None:
     """What a shape gives up is freed while its last call may still be running."""
     seam = type(FULL[runtime].seam)
-    with replaced(seam, "defer_free", lambda self, index, events, parts, free: free()):
+    with mock.patch.object(seam, "defer_free", lambda self, index, events, parts, free: free()):
         a_graph_leaves_while_a_call_is_about_to_take_it(runtime)
