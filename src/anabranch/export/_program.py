@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from anabranch.errors import UnsupportedModel
 from anabranch.export import _functional, _packed
+from anabranch.export._attention import take_any_length
 from anabranch.export._constants import compute_constants, is_on_cpu
 from anabranch.export._default_dtype import pin_default_dtype
 from anabranch.export._diagnosis import NotExported
@@ -155,6 +156,7 @@ def export_program(
     program = _flatten(exported, traced, cast, exporter.specs, seen, aside, pytree.tree_leaves((args, kwargs)))
     program.reads_layout = seen.reads_layout
     if free:
+        take_any_length(program.module)
         placeholders = program.module.graph.find_nodes(op="placeholder")[len(program.weights) :]
         program.sizes = Sizes([n.meta["val"] for n in placeholders], exporter.lines)
     del exported, traced
