@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -16,6 +16,17 @@ from anabranch.export import Program
 #: ``kernels(inputs) -> computed tensors``: queues its work on the calling thread's current stream and allocates from
 #: that stream's memory. Holds the weights. Any number of threads may call it once it has run a first time.
 Kernels = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+
+
+class Wrapped:
+    """Kernels, and the function that launches them: for who can do without Python what it does."""
+
+    def __init__(self, run: Kernels, wrapper: Callable[[list[Any]], Any], weights: tuple[torch.Tensor, ...]) -> None:
+        """``wrapper``: takes a list of ``weights`` and inputs, which lie in memory as the kernels want them."""
+        self._run, self.wrapper, self.weights = run, wrapper, weights
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return self._run(inputs)
 
 
 class Instance(Protocol):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from anabranch.backends._backend import Kernels, Options
+from anabranch.backends._backend import Kernels, Options, Wrapped
 from anabranch.backends._faults import avoid
 from anabranch.backends._layouts import keep_layouts, keeping_strides
 from anabranch.errors import BuildError
-from anabranch.export import Program, undisturbed
+from anabranch.export import Program, replaced, undisturbed
 
 
 class _Inductor:
@@ -41,7 +43,13 @@ class _Inductor:
                 # A buffer that is written in place, or again, may be a result in the end: a call then has to tell each
                 # kernel that writes to it where its result lies. In a CUDA graph the allocator re-uses memory as well.
                 settings |= {"inplace_buffers": False, "allow_buffer_reuse": False}
-            with config.patch(settings), _without_caches(program.sizes is not None), undisturbed():
+            wrappers: list[Any] = []
+            with (
+                config.patch(settings),
+                _without_caches(program.sizes is not None),
+                undisturbed(),
+                _noting_wrappers(wrappers),
+            ):
                 module = copy.deepcopy(program.module)  # it is rewritten; the plan still shows the original
                 avoid(module)
                 keep_layouts(module)
@@ -74,7 +82,27 @@ class _Inductor:
             finally:
                 set_eval_frame(before)
 
-        return keeping_strides(program.module, kernels)
+        made = keeping_strides(program.module, kernels)
+        # Of a program for many sizes: the others have their launches recorded.
+        if program.sizes is None or len(wrappers) != 1:
+            return made
+        return Wrapped(made, wrappers[0], weights)
+
+
+@contextlib.contextmanager
+def _noting_wrappers(wrappers: list[Any]) -> Iterator[None]:
+    """Note the functions that Inductor writes while this thread compiles."""
+    graph: Any = importlib.import_module("torch._inductor.graph")
+    here, before = threading.get_ident(), graph.GraphLowering.compile_to_module
+
+    def noting(lowering: Any) -> Any:
+        module = before(lowering)
+        if threading.get_ident() == here:
+            wrappers.append(getattr(getattr(module, "runner", None), "call", None) or module.call)
+        return module
+
+    with replaced(graph.GraphLowering, "compile_to_module", noting):
+        yield
 
 
 @contextlib.contextmanager

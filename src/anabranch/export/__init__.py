@@ -1,6 +1,6 @@
 """From a model to a flat graph: signatures of inputs, ``torch.export``, and what each output really is."""
 
-from anabranch.export._bystanders import undisturbed
+from anabranch.export._bystanders import replaced, undisturbed
 from anabranch.export._diagnosis import NotExported, copy_of, describe, first_line, run_in_eager
 from anabranch.export._generators import generators_kept
 from anabranch.export._hooks import hooks_of, name_of
@@ -66,6 +66,7 @@ __all__ = [
     "leaf_key",
     "name_of",
     "register_dataclasses",
+    "replaced",
     "run_in_eager",
     "same_computation",
     "shape_at",

@@ -144,6 +144,17 @@ class Sizes:
         )
         return {n: size for n, size in pairs if not isinstance(n, int) and n.is_Symbol}
 
+    def others(self, shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]] | None:
+        """Shapes with other sizes than these, for which the program is right, too; None where none are found."""
+        assert self._assumed is not None, "not settled"
+        values = self.values(shapes)
+        for change in (lambda n: n + 1, lambda n: n - 1, lambda n: 2 * n, lambda n: n // 2):
+            changed = {symbol: change(n) for symbol, n in values.items()}
+            made = [tuple(_at(n, changed) for n in shape) for shape in self._assumed.shapes]
+            if min((n for shape in made for n in shape), default=0) > 1 and not self.refuses(made):
+                return made
+        return None
+
     def refuses(self, shapes: Sequence[Sequence[int]]) -> str:
         """Why the program is not right for inputs of these shapes, or nothing."""
         assumed = self._assumed
@@ -169,6 +180,10 @@ class Sizes:
                 return f"{what} is {size}; {n} was expected"
         ordered = [values[symbol] for symbol in assumed.bounds]
         return next((text for holds, text in assumed.guards if not holds(*ordered)), "")
+
+
+def _at(n: Any, values: Mapping[Any, int]) -> int:
+    return n if isinstance(n, int) else int(n.xreplace(values))
 
 
 def _symbols(expr: Any) -> list[Any]:

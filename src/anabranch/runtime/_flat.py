@@ -61,12 +61,59 @@ class Branch(NamedTuple):
     operands: list[Argument]
 
 
+class Empty(NamedTuple):
+    """A new tensor, into the next slot: of sizes and strides in elements, which are numbers."""
+
+    sizes: list[Argument]
+    strides: list[Argument]
+    dtype: torch.dtype
+
+
+class View(NamedTuple):
+    """The memory of ``base``, ``offset`` elements after its beginning, into the next slot."""
+
+    base: Argument
+    sizes: list[Argument]
+    strides: list[Argument]
+    offset: Argument
+
+
+class Expect(NamedTuple):
+    """Raise RuntimeError where a tensor that ``made_by`` has made has other sizes or strides."""
+
+    tensor: Argument
+    sizes: list[Argument]
+    strides: list[Argument]
+    made_by: str
+
+
+class Launch(NamedTuple):
+    """Launch a kernel that a compiler made, on ``grid`` blocks."""
+
+    kernel: CompiledKernel
+    grid: list[Argument]
+    arguments: list[Argument]
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A kernel that is loaded: what owns it must outlive the program."""
+
+    #: A CUfunction.
+    function: int
+    #: Of a block.
+    threads: int
+    shared_bytes: int
+    #: A letter for each parameter; see ``program.h``.
+    types: str
+
+
 @dataclass
 class FlatProgram:
     """Slots hold values: the first ones weights and then inputs, the further ones what the steps leave there."""
 
     inputs: int
-    steps: list[Call | Pick | Number | Check | Branch] = field(default_factory=list)
+    steps: list[Call | Pick | Number | Check | Branch | Empty | View | Expect | Launch] = field(default_factory=list)
     #: Slots of the results.
     results: list[int] = field(default_factory=list)
     #: Slots of numbers: int, float or bool.
@@ -126,7 +173,7 @@ _OF_TENSORS = {
 }
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
 #: How schemas name the types of numbers.
-_NUMBER_TYPES = ("int", "float", "bool", "number")
+NUMBER_TYPES = ("int", "float", "bool", "number")
 
 
 def _where(node: fx.Node) -> str:
@@ -230,11 +277,11 @@ class _Flattening:
                 given.append(("constant", declared.default_value))
         kinds = [str(r.type) for r in schema.returns]
         lists = [k.removeprefix("List[").removesuffix("]") for k in kinds]
-        if any(k != "Tensor" and k not in _NUMBER_TYPES for k in (lists if len(kinds) == 1 else kinds)):
+        if any(k != "Tensor" and k not in NUMBER_TYPES for k in (lists if len(kinds) == 1 else kinds)):
             raise _Untranslatable(f"returns {', '.join(kinds)}")
         self.made.steps.append(Call(schema.name, schema.overload_name, given, source_of(node)))
         first = self._fill(len(kinds))
-        self.made.numbers.update(first + i for i, k in enumerate(lists) if k in _NUMBER_TYPES)
+        self.made.numbers.update(first + i for i, k in enumerate(lists) if k in NUMBER_TYPES)
         if len(kinds) == 1 and kinds == lists:
             self._slots[node] = first
         else:

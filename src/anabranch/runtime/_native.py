@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from anabranch.backends import Instance, Kernels, Stateful
+from anabranch.backends import Instance, Kernels, Stateful, Wrapped
 from anabranch.devices import Stream
 from anabranch.export import ComputedOutput, TensorSpec
 from anabranch.runtime import _library
@@ -30,12 +30,14 @@ from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import neutral, process
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._stats import Parted
-from anabranch.runtime._translation import translate
+from anabranch.runtime._translation import translate, translate_wrapper
 from anabranch.runtime._unit import Unit
 
 _log = logging.getLogger("anabranch")
 core: Any = _library.load()
 process.watch(core.exit, core.calls_under_way)
+#: Programs of kernels, or why there are none: those of a range serve each of its shapes. With the build lock held.
+_programs: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 Limits: Any = core.Limits
 """As :class:`anabranch.runtime._pool.Limits`."""
@@ -210,8 +212,8 @@ class NativeCalls:
             self._unit.is_lazy or of_one_layout or program.absolute or program.on_cpu or self._unit.signature.is_range
         )
 
-    def take_used(self) -> bool:
-        return bool(self.core.take_used())
+    def take_uses(self) -> int:
+        return int(self.core.take_uses())
 
     def build(self, reservation: Any) -> tuple[Any, ...] | bool | None:
         """Asked by the C++ for one more context, which it puts into the pool. None: there is none, and the call runs
@@ -243,7 +245,7 @@ class NativeCalls:
         program, watch = self._unit.program, self._unit.watch
         if program.is_empty:
             return
-        translated = translate(program) if backend == "eager" else f"{backend} launches its kernels itself"
+        translated = self._translated(kernels, backend)
         # A recorded launch is for the sizes that it was recorded with.
         self._bound.forget(may_launch=isinstance(translated, str) and not self._unit.signature.is_range)
         watched = watch.flags.unchanged if watch.reads_any else None, not program.asks_default_dtype
@@ -259,6 +261,21 @@ class NativeCalls:
         if program.weights and self._device.has_streams:
             # The last uses keep the event as long as the weights may need it, the C++ as long as calls.
             self.core.set_last_uses(self.direct.last_uses.one_more)
+
+    def _translated(self, kernels: Any, backend: str) -> Any:
+        """What queues ``kernels`` without Python, or why that is Python."""
+        if kernels in _programs:
+            return _programs[kernels]
+        if backend == "eager":
+            made = translate(self._unit.program)
+        else:
+            made = f"{backend} launches its kernels itself"
+            if isinstance(kernels, Wrapped) and self._device.has_streams:
+                program = translate_wrapper(kernels, self._unit)
+                made = f"{made}: {program}" if isinstance(program, str) else program
+        if not isinstance(kernels, Stateful):
+            _programs[kernels] = made
+        return made
 
     @contextmanager
     def trying_graph(self, context: Context, direct: Kernels | Instance, stream: Stream) -> Iterator[Sequence[Way]]:
@@ -281,9 +298,11 @@ class NativeCalls:
         if isinstance(program, str):
             yield [self.direct.kernels, operators]
             return
+        own = _programs.get(self.direct.kernels)
+        own = None if isinstance(own, str) else own
 
         def compiled(inputs: Sequence[Any]) -> Any:
-            self.core.set_program(None, None, False)
+            self.core.set_program(own, None, False)
             return self._try("direct_calls", inputs)
 
         def by_operators(inputs: Sequence[Any]) -> Any:
@@ -294,7 +313,7 @@ class NativeCalls:
             yield [compiled, by_operators]
         finally:
             self._forget_tries()
-            self.core.set_program(None, None, False)
+            self.core.set_program(own, None, False)
 
     @contextmanager
     def trying_direct(self) -> Iterator[Way]:

@@ -4,7 +4,11 @@
 #include <ATen/core/List.h>
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #include <set>
+
+#include "tensors.h"
 
 // Declared here as in <ATen/autocast_mode.h>, which brings all of PyTorch's operators along: seconds of compiling.
 namespace at::autocast {
@@ -98,6 +102,63 @@ int Program::branch(const Given& condition, std::shared_ptr<const Program> yes, 
   return append(std::move(step));
 }
 
+namespace {
+
+std::vector<Argument> joined(std::initializer_list<const std::vector<Given>*> all) {
+  std::vector<Argument> made;
+  for (auto* given : all) {
+    for (auto& x : *given) made.push_back(value_of(x));
+  }
+  return made;
+}
+
+// A tensor that steps read where it lies: a constant may be one, too.
+Argument tensor_of(const Given& given) {
+  if (given.kind == Argument::kSlot) return value_of(given);
+  TORCH_CHECK_TYPE(given.kind == Argument::kConstant && given.constant, "expected a tensor");
+  Argument argument;
+  auto value = given.constant(c10::TensorType::get(), std::nullopt);
+  // None comes as a tensor that is undefined.
+  if (value.isTensor() && value.toTensor().defined()) argument.constant = std::move(value);
+  return argument;
+}
+
+}  // namespace
+
+int Program::empty(const std::vector<Given>& sizes, const std::vector<Given>& strides, at::ScalarType dtype) {
+  Step step(Kind::kEmpty, 1, joined({&sizes, &strides}));
+  step.dtype = dtype;
+  return append(std::move(step));
+}
+
+int Program::view(const Given& base, const std::vector<Given>& sizes, const std::vector<Given>& strides,
+                  const Given& offset) {
+  Step step(Kind::kView, 1, joined({&sizes, &strides}));
+  step.arguments.push_back(value_of(offset));
+  step.arguments.push_back(tensor_of(base));
+  return append(std::move(step));
+}
+
+int Program::expect(const Given& tensor, const std::vector<Given>& sizes, const std::vector<Given>& strides,
+                    const std::string& made_by) {
+  Step step(Kind::kExpect, 0, joined({&sizes, &strides}));
+  step.arguments.push_back(tensor_of(tensor));
+  step.message = made_by;
+  return append(std::move(step));
+}
+
+int Program::launch(CompiledKernel kernel, const std::vector<Given>& grid, const std::vector<Given>& given) {
+  TORCH_CHECK(grid.size() == 3 && given.size() == kernel.types.size(), "a kernel of ", kernel.types.size(),
+              " parameters is given ", given.size());
+  Step step(Kind::kLaunch, 0, joined({&grid}));
+  for (size_t i = 0; i < given.size(); ++i) {
+    bool is_number = kernel.types[i] != 'O' || given[i].kind == Argument::kNumber;
+    step.arguments.push_back(is_number ? value_of(given[i]) : tensor_of(given[i]));
+  }
+  step.kernel = std::make_shared<const CompiledKernel>(std::move(kernel));
+  return append(std::move(step));
+}
+
 void Program::finish(std::vector<int> results) {
   results_ = std::move(results);
   // Each value is let go of at its last use, so that its memory can serve later steps.
@@ -149,9 +210,133 @@ c10::IValue Program::value(const Argument& argument, Slots& slots) const {
   }
 }
 
-void Program::execute(Slots& slots, Values& results) const {
+namespace {
+
+const c10::IValue& read(const Argument& argument, const std::vector<c10::IValue>& slots) {
+  return argument.kind == Argument::kConstant ? argument.constant : slots[static_cast<size_t>(argument.slot)];
+}
+
+int64_t integer(const Argument& argument, const std::vector<c10::IValue>& slots) {
+  auto& value = read(argument, slots);
+  if (value.isBool()) return value.toBool();
+  if (!value.isInt()) throw Declined{};
+  return value.toInt();
+}
+
+template <class T>
+uint64_t bits_of(T value) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  return bits;
+}
+
+template <class T>
+uint64_t bits_of_integer(int64_t value) {
+  // A compiler has made sure that sizes fit; Python would raise where one does not.
+  if (value < static_cast<int64_t>(std::numeric_limits<T>::min()) ||
+      (sizeof(T) < sizeof value && value > static_cast<int64_t>(std::numeric_limits<T>::max())))
+    throw Declined{};
+  return bits_of(static_cast<T>(value));
+}
+
+// A kernel's parameter, in the first bytes.
+uint64_t parameter(char type, const Argument& argument, const std::vector<c10::IValue>& slots) {
+  auto& value = read(argument, slots);
+  switch (type) {
+    case 'O':
+      if (argument.kind == Argument::kConstant && value.isNone()) return 0;
+      return bits_of(value.toTensor().data_ptr());
+    case 'f':
+      return bits_of(value.isDouble() ? static_cast<float>(value.toDouble())
+                                      : static_cast<float>(integer(argument, slots)));
+    case 'd':
+      return bits_of(value.isDouble() ? value.toDouble() : static_cast<double>(integer(argument, slots)));
+    case 'i':
+      return bits_of_integer<int32_t>(integer(argument, slots));
+    case 'I':
+      return bits_of_integer<uint32_t>(integer(argument, slots));
+    case 'h':
+      return bits_of_integer<int16_t>(integer(argument, slots));
+    case 'H':
+      return bits_of_integer<uint16_t>(integer(argument, slots));
+    case 'b':
+      return bits_of_integer<int8_t>(integer(argument, slots));
+    case 'B':
+      return bits_of_integer<uint8_t>(integer(argument, slots));
+    case 'K':
+      return bits_of_integer<uint64_t>(integer(argument, slots));
+    default:
+      return bits_of(integer(argument, slots));
+  }
+}
+
+}  // namespace
+
+// Steps that read their arguments where they lie.
+void Program::compute_in_place(const Step& step, Slots& slots, const Queue& queue) const {
+  auto* made = slots.data() + step.first;
+  auto* given = step.arguments.data();
+  auto numbers = [&](size_t first, size_t count) {
+    Sizes all;
+    for (size_t i = first; i < first + count; ++i) all.push_back(integer(given[i], slots));
+    return all;
+  };
+  auto count = step.arguments.size();
+  switch (step.kind) {
+    case Kind::kEmpty:
+      *made = new_tensor(numbers(0, count / 2), numbers(count / 2, count / 2), step.dtype, queue.device);
+      break;
+    case Kind::kView: {
+      auto rank = (count - 2) / 2;
+      *made = view_of(read(given[count - 1], slots).toTensor(), numbers(0, rank), numbers(rank, rank),
+                      integer(given[count - 2], slots));
+      break;
+    }
+    case Kind::kExpect: {
+      auto rank = (count - 1) / 2;
+      auto& x = read(given[count - 1], slots).toTensor();
+      auto sizes = numbers(0, rank), strides = numbers(rank, rank);
+      bool as_expected = x.sizes() == c10::IntArrayRef(sizes);
+      for (size_t d = 0; as_expected && x.numel() && d < rank; ++d) {
+        as_expected = sizes[d] == 1 || x.stride(static_cast<int64_t>(d)) == strides[d];
+      }
+      TORCH_CHECK(as_expected, step.message, " returned sizes ", x.sizes(), " and strides ", x.strides(), "; expected ",
+                  c10::IntArrayRef(sizes), " and ", c10::IntArrayRef(strides));
+      break;
+    }
+    default: {
+      auto& kernel = *step.kernel;
+      TORCH_CHECK(queue.api && queue.api->launch_kernel, "this device launches no kernels");
+      std::array<unsigned, 3> grid, block{kernel.threads, 1, 1};
+      for (size_t i = 0; i < 3; ++i) {
+        auto n = integer(given[i], slots);
+        if (n < 0 || n > std::numeric_limits<int32_t>::max()) throw Declined{};
+        grid[i] = static_cast<unsigned>(n);
+      }
+      if (!grid[0] || !grid[1] || !grid[2]) break;
+      c10::SmallVector<uint64_t, 32> values;
+      c10::SmallVector<void*, 32> pointers;
+      for (size_t i = 0; i < kernel.types.size(); ++i)
+        values.push_back(parameter(kernel.types[i], given[3 + i], slots));
+      for (auto& value : values) pointers.push_back(&value);
+      KernelLaunch launch{kernel.function,     nullptr,         nullptr, grid.data(), block.data(),
+                          kernel.shared_bytes, pointers.data(), nullptr};
+      if (int code = queue.api->launch_kernel(launch, queue.stream)) throw DeviceError("launching a kernel", code);
+    }
+  }
+  for (auto& argument : step.arguments) {
+    if (argument.is_last) slots[static_cast<size_t>(argument.slot)] = c10::IValue();
+  }
+}
+
+void Program::execute(Slots& slots, const Queue& queue, Values& results) const {
   torch::jit::Stack stack;
   for (auto& step : steps_) {
+    if (step.kind >= Kind::kEmpty) {
+      compute_in_place(step, slots, queue);
+      for (int slot : step.unused) slots[static_cast<size_t>(slot)] = c10::IValue();
+      continue;
+    }
     auto* made = slots.data() + step.first;
     stack.clear();
     for (auto& argument : step.arguments) stack.push_back(value(argument, slots));
@@ -178,10 +363,12 @@ void Program::execute(Slots& slots, Values& results) const {
         Slots inner(static_cast<size_t>(program.slots_));
         std::move(stack.begin() + 1, stack.end(), inner.begin() + static_cast<int64_t>(program.weights_.size()));
         Values returned;
-        program.execute(inner, returned);
+        program.execute(inner, queue, returned);
         for (size_t i = 0; i < step.results; ++i) made[i] = std::move(returned[i]);
         break;
       }
+      default:
+        break;
     }
     for (int slot : step.unused) slots[static_cast<size_t>(slot)] = c10::IValue();
   }
@@ -191,11 +378,11 @@ void Program::execute(Slots& slots, Values& results) const {
   }
 }
 
-bool Program::run(const at::Tensor* inputs, size_t count, const Values& numbers, c10::Device device,
+bool Program::run(const at::Tensor* inputs, size_t count, const Values& numbers, const Queue& queue,
                   Values& results) const {
   auto given = count + numbers.size();
   TORCH_CHECK(given == static_cast<size_t>(inputs_), "the program takes ", inputs_, " values, given ", given);
-  Neutral neutral(device.type());
+  Neutral neutral(queue.device.type());
   // Nothing here is recorded for a backward pass. What others register may rely on being asked all the same.
   std::optional<at::AutoDispatchBelowAutograd> below;
   if (only_aten_) below.emplace();
@@ -203,7 +390,7 @@ bool Program::run(const at::Tensor* inputs, size_t count, const Values& numbers,
   auto rest = std::copy(inputs, inputs + count, slots.begin() + static_cast<int64_t>(weights_.size()));
   std::copy(numbers.begin(), numbers.end(), rest);
   try {
-    execute(slots, results);
+    execute(slots, queue, results);
   } catch (Declined&) {
     results.clear();
     return false;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "argument.h"
+#include "device.h"
 #include "numbers.h"
 
 namespace anabranch::runtime {
@@ -39,6 +40,23 @@ class Neutral {
   at::NoGradGuard no_grad_;
 };
 
+// A kernel that a compiler made, for any sizes: `types` has a letter for each parameter.
+//   O  a tensor's address, or null for None      i, I, h, H, b, B, l, K  an integer of 32, 16, 8 or 64 bits
+//   f, d  a floating-point number of 32 or 64 bits; capitals are unsigned
+struct CompiledKernel {
+  void* function = nullptr;  // see KernelLaunch
+  unsigned threads = 0;      // of a block
+  unsigned shared_bytes = 0;
+  std::string types;
+};
+
+// Where a program's work is queued.
+struct Queue {
+  c10::Device device;
+  const DeviceApi* api = nullptr;  // null where the device has no streams
+  StreamRef stream{};
+};
+
 // Immutable once it is finished; any number of threads may run it at once, each on its own current stream.
 class Program {
  public:
@@ -60,20 +78,29 @@ class Program {
   // element.
   int branch(const Given& condition, std::shared_ptr<const Program> yes, std::shared_ptr<const Program> no,
              const std::vector<Given>& operands, size_t results);
+  // A new tensor; `sizes` and `strides` are numbers.
+  int empty(const std::vector<Given>& sizes, const std::vector<Given>& strides, at::ScalarType dtype);
+  // The memory of the tensor `base`, `offset` elements later.
+  int view(const Given& base, const std::vector<Given>& sizes, const std::vector<Given>& strides, const Given& offset);
+  // Throws where a tensor has other strides than these: what was compiled would read it wrongly.
+  int expect(const Given& tensor, const std::vector<Given>& sizes, const std::vector<Given>& strides,
+             const std::string& made_by);
+  // Launch a kernel on a grid of x, y and z blocks; nothing where one of them is 0.
+  int launch(CompiledKernel kernel, const std::vector<Given>& grid, const std::vector<Given>& given);
   // These slots are the results. Nothing may be appended afterwards.
   void finish(std::vector<int> results);
 
-  // Queue it on the current stream of `device`, without autograd and autocast. False: numbers are not what this knows
-  // to compute with; part of it may be queued, and nothing comes of it. May wait for the device, where numbers depend
-  // on data. Throws what operators throw.
-  bool run(const at::Tensor* inputs, size_t count, const Values& numbers, c10::Device device, Values& results) const;
+  // Queue it on the queue's stream, which is the current one, without autograd and autocast. False: numbers are not
+  // what this knows to compute with; part of it may be queued, and nothing comes of it. May wait for the device, where
+  // numbers depend on data. Throws what operators throw.
+  bool run(const at::Tensor* inputs, size_t count, const Values& numbers, const Queue& queue, Values& results) const;
 
   size_t size() const { return steps_.size(); }
   // So far: those of weights, inputs and steps.
   int slots() const { return slots_; }
 
  private:
-  enum class Kind { kCall, kPick, kNumber, kCheck, kBranch };
+  enum class Kind { kCall, kPick, kNumber, kCheck, kBranch, kEmpty, kView, kExpect, kLaunch };
   struct Step {
     Step(Kind kind, size_t results, std::vector<Argument> arguments)
         : kind(kind), results(results), arguments(std::move(arguments)) {}
@@ -87,13 +114,16 @@ class Program {
     NumberOp number = NumberOp::kAdd;
     std::string message;
     std::shared_ptr<const Program> yes, no;
+    at::ScalarType dtype = at::ScalarType::Undefined;
+    std::shared_ptr<const CompiledKernel> kernel;
   };
   using Slots = std::vector<c10::IValue>;
 
   int append(Step step);
   void fold(Argument& argument) const;
   c10::IValue value(const Argument& argument, Slots& slots) const;
-  void execute(Slots& slots, Values& results) const;
+  void execute(Slots& slots, const Queue& queue, Values& results) const;
+  void compute_in_place(const Step& step, Slots& slots, const Queue& queue) const;
 
   std::vector<at::Tensor> weights_;
   int inputs_;

@@ -1,5 +1,7 @@
 #include "../program.h"
 
+#include <c10/core/impl/VirtualGuardImpl.h>
+
 #include "values.h"
 
 // Declared here as in <torch/csrc/jit/python/pybind_utils.h>, which brings TorchScript along: seconds of compiling.
@@ -65,6 +67,40 @@ void bind_program(py::module_& m) {
            [](Program& self, const py::tuple& condition, std::shared_ptr<Program> yes, std::shared_ptr<Program> no,
               const py::list& operands, size_t results) {
              return self.branch(given_of(condition), std::move(yes), std::move(no), all_given(operands), results);
+           })
+      .def("empty", [](Program& self, const py::list& sizes, const py::list& strides,
+                       at::ScalarType dtype) { return self.empty(all_given(sizes), all_given(strides), dtype); })
+      .def("view",
+           [](Program& self, const py::tuple& base, const py::list& sizes, const py::list& strides,
+              const py::tuple& offset) {
+             return self.view(given_of(base), all_given(sizes), all_given(strides), given_of(offset));
+           })
+      .def("expect",
+           [](Program& self, const py::tuple& tensor, const py::list& sizes, const py::list& strides,
+              const std::string& made_by) {
+             return self.expect(given_of(tensor), all_given(sizes), all_given(strides), made_by);
+           })
+      .def("launch",
+           [](Program& self, uintptr_t function, unsigned threads, unsigned shared_bytes, const std::string& types,
+              const py::list& grid, const py::list& given) {
+             return self.launch({reinterpret_cast<void*>(function), threads, shared_bytes, types}, all_given(grid),
+                                all_given(given));
+           })
+      // By itself, on the current stream of the current device. None where it is left to Python.
+      .def("run",
+           [](const Program& self, const std::vector<at::Tensor>& inputs, c10::Device device,
+              uintptr_t api) -> py::object {
+             Values results;
+             Queue queue{device, reinterpret_cast<const DeviceApi*>(api)};
+             if (api) {
+               c10::impl::VirtualGuardImpl guard(device.type());
+               auto stream = guard.getStream(device);
+               queue.stream = {guard.getStreamNativeHandle(stream), stream.id(), device.index()};
+             }
+             if (!self.run(inputs.data(), inputs.size(), {}, queue, results)) return py::none();
+             py::list all;
+             for (auto& y : results) all.append(wrapped(std::move(y)));
+             return all;
            })
       .def("finish", &Program::finish)
       .def("__len__", &Program::size);
