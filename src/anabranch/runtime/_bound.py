@@ -10,7 +10,12 @@ from typing import Any
 from anabranch.backends import Kernels, Stateful, of_one
 from anabranch.devices import Scratch
 from anabranch.runtime._context import Context, StaticOutputs
+from anabranch.runtime._summary import count_operators
 from anabranch.runtime._unit import Unit
+
+#: Operators of a shape of a range, of which there are many. Where there are more, finding addresses in their kernels
+#: takes the interpreter from calls for longer than copies of inputs and results, a few microseconds, are worth.
+_MOST_OF_SHAPE = 32
 
 
 class Bound:
@@ -24,6 +29,8 @@ class Bound:
         self._unit, self._core, self._specialization = unit, core, specialization
         #: Why graphs have memory of their own for inputs and results, or None where they use the caller's.
         self.copies: str | None = None if unit.device.kind == "cuda" else "not for this device"
+        if unit.program.values is not None and count_operators(unit.program.module.graph) > _MOST_OF_SHAPE:
+            self.copies = "one shape of many: to find the callers' addresses in so many kernels takes too long"
         #: A recording that shows which kernels take which addresses from a call.
         self.known: Any = None
         #: Whether the C++ may launch the kernels of direct calls, if a recording shows how; and whether it does.

@@ -24,6 +24,8 @@ from anabranch.runtime._process import neutral, process
 from anabranch.runtime._unit import Unit
 
 _log = logging.getLogger("anabranch")
+#: Of measuring a shape of a range, of which there are many: calls wait meanwhile for the interpreter.
+_ROUNDS_OF_SHAPE = 8
 
 
 @dataclass
@@ -116,7 +118,8 @@ class Builder:
                 run = self._lower(examples, lane.stream)
                 if not self._program.data_dependent and not self._program.is_empty:
                     draws = self._program.is_random and self._choice.backend == "eager"
-                    self._warm_up(self._without_draws if draws else run, examples, times=2)
+                    times = 2 if self._lowered is None else 1  # else variants of kernels are chosen
+                    self._warm_up(self._without_draws if draws else run, examples, times)
                     run = self._compare(run, examples)
                 self._set_kernels()
             with self._clock.phase("warm-up"):
@@ -242,7 +245,8 @@ class Builder:
         """Whether graphs measured faster, with the figures. The context is idle afterwards, or given up."""
         calls, pool = self._calls, self._calls.contexts.pool
         with self._device.on_stream(stream), calls.trying_graph(context, run, stream) as ways:
-            graph, direct = measure(ways, (examples, self._unit.examples()), stream)
+            rounds = {} if self._lowered is None else {"rounds": _ROUNDS_OF_SHAPE}
+            graph, direct = measure(ways, (examples, self._unit.examples()), stream, **rounds)
         self._choice.measured = {"graph": graph.us, "direct": direct.us}
         is_better = graph.is_better(direct)
         (pool.release if is_better else pool.discard)(context)

@@ -31,8 +31,8 @@ class Calls(Protocol):
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run one call on the calling thread's current stream. ``leaves`` have passed validation."""
 
-    def take_used(self) -> bool:
-        """Whether a call has come since this was asked last."""
+    def take_uses(self) -> int:
+        """How many calls have come since this was asked last, about."""
 
     def set_kernels(self, kernels: Kernels | Stateful, backend: str) -> None:
         """What calls run from now on, captured or one by one."""

@@ -35,7 +35,9 @@ class Cost:
         return f"{self.us:.0f} us (host {self.host_us:.1f})"
 
 
-def measure(ways: Sequence[Way], inputs: Sequence[Sequence[torch.Tensor]], stream: Stream) -> list[Cost]:
+def measure(
+    ways: Sequence[Way], inputs: Sequence[Sequence[torch.Tensor]], stream: Stream, rounds: int = 24
+) -> list[Cost]:
     """Medians for each of ``ways`` to run a call on ``stream``, which is current; the host waits for it.
 
     ``inputs``: two sets. They and results are at other addresses each time, as callers' are. In turn: a host's clock
@@ -43,7 +45,7 @@ def measure(ways: Sequence[Way], inputs: Sequence[Sequence[torch.Tensor]], strea
     """
     samples: list[list[tuple[float, float]]] = [[] for _ in ways]
     results: list[Any] = [None] * len(ways)
-    for i in range(24):
+    for i in range(rounds):
         for k, run in enumerate(ways):
             start = time.perf_counter()
             before, results[k] = results[k], run(inputs[i % 2])
@@ -51,4 +53,4 @@ def measure(ways: Sequence[Way], inputs: Sequence[Sequence[torch.Tensor]], strea
             stream.synchronize()
             samples[k].append((time.perf_counter() - start, returned - start))
             del before
-    return [Cost(*(statistics.median(column) * 1e6 for column in zip(*s[6:], strict=True))) for s in samples]
+    return [Cost(*(statistics.median(column) * 1e6 for column in zip(*s[rounds // 4 :], strict=True))) for s in samples]

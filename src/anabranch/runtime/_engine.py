@@ -278,7 +278,7 @@ class Engine:
         leaves, key = self._table.key(args, kwargs)
         signature = Signature.of(leaves, self._table.flatten(args, kwargs)[1], self._torch_device)
         with process.build_lock, _activity.building():
-            return self._shapes.capture(key, signature, found, shelter=0) or found
+            return self._shapes.capture(key, signature, found, wanted=True) or found
 
     def trim(self) -> None:
         """Give the memory of idle contexts back to the driver. Later calls build contexts anew.

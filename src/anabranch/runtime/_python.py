@@ -34,10 +34,10 @@ class PythonCalls:
         self._pool: ContextPool[Context] = ContextPool(unit.limits)
         self.contexts = Contexts(unit, self._pool, partial(Context.build, unit), self.direct.last_uses)
         self._uses_graphs = False
-        self._used = False
+        self._uses = 0
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
-        self._used = True
+        self._uses += 1
         given, inputs = self._unit.inputs(leaves)
         try:
             results = self._by_graph(inputs) if self._uses_graphs else None
@@ -106,9 +106,9 @@ class PythonCalls:
         context.used_on = stream.stream_id
         return results
 
-    def take_used(self) -> bool:
-        used, self._used = self._used, False
-        return used
+    def take_uses(self) -> int:
+        uses, self._uses = self._uses, 0
+        return uses
 
     # -- building -----------------------------------------------------------------------------------------------
 

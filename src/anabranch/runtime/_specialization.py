@@ -14,7 +14,7 @@ from anabranch.export import AliasOutput, Program, Signature
 from anabranch.plan import Plan
 from anabranch.plan._join import join_plans
 from anabranch.plan._planner import Planned, plan_program
-from anabranch.race import check_plan
+from anabranch.race import PlanProof, check_plan
 from anabranch.runtime import _summary
 from anabranch.runtime._builder import Builder, Choice
 from anabranch.runtime._calls import Calls
@@ -55,12 +55,22 @@ class Specialization:
             self._why_whole = built
         else:
             self.calls = self.pieces = built
+        #: Proofs of plans for single shapes of this range, by whether they are captured. With the build lock held.
+        self._proofs: dict[bool, PlanProof] = {}
         #: That no two steps of the plan can race. Raises PlanError before anything could run.
-        self.proof = check_plan(self.plan()).raise_if_unordered()
+        self.proof = self._prove(of_range)
         if of_range is None:
             unit.counters.add("specializations")
         #: Of the build, by phase.
         self.seconds = clock.read()
+
+    def _prove(self, of_range: Specialization | None) -> PlanProof:
+        # The steps of a shape are those of any other shape in the range, whose buffers have other sizes; which of them
+        # are one buffer, and which steps use it, is the same.
+        proofs = of_range._proofs if of_range is not None else {}
+        if self.is_captured not in proofs:
+            proofs[self.is_captured] = check_plan(self.plan()).raise_if_unordered()
+        return proofs[self.is_captured]
 
     @property
     def program(self) -> Program:

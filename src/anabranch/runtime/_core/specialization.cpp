@@ -42,7 +42,7 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Valu
   for (size_t i = 0; i < specs.size(); ++i) {
     if (!is_plain(inputs[i])) return Outcome::kDeclined;
   }
-  if (!was_used.load(std::memory_order_relaxed)) was_used.store(true, std::memory_order_relaxed);
+  uses.store(uses.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);  // one more or less: see there
   std::optional<c10::InferenceMode> normal;
   if (c10::InferenceMode::is_enabled()) normal.emplace(false);
   if (!api_) return run_direct(inputs, numbers, nullptr, results);
@@ -218,11 +218,11 @@ bool Specialization::direct_using_weights(const at::Tensor* inputs, const Values
 bool Specialization::direct(const at::Tensor* inputs, const Values& numbers, const StreamRef& ref, Values& results) {
   if (program && device.is_cpu()) {
     // PyTorch's operators take any layout, and give eager's bits for it. Elsewhere graphs give those of a dense copy.
-    return program->run(inputs, specs.size(), numbers, device, results);
+    return program->run(inputs, specs.size(), numbers, {device, api_, ref}, results);
   }
   Tensors read;
   for (size_t i = 0; i < specs.size(); ++i) read.push_back(canonical(inputs[i], i));
-  if (program) return program->run(read.data(), read.size(), numbers, device, results);
+  if (program) return program->run(read.data(), read.size(), numbers, {device, api_, ref}, results);
   if (kernels.empty()) {
     Neutral neutral(device.type());
     python({read.begin(), read.end()}, results);

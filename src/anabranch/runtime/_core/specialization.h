@@ -69,8 +69,8 @@ class Specialization {
   std::function<bool()> flags_unchanged;
   std::optional<Flags> flags;
   Atomic<bool> may_grow{"may grow", true};
-  // Whether a call has come since somebody asked: for who chooses what to give up. Nothing depends on its order.
-  std::atomic<bool> was_used{false};
+  // Calls since somebody asked, about: for who chooses what to give up. Calls at once may count as one.
+  std::atomic<uint32_t> uses{0};
 
  private:
   struct CallerStream {

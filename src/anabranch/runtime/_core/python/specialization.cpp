@@ -191,7 +191,7 @@ void bind_specialization(py::module_& m) {
              self.spec->pool.after_fork();
              self.spec->events.after_fork();
            })
-      .def("take_used", [](PySpecialization& self) { return self.spec->was_used.exchange(false); })
+      .def("take_uses", [](PySpecialization& self) { return self.spec->uses.exchange(0); })
       .def("may_grow", [](PySpecialization& self) { return self.spec->may_grow.load("read"); })
       .def("set_may_grow", [](PySpecialization& self, bool value) { self.spec->may_grow.store("write", value); })
       .def("set_graphs", [](PySpecialization& self, bool value) { self.spec->uses_graphs = value; })
