@@ -79,7 +79,7 @@ def compile(
         where ``torch.export`` refuses the model. Otherwise :meth:`Engine.explain` lists such operators; a model that
         ``torch.export`` refuses runs in several graphs, as Dynamo cuts it, with its Python between them.
     :param dynamic: of sizes of inputs. None: when a size has a second value, one more specialization is compiled that
-        serves all its values but 0 and 1, and what else the model or a compiler treats otherwise; on CUDA as False.
+        serves all its values but 0 and 1, and what else the model or a compiler treats otherwise.
         True: from the first call on all sizes may vary. False: each shape is compiled by itself. A :class:`Dim` in an
         :class:`Input`'s shape declares a size that varies, with its bounds.
 
@@ -140,8 +140,6 @@ def _compile(
         args, keywords = tensors_for(given, device)
         dims = declared_dims(given, (args, keywords))
         seam = get_device(device.type)
-        if dynamic is None and seam.kind == "cuda" and not dims:
-            dynamic = False  # until it is measured there
         index = seam.index(device)
         if seam.has_streams and seam.is_capturing(seam.current_stream(index)):
             raise NotCapturable("compile was called inside a CUDA graph capture; compile first, then capture")

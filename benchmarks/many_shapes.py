@@ -1,0 +1,381 @@
+"""Calls of very many shapes on a GPU: is each right, what do they cost, what do they hold, and does any ever wait.
+
+    python benchmarks/many_shapes.py --json benchmarks/results/many_shapes_h200.json
+
+The encoder (12 layers, 768 wide, float16) gets sequences of different lengths, resnet18 batches of different sizes.
+Each measurement has a process of its own.
+
+``threads``: 1,000 calls over 200 shapes, drawn by Zipf's law, from 8 threads with at most 16 graphs. Every result is
+compared with eager's. The shapes came once before, from the smallest to the largest. ``memory``: what that process
+holds in the end, against one that served the 16 largest shapes alone. ``repeated``: the host's and the device's time of
+a call whose shape has a graph, against an engine for this very shape. ``total``: all calls of the encoder, one after
+another, ours and ``torch.compile(dynamic=True)``'s, and ours from 8 threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+
+THREADS = 8
+GRAPHS = 16
+SHAPES = 200
+CALLS = 1000
+#: Calls of ``total``, and the largest length.
+TOTAL = 2000
+LONGEST = 512
+
+
+def model(work: str) -> Any:
+    import torch
+
+    torch.manual_seed(0)
+    if work == "encoder":
+        from anabranch.bench._work import encoder
+
+        net = encoder()
+    else:
+        from torchvision.models import resnet18
+
+        net = resnet18(weights=None).eval()
+    return net.requires_grad_(False).to("cuda", torch.float16)
+
+
+def shape(work: str, size: int) -> tuple[int, ...]:
+    return (1, size, 768) if work == "encoder" else (size, 3, 64, 64)
+
+
+def declared(work: str, largest: int) -> Any:
+    import torch
+
+    import anabranch
+
+    dim = anabranch.Dim("size", 1, largest)
+    given = (1, dim, 768) if work == "encoder" else (dim, 3, 64, 64)
+    return anabranch.Input(given, dtype=torch.float16, device="cuda")
+
+
+def zipf(count: int, largest: int, seed: int) -> list[int]:
+    """Sizes by Zipf's law: which size is how frequent is drawn, too."""
+    chooser = random.Random(seed)
+    sizes = list(range(1, largest + 1))
+    chooser.shuffle(sizes)
+    return chooser.choices(sizes, weights=[1 / (k + 1) for k in range(largest)], k=count)
+
+
+def compiled(work: str, largest: int, **options: Any) -> Any:
+    import anabranch
+
+    return anabranch.compile(model(work), [declared(work, largest)], max_contexts=GRAPHS, **options)
+
+
+def draw(work: str, size: int) -> Any:
+    import torch
+
+    return torch.randn(shape(work, size), device="cuda", dtype=torch.float16)
+
+
+def used_bytes() -> int:
+    """Of the device, by all processes."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def far(y: Any, expected: Any) -> Any:
+    """Whether a result is off by more than float16 and another order of sums explain."""
+    limit = 0.02 * expected.float().abs().max() + 1e-3
+    return ((y.float() - expected.float()).abs() > limit).any() | y.isnan().any()
+
+
+def on_threads(work: Callable[[int], None]) -> None:
+    failed: list[BaseException] = []
+
+    def run(i: int) -> None:
+        try:
+            work(i)
+        except BaseException as e:
+            failed.append(e)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+def measure_threads(work: str) -> dict[str, Any]:
+    import torch
+
+    torch.cuda.init()
+    before = used_bytes()
+    engine = compiled(work, SHAPES)
+    inputs = {n: draw(work, n) for n in range(1, SHAPES + 1)}
+    net = model(work)
+    with torch.no_grad():
+        expected = {n: net(x) for n, x in inputs.items()}
+    # Small to large: a graph of each size comes and goes.
+    for n in inputs:
+        for _ in range(2):
+            engine(inputs[n])
+    engine._shapes.wait()
+    torch.cuda.synchronize()
+    sizes = [zipf(CALLS // THREADS, SHAPES, seed=i) for i in range(THREADS)]
+
+    def times(call: Any, slow: list[tuple[float, int]]) -> tuple[list[float], int]:
+        taken, wrong = [], torch.zeros((), dtype=torch.int64, device="cuda")
+        lock = threading.Lock()
+
+        def calls(i: int) -> None:
+            stream, mine, count = torch.cuda.Stream(), [], torch.zeros((), dtype=torch.int64, device="cuda")
+            stream.wait_stream(torch.cuda.default_stream())
+            with torch.cuda.stream(stream), torch.no_grad():
+                for n in sizes[i]:
+                    x = inputs[n].clone()
+                    began = time.perf_counter()
+                    y = call(x)
+                    mine.append(time.perf_counter() - began)
+                    if mine[-1] > 0.01:
+                        slow.append((round(mine[-1] * 1e3, 1), n))
+                    count += far(y, expected[n])
+                    stream.synchronize()
+            with lock:
+                taken.extend(mine)
+                wrong.add_(count.cpu().item())
+
+        on_threads(calls)
+        return taken, int(wrong)
+
+    slow: list[tuple[float, int]] = []
+    taken, wrong = times(engine, slow)
+    stats = engine.stats()
+    held = used_bytes() - before
+    never = compiled(work, SHAPES, cuda_graphs=False)
+    for n in range(1, SHAPES + 1):
+        never(inputs[n])
+    direct, direct_wrong = times(never, [])
+    return {
+        "calls": len(taken),
+        "wrong": wrong + direct_wrong,
+        "p99_us": round(percentile(taken, 0.99) * 1e6, 1),
+        "median_us": round(statistics.median(taken) * 1e6, 1),
+        "direct_p99_us": round(percentile(direct, 0.99) * 1e6, 1),
+        "direct_median_us": round(statistics.median(direct) * 1e6, 1),
+        "p99_of_direct": round(percentile(taken, 0.99) / percentile(direct, 0.99), 2),
+        "over_10_ms": slow,
+        "graph_calls": stats.graph_calls,
+        "direct_calls": stats.direct_calls,
+        "waits_for_build": stats.waits_for_build,
+        "contexts": stats.contexts,
+        "captures": stats.captures,
+        "held_mib": held >> 20,
+    }
+
+
+def measure_memory(work: str) -> dict[str, Any]:
+    """What the largest shapes alone hold, and what all shapes did, small to large and by Zipf's law."""
+    import torch
+
+    def held(sizes: Sequence[int], calls: int) -> int:
+        torch.cuda.init()
+        before = used_bytes()
+        engine = compiled(work, SHAPES)
+        for n in sizes:
+            x = draw(work, n)
+            for _ in range(calls):
+                engine(x)
+            engine._shapes.wait()
+        torch.cuda.synchronize()
+        return used_bytes() - before
+
+    largest = held(range(SHAPES - GRAPHS + 1, SHAPES + 1), 4)
+    return {"largest_mib": largest >> 20}
+
+
+def measure_all_shapes(work: str) -> dict[str, Any]:
+    import torch
+
+    torch.cuda.init()
+    before = used_bytes()
+    engine = compiled(work, SHAPES)
+    for n in [*range(1, SHAPES + 1), *zipf(CALLS, SHAPES, seed=99)]:
+        x = draw(work, n)
+        engine(x)
+        engine(x)
+        if n % 16 == 0:
+            engine._shapes.wait()
+    engine._shapes.wait()
+    torch.cuda.synchronize()
+    stats = engine.stats()
+    return {"all_mib": (used_bytes() - before) >> 20, "contexts": stats.contexts, "captures": stats.captures}
+
+
+def call_us(call: Any, x: Any, rounds: int = 5, calls: int = 50) -> tuple[float, float]:
+    """Microseconds of the host until a call returns, and of a call with the device's work."""
+    import torch
+
+    hosts, wholes = [], []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            call(x)
+            torch.cuda.current_stream().synchronize()
+        wholes.append((time.perf_counter() - began) / calls)
+        taken = []
+        for _ in range(calls):
+            began = time.perf_counter()
+            call(x)
+            taken.append(time.perf_counter() - began)
+            torch.cuda.current_stream().synchronize()
+        hosts.append(statistics.median(taken))
+    return statistics.median(hosts) * 1e6, statistics.median(wholes) * 1e6
+
+
+def measure_repeated(work: str) -> dict[str, Any]:
+    import anabranch
+
+    engine = compiled(work, SHAPES)
+    sizes = [max(2, SHAPES * k // GRAPHS) for k in range(1, GRAPHS + 1)]
+    rows = []
+    for n in sizes:
+        x = draw(work, n)
+        if not engine.warm([x]):
+            rows.append({"size": n, "graph": False})
+            continue
+        static = anabranch.compile(model(work), [x], dynamic=False)
+        ours, theirs = call_us(engine, x), call_us(static, x)
+        rows.append(
+            {
+                "size": n,
+                "us": round(ours[1], 1),
+                "static_us": round(theirs[1], 1),
+                "of_static": round(ours[1] / theirs[1], 3),
+            }
+        )
+        static.close()
+    ratios = [r["of_static"] for r in rows if "of_static" in r]
+    return {"median": round(statistics.median(ratios), 3), "worst": max(ratios), "shapes": rows}
+
+
+def measure_total(way: str, law: str) -> dict[str, Any]:
+    import torch
+
+    net = model("encoder")
+    sizes = zipf(TOTAL, LONGEST, seed=7) if law == "zipf" else random.Random(7).choices(range(1, LONGEST + 1), k=TOTAL)
+    inputs = {n: draw("encoder", n) for n in sorted(set(sizes))}
+    if way == "torch.compile":
+        call = torch.compile(net, dynamic=True)
+        for n in (7, 100, 1, 33):
+            with torch.no_grad():
+                call(inputs.get(n, draw("encoder", n)))
+    else:
+        call = compiled("encoder", LONGEST)
+    with torch.no_grad():
+        call(draw("encoder", 20))
+        torch.cuda.synchronize()
+        if way == "ours, 8 threads":
+            threads = THREADS
+        else:
+            threads = 1
+
+        wrong = []
+
+        def run(i: int) -> None:
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream), torch.no_grad():
+                for n in sizes[i::threads]:
+                    call(inputs[n])
+                stream.synchronize()
+
+        began = time.perf_counter()
+        if threads == 1:
+            run(0)
+        else:
+            on_threads(run)
+        seconds = time.perf_counter() - began
+        for n in random.Random(1).sample(sorted(inputs), 40):
+            wrong.append(bool(far(call(inputs[n]), net(inputs[n]))))
+    made: dict[str, Any] = {"seconds": round(seconds, 3), "calls": TOTAL, "shapes": len(inputs), "wrong": sum(wrong)}
+    if hasattr(call, "stats"):
+        stats = call.stats()
+        made |= {"graph_calls": stats.graph_calls, "direct_calls": stats.direct_calls, "explain": call.explain()[:1500]}
+    return made
+
+
+def jobs() -> dict[str, Callable[[], dict[str, Any]]]:
+    made: dict[str, Callable[[], dict[str, Any]]] = {}
+    for law in ("zipf", "uniform"):
+        for way in ("ours", "torch.compile", "ours, 8 threads"):
+            made[f"total, {law}, {way}"] = lambda way=way, law=law: measure_total(way, law)  # type: ignore[misc]
+    for work in ("encoder", "resnet18"):
+        made[f"threads, {work}"] = lambda work=work: measure_threads(work)  # type: ignore[misc]
+        made[f"memory, {work}, largest"] = lambda work=work: measure_memory(work)  # type: ignore[misc]
+        made[f"memory, {work}, all"] = lambda work=work: measure_all_shapes(work)  # type: ignore[misc]
+        made[f"repeated, {work}"] = lambda work=work: measure_repeated(work)  # type: ignore[misc]
+    return made
+
+
+def run(name: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--job", name]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": done.returncode, "why": done.stderr[-1500:]}
+    made: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return {**made, "took_s": round(time.perf_counter() - began, 1)}
+
+
+@click.command(help=__doc__)
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Where to write what was measured.")
+@click.option("--only", default="", help="Measurements whose names begin so, separated by ';'.")
+@click.option("--job", hidden=True)
+def main(path: Path | None, only: str, job: str | None) -> None:
+    if job is not None:
+        print(json.dumps(jobs()[job]()))
+        return
+    import torch
+
+    import anabranch
+
+    made = {}
+    for name in jobs():
+        if only and not name.startswith(tuple(only.split(";"))):
+            continue
+        made[name] = run(name)
+        click.echo(f"{name}: {json.dumps(made[name])}")
+        about = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name(0),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "anabranch": anabranch.__version__,
+            "cores": os.cpu_count(),
+            "command": " ".join(["python", *sys.argv]),
+        }
+        if path is not None:
+            path.write_text(json.dumps({"environment": about, "measured": made}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
