@@ -239,8 +239,11 @@ for s in streams:
 
 
 def _run(code: str, **variables: Any) -> subprocess.CompletedProcess[str]:
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    code = (_WORK_IN_FLIGHT + code).format(root=root, **variables)
+    return _run_code(_WORK_IN_FLIGHT + code, **variables)
+
+
+def _run_code(code: str, **variables: Any) -> subprocess.CompletedProcess[str]:
+    code = code.format(root=os.path.dirname(os.path.dirname(os.path.abspath(__file__))), **variables)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -303,6 +306,29 @@ for _ in range(3):
     lines = done.stdout.split()
     assert lines[-1] == "lost", done.stdout + done.stderr
     assert done.stdout.count("other") <= 1  # the synchronize of the first round is not ours
+
+
+_READS_UNDER_A_LATCH = """
+import sys
+sys.path.insert(0, "{root}/src")
+import torch
+from anabranch.devices import get_device
+device = get_device("cuda")
+x, held = torch.ones(1000, device="cuda"), device.stream(0)
+torch.equal(x, x)  # loads kernels, and PyTorch's host allocator then has the one block that it needs
+latch = device.latch()
+latch.hold(held)
+print(torch.equal(x, x), held.query(), flush=True)
+latch.open()
+held.synchronize()
+"""
+
+
+def test_the_host_reads_a_tensor_while_a_first_latch_holds_another_stream() -> None:
+    """In a process of its own: what the host allocator has in store is what this one has used."""
+    done = _run_code(_READS_UNDER_A_LATCH)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "True False\n"
 
 
 @pytest.mark.clause(5)

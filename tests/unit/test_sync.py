@@ -117,6 +117,7 @@ _PLAIN_STATE = {
     ("StaticOutputs", "_plain"): "its context's owner",
     ("StaticOutputs", "_shared"): "its context's owner",
     ("Tally", "_counts"): "its lock",
+    ("_Words", "_tensors"): "its lock",
 }
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from anabranch import _sync
 from anabranch.devices._stream import Stream
 from anabranch.devices.cuda._calls import checked, driver, rt
 from anabranch.devices.cuda._driver import handle
@@ -42,15 +43,42 @@ class CudaLane:
         return self.hidden.nbytes()
 
 
+class _Words:
+    """Pinned words of 0, each handed out once. Threads: any may :meth:`take`.
+
+    All come from one tensor. A pinned tensor for each latch would take the blocks of PyTorch's host allocator that
+    ``Tensor.item()`` copies into, and with none left ``item()`` allocates: CUDA then waits for all streams, the held
+    ones, too, which is for ever where the latch opens only afterwards. For the same reason there are many words: the
+    next tensor of them may have to be made while streams are held.
+    """
+
+    _COUNT = 16384
+
+    def __init__(self) -> None:
+        self._lock = _sync.lock("words of latches")
+        #: Held streams look at their word whatever becomes of the latch, so the tensors live as long as the process.
+        self._tensors: list[torch.Tensor] = []
+        self._taken = 0
+
+    def take(self) -> torch.Tensor:
+        """A tensor of one word."""
+        with self._lock:
+            number = self._taken % self._COUNT
+            if not number:
+                with torch.inference_mode(False):  # else only a latch that is opened in that mode could write
+                    made = torch.zeros(self._COUNT, dtype=torch.int32, device="cpu", pin_memory=True)
+                self._tensors.append(made)
+            self._taken += 1
+            return self._tensors[-1][number : number + 1]
+
+
 class CudaLatch:
     """See :class:`anabranch.devices.Latch`. The stream waits for a word of host memory: no kernel has to spin."""
 
-    #: Held streams look at the word whatever becomes of this object, so the words live as long as the process.
-    _words: ClassVar[list[torch.Tensor]] = []
+    _words: ClassVar[_Words] = _Words()
 
     def __init__(self) -> None:
-        self._word = torch.zeros(1, dtype=torch.int32).pin_memory()
-        self._words.append(self._word)
+        self._word = self._words.take()
 
     def hold(self, stream: Stream) -> None:
         address = int(checked("cudaHostGetDevicePointer", rt.cudaHostGetDevicePointer(self._word.data_ptr(), 0)))
