@@ -42,6 +42,15 @@ class Fn(torch.nn.Module):
         return self.fn(*args)
 
 
+@torch.compiler.disable
+def has_memory(x: torch.Tensor) -> bool:
+    """True. ``torch.export`` refuses a model that asks, Dynamo cuts its graph here, and no host waits for a device.
+
+    A function that is disabled, as Dynamo of PyTorch 2.11 gives up a whole frame that branches on ``data_ptr()``.
+    """
+    return x.data_ptr() != 0
+
+
 class Mlp(torch.nn.Module):
     """Matrix products: they use the stream's hidden workspace (cuBLAS'), the resource that captures must not share."""
 

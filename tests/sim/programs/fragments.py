@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import engines
@@ -10,21 +12,19 @@ from engines import RUNTIMES, SIM, SOURCES, many_threads, one_thread
 
 import anabranch
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from contract.support import has_memory
+
 # Explored programs have one, and Dynamo guards how many there are: it would trace again, with a lock of its own held.
 torch.set_num_threads(1)
-
-
-def _refused(h: torch.Tensor) -> torch.Tensor:
-    """What ``torch.export`` refuses, and no host waits for."""
-    return h if h.data_ptr() else h + 1
 
 
 class Broken(torch.nn.Module):
     """A graph, Python that looks at no value, a graph."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = _refused(torch.relu(x * 2 + 1))
-        torch._dynamo.graph_break()
+        h = torch.relu(x * 2 + 1)
+        h = h if has_memory(h) else h + 1
         return torch.relu(h * 3 - 1)
 
 
@@ -47,8 +47,8 @@ class Recursive(torch.nn.Module):
         self.key = key
 
     def forward(self, x: torch.Tensor, again: bool = True) -> torch.Tensor:
-        h = _refused(torch.relu(x * 2 + 1))
-        torch._dynamo.graph_break()
+        h = torch.relu(x * 2 + 1)
+        h = h if has_memory(h) else h + 1
         if again:
             h = h + _inner(self.key, x)
         return torch.relu(h * 3 - 1)
