@@ -394,6 +394,12 @@ def test_clause6_an_engine_that_goes_inside_a_capture_does_it_no_harm(rig: Rig, 
 
 @PATHS
 def test_clause6_compiling_beside_other_codes_capture_does_it_no_harm(rig: Rig, runtime: str, graphs: bool) -> None:
+    assert_a_capture_beside_is_unharmed(rig, runtime, graphs, call_amid=True)
+
+
+def assert_a_capture_beside_is_unharmed(rig: Rig, runtime: str, graphs: bool, *, call_amid: bool) -> None:
+    """Another thread's capture is under way while a model is compiled and warmed, and called where ``call_amid`` says
+    so; otherwise it is called once the capture has ended."""
     x, source = rig.random(64, 256), rig.random(64)
     model = Mlp().eval().requires_grad_(False).to(rig.device())
     # What the direct call needs of this thread and stream, as eager's would: libraries' handles, their workspaces.
@@ -419,11 +425,13 @@ def test_clause6_compiling_beside_other_codes_capture_does_it_no_harm(rig: Rig, 
         under_way.wait()
         engine = anabranch.compile(model, [x], runtime=runtime, cuda_graphs=graphs, **rig.defaults)
         engine.warm(contexts=2)
-        y = engine(x)
+        y = engine(x) if call_amid else None
     finally:
         compiled.set()
         thread.join()
     assert not errors, errors[0]
+    if not call_amid:
+        y = engine(x)
     g.replay()
     rig.module.synchronize()
     assert_same(captured[1], source * 2 + 1)

@@ -17,6 +17,7 @@ LEFT_OUT = {
     "test_clause3_only_the_held_one_waits_for_the_least_recently_used_context": "two are one call's; see below",
     "test_clause3_the_memory_limit_is_kept": "half of what two contexts take may be enough for one of them",
     "test_clause4_what_is_handed_back_is_the_callers": "it has a model of its own",
+    "test_clause6_compiling_beside_other_codes_capture_does_it_no_harm": "it calls amid the capture; see below",
     "test_clause6_what_cannot_be_captured_raises": "it has models of its own",
     "test_clause6_random_models_draw_anew_in_a_users_graph": "it has a model of its own",
     "test_clause7_flags_are_frozen_at_compile": "a direct piece looks at flags, as any direct call does; see below",
@@ -55,6 +56,15 @@ def test_clause3_only_the_held_one_waits_for_the_least_recently_used_contexts(ri
     latch.open()
     held.synchronize()
     clauses.assert_same(y, expected)
+
+
+@clauses.PATHS
+def test_clause6_compiling_beside_other_codes_capture_does_it_no_harm_in_pieces(
+    rig: clauses.Rig, runtime: str, graphs: bool
+) -> None:
+    # The direct piece draws from PyTorch's default generator, as eager would: PyTorch refuses each draw outside a
+    # capture while any capture that has the same generator is under way.
+    clauses.assert_a_capture_beside_is_unharmed(rig, runtime, graphs, call_amid=False)
 
 
 def test_clause7_flags_that_a_direct_piece_may_read_are_looked_at_before_anything_is_queued(
