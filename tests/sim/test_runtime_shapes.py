@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from contract.support import in_time
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -44,3 +47,34 @@ def test_what_is_broken_is_found(shapes: Any, mutant: str, runtime: str) -> None
     from anabranch.sim import explore
 
     assert explore(getattr(shapes, mutant), args=(runtime,), schedules=1000).failed
+
+
+@pytest.mark.parametrize("runtime", ["python", "native"])
+def test_a_call_goes_on_where_no_thread_can_be_started(
+    shapes: Any, runtime: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, refused = threading.Thread.start, list[str]()
+
+    def no_more(thread: threading.Thread) -> None:
+        if thread.name != "anabranch builds":
+            return start(thread)
+        refused.append(thread.name)
+        raise RuntimeError("can't start new thread")
+
+    engine, outputs = shapes.make(runtime, 2), dict[Any, Any]()
+    with monkeypatch.context() as short_of_threads:
+        short_of_threads.setattr(threading.Thread, "start", no_more)
+        for n in (3, 4):
+            shapes.call(engine, n, shapes.STREAMS[0], range(2), outputs)  # the second asks for a graph
+        assert in_time(engine._shapes.wait)
+    shapes.check(outputs)
+    assert len(refused) == 3, "each that asked tried"
+    (warning,) = (record for record in caplog.records if record.name == "anabranch")
+    assert "can't start new thread" in warning.getMessage()
+    assert engine.stats().captures == 0
+
+    shapes.call(engine, 5, shapes.STREAMS[0], range(2), outputs)
+    engine._shapes.wait()
+    assert engine.stats().captures == 2, "of 3 and 4, which were asked for first; for 5 there is no room"
+    shapes.check(outputs)
+    engine.close()

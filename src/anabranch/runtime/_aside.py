@@ -26,11 +26,15 @@ class Aside:
         self._lock = _sync.lock("jobs aside")
         self._jobs = _sync.deque_("jobs aside")
         self._has_thread = False
+        self._has_warned = False
         self._is_closed = False
         process.register(self)
 
     def ask(self, job: Callable[[], None]) -> None:
-        """Do ``job`` when those before it are done. What it raises is logged."""
+        """Do ``job`` when those before it are done. What it raises is logged.
+
+        Where no thread can be started, the job waits for the next one that is asked for.
+        """
         with self._lock:
             if self._is_closed:
                 return
@@ -40,9 +44,15 @@ class Aside:
             self._has_thread = True
         try:
             threading.Thread(target=self._work, name="anabranch builds", daemon=True).start()
-        except BaseException:
-            self._has_thread = False  # the next one to ask tries again
-            raise
+        except BaseException as e:
+            with self._lock:
+                self._has_thread = False  # the next one to ask tries again
+                is_news, self._has_warned = not self._has_warned, True
+            if not isinstance(e, RuntimeError):
+                raise
+            # Too many threads, or the interpreter's exit: the call that asks needs none of this.
+            if is_news and not process.is_exiting:
+                _log.warning("what calls ask for is not built until a thread can be started: %s", str(e))
 
     def close(self) -> None:
         """Forget the jobs that are not begun, and all later ones. The job under way is not waited for."""
@@ -51,11 +61,15 @@ class Aside:
             self._jobs.clear()
 
     def wait(self) -> None:
-        """Block until nothing is left to do. Not on the thread that builds."""
+        """Block until nothing is left to do, or nobody is there to do it. Not on the thread that builds."""
         done = _sync.event("jobs aside")
         self.ask(done.set)
-        while not self._is_closed and not done.wait(timeout=1.0):
+        while not self._is_closed and self._is_at_work() and not done.wait(timeout=1.0):
             pass
+
+    def _is_at_work(self) -> bool:
+        with self._lock:
+            return self._has_thread
 
     def _work(self) -> None:
         here = threading.get_ident()
