@@ -11,6 +11,7 @@ import torch
 from anabranch import _activity
 from anabranch.backends import Kernels, Stateful
 from anabranch.devices import Scratch
+from anabranch.devices._turns import DeviceBusy, at_once
 from anabranch.runtime._context import Context
 from anabranch.runtime._last_uses import LastUses
 from anabranch.runtime._pool import Reservation
@@ -107,8 +108,10 @@ class Contexts:
                 reservation.cancel()
                 return None
             unit.counters.add("waits_for_build")
-            with neutral(self._device, unit.index), self._device.building(), _activity.building():
+            with neutral(self._device, unit.index), self._device.building(), _activity.building(), at_once():
                 return self._build(reservation)
+        except DeviceBusy:
+            return None
         except Exception as e:
             # The call can do without: it runs direct. So do later ones, until trim() or warm() ask for contexts again.
             self._device.check_error(e)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from anabranch import _sync
-from anabranch.devices import Event, Stream
+from anabranch.devices import Event, Stream, _turns
 from anabranch.devices._device import Graph, Lane, Latch, Memory
 from anabranch.devices._stream_device import StreamDevice
 from anabranch.errors import DeviceLost
@@ -123,6 +123,7 @@ class SimDevice(StreamDevice):
         #: Captures whose graph is gone. Noted where a graph is destroyed, which may be anywhere; seen to later.
         self._ended: Any = _sync.deque_("captures that are gone")
         self._deferred.also = self._collect_captures
+        _turns.watch_pytorch()
 
     def index(self, device: torch.device) -> int:
         return self.current_index() if device.index is None else device.index
@@ -185,7 +186,7 @@ class SimDevice(StreamDevice):
 
     def capture(self, lane: Lane, memory: Memory, fn: Callable[[], Any]) -> tuple[Graph, Any]:
         stream, index = lane.stream.stream_id, lane.stream.device_index
-        with self.on_stream(lane.stream), memory.using():
+        with self.on_stream(lane.stream), memory.using(), _turns.turns.capturing():
             graph, result = _core.capture(stream, index, "thread_local", fn)
         return _SimGraph(graph), result
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from anabranch.devices import _turns
 from anabranch.sim import _build
 
 core = _build.load()
@@ -139,7 +140,8 @@ def stream(stream: torch.Stream | None) -> Iterator[None]:
 
 
 def synchronize(device: Any = None) -> None:
-    core.synchronize(_index(device))
+    with _turns.turns.waiting():
+        core.synchronize(_index(device))
 
 
 def manual_seed_all(seed: int) -> None:

@@ -14,6 +14,7 @@ from anabranch import _sync
 from anabranch.devices._device import Graph, Lane, Latch, Memory, Scratch
 from anabranch.devices._stream import Event, Stream
 from anabranch.devices._stream_device import Spares, StreamDevice
+from anabranch.devices._turns import watch_pytorch
 from anabranch.devices.cuda._callers import CallerCaptures
 from anabranch.devices.cuda._calls import NOT_CAPTURING, RELAXED, STICKY, CudaCallError, checked, rt
 from anabranch.devices.cuda._driver import handle
@@ -43,6 +44,7 @@ class CudaDevice(StreamDevice):
         self._nvtx = os.environ.get("ANABRANCH_NVTX", "") not in ("", "0")
         self._deferred.also = self._captured_by_callers.collect
         os.register_at_fork(after_in_child=self._after_fork)
+        watch_pytorch()
 
     def _after_fork(self) -> None:
         # The child cannot use the parent's CUDA context. Nothing of it may be destroyed there, so it is leaked.

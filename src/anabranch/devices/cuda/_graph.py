@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from anabranch.devices import _turns
 from anabranch.devices._device import Device
 from anabranch.devices._stream import Stream
 from anabranch.devices.cuda._calls import ACTIVE, SUCCESS, THREAD_LOCAL, CudaCallError, checked, rt
@@ -58,7 +59,15 @@ def capture_on(stream: Stream) -> tuple[Any, Any]:
 
 
 def capture_work(stream: Stream, fn: Callable[[], Any]) -> tuple[Any, Any]:
-    """What ``fn`` queues on the stream and its forks, as a graph that is the caller's to destroy, and its result."""
+    """What ``fn`` queues on the stream and its forks, as a graph that is the caller's to destroy, and its result.
+
+    Nobody waits for the device meanwhile: see :mod:`anabranch.devices._turns`.
+    """
+    with _turns.turns.capturing():
+        return _capture(stream, fn)
+
+
+def _capture(stream: Stream, fn: Callable[[], Any]) -> tuple[Any, Any]:
     try:
         checked("cudaStreamBeginCapture", rt.cudaStreamBeginCapture(handle(stream), THREAD_LOCAL))
         result = fn()

@@ -225,6 +225,18 @@ bool exchange_relaxed(bool value) {
   return std::exchange(t_relaxed, value);
 }
 
+// Waiting for a device is not permitted while anything on it is being captured, in any mode and in any thread.
+void refuse_with_captures_of(int device, const char* what) {
+  auto& machine = Machine::get();
+  Lock lock;
+  for (auto& capture : machine.captures) {
+    if (capture->origin->device != device) continue;
+    capture->invalid = std::string(what) + " while a capture was under way";
+    TORCH_CHECK(false, "sim: ", what, " is not permitted while one of its streams is under capture",
+                "; do it before or after the capture");
+  }
+}
+
 void refuse_in_capture(const char* what, const QueuePtr& queue) {
   auto& machine = Machine::get();
   Lock lock;
@@ -334,6 +346,7 @@ void synchronize_stream(int device, int64_t stream) {
 void synchronize_device(int device) {
   auto& machine = Machine::get();
   refuse_in_capture("synchronizing the device");
+  refuse_with_captures_of(device, "synchronizing the device");
   auto name = "synchronize sim:" + std::to_string(device);
   point(
       "sync", [&] { return name; },
