@@ -4,10 +4,13 @@ these tests, on a GPU host, keeps CUDA as its accelerator."""
 from __future__ import annotations
 
 import gc
+import importlib
 import json
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,3 +111,12 @@ def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     rig.open_all()
     gc.collect()
     rig.core.policy("fifo", 0)
+
+
+@pytest.fixture(scope="module")
+def programs(request: pytest.FixtureRequest) -> Any:
+    """The module of ``programs/`` that a test file names in its ``PROGRAMS``, with its engines built."""
+    folder = str(Path(__file__).parent / "programs")
+    if folder not in sys.path:  # modules in there import each other
+        sys.path.insert(0, folder)
+    return importlib.import_module(request.module.PROGRAMS)

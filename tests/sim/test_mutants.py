@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = Path(__file__).parent / "programs"
+PROGRAMS = "mutants"
 
 #: What the race checker says of each. Streams by what they are: the callers' A, B and C, and the runtime's own lane.
 DIAGNOSTICS = {
@@ -45,12 +45,9 @@ def named(mutants: Any, report: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def mutants() -> Any:
-    sys.path.insert(0, str(PROGRAMS))
-    import mutants
-
-    assert set(mutants.MUTANTS) == set(DIAGNOSTICS)
-    return mutants
+def mutants(programs: Any) -> Any:
+    assert set(programs.MUTANTS) == set(DIAGNOSTICS)
+    return programs
 
 
 @pytest.mark.parametrize("name", DIAGNOSTICS)

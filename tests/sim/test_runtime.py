@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-PROGRAMS = Path(__file__).parent / "programs"
-
-
-@pytest.fixture(scope="module")
-def engines() -> Any:
-    sys.path.insert(0, str(PROGRAMS))
-    import engines
-
-    return engines
+PROGRAMS = "engines"
 
 
 # How many schedules are not equivalent. Of the Python runtime: the orders of the critical sections of the pool's lock.
@@ -35,10 +25,10 @@ def engines() -> Any:
         ("streams3_threads3_calls1_contexts2", {"python": 78, "native": 66}),
     ],
 )
-def test_every_interleaving(engines: Any, runtime: str, program: str, schedules: dict[str, int]) -> None:
+def test_every_interleaving(programs: Any, runtime: str, program: str, schedules: dict[str, int]) -> None:
     from anabranch.sim import explore
 
-    verdict = explore(getattr(engines, program), args=(runtime,), schedules=5000)
+    verdict = explore(getattr(programs, program), args=(runtime,), schedules=5000)
     assert not verdict.failed, verdict.report()
     assert verdict.kind == "exhaustive"
     assert verdict.schedules == schedules[runtime]
@@ -46,11 +36,11 @@ def test_every_interleaving(engines: Any, runtime: str, program: str, schedules:
 
 
 @pytest.mark.parametrize("runtime", ["python", "native"])
-def test_a_context_for_fewer_threads_than_call(engines: Any, runtime: str) -> None:
+def test_a_context_for_fewer_threads_than_call(programs: Any, runtime: str) -> None:
     # The waiters' path, with a third thread: who waits is served in the order of coming, and nobody is lost.
     from anabranch.sim import explore
 
-    verdict = explore(engines.streams3_threads3_calls1_contexts1, args=(runtime,), schedules=5000)
+    verdict = explore(programs.streams3_threads3_calls1_contexts1, args=(runtime,), schedules=5000)
     assert not verdict.failed, verdict.report()
     assert verdict.kind == "exhaustive"
     assert verdict.schedules > 1
@@ -58,10 +48,10 @@ def test_a_context_for_fewer_threads_than_call(engines: Any, runtime: str) -> No
 
 @pytest.mark.parametrize("runtime", ["python", "native"])
 @pytest.mark.parametrize("schedules", [300, pytest.param(5000, marks=pytest.mark.slow)])
-def test_three_threads_on_three_streams(engines: Any, runtime: str, schedules: int) -> None:
+def test_three_threads_on_three_streams(programs: Any, runtime: str, schedules: int) -> None:
     from anabranch.sim import explore, random
 
-    program = engines.streams3_threads3_calls2_contexts2
+    program = programs.streams3_threads3_calls2_contexts2
     verdict = explore(program, args=(runtime,), scheduler=random(0), schedules=schedules)
     assert not verdict.failed, verdict.report()
     assert str(verdict) == f"bounded({schedules} schedules, {schedules})"

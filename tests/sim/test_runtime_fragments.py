@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,21 +11,13 @@ import torch
 
 from contract.support import has_memory
 
-PROGRAMS = Path(__file__).parent / "programs"
+PROGRAMS = "fragments"
 
 
-@pytest.fixture(scope="module")
-def fragments() -> Any:
-    sys.path.insert(0, str(PROGRAMS))
-    import fragments
-
-    return fragments
-
-
-def _explored(fragments: Any, program: str, runtime: str, limit: int, schedules: int) -> Any:
+def _explored(programs: Any, program: str, runtime: str, limit: int, schedules: int) -> Any:
     from anabranch.sim import explore
 
-    verdict = explore(getattr(fragments, program), args=(runtime, limit), schedules=schedules)
+    verdict = explore(getattr(programs, program), args=(runtime, limit), schedules=schedules)
     assert not verdict.failed, verdict.report()
     assert len(verdict.outcomes) == 1
     return verdict
@@ -57,8 +47,8 @@ def _slow(*values: Any) -> Any:
         _slow("recursive_threads2_calls1", "python", 1, 80),
     ],
 )
-def test_every_interleaving(fragments: Any, program: str, runtime: str, limit: int, schedules: int) -> None:
-    verdict = _explored(fragments, program, runtime, limit, 2000)
+def test_every_interleaving(programs: Any, program: str, runtime: str, limit: int, schedules: int) -> None:
+    verdict = _explored(programs, program, runtime, limit, 2000)
     assert verdict.kind == "exhaustive"
     assert verdict.schedules == schedules
 
@@ -72,8 +62,8 @@ def test_every_interleaving(fragments: Any, program: str, runtime: str, limit: i
         _slow("broken_threads2_calls2", "native", 500),
     ],
 )
-def test_many_interleavings_with_one_context(fragments: Any, program: str, runtime: str, schedules: int) -> None:
-    _explored(fragments, program, runtime, 1, schedules)
+def test_many_interleavings_with_one_context(programs: Any, program: str, runtime: str, schedules: int) -> None:
+    _explored(programs, program, runtime, 1, schedules)
 
 
 # -- nobody waits for a context whose holder runs Python -------------------------------------------------------------
@@ -96,14 +86,14 @@ class Meets(torch.nn.Module):
             Meets.barrier.wait(timeout=5)
 
 
-def _two_calls_meet(fragments: Any, engine: Any, ended: Callable[[], object] = lambda: None) -> list[BaseException]:
+def _two_calls_meet(programs: Any, engine: Any, ended: Callable[[], object] = lambda: None) -> list[BaseException]:
     """What goes wrong in two calls from two threads that wait for each other. ``ended``: called after each."""
     errors: list[BaseException] = []
 
     def work(number: int) -> None:
         try:
-            with torch.no_grad(), torch.Stream(fragments.SIM):
-                x = torch.arange(4.0).to(fragments.SIM) + number
+            with torch.no_grad(), torch.Stream(programs.SIM):
+                x = torch.arange(4.0).to(programs.SIM) + number
                 y = engine(x)
                 torch.accelerator.current_stream().synchronize()
                 assert torch.equal(y, torch.relu(torch.relu(x * 2 + 1) * 3 - 1))
@@ -124,28 +114,28 @@ def _two_calls_meet(fragments: Any, engine: Any, ended: Callable[[], object] = l
     return errors
 
 
-def _engine(fragments: Any, runtime: str) -> Any:
+def _engine(programs: Any, runtime: str) -> Any:
     import anabranch
 
     torch._dynamo.reset()
-    x = torch.arange(4.0).to(fragments.SIM)
+    x = torch.arange(4.0).to(programs.SIM)
     with torch.no_grad():
-        made = Meets().eval().to(fragments.SIM)
+        made = Meets().eval().to(programs.SIM)
         engine = anabranch.compile(made, [x], backend="eager", runtime=runtime, max_contexts=1, cuda_graphs=True)
     assert engine.stats().contexts == 1
     return engine
 
 
 @pytest.mark.parametrize("runtime", ["python", "native"])
-def test_no_call_waits_for_a_context_whose_holder_runs_python(fragments: Any, runtime: str) -> None:
-    assert _two_calls_meet(fragments, _engine(fragments, runtime)) == []
+def test_no_call_waits_for_a_context_whose_holder_runs_python(programs: Any, runtime: str) -> None:
+    assert _two_calls_meet(programs, _engine(programs, runtime)) == []
 
 
-def test_a_context_kept_across_python_is_found(fragments: Any) -> None:
-    engine = _engine(fragments, "python")
+def test_a_context_kept_across_python_is_found(programs: Any) -> None:
+    engine = _engine(programs, "python")
     (first,) = (e for e in engine._guarded.engines() if e.is_captured)
     pool: Any = first._first().calls._pool
     release, kept = pool.release, []
     pool.release = kept.append  # the mutant: it is kept until the call as a whole has ended
-    outcome = _two_calls_meet(fragments, engine, lambda: [release(kept.pop()) for _ in list(kept)])
+    outcome = _two_calls_meet(programs, engine, lambda: [release(kept.pop()) for _ in list(kept)])
     assert any(isinstance(e, threading.BrokenBarrierError) for e in outcome)

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-PROGRAMS = Path(__file__).parent / "programs"
-
-
-@pytest.fixture(scope="module")
-def pieces() -> Any:
-    sys.path.insert(0, str(PROGRAMS))
-    import pieces
-
-    return pieces
+PROGRAMS = "pieces"
 
 
 # How many schedules are not equivalent; see `test_runtime.py`. Each captured piece has a pool of its own, and draws
@@ -39,10 +29,10 @@ def pieces() -> Any:
         pytest.param("looks_threads2_calls2", "native", 1, 582, marks=pytest.mark.slow),
     ],
 )
-def test_every_interleaving(pieces: Any, program: str, runtime: str, limit: int, schedules: int) -> None:
+def test_every_interleaving(programs: Any, program: str, runtime: str, limit: int, schedules: int) -> None:
     from anabranch.sim import explore
 
-    verdict = explore(getattr(pieces, program), args=(runtime, limit), schedules=2000, oracles=oracles_of(program))
+    verdict = explore(getattr(programs, program), args=(runtime, limit), schedules=2000, oracles=oracles_of(program))
     assert not verdict.failed, verdict.report()
     assert verdict.kind == "exhaustive"
     assert verdict.schedules == schedules
@@ -51,11 +41,11 @@ def test_every_interleaving(pieces: Any, program: str, runtime: str, limit: int,
 
 # More than 12,000 schedules are not equivalent.
 @pytest.mark.parametrize("program", ["looks_threads2_calls2", "draws_threads2_calls2"])
-def test_two_pools_of_the_native_runtime_at_random(pieces: Any, program: str) -> None:
+def test_two_pools_of_the_native_runtime_at_random(programs: Any, program: str) -> None:
     from anabranch.sim import explore, random
 
     verdict = explore(
-        getattr(pieces, program), args=("native", 2), scheduler=random(0), schedules=150, oracles=oracles_of(program)
+        getattr(programs, program), args=("native", 2), scheduler=random(0), schedules=150, oracles=oracles_of(program)
     )
     assert not verdict.failed, verdict.report()
     assert str(verdict) == "bounded(150 schedules, 150)"

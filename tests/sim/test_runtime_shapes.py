@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from contract.support import in_time
 
-PROGRAMS = Path(__file__).parent / "programs"
-
-
-@pytest.fixture(scope="module")
-def shapes() -> Any:
-    sys.path.insert(0, str(PROGRAMS))
-    import shapes
-
-    return shapes
+PROGRAMS = "shapes"
 
 
 @pytest.mark.parametrize("runtime", ["python", "native"])
@@ -27,10 +17,10 @@ def shapes() -> Any:
     "program", ["a_new_shape_while_another_is_captured", "a_graph_leaves_while_a_call_is_about_to_take_it"]
 )
 @pytest.mark.parametrize("calls", [1, 2])
-def test_every_interleaving(shapes: Any, program: str, runtime: str, calls: int) -> None:
+def test_every_interleaving(programs: Any, program: str, runtime: str, calls: int) -> None:
     from anabranch.sim import explore
 
-    verdict = explore(getattr(shapes, program), args=(runtime, calls), schedules=4000)
+    verdict = explore(getattr(programs, program), args=(runtime, calls), schedules=4000)
     assert not verdict.failed, verdict.report()
     assert verdict.kind == "exhaustive"
 
@@ -43,15 +33,15 @@ def test_every_interleaving(shapes: Any, program: str, runtime: str, calls: int)
         ("with_memory_that_goes_at_once", "python"),
     ],
 )
-def test_what_is_broken_is_found(shapes: Any, mutant: str, runtime: str) -> None:
+def test_what_is_broken_is_found(programs: Any, mutant: str, runtime: str) -> None:
     from anabranch.sim import explore
 
-    assert explore(getattr(shapes, mutant), args=(runtime,), schedules=1000).failed
+    assert explore(getattr(programs, mutant), args=(runtime,), schedules=1000).failed
 
 
 @pytest.mark.parametrize("runtime", ["python", "native"])
 def test_a_call_goes_on_where_no_thread_can_be_started(
-    shapes: Any, runtime: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    programs: Any, runtime: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     start, refused = threading.Thread.start, list[str]()
 
@@ -61,20 +51,20 @@ def test_a_call_goes_on_where_no_thread_can_be_started(
         refused.append(thread.name)
         raise RuntimeError("can't start new thread")
 
-    engine, outputs = shapes.make(runtime, 2), dict[Any, Any]()
+    engine, outputs = programs.make(runtime, 2), dict[Any, Any]()
     with monkeypatch.context() as short_of_threads:
         short_of_threads.setattr(threading.Thread, "start", no_more)
         for n in (3, 4):
-            shapes.call(engine, n, shapes.STREAMS[0], range(2), outputs)  # the second asks for a graph
+            programs.call(engine, n, programs.STREAMS[0], range(2), outputs)  # the second asks for a graph
         assert in_time(engine._shapes.wait)
-    shapes.check(outputs)
+    programs.check(outputs)
     assert len(refused) == 3, "each that asked tried"
     (warning,) = (record for record in caplog.records if record.name == "anabranch")
     assert "can't start new thread" in warning.getMessage()
     assert engine.stats().captures == 0
 
-    shapes.call(engine, 5, shapes.STREAMS[0], range(2), outputs)
+    programs.call(engine, 5, programs.STREAMS[0], range(2), outputs)
     engine._shapes.wait()
     assert engine.stats().captures == 2, "of 3 and 4, which were asked for first; for 5 there is no room"
-    shapes.check(outputs)
+    programs.check(outputs)
     engine.close()

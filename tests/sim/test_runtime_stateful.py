@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-PROGRAMS = Path(__file__).parent / "programs"
+PROGRAMS = "stateful"
 RUNTIMES = pytest.mark.parametrize("runtime", ["python", "native"])
-
-
-@pytest.fixture(scope="module")
-def programs() -> Any:
-    sys.path.insert(0, str(PROGRAMS))
-    import stateful
-
-    return stateful
 
 
 # How many schedules are not equivalent; see `test_runtime.py`. Direct calls go through Python in both runtimes: of
