@@ -64,7 +64,7 @@ class Aside:
         """Block until nothing is left to do, or nobody is there to do it. Not on the thread that builds."""
         done = _sync.event("jobs aside")
         self.ask(done.set)
-        while not self._is_closed and self._is_at_work() and not done.wait(timeout=1.0):
+        while not self._is_closed and not done.wait(timeout=1.0) and self._is_at_work():
             pass
 
     def _is_at_work(self) -> bool:
