@@ -45,10 +45,12 @@ class Aside:
         try:
             threading.Thread(target=self._work, name="anabranch builds", daemon=True).start()
         except BaseException as e:
+            is_refused = isinstance(e, RuntimeError)
             with self._lock:
                 self._has_thread = False  # the next one to ask tries again
-                is_news, self._has_warned = not self._has_warned, True
-            if not isinstance(e, RuntimeError):
+                is_news = is_refused and not self._has_warned
+                self._has_warned |= is_refused
+            if not is_refused:
                 raise
             # Too many threads, or the interpreter's exit: the call that asks needs none of this.
             if is_news and not process.is_exiting:
