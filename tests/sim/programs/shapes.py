@@ -5,6 +5,7 @@ Each schedule starts from engines as they are here; the thread that captures beg
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import anabranch
 import anabranch.sim
 from anabranch import Dim, Input
+from anabranch.devices import _turns
 from anabranch.runtime import _shapes
 from anabranch.runtime._specialization import Specialization
 
@@ -73,10 +75,19 @@ def check(outputs: dict[Any, Any]) -> None:
 
 
 def _beside(work: Callable[[], None], own: Callable[[], None]) -> None:
-    thread = threading.Thread(target=work)
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as e:
+            errors.append(e)
+
+    thread = threading.Thread(target=run)
     thread.start()
     own()
     thread.join()
+    assert not errors, errors[0]
 
 
 def a_new_shape_while_another_is_captured(runtime: str, calls: int = 2) -> None:
@@ -104,6 +115,17 @@ def a_graph_leaves_while_a_call_is_about_to_take_it(runtime: str, calls: int = 2
     check(outputs)
 
 
+def a_wait_for_the_device_while_a_shape_is_captured(runtime: str, calls: int = 2) -> None:
+    """One thread's call has its shape captured aside; the other waits for the whole device, as programs do anywhere."""
+    engine = FRESH[runtime]
+    outputs: dict[Any, Any] = dict.fromkeys([(3, i) for i in range(calls)])
+    _beside(
+        torch.accelerator.synchronize,
+        lambda: call(engine, 3, STREAMS[0], range(calls), outputs),
+    )
+    check(outputs)
+
+
 # -- mutants -----------------------------------------------------------------------------------------------------------
 
 
@@ -125,3 +147,9 @@ def with_memory_that_goes_at_once(runtime: str) -> None:
     seam = type(FULL[runtime].seam)
     with mock.patch.object(seam, "defer_free", lambda self, index, events, parts, free: free()):
         a_graph_leaves_while_a_call_is_about_to_take_it(runtime)
+
+
+def with_waits_that_take_no_turns(runtime: str) -> None:
+    """Whoever waits for the device does not look whether something is being captured."""
+    with mock.patch.object(_turns.Turns, "waiting", return_value=contextlib.nullcontext()):
+        _beside(torch.accelerator.synchronize, lambda: FRESH[runtime].warm([INPUTS[3][0]]))

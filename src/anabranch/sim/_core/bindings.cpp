@@ -145,7 +145,7 @@ void begin_capture(int64_t stream, int device, const std::string& mode) {
   TORCH_CHECK_VALUE(mode == "global" || mode == "thread_local" || mode == "relaxed", "capture mode ", mode,
                     " given; expected global, thread_local or relaxed");
   auto name = "begin capture of " + queue->actor;
-  point("capture", [&] { return name; }, [&] { return Touches{{"q" + queue->actor, 0, 1, kWrite}}; });
+  point("capture", [&] { return name; }, [&] { return capture_touches(queue); });
   Lock lock;
   machine.begin_capture(queue, mode == "global"    ? Mode::kGlobal
                                : mode == "relaxed" ? Mode::kRelaxed
@@ -162,7 +162,7 @@ int64_t end_capture(int64_t stream, int device) {
   auto& machine = Machine::get();
   auto queue = find(stream, device);
   auto name = "end capture of " + queue->actor;
-  point("capture", [&] { return name; }, [&] { return Touches{{"q" + queue->actor, 0, 1, kWrite}}; });
+  point("capture", [&] { return name; }, [&] { return capture_touches(queue); });
   std::shared_ptr<Capture> failed;
   try {
     Lock lock;

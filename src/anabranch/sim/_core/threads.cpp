@@ -275,6 +275,18 @@ void enqueue(int device, Work work) {
   if (work.host_async) point("host", [&] { return "after " + name; }, [] { return Touches{}; });
 }
 
+namespace {
+
+std::string captures_of(int device) {
+  return "captures of sim:" + std::to_string(device);
+}
+
+}  // namespace
+
+Touches capture_touches(const QueuePtr& queue) {
+  return {{"q" + queue->actor, 0, 1, kWrite}, {captures_of(queue->device), 0, 1, kWrite}};
+}
+
 Touches queue_touches(const QueuePtr& queue, const std::string& op) {
   Touches all{{"q" + queue->actor, 0, 1, kWrite}, {"u" + op, 0, 1, kGive}};
   if (queue->kind == Queue::kLegacy) {
@@ -346,15 +358,16 @@ void synchronize_stream(int device, int64_t stream) {
 void synchronize_device(int device) {
   auto& machine = Machine::get();
   refuse_in_capture("synchronizing the device");
-  refuse_with_captures_of(device, "synchronizing the device");
   auto name = "synchronize sim:" + std::to_string(device);
   point(
       "sync", [&] { return name; },
       [&] {
         Touches all;
         for (auto& queue : machine.queues()) all.push_back({"q" + queue->actor, 0, 1, kRead});
+        all.push_back({captures_of(device), 0, 1, kRead});
         return all;
       });
+  refuse_with_captures_of(device, "synchronizing the device");
   Deps deps;
   {
     Lock lock;
