@@ -7,6 +7,7 @@ import gc
 import importlib
 import json
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -116,6 +117,10 @@ def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 @pytest.fixture(scope="module")
 def programs(request: pytest.FixtureRequest) -> Any:
     """The module of ``programs/`` that a test file names in its ``PROGRAMS``, with its engines built."""
+    # Engines of earlier tests may still be at work. Where they go between two schedules, these are not the same.
+    for thread in threading.enumerate():
+        if thread.name == "anabranch builds":
+            thread.join(60)
     folder = str(Path(__file__).parent / "programs")
     if folder not in sys.path:  # modules in there import each other
         sys.path.insert(0, folder)

@@ -20,6 +20,7 @@ CAUGHT = {
     "Unreadable": "the reason why calls copy their inputs, which explain() shows",
     "_Unbindable": "the reason why calls copy their inputs, which explain() shows",
     "_Untranslatable": "the reason why calls are queued from Python, which explain() shows",
+    "_Unknown": "the reason why calls are queued from Python, which explain() shows",
     "_Whole": "the reason why a program is not cut into pieces, which explain() shows",
     "NotCarried": "the reason why a number is a part of the signature, which explain() shows",
     "_Kept": "the reason why operators take a number as it is, which explain() shows",
@@ -90,6 +91,13 @@ INTERNAL = {
     ],
     "src/anabranch/runtime/_core/program.cpp": [
         ("the program takes {} values", "a rule between the package's own functions"),
+        ("expected a tensor", "a rule between the package's own functions"),
+        ("a kernel of {} parameters is given {}", "a rule between the package's own functions"),
+        ("this device launches no kernels", "a rule between the package's own functions"),
+        ("launching a kernel", "the driver's code says what is wrong; see DeviceError"),
+    ],
+    "src/anabranch/runtime/_core/tensors.cpp": [
+        ("a size is {}", "a rule between the package's own functions"),
     ],
     "src/anabranch/runtime/_core/python/allocations.cpp": [
         ("this log of allocations is", "a rule between the package's own functions"),
@@ -297,6 +305,9 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/devices/cuda/_graph.py": [
         ("was invalidated before this call", "something was done that CUDA forbids", "Begin the capture again without"),
     ],
+    "src/anabranch/devices/_turns.py": [
+        ("other threads wait for the whole device", "CUDA allows no capture meanwhile", "Wait for a stream or an event"),
+    ],
     "src/anabranch/devices/_registry.py": [
         ("device {kind} given", "engines run on 'cuda', 'cpu' or 'sim'", "Move the model and its inputs there"),
         ("device 'sim' given", "needs the module anabranch.sim", "Do: import anabranch.sim"),
@@ -460,6 +471,9 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "Call engine.warm(...) for every",
         ),
     ],
+    "src/anabranch/runtime/_core/program.cpp": [
+        ("{} returned sizes {} and strides {}", "expected {} and {}", "Compile with dynamic=False"),
+    ],
     "src/anabranch/runtime/_core/cuda.cpp": [
         (
             "the CUDA libraries of this process have no {}",
@@ -582,6 +596,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/sim/_core/threads.cpp": [
         ("there is no device sim:{}", "expected 0 to {}"),
         ("{} is not permitted while a stream is under capture", "do it before or after the capture"),
+        ("{} is not permitted while one of its streams is under capture", "do it before or after the capture"),
         ("{} waited 60 s", "a latch which nobody opens", "open it in another thread"),
     ],
     "src/anabranch/sim/_core/views.cpp": [

@@ -301,7 +301,8 @@ void Program::compute_in_place(const Step& step, Slots& slots, const Queue& queu
         as_expected = sizes[d] == 1 || x.stride(static_cast<int64_t>(d)) == strides[d];
       }
       TORCH_CHECK(as_expected, step.message, " returned sizes ", x.sizes(), " and strides ", x.strides(), "; expected ",
-                  c10::IntArrayRef(sizes), " and ", c10::IntArrayRef(strides));
+                  c10::IntArrayRef(sizes), " and ", c10::IntArrayRef(strides),
+                  ", as the compiler did. Compile with dynamic=False or with backend='eager'");
       break;
     }
     default: {
