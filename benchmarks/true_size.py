@@ -76,7 +76,7 @@ def throughput(call: Callable[[], Any], streams: int, seconds: float) -> float:
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
-    model, (inputs,) = zoo_models.make(f"real/{name}", 1)
+    model, (inputs,) = zoo_models.make(f"real/{name}", [zoo_models.Sizes()])
     model = model.half().cuda()
     args, kwargs = tree_map_only(torch.Tensor, _on_gpu, (inputs.args, inputs.kwargs or {}))
     built = {}

@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -153,7 +154,7 @@ def environment(device: str) -> Row:
         "python": sys.version.split()[0],
         "versions": versions,
         "cores": len(os.sched_getaffinity(0)),
-        "commands": [shlex.join(["python", "benchmarks/zoo.py", *sys.argv[1:]])],
+        "commands": [shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])],
     }
 
 
@@ -192,12 +193,23 @@ def report(rows: list[Row]) -> str:
 class Run:
     """The models of one call, each in a process of its own, a number of them at a time; any thread may ask for rows."""
 
-    def __init__(self, names: list[str], options: Row, target: Path, each: float, limit: float) -> None:
+    def __init__(
+        self,
+        names: list[str],
+        options: Row,
+        target: Path,
+        each: float,
+        limit: float,
+        program: Sequence[str] = (__file__,),
+        judge: Callable[[Row], Row] = judged,
+    ) -> None:
+        """``program``: the command that takes ``--child``; ``judge``: adds ``status`` and ``why`` to a row."""
         self._waiting = list(names)
         self._options = options
         self._target = target
         self._each = each
         self._limit = limit
+        self._program, self._judge = program, judge
         self._rows: list[Row] = []
         self._lock = threading.Lock()
         self._environment = environment(options["device"])
@@ -211,7 +223,7 @@ class Run:
             t.start()
         for t in slots:
             t.join()
-        self._rows += [judged({"model": n, "stage": "not started"}) for n in self._waiting]
+        self._rows += [self._judge({"model": n, "stage": "not started"}) for n in self._waiting]
         self._save()
         return self._rows
 
@@ -222,7 +234,7 @@ class Run:
                 if not self._waiting or left < _LEAST:
                     return
                 name = self._waiting.pop(0)
-            row = judged(self._process(name, min(self._each, left), ends=left < self._each))
+            row = self._judge(self._process(name, min(self._each, left), ends=left < self._each))
             with self._lock:
                 self._rows.append(row)
                 self._save()
@@ -237,7 +249,7 @@ class Run:
         ``ends``: with these seconds the run ends; a model that was not judged by then was not given its time.
         """
         began = time.monotonic()
-        command = [sys.executable, __file__, "--child", json.dumps({**self._options, "name": name})]
+        command = [sys.executable, *self._program, "--child", json.dumps({**self._options, "name": name})]
         surroundings = {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2", **os.environ}
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
             child = subprocess.Popen(command, stdout=out, stderr=errors, text=True, env=surroundings)
@@ -261,8 +273,11 @@ class Run:
         return row
 
 
-def child(text: str) -> None:
-    """Measures one model in this process; the row goes to standard output after each step. No name: prepares only."""
+def child(text: str, subject: Any = None) -> None:
+    """Measures one model in this process; the row goes to standard output after each step. No name: prepares only.
+
+    ``subject``: the class that measures; None: that of ``zoo_measure``.
+    """
     import zoo_measure
 
     given = json.loads(text)
@@ -277,7 +292,7 @@ def child(text: str) -> None:
     def tell(row: Row) -> None:
         print(json.dumps(row), file=rows, flush=True)
 
-    zoo_measure.measure(name, zoo_measure.Options(**given), tell)
+    (subject or zoo_measure.Subject)(name, zoo_measure.Options(**given), tell).run()
     rows.flush()
     # Threads of libraries must not keep the process.
     os._exit(0)

@@ -61,13 +61,6 @@ class Stopped(Exception):
     """The model cannot be judged further; the row says why."""
 
 
-def measure(name: str, options: Options, tell: Callable[[Row], None]) -> None:
-    """Fills a row for a model and tells it after each step. Only one thread may be running."""
-    torch.set_grad_enabled(False)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    _Subject(name, options, tell).run()
-
-
 def prepare(device: str) -> None:
     """What a process, or a machine, pays once is no model's build: C++ that is compiled at first use, libraries."""
     x = torch.ones(8, 8, device=device)
@@ -78,7 +71,9 @@ def prepare(device: str) -> None:
 
 
 @dataclass
-class _Subject:
+class Subject:
+    """A model that is run, and the row that says how it went, which is told after each step."""
+
     name: str
     options: Options
     tell: Callable[[Row], None]
@@ -87,36 +82,42 @@ class _Subject:
     peer: Any = None
 
     def run(self) -> None:
+        """Only one thread may be running."""
+        torch.set_grad_enabled(False)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self.row |= {"model": self.name, "dtype": self.options.dtype, "stage": "start"}
         self.device = torch.device(self.options.device)
         self.gauge = _Gauge(self.device)
         try:
-            with self._stage("prepare"):
-                prepare(self.options.device)
-            with self._stage("make"):
-                self.model, self.given = make(self.name)
-                self.row["parameters"] = sum(p.numel() for p in self.model.parameters())
-            with self._stage("eager"):
-                self._eager()
-            self._build()
-            with self._stage("serial calls"):
-                self._serial()
-            with self._stage("summary"):
-                self._summary()
-            with self._stage("threads"):
-                self._threads()
-            with self._stage("latency"):
-                self._latency()
-            if self.device.type == "cuda":
-                with self._aside("profile"):
-                    self.row["launches"] = _profiled(lambda: self.engine_call(self.sets[0]))
-            if self.options.overhead:
-                with self._aside("reduce-overhead"):
-                    self._overhead()
+            self._steps()
         except Stopped:
             return
         self.row["stage"] = "done"
         self.tell(self.row)
+
+    def _steps(self) -> None:
+        with self._stage("prepare"):
+            prepare(self.options.device)
+        with self._stage("make"):
+            self.model, self.given = make(self.name)
+            self.row["parameters"] = sum(p.numel() for p in self.model.parameters())
+        with self._stage("eager"):
+            self._eager()
+        self._build()
+        with self._stage("serial calls"):
+            self._serial()
+        with self._stage("summary"):
+            self._summary()
+        with self._stage("threads"):
+            self._threads()
+        with self._stage("latency"):
+            self._latency()
+        if self.device.type == "cuda":
+            with self._aside("profile"):
+                self.row["launches"] = _profiled(lambda: self.engine_call(self.sets[0]))
+        if self.options.overhead:
+            with self._aside("reduce-overhead"):
+                self._overhead()
 
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:

@@ -13,6 +13,7 @@ Nothing is downloaded. The libraries are imported when a model of theirs is made
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,13 +53,26 @@ class Inputs:
     kwargs: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of the inputs of one call; 0: as the model's own inputs have it.
+
+    ``batch``: samples. ``length``: tokens of a text that is read. ``target``: tokens that are written so far, by models
+    from one sequence to another.
+    """
+
+    batch: int = 0
+    length: int = 0
+    target: int = 0
+
+
 def default_names(families: list[str]) -> list[str]:
     """``family/name`` of all models in the default lists of these families."""
     return [f"{family}/{name}" for family in families for name in NAMES[family]]
 
 
-def make(name: str, count: int = 4) -> tuple[nn.Module, list[Inputs]]:
-    """A model in eval mode on the CPU in float32, and ``count`` different inputs.
+def make(name: str, sizes: Sequence[Sizes] = (Sizes(),) * 4) -> tuple[nn.Module, list[Inputs]]:
+    """A model in eval mode on the CPU in float32, and different inputs, of each of these sizes.
 
     Raises ``LookupError`` for a family or a name that is not known, and what the library raises.
     """
@@ -66,18 +80,19 @@ def make(name: str, count: int = 4) -> tuple[nn.Module, list[Inputs]]:
     if family not in _MAKERS or not rest:
         raise LookupError(f"no model {name!r}; a name is one of {', '.join(f'{f}/NAME' for f in _MAKERS)}")
     torch.manual_seed(0)
-    model, inputs = _MAKERS[family](rest, count, torch.Generator().manual_seed(1))
+    model, inputs = _MAKERS[family](rest, sizes, torch.Generator().manual_seed(1))
     return model.eval().requires_grad_(False), inputs
 
 
-def _pictures(count: int, generator: torch.Generator, *shape: int) -> list[Inputs]:
-    return [Inputs((torch.randn(shape, generator=generator),)) for _ in range(count)]
+def _pictures(sizes: Sequence[Sizes], generator: torch.Generator, *shape: int) -> list[Inputs]:
+    """``shape``: of one picture."""
+    return [Inputs((torch.randn(s.batch or 1, *shape, generator=generator),)) for s in sizes]
 
 
 # -- torchvision ------------------------------------------------------------------------------------------------------
 
 
-def _torchvision(name: str, count: int, generator: torch.Generator) -> tuple[nn.Module, list[Inputs]]:
+def _torchvision(name: str, sizes: Sequence[Sizes], generator: torch.Generator) -> tuple[nn.Module, list[Inputs]]:
     import torchvision
 
     build = torchvision.models.get_model_builder(name)
@@ -90,23 +105,24 @@ def _torchvision(name: str, count: int, generator: torch.Generator) -> tuple[nn.
     if kind == "detection":
         if "320" not in name:
             options |= {"min_size": 320, "max_size": 320}
-        pictures = [[torch.rand(3, 320, 320, generator=generator)] for _ in range(count)]
+        # A list of pictures, of which a batch is no size of a tensor.
+        pictures = [[torch.rand(3, 320, 320, generator=generator) for _ in range(s.batch or 1)] for s in sizes]
         return build(**options), [Inputs((p,)) for p in pictures]
     if kind == "optical_flow":
-        frames = [[torch.rand(1, 3, 128, 160, generator=generator) for _ in range(2)] for _ in range(count)]
+        frames = [[torch.rand(s.batch or 1, 3, 128, 160, generator=generator) for _ in range(2)] for s in sizes]
         return build(**options), [Inputs(tuple(pair)) for pair in frames]
     if kind == "video":
         size = 112 if name in ("r3d_18", "mc3_18", "r2plus1d_18") else 224
-        return build(**options), _pictures(count, generator, 1, 3, 16, size, size)
+        return build(**options), _pictures(sizes, generator, 3, 16, size, size)
     size = 299 if name == "inception_v3" else 224
-    return build(**options), _pictures(count, generator, 1, 3, size, size)
+    return build(**options), _pictures(sizes, generator, 3, size, size)
 
 
-def _timm(name: str, count: int, generator: torch.Generator) -> tuple[nn.Module, list[Inputs]]:
+def _timm(name: str, sizes: Sequence[Sizes], generator: torch.Generator) -> tuple[nn.Module, list[Inputs]]:
     import timm
 
     model = timm.create_model(name, pretrained=False)
-    return model, _pictures(count, generator, 1, *model.pretrained_cfg.get("input_size", (3, 224, 224)))
+    return model, _pictures(sizes, generator, *model.pretrained_cfg.get("input_size", (3, 224, 224)))
 
 
 # -- transformers -----------------------------------------------------------------------------------------------------
@@ -214,17 +230,17 @@ def _small(kind: type, special: dict[str, Any]) -> Any:
     return kind(**{k: v for k, v in values.items() if v is not None or k not in special})
 
 
-def _transformers(name: str, count: int, generator: torch.Generator) -> tuple[nn.Module, list[Inputs]]:
+def _transformers(name: str, sizes: Sequence[Sizes], generator: torch.Generator) -> tuple[nn.Module, list[Inputs]]:
     import transformers
 
     config = _small(type(transformers.AutoConfig.for_model(name)), _SPECIAL.get(name, {}))
     classes = ["AutoModel"] if name.startswith(_ENCODERS) or name in ("clip", "siglip") else list(_CLASSES)
     auto = next(c for c in (getattr(transformers, n) for n in classes) if type(config) in c._model_mapping)
     model = auto.from_config(config)
-    return model, [_call(model, config, i, generator) for i in range(count)]
+    return model, [_call(model, config, i, s, generator) for i, s in enumerate(sizes)]
 
 
-def _call(model: nn.Module, config: Any, number: int, generator: torch.Generator) -> Inputs:
+def _call(model: nn.Module, config: Any, number: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
     """What a model's ``forward`` asks for: pictures, tokens, padding of a batch of two for encoders."""
     parameters = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
@@ -237,26 +253,27 @@ def _call(model: nn.Module, config: Any, number: int, generator: torch.Generator
     if main == "pixel_values" or both:
         of = getattr(config, "vision_config", config)
         size = of.image_size if isinstance(of.image_size, int) else of.image_size[0]
-        kwargs["pixel_values"] = torch.randn(2 if both else 1, 3, size, size, generator=generator)
+        kwargs["pixel_values"] = torch.randn(sizes.batch or (2 if both else 1), 3, size, size, generator=generator)
     if main == "input_ids" or both:
         encoder = config.model_type.startswith(_ENCODERS)
-        kwargs["input_ids"] = tokens(2, 12) if both else tokens(2 if encoder else 1, 32)
+        rows, length = sizes.batch or (2 if both or encoder else 1), sizes.length or (12 if both else 32)
+        kwargs["input_ids"] = tokens(rows, length)
         if encoder:
-            lengths = torch.tensor([[32], [20 + number]])
-            kwargs["attention_mask"] = (torch.arange(32).expand(2, 32) < lengths).long()
+            lengths = [length, *(max(1, length * (20 + number + row) // 32) for row in range(rows - 1))]
+            kwargs["attention_mask"] = (torch.arange(length) < torch.tensor(lengths).unsqueeze(1)).long()
     if "decoder_input_ids" in parameters:
-        kwargs["decoder_input_ids"] = tokens(1, 8)
+        kwargs["decoder_input_ids"] = tokens(sizes.batch or 1, sizes.target or 8)
     if "use_cache" in parameters or getattr(config.get_text_config(), "use_cache", None) is not None:
         kwargs["use_cache"] = False
     return Inputs((), kwargs)
 
 
-def _real(name: str, count: int, generator: torch.Generator) -> tuple[nn.Module, list[Inputs]]:
+def _real(name: str, sizes: Sequence[Sizes], generator: torch.Generator) -> tuple[nn.Module, list[Inputs]]:
     import transformers
 
     if name == "vit-b16":
         model: nn.Module = transformers.ViTForImageClassification(transformers.ViTConfig())
-        return model, _pictures(count, generator, 1, 3, 224, 224)
+        return model, _pictures(sizes, generator, 3, 224, 224)
     options: dict[str, Any] = {}
     if name == "bert-base":
         model = transformers.BertModel(transformers.BertConfig())
@@ -274,7 +291,7 @@ def _real(name: str, count: int, generator: torch.Generator) -> tuple[nn.Module,
         model, options = transformers.LlamaForCausalLM(config), {"use_cache": False}
     else:
         raise LookupError(f"no model real/{name}; there are {', '.join(NAMES['real'])}")
-    ids = [torch.randint(3, 30_000, (1, 128), generator=generator) for _ in range(count)]
+    ids = [torch.randint(3, 30_000, (s.batch or 1, s.length or 128), generator=generator) for s in sizes]
     return model, [Inputs((), {"input_ids": x, **options}) for x in ids]
 
 

@@ -171,7 +171,7 @@ def subject(programs: dict[str, Any]) -> Any:
     """A model whose expected results are there, and a right engine of it."""
     measure = programs["measure"]
     torch.manual_seed(3)
-    found = measure._Subject("own/two", measure.Options("cpu", "float32"), lambda row: None)
+    found = measure.Subject("own/two", measure.Options("cpu", "float32"), lambda row: None)
     found.row["dtype"] = "float32"
     found.device = torch.device("cpu")
     found.gauge = measure._Gauge(found.device)
