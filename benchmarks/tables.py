@@ -253,7 +253,8 @@ def tensorrt() -> str:
 
 def zoo() -> str:
     """Each file's table of models, and every model that is not right, or does not run captured, with the reason."""
-    runs = [json.loads(f.read_text()) for f in sorted(RESULTS.glob("zoo_*.json"), reverse=True)]
+    files = [f for f in sorted(RESULTS.glob("zoo_*.json"), reverse=True) if not f.name.startswith("zoo_sizes_")]
+    runs = [json.loads(f.read_text()) for f in files]
     return "\n\n".join(map(zoo_of, runs)) or "No run has been committed."
 
 

@@ -1,4 +1,7 @@
-"""``benchmarks/zoo.py``: verdicts, files that become one, what is counted; and its table in ``docs/models.md``."""
+"""``benchmarks/zoo.py``: verdicts, files that become one, what is counted; and its table in ``docs/models.md``.
+
+And ``benchmarks/zoo_sizes.py``: which sizes vary, and what becomes of a model that is wrong at one of them.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,10 @@ def programs() -> Iterator[dict[str, Any]]:
         import zoo
         import zoo_measure
         import zoo_models
+        import zoo_sizes
 
-        yield {"zoo": zoo, "measure": zoo_measure, "models": zoo_models, "tables": tables}
-        for name in ("tables", "zoo", "zoo_measure", "zoo_models"):
+        yield {"zoo": zoo, "measure": zoo_measure, "models": zoo_models, "sizes": zoo_sizes, "tables": tables}
+        for name in ("tables", "zoo", "zoo_measure", "zoo_models", "zoo_sizes"):
             del sys.modules[name]
 
 
@@ -279,3 +283,106 @@ def test_names_are_told_and_unknown_ones_refused(programs: dict[str, Any]) -> No
         assert why in result.output
     with pytest.raises(LookupError, match="no model 'bert'; a name is one of tv/NAME"):
         models.make("bert")
+
+
+# -- sizes that vary ---------------------------------------------------------------------------------------------------
+
+
+class Pooled(nn.Module):
+    """A text, and pictures of the same number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.layer = nn.Embedding(20, 6), nn.Linear(6, 5)
+
+    def forward(self, text: torch.Tensor, *, picture: torch.Tensor, factor: float) -> torch.Tensor:
+        return self.layer(self.words(text).mean(1) + picture) * factor
+
+
+def sized(programs: dict[str, Any], patch: pytest.MonkeyPatch, model: nn.Module, kind: str) -> tuple[str, str, Any]:
+    """The verdict on a model of ours, and its row."""
+    models, sizes = programs["models"], programs["sizes"]
+
+    def make(name: str, of: Any) -> Any:
+        def inputs(s: Any) -> Any:
+            text = torch.randint(20, (s.batch, s.length))
+            return models.Inputs((text,), {"picture": torch.randn(s.batch, 6), "factor": 0.5})
+
+        return model.eval().requires_grad_(False), list(map(inputs, of))
+
+    patch.setattr(models, "make", make)
+    options = programs["measure"].Options("cpu", "float32", "eager")
+    found = getattr(sizes, kind)("own/pooled", options, lambda row: None)
+    with torch.no_grad():
+        found.run()
+    judge = sizes.taken if kind == "Exported" else programs["zoo"].judged
+    row = judge(found.row)
+    json.dumps(row)
+    return row["status"], row["why"], row
+
+
+def test_sizes_that_vary_are_seen_and_judged(programs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    status, _, row = sized(programs, monkeypatch, Pooled(), "Exported")
+    assert (status, row["inputs"]) == ("taken", ["0: batch, 1: length", "0: batch"])
+    status, _, row = sized(programs, monkeypatch, Pooled(), "Judged")
+    assert (status, row["sizes"]) == ("right", ["batch", "length"])
+    assert row["specializations"] >= 2, "a size of 1 is compiled by itself"
+
+
+def test_a_model_that_needs_to_know_a_size(programs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Knows(Pooled):
+        def forward(self, text: torch.Tensor, **rest: Any) -> torch.Tensor:
+            return super().forward(text, **rest) * sum(range(int(text.shape[1])))
+
+    status, why, _ = sized(programs, monkeypatch, Knows(), "Exported")
+    assert status == "not taken"
+    assert why.startswith("export: ")
+    status, why, _ = sized(programs, monkeypatch, Knows(), "Judged")
+    assert status == "refused"
+    assert "build: UnsupportedModel: sizes were declared to vary ('batch', 'length')" in why
+
+
+def test_a_size_at_which_an_engine_is_wrong_or_fails(programs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    compile = anabranch.compile
+
+    class Spoiled:
+        def __init__(self, engine: Any, spoil: Any) -> None:
+            self.engine, self.spoil = engine, spoil
+
+        def __call__(self, text: torch.Tensor, **rest: Any) -> torch.Tensor:
+            result: torch.Tensor = self.spoil(self.engine(text, **rest), *text.shape)
+            return result
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.engine, name)
+
+    def spoiled(spoil: Any) -> Any:
+        return lambda *args, **kwargs: Spoiled(compile(*args, **kwargs), spoil)
+
+    monkeypatch.setattr(anabranch, "compile", spoiled(lambda y, batch, length: y * (1 + 0.1 * (length == 17))))
+    status, why, _ = sized(programs, monkeypatch, Pooled(), "Judged")
+    assert (status, why[:8]) == ("wrong", "error 1.")
+    monkeypatch.setattr(anabranch, "compile", spoiled(lambda y, batch, length: y if length != 17 else y.no))
+    status, why, _ = sized(programs, monkeypatch, Pooled(), "Judged")
+    assert status == "failed"
+    assert why.startswith("the call of batch 5, length 17: AttributeError")
+
+
+def test_a_batch_that_is_no_size(programs: dict[str, Any]) -> None:
+    models, sizes = programs["models"], programs["sizes"]
+    listed = [models.Inputs(([torch.ones(3, 4)] * s.batch,)) for s in sizes.CALLS]
+    with pytest.raises(LookupError, match="a number of tensors"):
+        sizes.varying(listed)
+    with pytest.raises(LookupError, match="an input has no size that varies"):
+        sizes.varying([models.Inputs((torch.ones(3, 4),)) for _ in sizes.CALLS])
+    with pytest.raises(LookupError, match="follows none that was asked for"):
+        sizes.varying([models.Inputs((torch.ones(s.batch + 1),)) for s in sizes.CALLS])
+
+
+def test_each_size_has_five_values_with_its_bounds(programs: dict[str, Any]) -> None:
+    sizes = programs["sizes"]
+    for name, bounds in sizes.BOUNDS.items():
+        values = {getattr(s, name) for s in sizes.CALLS}
+        assert len(values) == 5
+        assert {1, *bounds} <= values
+        assert (min(values), max(values)) == bounds
