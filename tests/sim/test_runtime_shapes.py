@@ -77,3 +77,30 @@ def test_a_call_goes_on_where_no_thread_can_be_started(
     assert engine.stats().captures == 2
     programs.check(outputs)
     engine.close()
+
+
+@pytest.mark.parametrize("runtime", ["python", "native"])
+def test_shapes_in_turn_keep_their_graphs_and_one_that_is_called_more_takes_one(programs: Any, runtime: str) -> None:
+    engine, inputs = programs.make(runtime, 2), programs.INPUTS
+
+    def call(*sizes: int) -> None:
+        for n in sizes:
+            engine(inputs[n][0])
+            engine._shapes.wait()
+
+    call(3, 3, 4, 4)
+    assert engine.stats().captures == 2
+    call(*(3, 4, 5) * 20)
+    assert engine.stats().captures == 2, "5 is called as often as they are"
+    call(*[5] * 40)
+    stats = engine.stats()
+    assert (stats.captures, stats.contexts) == (3, 2)
+    before = stats.graph_calls
+    call(5, 5)
+    assert engine.stats().graph_calls == before + 2
+    # What nobody calls any more goes in time, whatever it was called before.
+    call(*[5] * 200, *[3, 4] * 500)
+    before = engine.stats().graph_calls
+    call(3, 4)
+    assert engine.stats().graph_calls == before + 2
+    engine.close()

@@ -306,7 +306,11 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("was invalidated before this call", "something was done that CUDA forbids", "Begin the capture again without"),
     ],
     "src/anabranch/devices/_turns.py": [
-        ("other threads wait for the whole device", "CUDA allows no capture meanwhile", "Wait for a stream or an event"),
+        (
+            "other threads wait for the whole device",
+            "CUDA allows no capture meanwhile",
+            "Wait for a stream or an event",
+        ),
     ],
     "src/anabranch/devices/_registry.py": [
         ("device {kind} given", "engines run on 'cuda', 'cpu' or 'sim'", "Move the model and its inputs there"),
