@@ -20,8 +20,10 @@ def has_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
-def traced(attend: Any, dtype: torch.dtype = torch.half, varies: bool = True, head: int = 64) -> Any:
-    """The graph of a function of three tensors (2, 4, length, head)."""
+def traced(
+    attend: Any, dtype: torch.dtype = torch.half, varies: bool = True, head: int = 64, keys: int | None = None
+) -> Any:
+    """The graph of a function of three tensors (2, 4, length, head); ``keys``: the length of the last two."""
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     how = DimDynamic.DYNAMIC if varies else DimDynamic.STATIC
@@ -32,8 +34,9 @@ def traced(attend: Any, dtype: torch.dtype = torch.half, varies: bool = True, he
         x = torch.empty(2, 4, x.shape[2], head, dtype=dtype, device="cuda")
     graph = torch.fx.Graph()
     q, k, v = (graph.placeholder(name) for name in "qkv")
-    for node in (q, k, v):
-        node.meta["val"] = x
+    q.meta["val"] = x
+    with mode:
+        k.meta["val"] = v.meta["val"] = x if keys is None else torch.empty(2, 4, keys, head, dtype=dtype, device="cuda")
     made = attend(graph, q, k, v)
     with mode:
         made.meta["val"] = torch.empty_like(x)
@@ -63,6 +66,12 @@ def test_lengths_that_vary_have_kernels_for_any() -> None:
     module.graph.lint()
 
 
+def test_queries_may_have_another_length() -> None:
+    module = traced(plain, keys=9)
+    take_any_length(module)
+    assert aten._scaled_dot_product_flash_attention.default in targets(module)
+
+
 @pytest.mark.parametrize(
     ("options", "given"),
     [
@@ -71,6 +80,7 @@ def test_lengths_that_vary_have_kernels_for_any() -> None:
         ({"head": 36}, {}),
         ({"head": 512}, {}),
         ({}, {"dropout_p": 0.5}),
+        ({"keys": 9}, {"is_causal": True}),  # the first query sees the first key, and not the third
         ({}, {"enable_gqa": True}),
     ],
     ids=str,

@@ -53,6 +53,8 @@ def _fits(node: fx.Node, given: dict[str, Any]) -> bool:
         return False
     # Broadcast batches and heads are not for these kernels.
     same = all(_is_same(a, b) for x in (k, v) for a, b in zip(q.shape[:2], x.shape[:2], strict=True))
+    if given.get("is_causal", False) and not _is_same(q.shape[2], k.shape[2]):
+        return False  # where lengths differ, FlashAttention lines up the ends and not the beginnings
     packed = all(isinstance(x.stride(-1), int) and x.stride(-1) == 1 for x in tensors)
     return same and packed and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
