@@ -19,6 +19,7 @@ core = _module.core
 @pytest.fixture
 def capturing() -> Any:
     """A capture under way in another thread: call what comes to end it; True if it was not lost."""
+    anabranch.devices.get_device("sim")  # before it there is no engine that could capture
     begun, end, lost = threading.Event(), threading.Event(), list[BaseException]()
     stream = torch.Stream("sim:0")
 

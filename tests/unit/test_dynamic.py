@@ -69,6 +69,21 @@ def test_what_is_special_is_no_second_value(runtime: str) -> None:  # noqa: F811
     assert engine.stats().specializations == 3, "1, 0, and all others"
 
 
+def test_a_batch_of_one_has_a_range_of_its_own(runtime: str) -> None:  # noqa: F811
+    model = Mlp().eval()
+    given = anabranch.Input((Dim("batch", 1, 8), Dim("length", 1, 64), 8))
+    engine = anabranch.compile(model, [given], backend="eager", runtime=runtime)
+    for n in (5, 9, 17, 33, 40):
+        check(engine, model, drawn(1, n, 8))
+        check(engine, model, drawn(3, n, 8))
+    assert engine.stats().specializations == 2, "one for batches of one, of any length"
+    for n in (2, 5, 8):
+        check(engine, model, drawn(n, 1, 8))
+    assert engine.stats().specializations == 3
+    check(engine, model, drawn(1, 1, 8))
+    assert engine.stats().specializations == 4
+
+
 def test_each_shape_by_itself() -> None:
     engine = anabranch.compile(Mlp().eval(), [drawn(4, 8)], backend="eager", dynamic=False)
     for n in (4, 7, 5):

@@ -116,6 +116,8 @@ _PLAIN_STATE = {
     ("_Places", "_starts"): "filled while it is made, by the thread that builds",
     ("_Places", "_stops"): "filled while it is made, by the thread that builds",
     ("Specialization", "_proofs"): "the build lock",
+    ("Turns", "_waits"): "its lock; a thread looks for itself without",
+    ("Turns", "_captures"): "its lock; a thread looks for itself without",
     ("StaticOutputs", "_plain"): "its context's owner",
     ("StaticOutputs", "_shared"): "its context's owner",
     ("Tally", "_counts"): "its lock",

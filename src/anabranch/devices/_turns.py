@@ -30,7 +30,6 @@ class DeviceBusy(NotCapturable):
 
 
 class _Thread(threading.local):
-    captures = 0
     at_once = False
 
 
@@ -38,11 +37,16 @@ _thread = _Thread()
 
 
 class Turns:
-    """Threads: any. Several may wait for a device at once, and several may capture."""
+    """Threads: any. Several may wait for a device at once, and several may capture.
+
+    Who does what is kept as a set of threads, which each enters and leaves in one block: an interrupt (Ctrl-C) in
+    between leaves nobody counted who is gone.
+    """
 
     def __init__(self) -> None:
         self._lock = _sync.lock("turns")
-        self._waits = self._captures = 0
+        self._waits: set[int] = set()
+        self._captures: set[int] = set()
         self._no_waits, self._no_captures = _sync.event("no waits for a device"), _sync.event("no captures")
         self._no_waits.set()
         self._no_captures.set()
@@ -50,23 +54,16 @@ class Turns:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """The block waits for the device. It begins when nothing is being captured."""
-        if _thread.captures:
-            yield  # CUDA's own error says what is wrong
+        here = threading.get_ident()
+        if here in self._captures or here in self._waits:
+            yield  # amid a capture of its own CUDA's error says what is wrong
             return
-        while True:
-            self._no_captures.wait()
-            with self._lock:
-                if not self._captures:
-                    self._waits += 1
-                    self._no_waits.clear()
-                    break
         try:
+            while not self._begin(self._waits, self._no_waits, self._captures):
+                self._no_captures.wait()
             yield
         finally:
-            with self._lock:
-                self._waits -= 1
-                if not self._waits:
-                    self._no_waits.set()
+            self._end(self._waits, self._no_waits)
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -74,26 +71,34 @@ class Turns:
 
         Raises :class:`DeviceBusy`.
         """
-        while True:
-            with self._lock:
-                if not self._waits:
-                    self._captures += 1
-                    self._no_captures.clear()
-                    break
-            if _thread.at_once or not self._no_waits.wait(timeout=_PATIENCE):
-                raise DeviceBusy(
-                    "other threads wait for the whole device (torch.cuda.synchronize), and CUDA allows no capture"
-                    " meanwhile. Wait for a stream or an event instead, or build before."
-                )
-        _thread.captures += 1
+        if threading.get_ident() in self._captures:
+            yield
+            return
         try:
+            while not self._begin(self._captures, self._no_captures, self._waits):
+                if _thread.at_once or not self._no_waits.wait(timeout=_PATIENCE):
+                    raise DeviceBusy(
+                        "other threads wait for the whole device (torch.cuda.synchronize), and CUDA allows no capture"
+                        " meanwhile. Wait for a stream or an event instead, or build before."
+                    )
             yield
         finally:
-            _thread.captures -= 1
-            with self._lock:
-                self._captures -= 1
-                if not self._captures:
-                    self._no_captures.set()
+            self._end(self._captures, self._no_captures)
+
+    def _begin(self, mine: set[int], none_of_mine: threading.Event, others: set[int]) -> bool:
+        """Whether it is this thread's turn."""
+        with self._lock:
+            if others:
+                return False
+            mine.add(threading.get_ident())
+            none_of_mine.clear()
+            return True
+
+    def _end(self, mine: set[int], none_left: threading.Event) -> None:
+        with self._lock:
+            mine.discard(threading.get_ident())
+            if not mine:
+                none_left.set()
 
 
 turns = Turns()

@@ -12,7 +12,8 @@ from anabranch import _sync
 from anabranch.errors import InputError, UnsupportedModel
 from anabranch.export import SPECIAL, Dim, layouts_of
 
-#: Ranges of calls that are otherwise alike. Each is compiled where those before it are not right for a call's sizes.
+#: Ranges of calls that are otherwise alike, over the same sizes. Each is compiled where those before it are not right
+#: for a call's sizes.
 MOST_RANGES = 4
 #: Ranges that could not be compiled, after which no more are tried: a model may need to know one size, or all.
 _MOST_FAILED = 2
@@ -109,10 +110,10 @@ class Ranges:
         if loose is None or self._dynamic is False:
             return frozenset()
         alike, shapes = self._alike.get(loose), shapes_in(key)
-        varied = self._varied(alike, shapes)
-        if (alike is not None and alike.why_none) or any(shapes[i][d] in SPECIAL for i, d in varied):
+        if alike is not None and alike.why_none:
             return frozenset()
-        return varied
+        # A batch of one has a range of its own, over lengths.
+        return frozenset((i, d) for i, d in self._varied(alike, shapes) if shapes[i][d] not in SPECIAL)
 
     def _varied(self, alike: _Alike | None, shapes: Mapping[int, tuple[int, ...]]) -> frozenset[Place]:
         # What is special at this call is no second value of a size.
@@ -138,7 +139,8 @@ class Ranges:
             alike.why_none = alike.why_none or why
         if made is not None:
             alike.made = (*alike.made, made)
-            if len(alike.made) >= MOST_RANGES:
+            free = made.program.sizes.free
+            if sum(m.program.sizes.free == free for m in alike.made) >= MOST_RANGES:
                 alike.why_none = f"{MOST_RANGES} ranges are not right for all sizes that were met"
 
     def __iter__(self) -> Any:
