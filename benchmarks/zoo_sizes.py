@@ -150,8 +150,9 @@ class Judged(zoo_measure.Subject):
             return anabranch.Input(shape, x.dtype, x.device)
 
         inputs = _replaced(self.sets[0], names, declared, lambda x: x)
-        options = {"backend": self.options.backend} if self.options.backend else {}
-        self.engine = anabranch.compile(self.model, inputs=list(inputs.args), kwargs=inputs.kwargs, **options)
+        self.engine = anabranch.compile(
+            self.model, inputs=list(inputs.args), kwargs=inputs.kwargs, backend=self.options.backend
+        )
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
