@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch._prims_common import is_non_overlapping_and_dense_or_false as is_dense
 
+import anabranch.sim
 from anabranch import backends
 from anabranch.backends import Options, Stateful
 from anabranch.devices import Device, get_device
@@ -36,7 +37,7 @@ class Code:
         self.alive.add(self)
 
     def __del__(self) -> None:
-        torch.accelerator.synchronize(self._index)
+        anabranch.sim.core.wait_as_free_does(self._index)
         torch.accelerator.set_device_index(self._index)
 
 

@@ -280,7 +280,7 @@ def test_a_capture_in_global_mode_forbids_other_threads_what_one_in_thread_local
 
         def ask(errors: list[str] = errors) -> None:
             try:
-                torch.accelerator.synchronize()
+                torch.accelerator.current_stream().synchronize()
             except RuntimeError as e:
                 errors.append(str(e))
 

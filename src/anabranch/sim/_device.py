@@ -177,7 +177,7 @@ class SimDevice(StreamDevice):
         kept: list[Memory] = []
         for memory in self.memories.drain():
             assert isinstance(memory, _SimMemory)
-            torch.accelerator.synchronize(memory.index)  # as cudaFree does
+            _core.wait_as_free_does(memory.index)
             _core.pool_trim(memory.pool)
             if memory.nbytes():  # other threads have queued work since
                 kept.append(memory)

@@ -259,6 +259,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     machine.policy = name;
     machine.random.seed(seed);
   });
+  // As freeing memory and unloading code wait: it disturbs captures of other threads in global mode only.
+  m.def("wait_as_free_does", [](int device) { synchronize_device(device, false); }, release_gil());
   m.def("synchronize", [](int device) { synchronize_device(device < 0 ? current_device() : device); }, release_gil());
 
   // -- kernels, errors

@@ -300,7 +300,8 @@ struct Work {
 void enqueue(int device, Work work);
 // The host waits for the current stream of `device` (or all of the device).
 void synchronize_stream(int device, int64_t stream);
-void synchronize_device(int device);
+// `by_name`: asked for as such, and not a part of something else, as of freeing memory.
+void synchronize_device(int device, bool by_name = true);
 // What the beginning and the end of a capture touch: a wait for the device is not permitted between them.
 Touches capture_touches(const QueuePtr& queue);
 void synchronize(const Deps& deps, const char* what);

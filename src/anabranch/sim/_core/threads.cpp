@@ -284,7 +284,7 @@ std::string captures_of(int device) {
 }  // namespace
 
 Touches capture_touches(const QueuePtr& queue) {
-  return {{"q" + queue->actor, 0, 1, kWrite}, {captures_of(queue->device), 0, 1, kWrite}};
+  return {{"q" + queue->actor, 0, 1, kWrite}, {captures_of(queue->device), 0, 1, kAdd}};
 }
 
 Touches queue_touches(const QueuePtr& queue, const std::string& op) {
@@ -355,7 +355,7 @@ void synchronize_stream(int device, int64_t stream) {
   }
 }
 
-void synchronize_device(int device) {
+void synchronize_device(int device, bool by_name) {
   auto& machine = Machine::get();
   refuse_in_capture("synchronizing the device");
   auto name = "synchronize sim:" + std::to_string(device);
@@ -367,7 +367,7 @@ void synchronize_device(int device) {
         all.push_back({captures_of(device), 0, 1, kRead});
         return all;
       });
-  refuse_with_captures_of(device, "synchronizing the device");
+  if (by_name) refuse_with_captures_of(device, "synchronizing the device");
   Deps deps;
   {
     Lock lock;
