@@ -7,8 +7,8 @@ Each measurement has a process of its own.
 
 ``threads``: 1,000 calls over 200 shapes, drawn by Zipf's law, from 8 threads with at most 16 graphs. Every result is
 compared with eager's. The shapes came once before, from the smallest to the largest. ``memory``: what that process
-holds in the end, against one that served the 16 largest shapes alone. ``repeated``: the host's and the device's time of
-a call whose shape has a graph, against an engine for this very shape. ``total``: all calls of the encoder, one after
+holds in the end, against one that served the 16 largest shapes alone. ``repeated``: the time until a call's results are
+there whose shape has a graph, against an engine for this very shape. ``total``: all calls of the encoder, one after
 another, ours and ``torch.compile(dynamic=True)``'s, and ours from 8 threads; and all of them again (``again_s``), when
 whatever a library prepares for a length has been prepared.
 """
@@ -107,26 +107,10 @@ def far(y: Any, expected: Any) -> Any:
     return ((y.float() - expected.float()).abs() > limit).any() | y.isnan().any()
 
 
-def on_threads(work: Callable[[int], None], count: int = THREADS) -> None:
-    failed: list[BaseException] = []
-
-    def run(i: int) -> None:
-        try:
-            work(i)
-        except BaseException as e:
-            failed.append(e)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
-
-
 def measure_threads(work: str) -> dict[str, Any]:
     import torch
+
+    from anabranch.check._bench import on_threads
 
     torch.cuda.init()
     before = used_bytes()
@@ -164,7 +148,7 @@ def measure_threads(work: str) -> dict[str, Any]:
                 taken.extend(mine)
                 wrong.add_(count.cpu().item())
 
-        on_threads(calls)
+        on_threads(THREADS, calls)
         return taken, int(wrong)
 
     slow: list[tuple[float, int]] = []
@@ -194,26 +178,23 @@ def measure_threads(work: str) -> dict[str, Any]:
 
 
 def measure_memory(work: str) -> dict[str, Any]:
-    """What the largest shapes alone hold, and what all shapes did, small to large and by Zipf's law."""
+    """What an engine holds that serves the largest shapes alone."""
     import torch
 
-    def held(sizes: Sequence[int], calls: int) -> int:
-        torch.cuda.init()
-        before = used_bytes()
-        engine = compiled(work, SHAPES)
-        for n in sizes:
-            x = draw(work, n)
-            for _ in range(calls):
-                engine(x)
-            engine._shapes.wait()
-        torch.cuda.synchronize()
-        return used_bytes() - before
-
-    largest = held(range(SHAPES - GRAPHS + 1, SHAPES + 1), 4)
-    return {"largest_mib": largest >> 20}
+    torch.cuda.init()
+    before = used_bytes()
+    engine = compiled(work, SHAPES)
+    for n in range(SHAPES - GRAPHS + 1, SHAPES + 1):
+        x = draw(work, n)
+        for _ in range(4):
+            engine(x)
+        engine._shapes.wait()
+    torch.cuda.synchronize()
+    return {"largest_mib": (used_bytes() - before) >> 20}
 
 
 def measure_all_shapes(work: str) -> dict[str, Any]:
+    """What one holds that has served all shapes, small to large and then by Zipf's law."""
     import torch
 
     torch.cuda.init()
@@ -231,26 +212,19 @@ def measure_all_shapes(work: str) -> dict[str, Any]:
     return {"all_mib": (used_bytes() - before) >> 20, "contexts": stats.contexts, "captures": stats.captures}
 
 
-def call_us(call: Any, x: Any, rounds: int = 5, calls: int = 50) -> tuple[float, float]:
-    """Microseconds of the host until a call returns, and of a call with the device's work."""
+def call_us(call: Any, x: Any, rounds: int = 5, calls: int = 50) -> float:
+    """Microseconds of a call until its results are there."""
     import torch
 
-    hosts, wholes = [], []
+    taken = []
     for _ in range(rounds):
         torch.cuda.synchronize()
         began = time.perf_counter()
         for _ in range(calls):
             call(x)
             torch.cuda.current_stream().synchronize()
-        wholes.append((time.perf_counter() - began) / calls)
-        taken = []
-        for _ in range(calls):
-            began = time.perf_counter()
-            call(x)
-            taken.append(time.perf_counter() - began)
-            torch.cuda.current_stream().synchronize()
-        hosts.append(statistics.median(taken))
-    return statistics.median(hosts) * 1e6, statistics.median(wholes) * 1e6
+        taken.append((time.perf_counter() - began) / calls)
+    return statistics.median(taken) * 1e6
 
 
 def measure_repeated(work: str) -> dict[str, Any]:
@@ -269,9 +243,9 @@ def measure_repeated(work: str) -> dict[str, Any]:
         rows.append(
             {
                 "size": n,
-                "us": round(ours[1], 1),
-                "static_us": round(theirs[1], 1),
-                "of_static": round(ours[1] / theirs[1], 3),
+                "us": round(ours, 1),
+                "static_us": round(theirs, 1),
+                "of_static": round(ours / theirs, 3),
             }
         )
         static.close()
@@ -281,6 +255,8 @@ def measure_repeated(work: str) -> dict[str, Any]:
 
 def measure_total(way: str, law: str) -> dict[str, Any]:
     import torch
+
+    from anabranch.check._bench import on_threads
 
     net = model("encoder")
     sizes = zipf(TOTAL, LONGEST, seed=7) if law == "zipf" else random.Random(7).choices(range(1, LONGEST + 1), k=TOTAL)
@@ -307,7 +283,7 @@ def measure_total(way: str, law: str) -> dict[str, Any]:
         seconds = []
         for _ in range(2):
             began = time.perf_counter()
-            on_threads(run, threads)
+            on_threads(threads, run)
             seconds.append(round(time.perf_counter() - began, 3))
         wrong = sum(bool(far(call(inputs[n]), net(inputs[n]))) for n in random.Random(1).sample(sorted(inputs), 40))
     made = {"seconds": seconds[0], "again_s": seconds[1], "calls": TOTAL, "shapes": len(inputs), "wrong": wrong}

@@ -205,7 +205,7 @@ class _Following:
 
     def follow(self, call: Callable[[list[Any]], Any]) -> FlatProgram:
         function: Any = getattr(call, "__func__", call)
-        names = {**function.__globals__, **self.numbers, **self._known(function.__globals__)}
+        names = {**function.__globals__, **self.numbers, **self._known()}
         for name, value in function.__globals__.items():
             if hasattr(value, "launchers") and hasattr(value, "run"):
                 names[name] = _Kernel(self, value)
@@ -218,10 +218,9 @@ class _Following:
             self.made.results.append(result.slot)
         return self.made
 
-    def _known(self, names: dict[str, Any]) -> dict[str, Any]:
+    def _known(self) -> dict[str, Any]:
         """Stand-ins for what wrappers use, by the names that they have for it."""
-        functions = {"empty_strided_" + self._device.type: self._empty, "reinterpret_tensor": self._view}
-        known: dict[str, Any] = {name: f for name, f in functions.items() if name in names}
+        known: dict[str, Any] = {"empty_strided_" + self._device.type: self._empty, "reinterpret_tensor": self._view}
         known["assert_size_stride"] = self._expect
         # The allocator's blocks are aligned, and so is what begins with one.
         known["assert_alignment"] = lambda *_: None
@@ -337,12 +336,12 @@ class _Following:
         if not known.issuperset(kwargs) or sum(not a.kwarg_only for a in schema.arguments) < len(args):
             raise _Unknown(f"{schema.name} is given what its schema does not have")
         kinds = [str(r.type) for r in schema.returns]
-        if kinds == ["List[Tensor]"]:
-            self.made.steps.append(Call(schema.name, schema.overload_name, given))
-            return _List(self, self.fill())
-        if any(kind != "Tensor" and kind not in NUMBER_TYPES for kind in kinds):
+        is_list = kinds == ["List[Tensor]"]
+        if not is_list and any(kind != "Tensor" and kind not in NUMBER_TYPES for kind in kinds):
             raise _Unknown(f"{schema.name} returns {', '.join(kinds)}")
         self.made.steps.append(Call(schema.name, schema.overload_name, given))
+        if is_list:
+            return _List(self, self.fill())
         first = self.fill(len(kinds))
         self.made.numbers.update(first + i for i, kind in enumerate(kinds) if kind in NUMBER_TYPES)
         made = tuple(
