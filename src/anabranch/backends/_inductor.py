@@ -19,6 +19,12 @@ from anabranch.backends._layouts import keep_layouts, keeping_strides
 from anabranch.errors import BuildError
 from anabranch.export import Program, replaced, undisturbed
 
+_aten = torch.ops.aten
+_CONVOLUTIONS = (
+    *(_aten.conv2d.default, _aten.conv2d.padding, _aten.conv3d.default, _aten.conv3d.padding),
+    _aten.convolution.default,
+)
+
 
 class _Inductor:
     name = "inductor"
@@ -43,6 +49,9 @@ class _Inductor:
                 # A buffer that is written in place, or again, may be a result in the end: a call then has to tell each
                 # kernel that writes to it where its result lies. In a CUDA graph the allocator re-uses memory as well.
                 settings |= {"inplace_buffers": False, "allow_buffer_reuse": False}
+                if program.sizes is not None and _is_better_channels_last(program):
+                    # Inductor does so by itself for one shape, and not where sizes vary.
+                    settings["force_layout_optimization"] = True
             wrappers: list[Any] = []
             with (
                 config.patch(settings),
@@ -87,6 +96,20 @@ class _Inductor:
         if program.sizes is None or len(wrappers) != 1:
             return made
         return Wrapped(made, wrappers[0], weights)
+
+
+def _is_better_channels_last(program: Program) -> bool:
+    """Whether a GPU's convolutions are faster if pictures lie in ``channels_last``: all but those in groups."""
+    found = [n for n in program.module.graph.nodes if n.target in _CONVOLUTIONS]
+    return bool(found) and not any(_is_in_groups(n) for n in found)
+
+
+def _is_in_groups(convolution: fx.Node) -> bool:
+    """Of several channels each: of one channel each they gain, too."""
+    weight: Any = convolution.args[1]
+    given = {a.name: x for a, x in zip(convolution.target._schema.arguments, convolution.args, strict=False)}  # type: ignore[union-attr]
+    groups = convolution.kwargs.get("groups", given.get("groups", 1))
+    return isinstance(groups, int) and groups > 1 and weight.meta["val"].shape[1] > 1
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from anabranch.runtime._given import (
     inputs_of,
     on_device,
     tensors_for,
+    with_ones,
 )
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import process
@@ -160,6 +161,9 @@ def _compile(
         if made is not None and not dims:
             made = engine._of_one_shape(args, keywords, made)  # for inputs that were given, it is made at once
         engine._table.primary = made
+        ones = with_ones(given)
+        if made is not None and made.is_range and ones:
+            engine._try_to_serve(*tensors_for(given, device, ones))  # now, so that no call has to wait for it
     return engine
 
 

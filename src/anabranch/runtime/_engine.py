@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from anabranch import _activity, _sync
 from anabranch.devices import Device
-from anabranch.errors import DeviceLost, EngineClosed, InputError, NotCapturable
+from anabranch.errors import BuildError, DeviceLost, EngineClosed, InputError, NotCapturable, UnsupportedModel
 from anabranch.export import NotExported, Signature, hooks_of, keyword_order_matters, name_of
 from anabranch.plan import Plan
 from anabranch.runtime import _phases
@@ -208,6 +208,13 @@ class Engine:
             self._added(place, made)
             _log.info("%s(%s): %s", self._settings.name, made.signature, _phases.describe(made.seconds))
             return made
+
+    def _try_to_serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compile for calls with these inputs, if the model takes them at all."""
+        try:
+            self._specialization(args, kwargs)
+        except (InputError, UnsupportedModel, BuildError) as e:
+            _log.info("%s: compiled for other sizes only: %s", self._settings.name, e)
 
     def _added(self, key: Any, made: Specialization) -> None:
         """A specialization is ready for calls. With the build lock held."""

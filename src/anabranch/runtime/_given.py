@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -59,11 +60,21 @@ def _is_input(x: Any) -> bool:
     return isinstance(x, Input)
 
 
-def tensors_for(inputs: Any, device: torch.device) -> Any:
+def tensors_for(inputs: Any, device: torch.device, fixed: Mapping[str, int] = MappingProxyType({})) -> Any:
     """Tensors in place of each :class:`Input`: zeros, which are valid indices, in case the model has to be tried.
 
-    Raises :class:`~anabranch.errors.InputError` where two sizes of one name are declared with other bounds.
+    ``fixed``: sizes that vary, by name, with a value for each. Raises :class:`~anabranch.errors.InputError` where two
+    sizes of one name are declared with other bounds.
     """
+    sizes = dict(fixed)
+    for name, dim in _dims_in(inputs).items():
+        if name not in sizes:
+            sizes[name] = dim.example(sizes.values())  # ones that differ: equal ones might be taken for one
+    return pytree.tree_map(lambda x: x.empty(device, sizes).zero_() if _is_input(x) else x, inputs, is_leaf=_is_input)
+
+
+def _dims_in(inputs: Any) -> dict[str, Dim]:
+    """Sizes that vary, by name."""
     dims: dict[str, Dim] = {}
     for x in pytree.tree_leaves(inputs, is_leaf=_is_input):
         for dim in x.dims.values() if _is_input(x) else ():
@@ -71,10 +82,17 @@ def tensors_for(inputs: Any, device: torch.device) -> Any:
                 raise InputError(
                     f"{dims[dim.name]} and {dim} given; expected one name to have the same bounds everywhere"
                 )
-    sizes: dict[str, int] = {}
-    for name, dim in dims.items():
-        sizes[name] = dim.example(sizes.values())  # ones that differ: equal ones might be taken for one
-    return pytree.tree_map(lambda x: x.empty(device, sizes).zero_() if _is_input(x) else x, inputs, is_leaf=_is_input)
+    return dims
+
+
+def with_ones(inputs: Any) -> dict[str, int]:
+    """Where one size varies, and may be 1, which compilers treat otherwise than all other sizes: that, by name.
+
+    Nothing where several do: all ways in which some of them are 1 would be too many compiles for sizes that may never
+    come.
+    """
+    dims = _dims_in(inputs)
+    return {name: 1 for name, dim in dims.items() if len(dims) == 1 and dim.takes(1)}
 
 
 def declared_dims(inputs: Any, tensors: Any) -> list[tuple[torch.Tensor, dict[int, Dim]]]:
