@@ -14,9 +14,15 @@ from anabranch.errors import (
     EngineClosed,
     FlagsChanged,
     InputError,
+    NeedsSession,
     NotCapturable,
     PlanError,
     RecompileLimit,
+    SessionBroken,
+    SessionBusy,
+    SessionClosed,
+    SessionError,
+    SessionFull,
     TraceError,
     UnsupportedModel,
 )
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
     from anabranch.ahead import Build, build
     from anabranch.export import Dim, Input
     from anabranch.plan import Plan
-    from anabranch.runtime import Engine, Stats, compile
+    from anabranch.runtime import Engine, Session, Stats, compile
 
 __all__ = [
     "AnabranchError",
@@ -38,10 +44,17 @@ __all__ = [
     "FlagsChanged",
     "Input",
     "InputError",
+    "NeedsSession",
     "NotCapturable",
     "Plan",
     "PlanError",
     "RecompileLimit",
+    "Session",
+    "SessionBroken",
+    "SessionBusy",
+    "SessionClosed",
+    "SessionError",
+    "SessionFull",
     "Stats",
     "TraceError",
     "UnsupportedModel",
@@ -57,6 +70,7 @@ _LAZY = {
     "Engine": "anabranch.runtime",
     "Input": "anabranch.export",
     "Plan": "anabranch.plan",
+    "Session": "anabranch.runtime",
     "Stats": "anabranch.runtime",
     "build": "anabranch.ahead",
     "compile": "anabranch.runtime",

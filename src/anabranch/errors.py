@@ -10,9 +10,15 @@ __all__ = [
     "EngineClosed",
     "FlagsChanged",
     "InputError",
+    "NeedsSession",
     "NotCapturable",
     "PlanError",
     "RecompileLimit",
+    "SessionBroken",
+    "SessionBusy",
+    "SessionClosed",
+    "SessionError",
+    "SessionFull",
     "TraceError",
     "UnsupportedModel",
 ]
@@ -58,6 +64,30 @@ class EngineClosed(AnabranchError):
 
 class DeviceLost(AnabranchError):
     """The device reported an error that lasts until the process ends; no engine on it can run again."""
+
+
+class SessionError(AnabranchError):
+    """Base of what only models with state raise."""
+
+
+class NeedsSession(SessionError):
+    """The engine of a model that keeps state was called itself; ``engine.session()`` gives what is to be called."""
+
+
+class SessionBusy(SessionError):
+    """Two calls of one session at once; the first goes on, the second raises this before anything is queued."""
+
+
+class SessionBroken(SessionError):
+    """An earlier call of the session failed in the middle; ``reset()`` or ``load()`` make it whole again."""
+
+
+class SessionFull(SessionError):
+    """The call would write past the end of the session's state. Raised before anything is queued."""
+
+
+class SessionClosed(SessionError):
+    """The session was closed."""
 
 
 class PlanError(AnabranchError):

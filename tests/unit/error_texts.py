@@ -25,6 +25,7 @@ CAUGHT = {
     "NotCarried": "the reason why a number is a part of the signature, which explain() shows",
     "_Kept": "the reason why operators take a number as it is, which explain() shows",
     "NotReady": "a cell of the benchmark's table",
+    "_NoView": "why a result is no view, which the error says",
     "_StopTrial": "ends a call that nobody asked for",
     "_TooSlow": "a cell of the benchmark's table",
 }
@@ -398,11 +399,41 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "src/anabranch/export/_program.py": [
         ("and was given one that is not dense", "the memory of input {position} past its shape", "Pass x.contiguous()"),
-        ("the model changes {target} in place ({what})", "an engine is immutable", "Make it an output of the model"),
+        (
+            "the memory of its state {state.name} past its shape",
+            "keeps no more than the state",
+            "Register its .clone()",
+        ),
         ("the model uses {spec.target}", "expected tensors only", "Hold it outside the model"),
         ("the model is given a torch.Generator", "In one graph it must draw from PyTorch's default generator"),
         ("draws from a torch.Generator of its own{where}", "In one graph it must draw from PyTorch's default"),
         ("input {spec.arg.name} is a {type(spec.arg).__name__}", "expected a tensor or a constant"),
+    ],
+    "src/anabranch/export/_state.py": [
+        (
+            "buffer {name}, which was None when it was compiled",
+            "expected state to be there from the",
+            "Register a tensor",
+        ),
+        ("writes its buffer {name}, which is not dense", "expected state that is", "Register its .clone()"),
+        (
+            "an effect beside its results ({what} {",
+            "expected writes into inputs and buffers",
+            "Leave it out of the engine",
+        ),
+    ],
+    "src/anabranch/export/_writes.py": [
+        ("the model writes its parameter {name}", "an engine writes inputs and buffers only", "Register it with"),
+        ("precision={precision} given, and the model writes {what}", "the write would be lost", "Give it that type"),
+        ("which is a lazy {kind}", "an engine writes what lies in memory", "Call {how}() first"),
+        ("one place in memory stands for several elements", "expected each to have its own", "Pass x.clone()"),
+        ("which shares memory with {what}", "an engine keeps state in memory of its own", "Register buffers that are"),
+        (
+            "assigns {what} to its buffer {plain} and also",
+            "state of an engine has memory of its own",
+            "Assign a .clone()",
+        ),
+        ("and returns a part of it{where}", "Expected views whose shapes depend on that input alone", "Return a copy"),
     ],
     "src/anabranch/export/_sizes.py": [
         ("Dim name {self.name} given", "expected a name like 'batch'"),

@@ -498,21 +498,18 @@ def test_non_persistent_buffers_are_weights() -> None:
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_a_buffer_changed_in_place_is_refused_by_name() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
-    x = torch.randn(2, 3, 5, 5)
-    with pytest.raises(anabranch.UnsupportedModel) as info:
-        build(model, x)
-    assert "'1." in str(info.value), "the buffer's name in the user's own model"
-    assert "in place" in str(info.value)
-    assert ".eval()" in str(info.value)
-    torch.testing.assert_close(build(model.eval(), x)(x), model(x).detach())
+def test_a_parameter_changed_in_place_is_refused_by_name() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
 
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.layer.bias.add_(1)
+            return self.layer(x)
 
-def test_an_input_changed_in_place_is_refused_by_name() -> None:
-    with pytest.raises(anabranch.UnsupportedModel, match=r"changes .*in place") as info:
-        build(lambda x: x.add_(1), torch.randn(3))
-    assert ".eval()" not in str(info.value)
+    with pytest.raises(anabranch.UnsupportedModel, match=r"writes its parameter 'layer\.bias'.*register_buffer"):
+        build(Written(), torch.randn(3))
 
 
 def test_control_flow_on_data_is_refused() -> None:

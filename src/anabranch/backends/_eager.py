@@ -16,7 +16,7 @@ class _Eager:
     def lower(self, program: Program, examples: Sequence[torch.Tensor], options: Options) -> Kernels:
         # The generated code lets go of each temporary after its last use, which an interpreter loop would not. The
         # bare function is taken: Module.__call__ would look for hooks at every call.
-        forward = program.module.forward
+        forward = program.in_place.forward
         weights = tuple(program.weights_for_eager())
 
         def kernels(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

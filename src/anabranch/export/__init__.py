@@ -3,7 +3,7 @@
 from anabranch.export._bystanders import replaced, undisturbed
 from anabranch.export._diagnosis import NotExported, copy_of, describe, first_line, run_in_eager
 from anabranch.export._generators import generators_kept
-from anabranch.export._hooks import hooks_of, name_of
+from anabranch.export._hooks import about_hooks, hooks_of, name_of
 from anabranch.export._indices import valid_integer
 from anabranch.export._number_tensors import tensorize
 from anabranch.export._numbers import NotCarried, Numbers
@@ -22,10 +22,12 @@ from anabranch.export._signature import (
     layouts_of,
     leaf_key,
     register_dataclasses,
+    shares_memory,
 )
 from anabranch.export._sizes import SPECIAL, Dim, Sizes, shape_at, size_at
-from anabranch.export._snapshot import Fresh, Snapshot
-from anabranch.export._trial import changed_between, state_of
+from anabranch.export._snapshot import Fresh, Snapshot, alias
+from anabranch.export._state import State
+from anabranch.export._trial import changed_between, state_of, written
 from anabranch.export._uncaptured import READS_ON_HOST, Uncaptured, source_of
 
 __all__ = [
@@ -48,8 +50,11 @@ __all__ = [
     "SizeOutput",
     "Sizes",
     "Snapshot",
+    "State",
     "TensorSpec",
     "Uncaptured",
+    "about_hooks",
+    "alias",
     "changed_between",
     "copy_of",
     "cut",
@@ -70,10 +75,12 @@ __all__ = [
     "run_in_eager",
     "same_computation",
     "shape_at",
+    "shares_memory",
     "size_at",
     "source_of",
     "state_of",
     "tensorize",
     "undisturbed",
     "valid_integer",
+    "written",
 ]

@@ -63,7 +63,7 @@ def compute_constants(
     if device.type == "cpu":
         return
     known: dict[fx.Node, Any] = {
-        n: t for n, (name, t) in weights.items() if t.device.type == "cpu" and _is_literal(name)
+        n: t for n, (name, t) in weights.items() if t.device.type == "cpu" and is_literal(name)
     }
     made_of_nothing: dict[fx.Node, bool] = dict.fromkeys(known, True)
     for node in gm.graph.nodes:
@@ -129,7 +129,7 @@ def _replace(
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user in users)
 
 
-def _is_literal(name: str) -> bool:
+def is_literal(name: str) -> bool:
     """Whether a weight is a tensor that the model's code makes of numbers."""
     return name.rsplit(".", 1)[-1].startswith("lifted_tensor")
 

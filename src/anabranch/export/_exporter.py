@@ -24,12 +24,14 @@ from anabranch.export._diagnosis import NotExported, copy_of, diagnose, first_li
 from anabranch.export._forward import TENSOR, Forward, Seen
 from anabranch.export._generators import generators_kept
 from anabranch.export._leaks import Watch
+from anabranch.export._numbers import NotCarried
 from anabranch.export._recurrent import weights_apart
 from anabranch.export._signature import TensorSpec
 from anabranch.export._sizes import noting_lines
 from anabranch.export._snapshot import Fresh, Snapshot
 from anabranch.export._trial import Trial, needs_trial, try_out
 from anabranch.export._uncaptured import source_of
+from anabranch.export._writes import Recorded
 
 # torch.export copies tree specs of its own in a way that PyTorch deprecates; whoever sees it can do nothing about it.
 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning, module="copyreg")
@@ -99,12 +101,13 @@ class Exporter:
             tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
             rest = [TENSOR if isinstance(x, torch.Tensor) else x for x in leaves], structure
         forward = Forward(traced.module, self.specs, *options, numbers=self._numbers, rest=rest)
+        known = self.specs, traced
         try:
             if rest is None:
-                exported = _export(forward, self._args, self._kwargs, self._given, decompose)
+                exported = _export(forward, self._args, self._kwargs, self._given, *known, decompose)
             else:
                 with noting_lines(self.lines):
-                    exported = _export(forward, tensors, {}, None, decompose, self._free)
+                    exported = _export(forward, tensors, {}, None, *known, decompose, self._free)
         finally:
             if forward.seen.recorder is not None:
                 forward.seen.recorder.is_over = True
@@ -164,11 +167,14 @@ def _export(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     given: Any,
+    specs: Sequence[TensorSpec],
+    traced: Fresh,
     decompose: bool = True,
     free: frozenset[tuple[int, int]] = frozenset(),
 ) -> ExportedProgram:
     """``given``: positional and keyword inputs with values, to find out by whose fault it fails; None: nobody asks.
-    ``free``: of ``args``, input and dimension of each size that becomes a symbol, if it can be one."""
+    ``specs``: of the inputs; ``traced``: the model's copy. ``free``: of ``args``, input and dimension of each
+    size that becomes a symbol, if it can be one."""
     exported: ExportedProgram | None = None
     try:
         with torch.no_grad():
@@ -183,16 +189,21 @@ def _export(
                 sizes = ([{d: torch.export.Dim.AUTO for j, d in free if j == i} for i in range(len(args))],)
                 dynamic = tuple(map(tuple, sizes)) if free else None
                 exported = torch.export.export(module, tuple(args), dict(kwargs), dynamic_shapes=dynamic, strict=False)
+                if module.seen.returned.refusal:
+                    raise UnsupportedModel(module.seen.returned.refusal)
+                recorded = Recorded(exported, module, module.seen.assignments)
+                module.seen.writes = recorded.writes(specs, traced)
                 if decompose:
                     _inline_grad_modes(exported)
                     _functional.prepare(exported, source_of)
+                    recorded.note_views(module.seen.writes, module.seen.recorder, source_of)
                     if not _functional.is_functional(exported):
                         with _functional.kept_whole():
                             exported = exported.run_decompositions({})
     except Exception as e:
         if module.seen.recorder is not None:
             module.seen.recorder.check(e)
-        if isinstance(e, UnsupportedModel) and exported is not None:
+        if isinstance(e, UnsupportedModel | NotCarried) and exported is not None:
             raise
         refusal = getattr(module.seen, "returned", None) and module.seen.returned.refusal
         if refusal or given is None:

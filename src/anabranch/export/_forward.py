@@ -9,12 +9,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from anabranch.export._assignments import Assignments
 from anabranch.export._layout import LayoutWatch
 from anabranch.export._leaks import Watch
 from anabranch.export._outputs import Returned
 from anabranch.export._precision import HalfPrecision
 from anabranch.export._signature import TensorSpec
 from anabranch.export._stand_ins import Recorder, TakesNumbers
+from anabranch.export._writes import Writes
 
 #: Stands for a tensor. The tensors themselves would live for as long as what export leaves behind.
 TENSOR = object()
@@ -31,6 +33,10 @@ class Seen:
     watch: Watch | None = None
     #: What it did with the numbers that are inputs.
     recorder: Recorder | None = None
+    #: What it assigned to attributes. None: it was not traced.
+    assignments: Assignments | None = None
+    #: What it writes.
+    writes: Writes | None = None
 
     def __init__(self) -> None:
         #: Where tensors lie that require a gradient and are no parameters of the model: torch.export forgets it.
@@ -98,6 +104,8 @@ class Forward(torch.nn.Module):
         if any(spec.is_lazy for spec in self._specs):
             specs = iter(self._specs)
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: next(specs).in_memory(x), (args, kwargs))
+        if is_traced():
+            self.seen.assignments = Assignments(self.model, pytree.tree_leaves((args, kwargs)))
         watch = LayoutWatch(pytree.tree_leaves((args, kwargs)))
         if self.seen.recorder is not None:
             args, kwargs = self.seen.recorder.enter((args, kwargs))
@@ -142,4 +150,16 @@ class Forward(torch.nn.Module):
     def _note(self, result: Any, watch: LayoutWatch) -> list[Any]:
         self.seen.returned, values = Returned.of(result)
         self.seen.reads_layout = watch.was_read
+        assignments = self.seen.assignments
+        if assignments is None:
+            return values
+        values = assignments.settle(values, self._precision is not None)
+        self.seen.returned.refusal = self.seen.returned.refusal or assignments.refusal or None
         return values
+
+
+def is_traced() -> bool:
+    """Whether operators of this thread are being recorded."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None

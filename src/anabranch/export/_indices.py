@@ -67,6 +67,9 @@ def valid_integer(
     placeholders = [n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)]
     given = dict(zip(placeholders[len(placeholders) - len(inputs) :], inputs, strict=True))
     given = {n: s for n, s in given.items() if _is_integer(s.dtype) and math.prod(s.shape) <= _LARGEST}
+    # The values of state, which nobody makes up.
+    kept = {n: s.values.cpu() for n, s in given.items() if s.values is not None}
+    given = {n: s for n, s in given.items() if n not in kept}
     if not given:
         return 0, ""
     nodes = [n for n in graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload)]
@@ -75,7 +78,7 @@ def valid_integer(
         # A wider type may hold what a narrow one cannot.
         fits = all(s.dtype is torch.bool or value <= torch.iinfo(s.dtype).max for s in given.values())
         filled = {n: torch.full(s.shape, value, dtype=s.dtype) for n, s in given.items()} if fits else {}
-        why = _fails(nodes, filled, values) if fits else why
+        why = _fails(nodes, filled | kept, values) if fits else why
         if not why:
             return value, ""
     return 0, why

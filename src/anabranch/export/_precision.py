@@ -237,7 +237,7 @@ def _functions(*names: str) -> frozenset[Any]:
 
 #: These gain: they take everything in half precision.
 _PRODUCTS = _functions(
-    *("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "addmm_", "baddbmm", "addbmm"),
+    *("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "addbmm"),
     *("mv", "addmv", "dot", "inner", "einsum", "tensordot", "chain_matmul", "multi_dot", "vecdot"),
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv_tbc"),
     *("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"),
@@ -253,6 +253,7 @@ _NORMS = _functions("layer_norm", "group_norm", "rms_norm", "instance_norm")
 _BATCH_NORM = _functions("batch_norm")
 #: These write into their first operand, or a copy of it.
 _INTO = _functions(
+    *("addmm_", "addbmm_", "baddbmm_", "addmv_", "addr_"),
     *("index_put", "index_put_", "index_add", "index_add_", "index_copy", "index_copy_", "masked_scatter"),
     *("masked_scatter_", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"),
     *("select_scatter", "slice_scatter", "diagonal_scatter"),

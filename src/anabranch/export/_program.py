@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from anabranch.errors import UnsupportedModel
@@ -29,11 +29,26 @@ from anabranch.export._numbers import NumberInput, Numbers
 from anabranch.export._outputs import ComputedOutput, Output, classify, storage_of
 from anabranch.export._precision import Cast
 from anabranch.export._recurrent import call_cudnn
+from anabranch.export._reinplace import reinplace
 from anabranch.export._signature import TensorSpec
 from anabranch.export._sizes import Sizes
 from anabranch.export._snapshot import Fresh, Snapshot
 from anabranch.export._stand_ins import bind
+from anabranch.export._state import (
+    State,
+    drop_unused,
+    hand_back,
+    new_values,
+    notes_of,
+    put_after,
+    results_of,
+    set_apart,
+    take_states,
+    write_back,
+    writes_of,
+)
 from anabranch.export._uncaptured import Uncaptured, direct_only, reading, source_of, uncapturable, with_line
+from anabranch.export._writes import check_cast
 
 _aten = torch.ops.aten
 
@@ -42,8 +57,10 @@ _aten = torch.ops.aten
 class Program:
     """A model for one signature, as a flat graph.
 
-    ``module(*weights, *inputs)`` returns a tuple of newly computed tensors; ``inputs`` are the call's tensor leaves in
-    order. Nodes carry fake tensors under ``meta["val"]``. Immutable after export; may be run by any thread.
+    ``module(*weights, *inputs, *states, *numbers)`` returns a tuple of newly computed tensors; ``inputs`` are the
+    call's tensor leaves in order. What it writes, it writes last: the graph ends with an ``aten.copy_`` into the
+    placeholder of each input and state that it changes. Nodes carry fake tensors under ``meta["val"]``. Immutable after
+    export; may be run by any thread.
     """
 
     module: fx.GraphModule
@@ -67,6 +84,10 @@ class Program:
     reads_layout: bool = False
     #: Inputs whose storage is read from its very beginning, with the operator that does it.
     absolute: tuple[tuple[int, str], ...] = ()
+    #: Which of its tensor inputs it writes: positions among the call's own, and then its states.
+    written: frozenset[int] = frozenset()
+    #: Buffers that this program writes, or another of the engine, and this one reads: its inputs after the call's own.
+    state: tuple[State, ...] = ()
     #: What a user should know of the export, a line each.
     notes: tuple[str, ...] = ()
     #: The call's numbers that it takes after the tensors.
@@ -80,6 +101,12 @@ class Program:
         """Of a program for many sizes: the same for these alone. It has the same graph, weights and kernels."""
         assert self.sizes is not None
         return replace(self, sizes=None, values=self.sizes.values(shapes))
+
+    @functools.cached_property
+    def in_place(self) -> fx.GraphModule:
+        """:attr:`module` for who runs it operator by operator: it writes what it writes where that lies, if that is
+        right, and copies nothing."""
+        return reinplace(self.module) if self.written else self.module
 
     @functools.cached_property
     def why_not_by_shape(self) -> str:
@@ -109,8 +136,8 @@ class Program:
 
     @property
     def is_empty(self) -> bool:
-        """Nothing is computed: each output is an input, a parameter or a constant."""
-        return not any(isinstance(o, ComputedOutput) for o in self.outputs)
+        """Nothing is computed: each output is an input, a parameter or a constant, and nothing is written."""
+        return not self.written and not any(isinstance(o, ComputedOutput) for o in self.outputs)
 
 
 def export_program(
@@ -122,6 +149,7 @@ def export_program(
     aside: Callable[..., Any] = lambda call, lasting=False: call(),
     numbers: frozenset[int] = frozenset(),
     free: frozenset[tuple[int, int]] = frozenset(),
+    state: frozenset[str] = frozenset(),
 ) -> Program:
     """Export a copy of ``model`` for these inputs; with ``cast``, in that precision.
 
@@ -129,6 +157,7 @@ def export_program(
     them the model does not need to know.
     ``numbers``: positions of those among the leaves that become inputs of the program, in place of a part of it; see
     :attr:`Program.numbers`. Raises :class:`NotCarried` where one cannot.
+    ``state``: names of buffers that other programs of the engine write; where the model reads one, it is an input, too.
 
     Each input tensor must have memory of its own: what shares a storage is taken for one value. The program's inputs
     are what lies in memory of them, with canonical strides (see :class:`TensorSpec`). Their values are not read;
@@ -137,8 +166,8 @@ def export_program(
     makes is kept): the model is called once with made-up values before it is traced. Called with the build lock held.
 
     Raises :class:`InputError` where the model rejects the inputs and :class:`UnsupportedModel` where an engine could
-    not reproduce it: a buffer or an input that it changes in place, control flow that depends on data, state of
-    Python's that its results depend on.
+    not reproduce it: a parameter that it changes in place, control flow that depends on data, state of Python's that
+    its results depend on.
     """
     check_global_hooks()
     if any(isinstance(x, torch.Generator) for x in pytree.tree_leaves((args, kwargs))):
@@ -150,17 +179,21 @@ def export_program(
     exporter = Exporter(args, kwargs, given or (args, kwargs), aside, numbers, free)
     options: tuple[Any, ...] = ()
     if cast is not None:
-        exported, *_ = exporter.export(snapshot, decompose=False)
+        exported, _, plain = exporter.export(snapshot, decompose=False)
         options = (cast.precision, _output_dtypes(exported))
     exported, traced, seen = exporter.export(cast.snapshot if cast is not None else snapshot, *options)
-    program = _flatten(exported, traced, cast, exporter.specs, seen, aside, pytree.tree_leaves((args, kwargs)))
+    if cast is not None:
+        check_cast(plain.writes, seen.writes, cast.precision)
+    leaves = pytree.tree_leaves((args, kwargs))
+    program = _flatten(exported, traced, cast, exporter.specs, seen, aside, leaves, state)
     program.reads_layout = seen.reads_layout
     if free:
         take_any_length(program.module)
         placeholders = program.module.graph.find_nodes(op="placeholder")[len(program.weights) :]
-        program.sizes = Sizes([n.meta["val"] for n in placeholders], exporter.lines)
+        own = [n.meta["val"] for n in placeholders if "state" not in n.meta]
+        program.sizes = Sizes(own, exporter.lines)
     del exported, traced
-    program.notes = exporter.notes()
+    program.notes = (*exporter.notes(), *program.notes)
     return program
 
 
@@ -179,19 +212,10 @@ def _flatten(
     seen: Seen,
     aside: Callable[..., Any],
     leaves: Sequence[Any],
+    others: frozenset[str],
 ) -> Program:
     returned = seen.returned
     signature = exported.graph_signature
-    for spec in signature.output_specs:
-        if spec.kind is not OutputKind.USER_OUTPUT:
-            what = str(spec.kind).rsplit(".", 1)[-1].lower().replace("_", " ")
-            target = (spec.target or "").removeprefix("model.")
-            hint = " Call model.eval() first?" if spec.kind is OutputKind.BUFFER_MUTATION else ""
-            raise UnsupportedModel(
-                f"the model changes {target!r} in place ({what}); an engine is immutable and cannot keep that change."
-                f" Make it an output of the model instead.{hint}"
-            )
-
     gm = fx.GraphModule(exported.graph_module, copy.deepcopy(exported.graph_module.graph))
     numbers = bind(gm, seen.recorder, leaves) if seen.recorder is not None else []
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -231,6 +255,12 @@ def _flatten(
                 " outside the model."
             )
 
+    new = new_values(gm.graph, dict(zip(placeholders, signature.input_specs, strict=True)), signature)
+    states = take_states(weights, new, traced, others)
+    put_after([*weights, *inputs], list(states))
+    write_back(gm.graph, new)
+    views = hand_back(gm.graph, inputs, seen.writes)
+
     literals = {n: t for n, (name, t) in weights.items() if name.rsplit(".", 1)[-1].startswith("lifted_tensor")}
     _functional.fold_literals(gm.graph, literals)
     original = traced.original
@@ -247,7 +277,7 @@ def _flatten(
     data_dependent = any(u.why == "data-dependent" for u in uncaptured)
     _propagate(gm, data_dependent)
     asks = pin_default_dtype(gm)
-    device = _device(inputs, weights)
+    device = _device(inputs, (*(t for _, t in weights.values()), *(s.initial for s in states.values())))
     on_cpu = {n for n in inputs if is_on_cpu(n)} if device is not None and device.type != "cpu" else set()
     known = {u.operator for u in uncaptured}
     uncaptured = (*uncaptured, *(u for u in reading(gm.graph, on_cpu) if u.operator not in known))
@@ -255,8 +285,12 @@ def _flatten(
         compute_constants(gm, weights, device, storage_of, aside)
     for node, spec in zip(inputs, specs, strict=True):
         node.meta["lazy"] = {_aten._conj.default: spec.conj, _aten._neg_view.default: spec.neg}
-    absolute = _absolute(gm.graph, inputs, specs)
-    outputs = returned.outputs(classify(gm, inputs, weights, source_of, original))
+    absolute = _absolute(gm.graph, inputs, specs, states)
+    set_apart(gm.graph, states, views, results_of(seen.writes, states))
+    made = classify(gm, inputs, weights, source_of, original)
+    for i, view in views.items():
+        made[i] = replace(made[i], view=view)  # type: ignore[arg-type]
+    outputs = returned.outputs(made)
     if any(spec.layout for spec in specs) and not data_dependent:
         fresh = {n for n in gm.graph.nodes if n.op == "call_function"} - aliases(gm.graph)
         for node, spec in zip(inputs, specs, strict=True):
@@ -271,8 +305,10 @@ def _flatten(
     for node in [n for n in weights if not n.users]:
         gm.graph.erase_node(node)
         del weights[node]
+    states = drop_unused(states)
     assert _results(gm.graph) == computed
     gm.recompile()
+    writes = {n.args[0] for n in writes_of(gm.graph)}
     return Program(
         module=gm,
         # Compiled kernels read what lies in memory.
@@ -287,16 +323,19 @@ def _flatten(
         uncaptured=uncaptured,
         asks_default_dtype=tuple(with_line(n) for n in asks),
         absolute=absolute,
+        written=frozenset(i for i, n in enumerate((*inputs, *states)) if n in writes),
+        state=tuple(states.values()),
+        notes=notes_of(seen.writes, states),
         numbers=Numbers(tuple(map(NumberInput, numbers)), tuple(sorted(seen.recorder.positions)))
         if seen.recorder is not None
         else None,
     )
 
 
-def _device(inputs: Sequence[fx.Node], weights: Mapping[fx.Node, tuple[str, torch.Tensor]]) -> torch.device | None:
-    """Where the work of a graph is: the device of its inputs, or of its weights if there are none."""
+def _device(inputs: Sequence[fx.Node], held: Iterable[torch.Tensor]) -> torch.device | None:
+    """Where the work of a graph is: the device of its inputs, or of what the model holds if there are none."""
     found = [n.meta["val"].device for n in inputs]
-    found += [t.device for _, t in weights.values() if t.device.type != "cpu"]
+    found += [t.device for t in held if t.device.type != "cpu"]
     return next((d for d in found if d.type != "cpu"), found[0] if found else None)
 
 
@@ -328,14 +367,23 @@ def _propagate(gm: fx.GraphModule, data_dependent: bool) -> None:
         Propagate(gm).run(*args, enable_io_processing=False)
 
 
-def _absolute(graph: fx.Graph, inputs: Sequence[fx.Node], specs: Sequence[TensorSpec]) -> tuple[tuple[int, str], ...]:
+def _absolute(
+    graph: fx.Graph, inputs: Sequence[fx.Node], specs: Sequence[TensorSpec], states: Mapping[fx.Node, State]
+) -> tuple[tuple[int, str], ...]:
     """The inputs that the model reads from the beginning of their storage, not from their own first element."""
     found = []
     roots = {storage_of(n): i for i, n in enumerate(inputs)}
+    kept = {storage_of(n): state for n, state in states.items()}
     for node in graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload) or "as_strided" not in node.target.name():
             continue
         position = roots.get(storage_of(node.args[0]))
+        state = kept.get(storage_of(node.args[0]))
+        if state is not None and state.initial.nbytes != state.initial.untyped_storage().nbytes():
+            raise UnsupportedModel(
+                f"the model reads the memory of its state {state.name!r} past its shape ({with_line(node)}), and an"
+                " engine keeps no more than the state itself. Register its .clone(), or index it in the model."
+            )
         if position is None:
             continue
         if specs[position].layout:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from anabranch.export._random import is_random
+from anabranch.export._state import writes_of
 
 _aten = torch.ops.aten
 #: Elements of a tensor that is looked at.
@@ -27,6 +28,8 @@ def same_computation(made: Any, reference: Any, leaves: Sequence[Any]) -> bool:
         or made.data_dependent != reference.data_dependent
         or made.absolute != reference.absolute
         or made.reads_layout != reference.reads_layout
+        or made.written != reference.written
+        or [s.name for s in made.state] != [s.name for s in reference.state]
         or not _same_outputs(made.outputs, reference.outputs)
     ):
         return False
@@ -70,7 +73,7 @@ class _Comparison:
             for node in graph.nodes:
                 if node.op == "call_function" and node.all_input_nodes and self._is_closed(node):
                     self._known[node] = None  # computed where it is asked for
-            self._outputs.append(graph.output_node().args[0])
+            self._outputs.append((*graph.output_node().args[0], *writes_of(graph)))
 
     def _is_closed(self, node: fx.Node) -> bool:
         return isinstance(node.target, torch._ops.OpOverload) and all(

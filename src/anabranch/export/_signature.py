@@ -85,6 +85,8 @@ class TensorSpec:
     is_open: bool = False
     #: Dimensions of which the size varies from call to call; ``shape`` has an example.
     free: tuple[int, ...] = ()
+    #: What made-up ones hold, if that is known.
+    values: torch.Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, x: torch.Tensor, device: torch.device | None = None) -> TensorSpec:
@@ -125,6 +127,8 @@ class TensorSpec:
         Drawn from a generator of its own: the caller's random state is left alone.
         """
         x = self.empty(device)
+        if self.values is not None:
+            return x.copy_(self.values)
         if not x.numel():
             return x
         if x.is_floating_point() and x.element_size() >= 2:
@@ -213,6 +217,19 @@ def layouts_of(leaves: Sequence[Any]) -> tuple[Any, ...] | None:
         return None
     layouts = tuple(layout_of(x) for x in tensors)
     return layouts if any(x is not None for x in layouts) else None
+
+
+def shares_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether the bytes from the first to the last element of ``x`` and those of ``y`` have any in common."""
+    if not x.numel() or not y.numel() or x.device != y.device:
+        return False
+    start, other = x.data_ptr(), y.data_ptr()
+    return start < other + _extent(y) and other < start + _extent(x)
+
+
+def _extent(x: torch.Tensor) -> int:
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.element_size() * (last + 1)
 
 
 @functools.cache

@@ -77,7 +77,10 @@ class Snapshot:
         copier = _Copier()
         module = copier(self.module)
         keep_weights_in_place(module)
-        return Fresh(module, {id(new): old for old, new in copier.tensors}, self._originals, copier.generators)
+        sources = {id(new): old for old, new in copier.tensors}
+        copies = [new for _, new in copier.tensors]
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        return Fresh(module, sources, self._originals, copier.generators, copies, buffers)
 
     def replacing(self, parameters: Mapping[int, torch.nn.Parameter]) -> Snapshot:
         """Another snapshot, with other parameters in the place of those with these ids."""
@@ -100,21 +103,28 @@ class Fresh:
         sources: dict[int, torch.Tensor],
         originals: dict[int, weakref.ref[torch.Tensor]],
         generators: list[Any],
+        copies: list[torch.Tensor],
+        buffers: dict[str, torch.Tensor],
     ) -> None:
         self.module = module
+        #: The snapshot's buffers by name, which are the model's at compile, whatever a call has put in their place.
+        self.buffers = buffers
         #: NumPy's random generators that the model holds. They are the user's own.
         self.generators = generators
-        self._sources = sources
+        #: By id of a tensor of the copy: the snapshot's that it stands for.
+        self.sources = sources
+        #: What has these ids, which are theirs as long as they live.
+        self._copies = copies
         self._originals = originals
 
     def storages(self) -> set[int]:
         """Identities of the memory that the user's model shares."""
-        plain = (t for t in self._sources.values() if t.layout is torch.strided and type(t) in _PLAIN)
+        plain = (t for t in self.sources.values() if t.layout is torch.strided and type(t) in _PLAIN)
         return {t.untyped_storage()._cdata for t in plain}
 
     def source(self, tensor: torch.Tensor) -> torch.Tensor:
         """The snapshot's tensor that one of the copy stands for; itself if it stands for none."""
-        return self._sources.get(id(tensor), tensor)
+        return self.sources.get(id(tensor), tensor)
 
     def original(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor | None] | None:
         """As :meth:`Snapshot.original`, for a tensor of the copy or of the snapshot."""

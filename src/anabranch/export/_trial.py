@@ -116,8 +116,9 @@ class _Harmless(TorchDispatchMode):
             self._looks += 1
             if self._looks > _MOST_LOOKS:
                 raise _StopTrial("looks at values again and again")
-        if any(self._is_weight(x) for x in written(func, args, kwargs)):
-            raise _StopTrial("writes a weight")
+        weights = [x for x in written(func, args, kwargs) if self._is_weight(x)]
+        if weights:
+            return self._unwritten(func, args, kwargs, weights)
         if draws(func, args, kwargs):
             return _zeros(func, args, kwargs)
         if isinstance(func, torch._ops.OpOverload) and any(_has_streams(x) for x in pytree.tree_leaves((args, kwargs))):
@@ -126,6 +127,18 @@ class _Harmless(TorchDispatchMode):
                 return _zeros(func, args, kwargs)
             if masked or torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
                 raise _StopTrial("depends on data")
+        return func(*args, **kwargs)
+
+    def _unwritten(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], weights: Sequence[Any]) -> Any:
+        """What an operator hands back that would write into these weights, and does not."""
+        returns = func._schema.returns
+        if all(r.alias_info is not None for r in returns):
+            results = list(written(func, args, kwargs))
+            return None if not returns else results[0] if len(returns) == 1 else tuple(results)
+        ids = {id(x) for x in weights}
+        args, kwargs = pytree.tree_map_only(
+            torch.Tensor, lambda x: x.clone() if id(x) in ids else x, (tuple(args), dict(kwargs))
+        )
         return func(*args, **kwargs)
 
     def _is_weight(self, x: Any) -> bool:
@@ -138,7 +151,7 @@ def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterat
     """What an operator writes into."""
     name = func.name()
     # These do not say that they update running statistics.
-    norm = "batch_norm" in name and "no_training" not in name
+    norm = ("batch_norm" in name or "instance_norm" in name) and "no_training" not in name
     for i, argument in enumerate(func._schema.arguments):
         value = args[i] if i < len(args) else kwargs.get(argument.name)
         info = argument.alias_info
@@ -149,7 +162,7 @@ def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterat
 
 
 def _trains(func: Any, args: Sequence[Any]) -> bool:
-    positions = [i for i, a in enumerate(func._schema.arguments) if a.name == "training"]
+    positions = [i for i, a in enumerate(func._schema.arguments) if a.name in ("training", "use_input_stats")]
     return not positions or len(args) <= positions[0] or bool(args[positions[0]])
 
 

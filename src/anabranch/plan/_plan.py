@@ -10,7 +10,8 @@ from typing import Any
 
 #: What a buffer is for. ``workspace`` and ``temporary`` are the hidden resources: no step names them in the model's
 #: own code, yet two steps that share one conflict (a cuBLAS workspace, a convolution's scratch memory).
-BUFFER_KINDS = ("input", "output", "weight", "static", "temporary", "workspace")
+#: ``state`` is a session's.
+BUFFER_KINDS = ("input", "output", "weight", "state", "static", "temporary", "workspace")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from anabranch.export import Program, TensorSpec, size_at, source_of
+from anabranch.export import Program, TensorSpec, size_at, source_of, written
 from anabranch.plan._plan import Access, Buffer, Plan, Step
 
 #: ATen ops that use no cuBLAS workspace. Everything else is assumed to, so that a new op errs on the safe side.
@@ -44,6 +44,13 @@ def _aliases(node: fx.Node) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in node.target._schema.returns)
 
 
+def _written(node: fx.Node) -> list[fx.Node]:
+    """What an operator writes into, of what it is given."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    return [x for x in written(node.target, node.args, node.kwargs) if isinstance(x, fx.Node)]
+
+
 class Planned(NamedTuple):
     """A plan, and where each of the program's results lies at its end; nothing for a number."""
 
@@ -72,7 +79,7 @@ def plan_program(
 
     ``eager`` shows each operator. A compiled backend's kernels are one step: what it does inside is its own, and
     memory inside comes from the lane it runs on. A captured plan copies inputs into the context's memory first and
-    outputs out of it last; a direct plan reads and writes the caller's tensors.
+    outputs out of it last, and inputs that it has written; a direct plan reads and writes the caller's tensors.
 
     ``graph``: the program's as its backend runs it, where that is several pieces and operators between them; its
     inputs and results are the program's own.
@@ -92,15 +99,22 @@ def plan_program(
         return Access(label)
 
     in_pieces = graph is not None
-    graph = graph or program.module.graph
+    if graph is None:
+        graph = (program.in_place if backend == "eager" else program.module).graph
     placeholders = graph.find_nodes(op="placeholder")
     split = len(program.weights)
     of: dict[fx.Node, tuple[Access, ...]] = {}
     for node, weight_name in zip(placeholders[:split], program.weight_names, strict=True):
         of[node] = (buffer(f"weight {weight_name}", "weight", node.meta["val"]),)
+    numbers = len(program.numbers.inputs) if program.numbers is not None else 0
+    given = len(placeholders) - split - len(program.state) - numbers
     tensors = [n for n in placeholders[split:] if isinstance(n.meta.get("val"), torch.Tensor)]  # and numbers
+    sources: list[Access] = []
     for i, (node, spec) in enumerate(zip(tensors, inputs, strict=True)):
-        source = buffer(f"input {i}", "input", spec)
+        is_state = 0 <= i - given < len(program.state)
+        name = f"state {program.state[i - given].name}" if is_state else f"input {i}"
+        source = buffer(name, "state" if is_state else "input", spec)
+        sources.append(source)
         if captured:
             static = buffer(f"static input {i}", "static", spec)
             steps.append(Step(f"copy in {i}", lane, (source,), (static,), "copy", "copy_"))
@@ -133,6 +147,12 @@ def plan_program(
                 of[node] = (base[which],) if isinstance(which, int) and which < len(base) > 1 else base
                 steps.append(Step(node.name, lane, (), (), "view", str(node.target), source_of(node)))
                 continue
+            if (targets := _written(node)) and all(n in of for n in targets):
+                writes = _unique(a for n in targets for a in of[n])
+                of[node] = of[targets[0]]
+                extra = workspace if _uses_workspace(node) else ()
+                steps.append(Step(node.name, lane, reads, (*writes, *extra), "op", str(node.target), source_of(node)))
+                continue
             values = node.meta.get("val")
             parts = values if isinstance(values, list | tuple) else [values]
             label, kind = label_of(node)
@@ -156,8 +176,12 @@ def plan_program(
         for n, w in zip(dict.fromkeys(results), writes, strict=True):
             of[n] = (w,)
         count = sum(n.op == "call_function" for n in graph.nodes)
-        steps.append(Step("kernels", lane, reads, (*writes, *workspace), "kernels", f"{backend}: {count} ops"))
+        in_place = tuple(a for i in sorted(program.written) for a in of[tensors[i]])
+        touched = (*writes, *in_place, *workspace)
+        steps.append(Step("kernels", lane, reads, touched, "kernels", f"{backend}: {count} ops"))
     if captured:
+        for i in sorted(program.written):
+            steps.append(Step(f"copy back {i}", lane, of[tensors[i]], (sources[i],), "copy", "copy_"))
         for i, node in enumerate(results):
             out = buffer(f"output {i}", "output", node.meta["val"])
             steps.append(Step(f"copy out {i}", lane, of[node], (out,), "copy", "copy_"))

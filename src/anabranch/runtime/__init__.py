@@ -2,6 +2,7 @@
 
 from anabranch.runtime._compile import compile
 from anabranch.runtime._engine import Engine
+from anabranch.runtime._session import Session
 from anabranch.runtime._stats import Stats
 
-__all__ = ["Engine", "Stats", "compile"]
+__all__ = ["Engine", "Session", "Stats", "compile"]

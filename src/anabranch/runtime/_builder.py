@@ -94,9 +94,12 @@ class Builder:
                 if not given:
                     raise
                 # Made-up values may be at fault.
-                signature = self._unit.signature
+                signature, made_up = self._unit.signature, examples
                 examples = [s.in_memory(x) for s, x in zip(signature.given, given, strict=True)]
+                examples += made_up[len(examples) : len(self._unit.specs) - len(signature.numbers)]
                 examples += self._unit.numbers(signature.values)
+                # The caller's own are for the call to write into.
+                examples = [x.clone() if i in self._unit.written else x for i, x in enumerate(examples)]
                 examples = examples if self._choice.backend == "eager" else self._unit.canonical(examples)
                 self._warm_up(run, examples, times=1)
             self._compare(run, examples)
@@ -186,7 +189,7 @@ class Builder:
         try:
             with self._clock.phase("warm-up"):
                 for _ in range(times):
-                    run(examples)
+                    self._unit.resetting(run)(examples)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # in torch.linalg, not in its stubs
             pass  # the values were at fault (not positive definite, say); the caller's own may do
         except torch.OutOfMemoryError:
@@ -211,6 +214,7 @@ class Builder:
             return run
         try:
             with self._clock.phase("warm-up"):
+                self._unit.reset(examples)
                 why = why_off(self._program, run, examples)
         except Exception as e:  # made-up values may be at fault, or memory is short
             self._device.check_error(e)
@@ -246,6 +250,7 @@ class Builder:
         calls, pool = self._calls, self._calls.contexts.pool
         with self._device.on_stream(stream), calls.trying_graph(context, run, stream) as ways:
             rounds = {} if self._lowered is None else {"rounds": _ROUNDS_OF_SHAPE}
+            ways = [self._unit.resetting(way) for way in ways]
             graph, direct = measure(ways, (examples, self._unit.examples()), stream, **rounds)
         self._choice.measured = {"graph": graph.us, "direct": direct.us}
         is_better = graph.is_better(direct)
@@ -280,7 +285,7 @@ class Builder:
                     scratch.lane.load_workspaces()  # first of all, as in _build_on_lane
                 with scratch.using(), self._calls.trying_operators(operators) as ways:
                     examples = [unit.examples(), unit.examples()]
-                    compiled, eager = measure(ways, examples, scratch.stream)
+                    compiled, eager = measure([unit.resetting(way) for way in ways], examples, scratch.stream)
                 taken = eager.is_better(compiled)
                 choice.measured |= {"compiled": compiled.us, "operators": eager.us}
             except torch.OutOfMemoryError:

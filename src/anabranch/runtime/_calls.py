@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from anabranch.backends import Instance, Kernels, Stateful
 from anabranch.devices import Stream
 from anabranch.runtime._context import Context
@@ -28,8 +30,9 @@ class Calls(Protocol):
     #: What runs where no graph does.
     direct: Direct
 
-    def __call__(self, leaves: Sequence[Any]) -> Any:
-        """Run one call on the calling thread's current stream. ``leaves`` have passed validation."""
+    def __call__(self, leaves: Sequence[Any], state: Sequence[torch.Tensor] = ()) -> Any:
+        """Run one call on the calling thread's current stream. ``leaves`` have passed validation. ``state``: a
+        session's tensors, in the program's order, which nobody else uses meanwhile."""
 
     def take_uses(self) -> int:
         """How many calls have come since this was asked last, about."""

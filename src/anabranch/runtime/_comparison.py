@@ -11,7 +11,8 @@ fall either way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ def why_off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> 
     """Why ``kernels`` do not compute what ``program`` says, or nothing. They must have run before."""
     if program.is_random:
         return ""
+    if program.written:
+        program, kernels = _with_writes(program), _telling_writes(program.written, kernels)
     why = _off(program, kernels, inputs)
     for seed in _SEEDS:
         why = why and _off(program, kernels, _redrawn(inputs, seed))
@@ -53,13 +56,13 @@ def why_off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> 
 
 def _off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> str:
     operators: Any = get_backend("eager").lower(program, [], Options())
-    got, wanted = kernels(inputs), operators(inputs)
+    got, wanted = kernels(inputs), operators(_to_write(program, inputs))
     places = [i for i, e in enumerate(wanted) if e.dtype in _BOUNDS]
     far = {i: _error(got[i], wanted[i], wanted[i].dtype) for i in places}
     if all(far[i] <= _BOUNDS[wanted[i].dtype] for i in places):
         return ""
     figures = f"off by {max(far.values()):.1e} of the largest value, of made-up inputs"
-    exact = _in_float64(program, inputs)
+    exact = _in_float64(program, _to_write(program, inputs))
     if exact is None:
         return f"compiled kernels are {figures}"
     for i in places:
@@ -69,6 +72,33 @@ def _off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> str
         if own < _LOST and not theirs <= max(_FACTOR * own, _BOUNDS[dtype]):
             return f"compiled kernels are {figures}, and farther from what float64 gives than PyTorch's operators"
     return ""
+
+
+def _with_writes(program: Program) -> Program:
+    """``program``, which returns what it writes, too."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    results = graph.graph_copy(program.module.graph, copied)
+    inputs = graph.find_nodes(op="placeholder")[len(program.weights) :]
+    writes = {n.args[0]: n for n in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)}
+    graph.output((*results, *(writes[inputs[i]] for i in sorted(program.written))))  # type: ignore[misc]
+    return replace(program, module=fx.GraphModule(program.module, graph))
+
+
+def _to_write(program: Program, inputs: _Tensors) -> _Tensors:
+    """``inputs`` for a run of ``program``, which leaves them as they are."""
+    return [x.clone() if i in program.written else x for i, x in enumerate(inputs)]
+
+
+def _telling_writes(written: Iterable[int], kernels: Kernels | Instance) -> Kernels:
+    """``kernels``, which return what they write, too, and leave what they are given as it was."""
+
+    def run(inputs: _Tensors) -> _Tensors:
+        own = [x.clone() if i in written else x for i, x in enumerate(inputs)]
+        results = kernels(own)
+        return [*results, *(own[i] for i in sorted(written))]
+
+    return run
 
 
 def _error(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:

@@ -13,8 +13,17 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from anabranch import _sync
 from anabranch.devices import Device
-from anabranch.errors import AnabranchError, BuildError, DeviceLost, EngineClosed, FlagsChanged, InputError
+from anabranch.errors import (
+    AnabranchError,
+    BuildError,
+    DeviceLost,
+    EngineClosed,
+    FlagsChanged,
+    InputError,
+    UnsupportedModel,
+)
 from anabranch.export import (
     Cast,
     NotCarried,
@@ -22,6 +31,7 @@ from anabranch.export import (
     Signature,
     Snapshot,
     Uncaptured,
+    alias,
     export_program,
     first_line,
     generators_kept,
@@ -61,6 +71,8 @@ class Compiler:
         self._index, self._torch_device = settings.index, settings.torch_device
         self._table, self._varying = table, table.varying
         self._default_device = torch.get_default_device()
+        #: Copies of buffers that the model writes, by name, as they were when that was first known.
+        self.initial: dict[str, torch.Tensor] = _sync.dict_("initial state")
         # Once for all signatures: what happens to the model later is nothing to the engine, and the caller of a later
         # signature need not wait until a copy of the weights is written.
         with neutral(settings.device, settings.index):
@@ -255,9 +267,26 @@ class Compiler:
         # input by this call and by all later ones.
         args, kwargs = pytree.tree_unflatten(signature.examples(self._torch_device), signature.structure)
         with clock.phase("export"):
-            program = export_program(self.snapshot, args, kwargs, self.cast, given, self.aside, numbers, free)
+            state = frozenset(self.initial)
+            program = export_program(self.snapshot, args, kwargs, self.cast, given, self.aside, numbers, free, state)
         self._check_flags()  # another thread may have set one meanwhile
-        return program
+        return self._with_initial(program)
+
+    def _with_initial(self, program: Program) -> Program:
+        """``program``, whose state begins as the model's buffers were when they were first known to be written."""
+        new = {s.name: s.initial for s in program.state if s.name not in self.initial}
+        for made in self._table:
+            taken = new.keys() & set(made.program.weight_names)
+            if taken:
+                raise UnsupportedModel(
+                    f"with these inputs the model writes {min(taken)!r}, and calls of other inputs ({made.signature})"
+                    " were compiled for what it held at first. Compile for inputs first with which the model writes it."
+                )
+        kept: dict[str, torch.Tensor] = {}
+        if new:
+            self.aside(lambda: kept.update((name, alias(x).clone()) for name, x in new.items()), lasting=True)
+        self.initial.update(kept)
+        return replace(program, state=tuple(replace(s, initial=self.initial[s.name]) for s in program.state))
 
     def _build(self, program: Program, signature: Signature, leaves: Sequence[Any], clock: Clock) -> Specialization:
         given = () if self._device.has_streams else [x for x in leaves if isinstance(x, torch.Tensor)]

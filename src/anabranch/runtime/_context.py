@@ -82,7 +82,7 @@ class Context:
             if unit.workspaces:
                 lane.load_workspaces()
             with device.on_stream(lane.stream), memory.using():
-                inputs = [spec.synthesize(unit.torch_device) for spec in unit.specs]
+                inputs = unit.examples()
                 run = of_one(kernels, lane.stream)
                 # Per-thread and per-stream set-up of libraries is not allowed to happen inside the capture.
                 run(inputs)

@@ -65,7 +65,10 @@ class Direct:
         Other threads may set flags while the kernels are queued (``torch.export`` does, for as long as it traces): so
         the flags are looked at before and after, and a run in which they changed is thrown away.
         """
-        kernels, watch = kernels or self.kernels, self._unit.watch
+        kernels, unit = kernels or self.kernels, self._unit
+        watch = unit.watch
+        if unit.written:
+            return self._run_writing(inputs, kernels)
         if not watch.reads_any:
             return kernels(self.canonical(inputs))
         for _ in range(3):
@@ -76,6 +79,22 @@ class Direct:
         raise FlagsChanged(
             "numerics flags changed again and again during a call, in another thread; set them once, before the calls"
         )
+
+    def _run_writing(self, inputs: Sequence[torch.Tensor], kernels: Kernels | Instance) -> Sequence[torch.Tensor]:
+        """As :meth:`run`, of a program that writes into what it is given: what was written cannot be thrown away."""
+        unit = self._unit
+        if unit.watch.reads_any:
+            unit.watch.check()
+        used = self.canonical(inputs)
+        results = kernels(used)
+        unit.write_back(inputs, used)
+        if unit.watch.reads_any and not unit.watch.unchanged():
+            written = ", ".join(map(unit.name_of, unit.written))
+            raise FlagsChanged(
+                f"numerics flags changed during a call, in another thread, and what it wrote ({written}) may be of"
+                " other precision; set them once, before the calls"
+            )
+        return results
 
     def _queue(self, inputs: Sequence[torch.Tensor], stream: Stream) -> Sequence[torch.Tensor]:
         event = self.last_uses.of_stream(stream.stream_id)

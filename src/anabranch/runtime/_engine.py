@@ -7,26 +7,34 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from anabranch import _activity, _sync
 from anabranch.devices import Device
-from anabranch.errors import BuildError, DeviceLost, EngineClosed, InputError, NotCapturable, UnsupportedModel
-from anabranch.export import NotExported, Signature, hooks_of, keyword_order_matters, name_of
+from anabranch.errors import (
+    BuildError,
+    DeviceLost,
+    EngineClosed,
+    InputError,
+    NotCapturable,
+    UnsupportedModel,
+)
+from anabranch.export import NotExported, Signature, about_hooks, keyword_order_matters
 from anabranch.plan import Plan
 from anabranch.runtime import _phases
 from anabranch.runtime._calls import Runtime
 from anabranch.runtime._compiler import Compiler
-from anabranch.runtime._given import device_of, inputs_of, tensors_for
+from anabranch.runtime._given import check_modes, device_of, inputs_of, tensors_for
 from anabranch.runtime._guarded import Guarded
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._pool import Limits
 from anabranch.runtime._process import is_neutral, neutral, process
 from anabranch.runtime._python import PythonCalls
+from anabranch.runtime._session import Session, refuse_without_session
 from anabranch.runtime._settings import DEFAULT_MAX_CONTEXTS, Settings
 from anabranch.runtime._shapes import Shapes
 from anabranch.runtime._specialization import Specialization
@@ -34,20 +42,6 @@ from anabranch.runtime._stats import Counters, Stats
 from anabranch.runtime._table import Table
 
 _log = logging.getLogger("anabranch")
-
-
-#: By name: their modules are half of the compiler.
-_TRACING_MODES = ("FakeTensorMode", "FunctionalTensorMode", "ProxyTorchDispatchMode")
-
-
-def _check_modes() -> None:
-    """Refuse a call from inside a trace of the caller's, where operators compute no values."""
-    for mode in _get_current_dispatch_mode_stack():
-        if type(mode).__name__ in _TRACING_MODES:
-            raise InputError(
-                f"the call is made under a {type(mode).__name__}, where operators compute no values; engines run on"
-                " real tensors. Call the engine outside of it, or trace the model itself."
-            )
 
 
 @_sync.atomics("_closed", "_guarded")
@@ -79,11 +73,13 @@ class Engine:
         self._table = Table(self._torch_device, keyword_order_matters(model), dynamic)
         parts = self._runtime, self._limits, self._counters, self._table
         self._compiler: Compiler | None = Compiler(settings, model, precision, *parts)
+        #: What state of the model begins as, by name: of each buffer that it is known to write.
+        self._initial: Mapping[str, torch.Tensor] = self._compiler.initial
         added, removed = weakref.WeakMethod(self._added), weakref.WeakMethod(self._removed)
         self._shapes = Shapes(self._table, limits, self._compiler, added, removed)
-        self._hooks = [f"{name_of(hook)} on {name!r}" for name, hook in hooks_of(self._compiler.snapshot.module)]
+        self._hooks = about_hooks(self._compiler.snapshot.module)
         if self._hooks:
-            warnings.warn(f"{settings.name} is compiled {self._about_hooks()}", stacklevel=3)
+            warnings.warn(f"{settings.name} is compiled {self._hooks}", stacklevel=3)
         self._in_fragments = in_fragments
         #: What serves signatures that torch.export refuses, once there was one.
         self._guarded: Guarded | None = None
@@ -105,12 +101,16 @@ class Engine:
         :class:`~anabranch.errors.FlagsChanged`, :class:`~anabranch.errors.NotCapturable`; and
         :class:`~anabranch.errors.DeviceLost` after a CUDA error that lasts.
         """
+        return self._call_for(None, args, kwargs)
+
+    def _call_for(self, session: Session | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of ``session``, or one of a model that keeps no state."""
         if process.is_exiting:
             process.wait_for_exit()
         if self._closed or self._generation != process.generation or self._device.lost():
             self._check_usable()
         if torch._C._len_torch_dispatch_stack():
-            _check_modes()
+            check_modes()
         leaves, key = self._table.key(args, kwargs)
         specialization = self._table.find(key, leaves)
         if specialization is None and self._guarded is None:
@@ -118,13 +118,30 @@ class Engine:
             self._counters.add("waits_for_build")
         if specialization is None:
             return self._call_guarded(args, kwargs)
+        if specialization.program.state and session is None:
+            refuse_without_session(self, specialization.program.state)
         if specialization.is_range:
             self._shapes.met(key, leaves, lambda: self._table.flatten(args, kwargs)[1], specialization)
+        run = specialization.calls if session is None else partial(session.run, specialization)
         if is_neutral(self._device, self._index):
             with self._device.range(self._settings.name):
-                return specialization.calls(leaves)
+                return run(leaves)
         with neutral(self._device, self._index), self._device.range(self._settings.name):
-            return specialization.calls(leaves)
+            return run(leaves)
+
+    def session(self, state: Mapping[str, torch.Tensor] | None = None) -> Session:
+        """State of its own for a series of calls, over the weights of this engine.
+
+        Any number of sessions may be called at once, each by one thread at a time. See :class:`Session`.
+
+        :param state: what another session's :attr:`Session.state` gave, to go on from there. None: the model's buffers
+            as they were at compile.
+        """
+        self._check_usable()
+        made = Session(self, self._initial)
+        if state is not None:
+            made.load(state)
+        return made
 
     def _call_guarded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a model that torch.export refuses."""
@@ -370,7 +387,7 @@ class Engine:
         cast = self._compiler.cast if self._compiler is not None else None
         lines = [f"{self!r}", *(cast.explain() if cast is not None else ())]
         if self._hooks:
-            lines.append(self._about_hooks())
+            lines.append(self._hooks)
         for specialization in self._table:
             lines += specialization.explain()
         lines += self._guarded.explain() if self._guarded is not None else ()
@@ -382,12 +399,6 @@ class Engine:
             " least recently used context"
         )
         return "\n".join(lines)
-
-    def _about_hooks(self) -> str:
-        return (
-            f"with hooks of yours ({', '.join(self._hooks)}): they run while compiling, on copies of what they refer"
-            " to. The values that they change are changed in calls too; nothing else of them happens in a call"
-        )
 
     def summary(self) -> dict[str, Any]:
         """What the engine consists of, for tools: dicts, lists, strings, numbers and None; ``json.dumps`` takes it.

@@ -184,7 +184,7 @@ def _where(node: fx.Node) -> str:
 def flatten(program: Program) -> FlatProgram | str:
     """``program`` as a list of operator calls, or the reason why it cannot be one."""
     try:
-        return _Flattening(program.module).made
+        return _Flattening(program.in_place).made
     except _Untranslatable as e:
         return str(e)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from anabranch.devices import Device, get_device
 from anabranch.errors import EngineClosed, InputError
@@ -193,3 +194,17 @@ def on_device(model: Any, device: torch.device) -> torch.nn.Module | ExportedPro
 
 def _tensors(values: Any) -> list[torch.Tensor]:
     return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+#: By name: their modules are half of the compiler.
+_TRACING_MODES = ("FakeTensorMode", "FunctionalTensorMode", "ProxyTorchDispatchMode")
+
+
+def check_modes() -> None:
+    """Refuse a call from inside a trace of the caller's, where operators compute no values."""
+    for mode in _get_current_dispatch_mode_stack():
+        if type(mode).__name__ in _TRACING_MODES:
+            raise InputError(
+                f"the call is made under a {type(mode).__name__}, where operators compute no values; engines run on"
+                " real tensors. Call the engine outside of it, or trace the model itself."
+            )

@@ -151,6 +151,7 @@ class NativeCalls:
             unit.torch_device,
             unit.device.native_api(core),
             [_meta(spec) for spec in unit.specs],
+            unit.written,
             unit.limits,
             unit.counters.core,
             weakref.ref(self),
@@ -168,14 +169,15 @@ class NativeCalls:
         #: Asked by the C++, for what it does not put together itself.
         self._finish = unit.finish
 
-    def __call__(self, leaves: Sequence[Any]) -> Any:
-        given, inputs = self._unit.inputs(leaves)
-        if self._unit.signature.is_range:
-            inputs = self.direct.canonical(inputs)
+    def __call__(self, leaves: Sequence[Any], state: Sequence[torch.Tensor] = ()) -> Any:
+        given, inputs = self._unit.inputs(leaves, state)
+        used = self.direct.canonical(inputs) if self._unit.signature.is_range else inputs
         try:
-            results = self.core.run(inputs) if self.runs_here else None
+            results = self.core.run(used) if self.runs_here else None
             if results is None:
-                results = self.direct(inputs)
+                results = self.direct(used)
+            if used is not inputs:
+                self._unit.write_back(inputs, used)
         except Exception as e:
             self._device.check_error(e)
             raise
@@ -375,7 +377,13 @@ class NativeEngine(core.EngineBase, Engine):
         calls: Any = made.calls
         # Calls with keywords, containers or numbers have the structure in their key: they come by Python.
         is_flat = all(isinstance(part, tuple) for part in key)
-        if is_flat and calls.takes_plain_tensors and calls.runs_here and not self._device.is_profiled:
+        if (
+            is_flat
+            and not made.program.state
+            and calls.takes_plain_tensors
+            and calls.runs_here
+            and not self._device.is_profiled
+        ):
             core.register(self, calls, calls.core, calls.finish)
 
     def _removed(self, made: Specialization) -> None:

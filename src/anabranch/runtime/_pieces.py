@@ -66,12 +66,12 @@ class Pieces:
         #: Of what may turn a call down in the middle of it.
         self._watches = [p.unit.watch for p in parts if not p.choice.uses_graphs and p.unit.watch.reads_any]
 
-    def __call__(self, leaves: Sequence[Any]) -> Any:
+    def __call__(self, leaves: Sequence[Any], state: Sequence[torch.Tensor] = ()) -> Any:
         """As :meth:`Calls.__call__`."""
         unit, device = self._unit, self._device
         if device.is_capturing(device.current_stream(unit.index)):
-            return self.whole(leaves)
-        given, inputs = unit.inputs(leaves)
+            return self.whole(leaves, state)
+        given, inputs = unit.inputs(leaves, state)
         return unit.finish(given, self.run(inputs))
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[Any]:

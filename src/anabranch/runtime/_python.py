@@ -24,8 +24,8 @@ class PythonCalls:
     """See :class:`anabranch.runtime._calls.Calls`.
 
     Streams: a call that uses a graph queues everything on the caller's stream ``s``, in this order: ``s`` waits for the
-    context's last use; inputs are copied in; the graph is launched; outputs are copied out; the context's event is
-    recorded. Others: see :class:`~anabranch.runtime._direct.Direct`.
+    context's last use; inputs are copied in; the graph is launched; outputs are copied out, and so are inputs that it
+    has written; the context's event is recorded. Others: see :class:`~anabranch.runtime._direct.Direct`.
     """
 
     def __init__(self, unit: Unit) -> None:
@@ -36,9 +36,9 @@ class PythonCalls:
         self._uses_graphs = False
         self._uses = 0
 
-    def __call__(self, leaves: Sequence[Any]) -> Any:
+    def __call__(self, leaves: Sequence[Any], state: Sequence[torch.Tensor] = ()) -> Any:
         self._uses += 1
-        given, inputs = self._unit.inputs(leaves)
+        given, inputs = self._unit.inputs(leaves, state)
         try:
             results = self._by_graph(inputs) if self._uses_graphs else None
             if results is None:
@@ -102,6 +102,8 @@ class PythonCalls:
         context.graph.launch(stream)
         for new, static in copies:
             new.copy_(static)
+        for i in self._unit.written:
+            inputs[i].copy_(context.inputs[i])
         context.done.record(stream)
         context.used_on = stream.stream_id
         return results

@@ -14,6 +14,7 @@ from anabranch.export import AliasOutput, Program, Signature
 from anabranch.plan import Plan
 from anabranch.plan._join import join_plans
 from anabranch.plan._planner import Planned, plan_program
+from anabranch.plan._sessions import two_calls
 from anabranch.race import PlanProof, check_plan
 from anabranch.runtime import _summary
 from anabranch.runtime._builder import Builder, Choice
@@ -69,7 +70,11 @@ class Specialization:
         # are one buffer, and which steps use it, is the same.
         proofs = of_range._proofs if of_range is not None else {}
         if self.is_captured not in proofs:
-            proofs[self.is_captured] = check_plan(self.plan()).raise_if_unordered()
+            plan = self.plan()
+            proofs[self.is_captured] = check_plan(plan).raise_if_unordered()
+            if self.program.state:
+                for same_session in (True, False):
+                    check_plan(two_calls(plan, same_session)).raise_if_unordered()
         return proofs[self.is_captured]
 
     @property
@@ -221,6 +226,13 @@ class Specialization:
             )
         elif device.has_streams and program.data_dependent:
             lines.append("  the host waits in each call, as eager does for these operators")
+        if program.state:
+            names = ", ".join(s.name for s in program.state)
+            size = sum(s.initial.nbytes for s in program.state)
+            lines.append(f"  state of a session: {names}; {size} bytes")
+        written = [unit_name for i in self.unit.written if (unit_name := self.unit.name_of(i)).startswith("input")]
+        if written:
+            lines.append(f"  writes into what it is given: {', '.join(written)}")
         handed_back = sum(isinstance(o, AliasOutput) for o in program.outputs)
         if handed_back:
             lines.append(f"  {handed_back} output(s) are inputs or parameters (or views of them), handed back as such")

@@ -48,20 +48,22 @@ def translate_wrapper(kernels: Wrapped, unit: Unit) -> Any:
     if program.is_random:
         return "it draws"
     shapes = [spec.shape for spec in unit.specs]
+    count = len(unit.signature.given)
     flat = follow(kernels.wrapper, len(kernels.weights) + len(shapes), device)
     if isinstance(flat, str):
         return flat
     try:
         made = translate_flat(flat, kernels.weights)
         api = unit.device.native_api(_library.load())
-        for at in (shapes, program.sizes.others(shapes) if program.sizes is not None else None):
+        for at in (shapes[:count], program.sizes.others(shapes[:count]) if program.sizes is not None else None):
             if at is None:
                 continue
-            given = [
-                replace(spec, shape=tuple(shape), strides=spec.strides_for(shape)).synthesize(device)
-                for spec, shape in zip(unit.specs, at, strict=True)
+            specs = [
+                replace(spec, shape=tuple(shape), strides=spec.strides_for(shape))
+                for spec, shape in zip(unit.specs, (*at, *shapes[count:]), strict=True)
             ]
-            found = differences(made.run(given, device, api), list(kernels(given)))
+            ours, theirs = ([spec.synthesize(device) for spec in specs] for _ in range(2))
+            found = differences([made.run(ours, device, api), ours], [list(kernels(theirs)), theirs])
             if found:
                 return f"its results differ: {found[0]}"
     except (RuntimeError, TypeError) as e:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from anabranch.errors import InputError
-from anabranch.export import Program, Signature, finisher, valid_integer
+from anabranch.export import Program, Signature, TensorSpec, alias, finisher, shares_memory, valid_integer
 from anabranch.plan._planner import uses_workspace
 from anabranch.runtime._flags import Watch
 from anabranch.runtime._settings import Settings
@@ -25,8 +26,14 @@ class Unit:
         the model takes no made-up input."""
         self.settings, self.program, self.limits, self.counters = settings, program, limits, counters
         self.device, self.index, self.torch_device = settings.device, settings.index, settings.torch_device
+        self._state = tuple(replace(TensorSpec.of(s.initial), values=_kept(s.initial)) for s in program.state)
         self.signature = signature if program.data_dependent or program.is_empty else self._with_integer(signature)
-        self.specs = self.signature.tensors
+        #: Of the tensors that the program is given: a call's, a session's, and those made of numbers.
+        self.specs = self._specs_of(self.signature)
+        #: Names of the state that it takes.
+        self.states = tuple(s.name for s in program.state)
+        #: Positions of those that it writes into.
+        self.written = tuple(sorted(program.written))
         self.is_lazy = any(spec.is_lazy for spec in self.specs)
         flags = settings.compile_flags if program.asks_default_dtype else settings.flags
         self.watch = Watch(flags, program.module.graph, bool(program.asks_default_dtype))
@@ -37,8 +44,12 @@ class Unit:
             program.outputs, program.structure
         )
 
+    def _specs_of(self, signature: Signature) -> tuple[TensorSpec, ...]:
+        return (*signature.given, *self._state, *signature.numbers)
+
     def _with_integer(self, signature: Signature) -> Signature:
-        integer, why = valid_integer(self.program.module.graph, signature.tensors, self.program.values)
+        specs = self._specs_of(signature)
+        integer, why = valid_integer(self.program.module.graph, specs, self.program.values)
         if why and self.device.has_streams:
             raise InputError(
                 "an engine is built on made-up inputs, and no integer was found that this model takes for all of"
@@ -63,8 +74,10 @@ class Unit:
         numbers = self.program.numbers
         return numbers is None or numbers.values(leaves) is not None
 
-    def inputs(self, leaves: Sequence[Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The tensors of a call, and what lies in memory of them, which is what steps read."""
+    def inputs(
+        self, leaves: Sequence[Any], state: Sequence[torch.Tensor] = ()
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The tensors of a call, and what lies in memory of them, which is what steps read; ``state``: of a session."""
         given = [x for x in leaves if isinstance(x, torch.Tensor)]
         for position, what in self.program.absolute:
             if given[position].storage_offset():
@@ -75,7 +88,66 @@ class Unit:
         inputs = given
         if self.is_lazy:
             inputs = [spec.in_memory(x) for spec, x in zip(self.signature.given, given, strict=True)]
+        if self.written:
+            inputs = self._to_write(inputs, state)
+        elif state:
+            inputs = [*inputs, *state]
         return given, inputs + self.numbers(leaves) if self.program.numbers is not None else inputs
+
+    def _to_write(self, given: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors of which some are going to be written, as operators may write them.
+
+        Raises :class:`~anabranch.errors.InputError` where eager would not write them, or where others would change.
+        """
+        tensors = [*given, *state]
+        for i in self.written:
+            x = tensors[i]
+            for j, y in enumerate(tensors):
+                if i != j and shares_memory(x, y):
+                    raise InputError(
+                        f"{self.name_of(i)} and {self.name_of(j)} share memory, and the model writes into"
+                        f" {self.name_of(i)}. Pass tensors with memory of their own."
+                    )
+            if any(n > 1 and not s for n, s in zip(x.shape, x.stride(), strict=True)):
+                raise InputError(
+                    f"{self.name_of(i)} is expanded: one place in its memory stands for several elements, and the model"
+                    " writes into it. Pass x.contiguous()."
+                )
+            if x.is_inference():
+                tensors[i] = alias(x)  # which may be written outside of inference mode, where calls run
+        return tensors
+
+    def name_of(self, position: int) -> str:
+        """A tensor that the program is given, for messages."""
+        given = len(self.signature.given)
+        return f"input {position}" if position < given else f"state {self.program.state[position - given].name!r}"
+
+    def write_back(self, inputs: Sequence[torch.Tensor], used: Sequence[torch.Tensor]) -> None:
+        """Kernels have written into ``used``, which are ``inputs`` or copies of them."""
+        for i in self.written:
+            if used[i] is not inputs[i]:
+                inputs[i].copy_(used[i])
+        if self.written:
+            # Kernels write past PyTorch, which looks at versions where a graph for gradients has kept a tensor.
+            torch.autograd.graph.increment_version([inputs[i] for i in self.written])
+
+    def reset(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Integers among made-up inputs that a run has written are what they were: a counter may be an index."""
+        for i in self.written:
+            spec = self.specs[i]
+            if not spec.dtype.is_floating_point and not spec.dtype.is_complex:
+                inputs[i].copy_(spec.values) if spec.values is not None else inputs[i].fill_(spec.integer)
+
+    def resetting(self, way: Callable[[Sequence[torch.Tensor]], Any]) -> Callable[[Sequence[torch.Tensor]], Any]:
+        """``way``, to run it again and again on the same made-up inputs."""
+        if not self.written:
+            return way
+
+        def run(inputs: Sequence[torch.Tensor]) -> Any:
+            self.reset(inputs)
+            return way(inputs)
+
+        return run
 
     def canonical(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Inputs with the strides and the alignment that the kernels were compiled (and algorithms chosen) for."""
@@ -84,3 +156,8 @@ class Unit:
             for x, spec in zip(inputs, self.specs, strict=False)
         ]
         return tensors + list(inputs[len(tensors) :])  # and numbers
+
+
+def _kept(initial: torch.Tensor) -> torch.Tensor | None:
+    """What stands for a state where it is made up: integers are its own, which may be indices."""
+    return None if initial.is_floating_point() or initial.is_complex() else initial

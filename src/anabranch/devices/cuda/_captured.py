@@ -157,6 +157,8 @@ def place(spec: TensorSpec, index: int, alignment: int, seed: int) -> torch.Tens
     raw = torch.full((spec.nbytes + BLOCK + 2 * GUARD,), POISON, dtype=torch.uint8, device=device)
     x = torch.empty(0, dtype=spec.dtype, device=device)
     x.set_(raw.untyped_storage(), (GUARD + alignment) // spec.dtype.itemsize, spec.shape, spec.strides)
+    if spec.values is not None:
+        return x.copy_(spec.values)
     if not x.numel():
         return x
     generator = torch.Generator(device=device).manual_seed(seed)

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 
+#include <utility>
+
 namespace anabranch::runtime {
 
 // Whether it is an ordinary dense tensor: its bytes are its values, it is no other tensor's stand-in (of vmap, say),
@@ -35,6 +37,7 @@ struct InputSpec {
   at::ScalarType dtype = at::ScalarType::Undefined;
   bool contiguous;
   bool open = false;
+  bool written = false;  // the program writes into it
   size_t bytes;
 
   // Whether a call with `x` is one of this signature; says no where it takes a closer look to tell.
@@ -53,5 +56,21 @@ struct InputSpec {
     return contiguous ? x.is_contiguous() : x.strides() == c10::IntArrayRef(strides);
   }
 };
+
+// The bytes that lie between the first and the last element of `x`.
+inline std::pair<uintptr_t, uintptr_t> span_of(const at::Tensor& x) {
+  auto start = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  if (!x.numel()) return {start, start};
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+  return {start, start + static_cast<uintptr_t>(last + 1) * x.element_size()};
+}
+
+// Whether two tensors may have bytes in common.
+inline bool may_share(const at::Tensor& x, const at::Tensor& y) {
+  auto [start, stop] = span_of(x);
+  auto [first, last] = span_of(y);
+  return start < last && first < stop;
+}
 
 }  // namespace anabranch::runtime

@@ -25,9 +25,13 @@ void fill(Values& results, Tensors&& tensors) {
 
 }  // namespace
 
-Specialization::Specialization(c10::Device device, const DeviceApi* api, std::vector<InputSpec> specs, Limits* limits,
+Specialization::Specialization(c10::Device device, const DeviceApi* api, std::vector<InputSpec> given, Limits* limits,
                                Counters* counters)
-    : device(device), pool(limits), specs(std::move(specs)), api_(api), guard_(device.type()), counters_(counters) {}
+    : device(device), pool(limits), specs(std::move(given)), api_(api), guard_(device.type()), counters_(counters) {
+  for (size_t i = 0; i < specs.size(); ++i) {
+    if (specs[i].written) written.push_back(i);
+  }
+}
 
 bool Specialization::accepts(const at::Tensor* const* inputs, size_t count) const {
   if (count != specs.size()) return false;
@@ -42,6 +46,7 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Valu
   for (size_t i = 0; i < specs.size(); ++i) {
     if (!is_plain(inputs[i])) return Outcome::kDeclined;
   }
+  if (!written.empty() && !can_write(inputs)) return Outcome::kDeclined;
   uses.store(uses.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);  // one more or less: see there
   std::optional<c10::InferenceMode> normal;
   if (c10::InferenceMode::is_enabled()) normal.emplace(false);
@@ -58,6 +63,19 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Valu
     if (acquired.kind == Pool::Acquired::kContext) return run_graph(acquired, inputs, caller, results);
   }
   return run_direct(inputs, numbers, &caller, results);
+}
+
+// Whether what is to be written can be written where it is: there is no other tensor's memory, and no copy is needed.
+// Python knows what to do about the rest, or what is wrong with it.
+bool Specialization::can_write(const at::Tensor* inputs) const {
+  for (auto i : written) {
+    auto& x = inputs[i];
+    if (!specs[i].matches(x, alignment) || x.is_inference()) return false;
+    for (size_t j = 0; j < specs.size(); ++j) {
+      if (j != i && may_share(x, inputs[j])) return false;
+    }
+  }
+  return true;
 }
 
 Specialization::Outcome Specialization::done(Counters::Name way) {
@@ -82,6 +100,7 @@ Specialization::Outcome Specialization::run_graph(const Pool::Acquired& acquired
   try {
     auto regions = layout->allocate();
     launch(context, acquired.same_stream, inputs, caller, regions);
+    note_writes(inputs);
     fill(results, layout->tensors(regions));
   } catch (...) {
     // Part of it may be queued: whatever that is, the context is freed after it, and used by no other call.
@@ -103,13 +122,23 @@ Specialization::Outcome Specialization::run_graph(const Pool::Acquired& acquired
 Specialization::Outcome Specialization::run_direct(const at::Tensor* inputs, const Values& numbers,
                                                    const CallerStream* caller, Values& results) {
   bool runs_direct = program || (numbers.empty() && (!kernels.empty() || python));
-  if (!runs_direct || !is_unchanged()) return Outcome::kDeclined;
+  // What was written under other flags could not be thrown away.
+  bool is_final = !written.empty() && flags_unchanged && (program || kernels.empty());
+  if (!runs_direct || is_final || !is_unchanged()) return Outcome::kDeclined;
   bool is_done = caller && has_weights ? direct_using_weights(inputs, numbers, *caller, results)
                                        : direct(inputs, numbers, caller ? caller->ref : StreamRef{}, results);
   // What was queued under flags that changed meanwhile is thrown away, and so is what was given up.
-  if (is_done && is_unchanged()) return done(Counters::kDirectCalls);
+  if (is_done && is_unchanged()) {
+    note_writes(inputs);
+    return done(Counters::kDirectCalls);
+  }
   results.clear();
   return Outcome::kDeclined;
+}
+
+// Kernels write past PyTorch, which looks at versions where a graph for gradients has kept a tensor.
+void Specialization::note_writes(const at::Tensor* inputs) const {
+  for (auto i : written) inputs[i].unsafeGetTensorImpl()->bump_version();
 }
 
 // Another thread may be setting flags at any time: the look at them costs no GIL as long as they are what they were.
@@ -164,6 +193,12 @@ void Specialization::launch(Context& context, bool same_stream, const at::Tensor
     kernel.is_set = true;
   }
   check("launching a graph", api_->launch(context.graph, ref));
+  for (auto i : written) {
+    auto& at = context.inputs[i];
+    if (at.defined() && specs[i].bytes) {
+      check("copying what was written", api_->copy(inputs[i].data_ptr(), at.const_data_ptr(), specs[i].bytes, ref));
+    }
+  }
   for (size_t r = 0; r < regions.size(); ++r) {
     if (context.results[r] && layout->bytes(r)) {
       check("copying a result", api_->copy(regions[r].data, context.results[r], layout->bytes(r), ref));

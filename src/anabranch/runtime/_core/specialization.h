@@ -32,7 +32,7 @@ class Specialization {
   };
   using Builder = std::function<Built(int64_t reserved)>;
 
-  Specialization(c10::Device device, const DeviceApi* api, std::vector<InputSpec> specs, Limits* limits,
+  Specialization(c10::Device device, const DeviceApi* api, std::vector<InputSpec> given, Limits* limits,
                  Counters* counters);
 
   // Run one call on the calling thread's current stream of the device. `inputs` have this signature, `numbers` are what
@@ -53,6 +53,7 @@ class Specialization {
   // Each holds the event of the last direct call on a stream: what the weights are waited for by, when they are freed.
   Pool events{nullptr};
   std::vector<InputSpec> specs;
+  c10::SmallVector<size_t, 2> written;  // positions of what the program writes into
 
   // Set while the specialization is built, before any call.
   bool uses_graphs = false;
@@ -77,6 +78,8 @@ class Specialization {
     c10::Stream stream;
     StreamRef ref;
   };
+  bool can_write(const at::Tensor* inputs) const;
+  void note_writes(const at::Tensor* inputs) const;
   Pool::Acquired acquire(const CallerStream& caller, const Builder& build);
   Outcome run_graph(const Pool::Acquired& acquired, const at::Tensor* inputs, const CallerStream& caller,
                     Values& results);

@@ -1,0 +1,280 @@
+"""Sessions: state that a model writes and keeps, apart from the engine that all of them share."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import torch
+
+from anabranch import _activity, _sync
+from anabranch.devices import Device
+from anabranch.errors import (
+    EngineClosed,
+    InputError,
+    NeedsSession,
+    NotCapturable,
+    SessionBroken,
+    SessionBusy,
+    SessionClosed,
+    SessionFull,
+)
+from anabranch.export import State
+from anabranch.runtime._process import neutral
+
+if TYPE_CHECKING:
+    from anabranch.runtime._engine import Engine
+    from anabranch.runtime._specialization import Specialization
+
+_Result = TypeVar("_Result")
+#: Arguments for a lock's acquire(): take it only if it is free.
+_AT_ONCE = (False,)
+#: Raised before anything is queued: the state is what it was.
+_HARMLESS = (InputError, NotCapturable, EngineClosed, SessionFull)
+
+
+class _Memory:
+    """The tensors of one session, by name of the buffer. Used again only after ``done``, once this is gone."""
+
+    def __init__(self, device: Device, index: int) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        #: Recorded after whatever was queued last that uses them.
+        self.done: Any = None
+        if device.has_streams:
+            self.done = device.event()
+            device.prepare_retire(index)
+            weakref.finalize(self, _retire, device, self.tensors, self.done).atexit = False
+
+
+def _retire(device: Device, tensors: dict[str, torch.Tensor], done: Any) -> None:
+    device.retire([done], list(tensors.values()))
+
+
+@_sync.atomics("_memory", "_why_broken")
+class Session:
+    """State of its own over the weights of an engine. Made by :meth:`Engine.session`; called as an engine is.
+
+    State is what the model's buffers hold that its calls write into. It begins as it was when the engine was compiled.
+    Sessions have nothing in common that is written: any number of them may be called at once, and each call uses the
+    same graphs, bound to its session's tensors.
+
+    Threads: any may call it, one at a time; a second one at the same moment gets
+    :class:`~anabranch.errors.SessionBusy`, and what the first does is not disturbed. Streams: whatever a session does
+    is queued on the calling thread's current stream of the device, after all that it did before, on whatever streams.
+    The host does not wait. Inside a CUDA graph capture of the caller's a call works and is not ordered with what is
+    outside of it: each replay goes on from the state that it finds, and who replays orders that.
+    """
+
+    def __init__(self, engine: Engine, initial: Mapping[str, torch.Tensor], begins: bool = True) -> None:
+        """``initial``: what the state begins as: the engine's own, of each buffer that is known to be written by now;
+        others follow when a call needs them. ``begins``: it is made at once."""
+        self._engine, self._initial = engine, initial
+        self._device: Device = engine._device
+        self._index = engine._index
+        self._busy = _sync.lock("session")
+        #: None once it is closed.
+        self._memory: _Memory | None = _Memory(self._device, self._index)
+        self._why_broken = ""
+        if begins:
+            self._ordered(lambda memory: self._tensors(memory, initial))
+
+    @_activity.call
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on these inputs and on the session's state, and return what it returns.
+
+        As a call of the engine; tensors that are returned are never the state itself, which the next call changes.
+        Raises what the engine's call raises, and :class:`~anabranch.errors.SessionBusy`,
+        :class:`~anabranch.errors.SessionBroken` after a call that failed in the middle,
+        :class:`~anabranch.errors.SessionFull`, :class:`~anabranch.errors.SessionClosed`.
+        """
+        engine = self._engine
+
+        def call() -> Any:
+            memory = self._usable()
+            try:
+                return engine._call_for(self, args, kwargs)
+            except _HARMLESS:
+                raise
+            except BaseException as e:
+                if memory is self._memory:
+                    self._why_broken = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+                raise
+
+        return self._alone(call)
+
+    def run(self, specialization: Specialization, leaves: Sequence[Any]) -> Any:
+        """A call, ordered with what the session did before. Only from within :meth:`__call__`."""
+        memory, device = self._usable(), self._device
+        names = specialization.unit.states
+        if not device.has_streams:
+            return specialization.calls(leaves, self._tensors(memory, names))
+        stream = device.current_stream(self._index)
+        if device.is_capturing(stream):
+            missing = [name for name in names if name not in memory.tensors]
+            if missing:
+                raise NotCapturable(
+                    f"this call is inside a CUDA graph capture, and the session has no state {missing[0]!r} yet. Call"
+                    " session.reset() before the capture."
+                )
+            device.join_capture(stream, self._index, keep=memory)
+            return specialization.calls(leaves, [memory.tensors[name] for name in names])
+        stream.wait_event(memory.done)
+        try:
+            return specialization.calls(leaves, self._tensors(memory, names))
+        finally:
+            memory.done.record(stream)
+
+    # -- the state ----------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """A copy of the state: a tensor for each buffer that the model writes, by its name, on the current stream.
+
+        ``torch.save`` takes it, and :meth:`load`.
+        """
+        return self._alone(lambda: self._ordered(self._copies))
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from ``state``, which :attr:`state` gave of a session of such an engine; a broken one is whole again.
+
+        Tensors may be on other devices, where the host waits for the copy. Raises
+        :class:`~anabranch.errors.InputError` where names, shapes or dtypes are not those of the model's state.
+        """
+
+        def loading(memory: _Memory) -> None:
+            own = dict(zip(self._initial, self._tensors(memory, self._initial), strict=True))
+            for name in sorted(own.keys() ^ state.keys()):
+                what = "is missing" if name in own else "is none of the model's"
+                raise InputError(f"state {name!r} {what}; expected {', '.join(map(repr, own)) or 'nothing'}")
+            for name, x in own.items():
+                y = state[name]
+                if y.shape != x.shape or y.dtype != x.dtype:
+                    raise InputError(
+                        f"state {name!r} is {y.dtype} of shape {tuple(y.shape)}; expected {x.dtype} of shape"
+                        f" {tuple(x.shape)}"
+                    )
+            for name, x in own.items():
+                x.copy_(state[name])
+
+        self._mend(loading)
+
+    def reset(self) -> None:
+        """Begin again: the state is what it was at first; a broken session is whole again."""
+
+        def resetting(memory: _Memory) -> None:
+            for name, x in zip(self._initial, self._tensors(memory, self._initial), strict=True):
+                x.copy_(self._initial[name])
+
+        self._mend(resetting)
+
+    def clone(self) -> Session:
+        """Another session, which goes on from where this one is."""
+        made = Session(self._engine, self._initial, begins=False)
+
+        def copying(memory: _Memory) -> None:
+            assert made._memory is not None
+            made._memory.tensors.update(self._copies(memory))
+            if self._device.has_streams:
+                made._memory.done.record(self._device.current_stream(self._index))
+
+        self._alone(lambda: self._ordered(copying))
+        return made
+
+    def close(self) -> None:
+        """Give the state's memory back, once what is queued is done; later calls raise. May be repeated."""
+        self._memory = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        memory = self._memory
+        if memory is None:
+            return f"<session of {self._engine!r}, closed>"
+        nbytes = sum(x.nbytes for x in list(memory.tensors.values()))
+        return f"<session of {self._engine!r}, {nbytes} bytes of state>"
+
+    # -- order --------------------------------------------------------------------------------------------------
+
+    def _alone(self, work: Callable[[], _Result]) -> _Result:
+        """``work()``, unless another thread, or this one further up, is at work with the session."""
+        taken: list[bool] = []
+        try:
+            # One call, as far as a signal can tell: it comes before the lock is taken, or when the list says so.
+            taken.extend(map(self._busy.acquire, _AT_ONCE))
+            if not taken[0]:
+                raise SessionBusy(
+                    f"{self!r} is in use by another call at this moment; its calls follow one another. Use a session"
+                    " for each thread, or a lock around the calls."
+                )
+            return work()
+        finally:
+            if taken and taken[0]:
+                self._busy.release()
+
+    def _usable(self) -> _Memory:
+        if self._memory is None:
+            raise SessionClosed(f"{self!r} cannot be used any more; make another one with engine.session()")
+        if self._why_broken:
+            raise SessionBroken(
+                f"an earlier call of {self!r} failed, and its state may be half of one call's and half of another's"
+                f" ({self._why_broken}). Call session.reset(), or session.load() with a state that you saved."
+            )
+        return self._memory
+
+    def _mend(self, write: Callable[[_Memory], None]) -> None:
+        """Write the whole state anew."""
+
+        def mending() -> None:
+            why, self._why_broken = self._why_broken, ""
+            try:
+                self._ordered(write)
+            except BaseException as e:
+                self._why_broken = why if isinstance(e, InputError) else f"{type(e).__name__} in the middle of a write"
+                raise
+
+        self._alone(mending)
+
+    def _ordered(self, work: Callable[[_Memory], _Result]) -> _Result:
+        """``work`` on the state, on the current stream, after what the session did before and ahead of what follows."""
+        self._engine._check_usable()
+        memory, device = self._usable(), self._device
+        with neutral(device, self._index), torch.no_grad():
+            if not device.has_streams:
+                return work(memory)
+            stream = device.current_stream(self._index)
+            if device.is_capturing(stream):
+                raise NotCapturable(
+                    "the state of a session is looked at or changed inside a CUDA graph capture, where it cannot be"
+                    " ordered with the session's calls. Do that outside of the capture."
+                )
+            stream.wait_event(memory.done)
+            try:
+                return work(memory)
+            finally:
+                memory.done.record(stream)
+
+    def _tensors(self, memory: _Memory, names: Iterable[str]) -> list[torch.Tensor]:
+        """The session's own tensors of these buffers; new ones begin as the engine has them."""
+        own = memory.tensors
+        for name in names:
+            if name not in own:
+                own[name] = self._initial[name].clone()
+        return [own[name] for name in names]
+
+    def _copies(self, memory: _Memory) -> dict[str, torch.Tensor]:
+        return {name: x.clone() for name, x in zip(self._initial, self._tensors(memory, self._initial), strict=True)}
+
+
+def refuse_without_session(engine: Engine, state: Sequence[State]) -> NoReturn:
+    """For a call of an engine whose model keeps state."""
+    names = ", ".join(repr(s.name) for s in state[:3]) + (f" and {len(state) - 3} more" if len(state) > 3 else "")
+    hint = next((f" {s.hint}" for s in state if s.hint), "")
+    raise NeedsSession(
+        f"{engine!r} was called itself, and its model keeps state ({names}), which is a session's: make one with"
+        f" session = engine.session(), and call session(...).{hint}"
+    )
