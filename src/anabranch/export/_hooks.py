@@ -49,6 +49,6 @@ def about_hooks(module: torch.nn.Module) -> str:
     """What a user is told of the hooks that a model has; nothing if it has none."""
     found = ", ".join(f"{name_of(hook)} on {name!r}" for name, hook in hooks_of(module))
     return found and (
-        f"with hooks of yours ({found}): they run while compiling, on copies of what they refer to. The values that they"
-        " change are changed in calls too; nothing else of them happens in a call"
+        f"with hooks of yours ({found}): they run while compiling, on copies of what they refer to. The values that"
+        " they change are changed in calls too; nothing else of them happens in a call"
     )

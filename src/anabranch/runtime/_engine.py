@@ -130,18 +130,12 @@ class Engine:
             return run(leaves)
 
     def session(self, state: Mapping[str, torch.Tensor] | None = None) -> Session:
-        """State of its own for a series of calls, over the weights of this engine.
+        """State of its own for a series of calls, over the weights of this engine; see :class:`Session`.
 
-        Any number of sessions may be called at once, each by one thread at a time. See :class:`Session`.
-
-        :param state: what another session's :attr:`Session.state` gave, to go on from there. None: the model's buffers
-            as they were at compile.
+        :param state: to go on from, of a :attr:`Session.state`. None: the model's buffers as they were at compile.
         """
         self._check_usable()
-        made = Session(self, self._initial)
-        if state is not None:
-            made.load(state)
-        return made
+        return Session(self, self._initial, state)
 
     def _call_guarded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a model that torch.export refuses."""

@@ -66,9 +66,15 @@ class Session:
     outside of it: each replay goes on from the state that it finds, and who replays orders that.
     """
 
-    def __init__(self, engine: Engine, initial: Mapping[str, torch.Tensor], begins: bool = True) -> None:
-        """``initial``: what the state begins as: the engine's own, of each buffer that is known to be written by now;
-        others follow when a call needs them. ``begins``: it is made at once."""
+    def __init__(
+        self,
+        engine: Engine,
+        initial: Mapping[str, torch.Tensor],
+        state: Mapping[str, torch.Tensor] | None = None,
+        begins: bool = True,
+    ) -> None:
+        """``initial``: the engine's own of each buffer that is known to be written by now; others follow when a call
+        needs them. ``state``: to go on from, instead. ``begins``: the tensors are made at once."""
         self._engine, self._initial = engine, initial
         self._device: Device = engine._device
         self._index = engine._index
@@ -78,6 +84,8 @@ class Session:
         self._why_broken = ""
         if begins:
             self._ordered(lambda memory: self._tensors(memory, initial))
+        if state is not None:
+            self.load(state)
 
     @_activity.call
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
