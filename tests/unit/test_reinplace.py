@@ -667,6 +667,8 @@ def test_bytes_that_are_left() -> None:
 
 
 def view_of(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
+    if rng.random() < 0.1:
+        x = x.view(-1)  # nowhere else: a trace may have it in another order in memory
     for _ in range(rng.randrange(4)):
         if x.dim() == 0 or not x.numel():
             return x
@@ -682,7 +684,6 @@ def view_of(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
             lambda x=x: x.squeeze(),
             lambda x=x, d=dim: x.chunk(2, d)[-1],
             lambda x=x: x.diagonal(0, 0, 1) if x.dim() > 1 else x,
-            lambda x=x: x.view(-1) if x.is_contiguous() else x,
         ]
         x = rng.choice(ways)()
     return x
@@ -723,7 +724,7 @@ def generated(seed: int) -> Callable[..., Any]:
                 x.add_(fitting(rng, x, values)) if rng.random() < 0.5 else x.add_(1)
             elif choice == 10 and x.dim() and x.shape[0] >= 4:
                 x.index_copy_(0, i, x[:2] + 1) if rng.random() < 0.5 else x.index_fill_(0, i, 3)
-            elif choice == 11:
+            elif choice == 11 and x.dim():
                 x[x > rng.randrange(3)] = rng.randrange(3)
             elif choice == 12:
                 other = c if cache is d else d
@@ -772,5 +773,5 @@ def test_generated(first: int) -> None:
 
 @pytest.mark.slow
 def test_many_generated() -> None:
-    before, after = check_generated(range(1000, 4000))
+    before, after = check_generated(range(1000, 2000))
     assert after < before / 5
