@@ -423,6 +423,11 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "src/anabranch/export/_writes.py": [
+        (
+            "changes the shape or the memory of {what} in place ({node.target})",
+            "expected inputs and buffers to keep theirs",
+            "Take a view, or use copy_()",
+        ),
         ("the model writes its parameter {name}", "an engine writes inputs and buffers only", "Register it with"),
         ("precision={precision} given, and the model writes {what}", "the write would be lost", "Give it that type"),
         ("which is a lazy {kind}", "an engine writes what lies in memory", "Call {how}() first"),
@@ -431,7 +436,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         (
             "assigns {what} to its buffer {plain} and also",
             "state of an engine has memory of its own",
-            "Assign a .clone()",
+            "or use copy_()",
         ),
         ("and returns a part of it{where}", "Expected views whose shapes depend on that input alone", "Return a copy"),
     ],

@@ -34,7 +34,7 @@ class Assignments:
         self.shared: dict[str, str] = {}
         #: Other tensors that the model holds and has replaced: path, the tensor, and the memory of the new one.
         self.replaced: list[tuple[str, torch.Tensor, int | None]] = []
-        #: Why a buffer cannot hold what was assigned to it, if it cannot.
+        #: Why an assignment cannot be kept, if one cannot.
         self.refusal = ""
 
     def settle(self, values: Sequence[Any], cast: bool) -> list[Any]:
@@ -78,6 +78,14 @@ class Assignments:
         for old, new in [(old, kept(new)) for _, old, new in found]:
             old.copy_(new)
         return results
+
+    def keep_types(self) -> None:
+        """Give what a call has assigned to buffers the floating types that they had: it ran in half precision."""
+        for prefix, part in self._model.named_modules():
+            for key, new in list(part._buffers.items()):
+                old = self._buffers.get((prefix, key))
+                if old is not None and new is not None and old.is_floating_point() and new.is_floating_point():
+                    part._buffers[key] = new.to(old.dtype)
 
     def _fits(self, name: str, old: torch.Tensor, new: torch.Tensor, cast: bool) -> bool:
         dtypes = new.dtype is old.dtype or (cast and new.is_floating_point() and old.is_floating_point())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from anabranch.export._leaks import Watch
 from anabranch.export._outputs import Returned
 from anabranch.export._precision import HalfPrecision
 from anabranch.export._signature import TensorSpec
+from anabranch.export._spellings import Spellings
 from anabranch.export._stand_ins import Recorder, TakesNumbers
 from anabranch.export._writes import Writes
 
@@ -104,13 +106,15 @@ class Forward(torch.nn.Module):
         if any(spec.is_lazy for spec in self._specs):
             specs = iter(self._specs)
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: next(specs).in_memory(x), (args, kwargs))
+        assignments = Assignments(self.model, pytree.tree_leaves((args, kwargs)))
+        spellings: AbstractContextManager[Any] = nullcontext()
         if is_traced():
-            self.seen.assignments = Assignments(self.model, pytree.tree_leaves((args, kwargs)))
+            self.seen.assignments, spellings = assignments, Spellings(assignments)
         watch = LayoutWatch(pytree.tree_leaves((args, kwargs)))
         if self.seen.recorder is not None:
             args, kwargs = self.seen.recorder.enter((args, kwargs))
         if self._precision is None:
-            with watch, _GradientWatch(self.seen):
+            with watch, _GradientWatch(self.seen), spellings:
                 result = self._call_model(args, kwargs)
             return tuple(self._note(result, watch))
 
@@ -124,8 +128,10 @@ class Forward(torch.nn.Module):
             return cast
 
         args, kwargs = pytree.tree_map(enter, (args, kwargs))
-        with watch, _GradientWatch(self.seen), HalfPrecision(self._precision):
+        with watch, _GradientWatch(self.seen), HalfPrecision(self._precision), spellings:
             result = self._call_model(args, kwargs)
+        if self.seen.assignments is None:
+            assignments.keep_types()
         # An input that is handed back is the caller's own, not a rounded copy.
         result = pytree.tree_map(lambda y: originals.get(id(y), y), result)
         return tuple(

@@ -14,6 +14,8 @@ recorded graph, where the tensors' memory is still known:
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from anabranch.errors import UnsupportedModel
+from anabranch.export._bystanders import replaced
 from anabranch.export._signature import layout_of
 from anabranch.export._stand_ins import is_stand_in
 from anabranch.export._trial import written
@@ -47,6 +50,8 @@ _KEPT = {
     *(_aten.linear.default, _aten.matmul.default, _aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
     *(_aten.layer_norm.default, _aten.softmax.int, _aten.log_softmax.int, _aten.scaled_dot_product_attention.default),
 }
+#: A pass over what it has functionalized, by the names that versions of PyTorch have for it.
+_REMOVE_COPIES = ("_remove_unnecessary_copy_op_pass", "_remove_unneccessary_copy_op_pass")
 #: PyTorch takes these apart even where no decomposition is asked for, and other zeros come out.
 _TAKEN_APART = (_aten.softshrink.default, _aten.hardshrink.default)
 
@@ -272,16 +277,21 @@ def _is_functional(node: fx.Node) -> bool:
 
 @contextmanager
 def kept_whole() -> Iterator[None]:
-    """Keep PyTorch from taking operators apart that nobody asked it to. Called with the build lock held.
+    """Keep PyTorch from taking operators apart, or away, that nobody asked it to. Called with the build lock held.
 
-    Other threads' traces meanwhile keep them whole as well, which gives them eager's values too.
+    Other threads' traces meanwhile keep them as well, which gives them eager's values too.
     """
+    programs: Any = importlib.import_module("torch.export.exported_program")
     key = torch._C.DispatchKey.Autograd
     removed = [(op, op.py_kernels.pop(key)) for op in _TAKEN_APART if key in op.py_kernels]
     for op, _ in removed:
         op._dispatch_cache.clear()
     try:
-        yield
+        # A copy into a whole buffer is not its source: types, strides and broadcast sizes may differ.
+        with contextlib.ExitStack() as stack:
+            for name in _REMOVE_COPIES:
+                stack.enter_context(replaced(programs, name, lambda gm, signature: (gm, signature)))
+            yield
     finally:
         for op, kernel in removed:
             op.py_kernels[key] = kernel

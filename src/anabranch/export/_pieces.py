@@ -80,6 +80,8 @@ def cut(program: Program, specs: Sequence[TensorSpec], device: torch.device) -> 
 
     ``specs``: of its inputs, for an engine on ``device``.
     """
+    if program.written or program.state:
+        return "it writes inputs or keeps state"
     try:
         if any(spec.layout for spec in specs) and program.data_dependent:
             raise _Whole("an input is not dense")

@@ -77,10 +77,7 @@ class Snapshot:
         copier = _Copier()
         module = copier(self.module)
         keep_weights_in_place(module)
-        sources = {id(new): old for old, new in copier.tensors}
-        copies = [new for _, new in copier.tensors]
-        buffers = dict(self.module.named_buffers(remove_duplicate=False))
-        return Fresh(module, sources, self._originals, copier.generators, copies, buffers)
+        return Fresh(module, self, copier.tensors, copier.generators)
 
     def replacing(self, parameters: Mapping[int, torch.nn.Parameter]) -> Snapshot:
         """Another snapshot, with other parameters in the place of those with these ids."""
@@ -100,22 +97,20 @@ class Fresh:
     def __init__(
         self,
         module: torch.nn.Module,
-        sources: dict[int, torch.Tensor],
-        originals: dict[int, weakref.ref[torch.Tensor]],
+        snapshot: Snapshot,
+        tensors: list[tuple[torch.Tensor, torch.Tensor]],
         generators: list[Any],
-        copies: list[torch.Tensor],
-        buffers: dict[str, torch.Tensor],
     ) -> None:
+        """``tensors``: of the snapshot, each with its copy."""
         self.module = module
-        #: The snapshot's buffers by name, which are the model's at compile, whatever a call has put in their place.
-        self.buffers = buffers
+        #: The model's buffers as they were at compile, by name, whatever a call of the copy has put in their place.
+        self.buffers = dict(snapshot.module.named_buffers(remove_duplicate=False))
         #: NumPy's random generators that the model holds. They are the user's own.
         self.generators = generators
         #: By id of a tensor of the copy: the snapshot's that it stands for.
-        self.sources = sources
-        #: What has these ids, which are theirs as long as they live.
-        self._copies = copies
-        self._originals = originals
+        self.sources = {id(new): old for old, new in tensors}
+        self._tensors = tensors  # they keep their ids
+        self._originals = snapshot._originals
 
     def storages(self) -> set[int]:
         """Identities of the memory that the user's model shares."""

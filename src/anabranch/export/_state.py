@@ -163,12 +163,26 @@ def notes_of(writes: Writes | None, states: Mapping[fx.Node, State]) -> tuple[st
 
 def write_back(graph: fx.Graph, new: Mapping[fx.Node, fx.Node]) -> None:
     """Have the graph write, at its end, each of these values into a placeholder."""
+    new = {placeholder: _source(value) for placeholder, value in new.items()}
     with graph.inserting_before(graph.output_node()):
         for placeholder, value in new.items():
             if value is not placeholder:
                 node = graph.call_function(_aten.copy_.default, (placeholder, value))
                 node.meta = {k: v for k, v in value.meta.items() if k != "val"}
                 node.meta["val"] = placeholder.meta["val"]
+
+
+def _source(value: fx.Node) -> fx.Node:
+    """What a value is a copy of, if it says no more than that: the copy at the graph's end does the same."""
+    if value.target is not _aten.copy.default or not isinstance(value.args[1], fx.Node):
+        return value
+    source, x, y = value.args[1], value.meta["val"], value.args[1].meta["val"]
+    if (x.dtype, x.shape, x.stride(), x.device) == (y.dtype, y.shape, y.stride(), y.device):
+        value.replace_all_uses_with(source)
+    elif value.users:
+        return value
+    value.graph.erase_node(value)
+    return source
 
 
 def writes_of(graph: fx.Graph) -> list[fx.Node]:

@@ -26,7 +26,11 @@ from anabranch.export._trial import written
 
 _aten = torch.ops.aten
 #: These change what a tensor looks like, not what is in its memory.
-_NO_WRITES = ("squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "detach_", "requires_grad_")
+_RESHAPES = (
+    *("squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "as_strided_", "resize_", "resize_as_"),
+    *("set_", "set_data"),
+)
+_NO_WRITES = (*_RESHAPES, "detach_", "requires_grad_")
 
 
 @dataclass
@@ -79,6 +83,8 @@ class Recorded:
                 if n is not None:
                     hit[n] = None
                     made.counts[self._name(n)] = made.counts.get(self._name(n), 0) + 1
+        for node in self._exported.graph_module.graph.nodes:
+            self._check_shape(node)
         for n in hit:
             self._check(n, specs)
             if n not in self._inputs:
@@ -140,6 +146,21 @@ class Recorded:
                 f" {list(spec.layout)}); expected each to have its own. Pass x.clone()."
             )
 
+    def _check_shape(self, node: fx.Node) -> None:
+        """Refuse an operator that changes what an input or a buffer itself looks like."""
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            return
+        if node.target._schema.name.rsplit("::")[-1] not in _RESHAPES:
+            return
+        x = next(iter(node.all_input_nodes), node)
+        if _through(x) in self._specs:
+            what = self._name(_through(x))
+            what = what if what.startswith("input ") else f"its {what!r}"
+            raise UnsupportedModel(
+                f"the model changes the shape or the memory of {what} in place ({node.target}); expected inputs and"
+                " buffers to keep theirs. Take a view, or use copy_() to write values."
+            )
+
     def _check_alone(self, n: fx.Node, traced: Fresh) -> None:
         """Refuse a written buffer that shares memory with another tensor of the model: state gets memory of its own."""
         name = str(self._specs[n].target)
@@ -194,7 +215,7 @@ class Recorded:
             if made.counts.get(plain, 0) > 1:
                 raise UnsupportedModel(
                     f"the model assigns {what} to its buffer {plain!r} and also writes into that buffer, which would"
-                    " change both; state of an engine has memory of its own. Assign a .clone(), or copy_() into it."
+                    " change both; state of an engine has memory of its own. Assign a .clone(), or use copy_()."
                 )
 
     def _assigned(self) -> dict[int | None, tuple[str, bool]]:
