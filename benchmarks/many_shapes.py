@@ -15,20 +15,14 @@ whatever a library prepares for a length has been prepared.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-import click
+import jobs
 
 THREADS = 8
 GRAPHS = 16
@@ -293,7 +287,7 @@ def measure_total(way: str, law: str) -> dict[str, Any]:
     return made
 
 
-def jobs() -> dict[str, Callable[[], dict[str, Any]]]:
+def measurements() -> dict[str, Callable[[], dict[str, Any]]]:
     made: dict[str, Callable[[], dict[str, Any]]] = {}
     for law in ("zipf", "uniform"):
         for way in ("ours", "torch.compile", "ours, 8 threads"):
@@ -306,46 +300,7 @@ def jobs() -> dict[str, Callable[[], dict[str, Any]]]:
     return made
 
 
-def run(name: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--job", name]
-    began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"failed": done.returncode, "why": done.stderr[-1500:]}
-    made: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**made, "took_s": round(time.perf_counter() - began, 1)}
-
-
-@click.command(help=__doc__)
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Where to write what was measured.")
-@click.option("--only", default="", help="Measurements whose names begin so, separated by ';'.")
-@click.option("--job", hidden=True)
-def main(path: Path | None, only: str, job: str | None) -> None:
-    if job is not None:
-        print(json.dumps(jobs()[job]()))
-        return
-    import torch
-
-    import anabranch
-
-    made = {}
-    for name in jobs():
-        if only and not name.startswith(tuple(only.split(";"))):
-            continue
-        made[name] = run(name)
-        click.echo(f"{name}: {json.dumps(made[name])}")
-        about = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name(0),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "anabranch": anabranch.__version__,
-            "cores": os.cpu_count(),
-            "command": " ".join(["python", *sys.argv]),
-        }
-        if path is not None:
-            path.write_text(json.dumps({"environment": about, "measured": made}, indent=2) + "\n")
-
+main = jobs.command(__doc__, __file__, measurements)
 
 if __name__ == "__main__":
     main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgument
@@ -363,8 +365,14 @@ def _propagate(gm: fx.GraphModule, data_dependent: bool) -> None:
             return result
 
     args = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
-    with mode, torch.no_grad():
+    # What PyTorch has for symbols in sizes is in Python: the C++ of operators made of others asks for numbers.
+    of_symbols = enable_python_dispatcher() if _has_symbols(args) else contextlib.nullcontext()
+    with mode, torch.no_grad(), of_symbols:
         Propagate(gm).run(*args, enable_io_processing=False)
+
+
+def _has_symbols(values: Iterable[Any]) -> bool:
+    return any(isinstance(x, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in x.shape) for x in values)
 
 
 def _absolute(

@@ -152,6 +152,7 @@ class NativeCalls:
             unit.device.native_api(core),
             [_meta(spec) for spec in unit.specs],
             unit.written,
+            range(len(unit.signature.given), len(unit.signature.given) + len(unit.states)),
             unit.limits,
             unit.counters.core,
             weakref.ref(self),

@@ -34,6 +34,7 @@ class Unit:
         self.states = tuple(s.name for s in program.state)
         #: Positions of those that it writes into.
         self.written = tuple(sorted(program.written))
+        self._written_inputs = tuple(i for i in self.written if i < len(self.signature.given))
         self.is_lazy = any(spec.is_lazy for spec in self.specs)
         flags = settings.compile_flags if program.asks_default_dtype else settings.flags
         self.watch = Watch(flags, program.module.graph, bool(program.asks_default_dtype))
@@ -99,10 +100,10 @@ class Unit:
 
         Raises :class:`~anabranch.errors.InputError` where eager would not write them, or where others would change.
         """
-        tensors = [*given, *state]
-        for i in self.written:
+        tensors = list(given)
+        for i in self._written_inputs:
             x = tensors[i]
-            for j, y in enumerate(tensors):
+            for j, y in enumerate(given):
                 if i != j and shares_memory(x, y):
                     raise InputError(
                         f"{self.name_of(i)} and {self.name_of(j)} share memory, and the model writes into"
@@ -115,6 +116,7 @@ class Unit:
                 )
             if x.is_inference():
                 tensors[i] = alias(x)  # which may be written outside of inference mode, where calls run
+        tensors += state  # a session's own, which nobody else has
         return tensors
 
     def name_of(self, position: int) -> str:

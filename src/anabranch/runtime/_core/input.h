@@ -38,6 +38,7 @@ struct InputSpec {
   bool contiguous;
   bool open = false;
   bool written = false;  // the program writes into it
+  bool owned = false;    // it is a session's, which nobody else has
   size_t bytes;
 
   // Whether a call with `x` is one of this signature; says no where it takes a closer look to tell.

@@ -71,8 +71,8 @@ bool Specialization::can_write(const at::Tensor* inputs) const {
   for (auto i : written) {
     auto& x = inputs[i];
     if (!specs[i].matches(x, alignment) || x.is_inference()) return false;
-    for (size_t j = 0; j < specs.size(); ++j) {
-      if (j != i && may_share(x, inputs[j])) return false;
+    for (size_t j = 0; j < specs.size() && !specs[i].owned; ++j) {
+      if (j != i && !specs[j].owned && may_share(x, inputs[j])) return false;
     }
   }
   return true;

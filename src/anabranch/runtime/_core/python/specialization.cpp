@@ -132,11 +132,13 @@ void bind_specialization(py::module_& m) {
   py::class_<Slot, std::unique_ptr<Slot, py::nodelete>>(m, "Slot");
   py::class_<PySpecialization>(m, "Specialization")
       .def(py::init([](const c10::Device& device, uintptr_t api, const std::vector<std::optional<at::Tensor>>& specs,
-                       const std::vector<size_t>& written, py::object limits, py::object counters, py::object owner) {
+                       const std::vector<size_t>& written, const std::vector<size_t>& owned, py::object limits,
+                       py::object counters, py::object owner) {
         auto self = std::make_unique<PySpecialization>();
         std::vector<InputSpec> inputs;
         for (auto& x : specs) inputs.push_back(x ? InputSpec(*x) : InputSpec());
         for (size_t i : written) inputs.at(i).written = true;
+        for (size_t i : owned) inputs.at(i).owned = true;
         self->limits = keep(limits);
         self->counters = keep(counters);
         self->owner = keep(owner);
