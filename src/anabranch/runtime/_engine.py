@@ -54,6 +54,7 @@ class Engine:
     """
 
     _runtime = Runtime("python", Limits, Counters, PythonCalls)
+    _kind_of_session = Session
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class Engine:
         :param state: to go on from, of a :attr:`Session.state`. None: the model's buffers as they were at compile.
         """
         self._check_usable()
-        return Session(self, self._initial, state)
+        return self._kind_of_session(self, self._initial, state)
 
     def _call_guarded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a model that torch.export refuses."""

@@ -28,6 +28,7 @@ from anabranch.runtime._direct import Direct
 from anabranch.runtime._engine import Engine
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import neutral, process
+from anabranch.runtime._session import Session
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._stats import Parted
 from anabranch.runtime._translation import translate, translate_wrapper
@@ -269,6 +270,8 @@ class NativeCalls:
         """What queues ``kernels`` without Python, or why that is Python."""
         if kernels in _programs:
             return _programs[kernels]
+        if self._unit.written and self._unit.program.data_dependent:
+            return "it writes, and what the C++ cannot compute with shows too late"
         if backend == "eager":
             made = translate(self._unit.program)
         else:
@@ -361,10 +364,41 @@ def _meta(spec: TensorSpec) -> torch.Tensor | None:
     return None if spec.is_open or spec.free else replace(spec, on_cpu=False).empty(torch.device("meta"))
 
 
+class NativeSession(core.SessionBase, Session):
+    """A session whose calls are C++: see ``SessionBase`` in ``_core/python/session.cpp`` for which of them."""
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return Session.__call__(self, *args, **kwargs)
+
+    def _failed(self, error: BaseException) -> None:
+        """An exception leaves a call; raises the one to put in its place, if any."""
+        self._break(error)
+        self._changed()
+        if isinstance(error, Exception):
+            self._device.check_error(error)
+
+    def _began(self, memory: Any) -> None:
+        core.begin_session(self, self._engine, self._busy, memory, memory.done)
+
+    def _bind(self, specialization: Specialization, state: Sequence[torch.Tensor]) -> None:
+        calls: Any = specialization.calls
+        if isinstance(calls, NativeCalls):
+            core.bind_session(self, calls, calls.core, state)
+
+    def _changed(self) -> None:
+        core.forget_stream(self)
+        core.set_session_usable(self, self._memory is not None and not self._why_broken)
+
+    def close(self) -> None:
+        super().close()
+        core.end_session(self)
+
+
 class NativeEngine(core.EngineBase, Engine):
     """An engine whose calls are C++: see ``EngineBase`` in ``_core/python/engine.cpp`` for which of them."""
 
     _runtime = Runtime("native", Limits, Counters, NativeCalls)
+    _kind_of_session = NativeSession
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         return Engine.__call__(self, *args, **kwargs)
@@ -378,13 +412,7 @@ class NativeEngine(core.EngineBase, Engine):
         calls: Any = made.calls
         # Calls with keywords, containers or numbers have the structure in their key: they come by Python.
         is_flat = all(isinstance(part, tuple) for part in key)
-        if (
-            is_flat
-            and not made.program.state
-            and calls.takes_plain_tensors
-            and calls.runs_here
-            and not self._device.is_profiled
-        ):
+        if is_flat and calls.takes_plain_tensors and calls.runs_here and not self._device.is_profiled:
             core.register(self, calls, calls.core, calls.finish)
 
     def _removed(self, made: Specialization) -> None:

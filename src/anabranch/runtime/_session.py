@@ -82,8 +82,9 @@ class Session:
         #: None once it is closed.
         self._memory: _Memory | None = _Memory(self._device, self._index)
         self._why_broken = ""
+        self._began(self._memory)
         if begins:
-            self._ordered(lambda memory: self._tensors(memory, initial))
+            self._alone(lambda: self._ordered(lambda memory: self._tensors(memory, initial)))
         if state is not None:
             self.load(state)
 
@@ -106,7 +107,7 @@ class Session:
                 raise
             except BaseException as e:
                 if memory is self._memory:
-                    self._why_broken = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+                    self._break(e)
                 raise
 
         return self._alone(call)
@@ -116,7 +117,9 @@ class Session:
         memory, device = self._usable(), self._device
         names = specialization.unit.states
         if not device.has_streams:
-            return specialization.calls(leaves, self._tensors(memory, names))
+            state = self._tensors(memory, names)
+            self._bind(specialization, state)
+            return specialization.calls(leaves, state)
         stream = device.current_stream(self._index)
         if device.is_capturing(stream):
             missing = [name for name in names if name not in memory.tensors]
@@ -129,9 +132,23 @@ class Session:
             return specialization.calls(leaves, [memory.tensors[name] for name in names])
         stream.wait_event(memory.done)
         try:
-            return specialization.calls(leaves, self._tensors(memory, names))
+            state = self._tensors(memory, names)
+            self._bind(specialization, state)
+            return specialization.calls(leaves, state)
         finally:
             memory.done.record(stream)
+
+    def _break(self, error: BaseException) -> None:
+        self._why_broken = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+    def _began(self, memory: _Memory) -> None:
+        """For a runtime whose calls are not in Python: there is a session to call."""
+
+    def _bind(self, specialization: Specialization, state: Sequence[torch.Tensor]) -> None:
+        """For such a runtime: calls of ``specialization`` use these of the session's tensors."""
+
+    def _changed(self) -> None:
+        """For such a runtime: something was queued here, or the session may be called, or may not."""
 
     # -- the state ----------------------------------------------------------------------------------------------
 
@@ -178,13 +195,14 @@ class Session:
 
     def clone(self) -> Session:
         """Another session, which goes on from where this one is."""
-        made = Session(self._engine, self._initial, begins=False)
+        made = type(self)(self._engine, self._initial, begins=False)
 
         def copying(memory: _Memory) -> None:
             assert made._memory is not None
             made._memory.tensors.update(self._copies(memory))
             if self._device.has_streams:
                 made._memory.done.record(self._device.current_stream(self._index))
+            made._changed()
 
         self._alone(lambda: self._ordered(copying))
         return made
@@ -222,6 +240,7 @@ class Session:
             return work()
         finally:
             if taken and taken[0]:
+                self._changed()
                 self._busy.release()
 
     def _usable(self) -> _Memory:

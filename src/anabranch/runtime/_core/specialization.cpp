@@ -30,11 +30,12 @@ Specialization::Specialization(c10::Device device, const DeviceApi* api, std::ve
     : device(device), pool(limits), specs(std::move(given)), api_(api), guard_(device.type()), counters_(counters) {
   for (size_t i = 0; i < specs.size(); ++i) {
     if (specs[i].written) written.push_back(i);
+    owned += specs[i].owned;
   }
 }
 
 bool Specialization::accepts(const at::Tensor* const* inputs, size_t count) const {
-  if (count != specs.size()) return false;
+  if (count + owned != specs.size()) return false;
   for (size_t i = 0; i < count; ++i) {
     if (inputs[i]->device() != device || !specs[i].accepts(*inputs[i])) return false;
   }
@@ -42,7 +43,7 @@ bool Specialization::accepts(const at::Tensor* const* inputs, size_t count) cons
 }
 
 Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Values& numbers, const Builder& build,
-                                            Values& results) {
+                                            Values& results, SessionOrder* session) {
   for (size_t i = 0; i < specs.size(); ++i) {
     if (!is_plain(inputs[i])) return Outcome::kDeclined;
   }
@@ -58,6 +59,26 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Valu
   bool is_capturing = false;
   check("asking whether the stream is under capture", api_->is_capturing(caller.ref, &is_capturing));
   if (is_capturing) return Outcome::kDeclined;
+  if (!session) return run_on(caller, inputs, numbers, build, results);
+  bool follows = session->stream == caller.ref.id && api_->is_lasting && api_->is_lasting(caller.ref);
+  if (!follows && !planted("no wait of a session")) wait(*session->done, caller);
+  auto outcome = Outcome::kDeclined;
+  try {
+    outcome = run_on(caller, inputs, numbers, build, results);
+  } catch (...) {
+    session->stream = -1;
+    session->done->record(caller.stream);  // part of it may be queued
+    throw;
+  }
+  if (outcome == Outcome::kDone) {
+    record(*session->done, caller);
+    session->stream = caller.ref.id;
+  }
+  return outcome;
+}
+
+Specialization::Outcome Specialization::run_on(const CallerStream& caller, const at::Tensor* inputs,
+                                               const Values& numbers, const Builder& build, Values& results) {
   if (uses_graphs) {
     auto acquired = acquire(caller, build);
     if (acquired.kind == Pool::Acquired::kContext) return run_graph(acquired, inputs, caller, results);

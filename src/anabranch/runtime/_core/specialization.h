@@ -21,6 +21,12 @@
 
 namespace anabranch::runtime {
 
+// What orders the calls of one session: each waits for the one before it, on whatever stream that was.
+struct SessionOrder {
+  c10::Event* done = nullptr;  // recorded behind each call; null where the device has no streams
+  c10::StreamId stream = -1;   // of the last record, if that is known
+};
+
 class Specialization {
  public:
   enum class Outcome { kDone, kDeclined };
@@ -37,12 +43,15 @@ class Specialization {
 
   // Run one call on the calling thread's current stream of the device. `inputs` have this signature, `numbers` are what
   // `program` takes after them. `kDeclined`: nothing was queued; this call takes a way that is not known here (it is
-  // inside a caller's capture, say).
+  // inside a caller's capture, say). `session`: whose state is among the inputs, if it is a session's call; nobody else
+  // uses it meanwhile.
   //
   // Threads: any, without the GIL. Blocks for other threads' hosts only. Throws what the device throws; the context is
   // then out of use.
-  Outcome run(const at::Tensor* inputs, const Values& numbers, const Builder& build, Values& results);
+  Outcome run(const at::Tensor* inputs, const Values& numbers, const Builder& build, Values& results,
+              SessionOrder* session = nullptr);
 
+  // Of a call's own tensors, without those of a session.
   bool accepts(const at::Tensor* const* inputs, size_t count) const;
   // Whether a call runs in Python in the end, so that it need not let go of the GIL.
   bool needs_gil() const { return !uses_graphs && !program && kernels.empty(); }
@@ -54,6 +63,7 @@ class Specialization {
   Pool events{nullptr};
   std::vector<InputSpec> specs;
   c10::SmallVector<size_t, 2> written;  // positions of what the program writes into
+  size_t owned = 0;                     // how many tensors are a session's, after the call's
 
   // Set while the specialization is built, before any call.
   bool uses_graphs = false;
@@ -80,6 +90,8 @@ class Specialization {
   };
   bool can_write(const at::Tensor* inputs) const;
   void note_writes(const at::Tensor* inputs) const;
+  Outcome run_on(const CallerStream& caller, const at::Tensor* inputs, const Values& numbers, const Builder& build,
+                 Values& results);
   Pool::Acquired acquire(const CallerStream& caller, const Builder& build);
   Outcome run_graph(const Pool::Acquired& acquired, const at::Tensor* inputs, const CallerStream& caller,
                     Values& results);

@@ -1,65 +1,45 @@
+#include "engine.h"
+
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include "errors.h"
-#include "specialization.h"
-#include "values.h"
 
 namespace anabranch::runtime {
 
 namespace {
 
-// What a call finds out by itself: engines' base class. Its `tp_call` runs a call whose arguments are plain tensors of
-// a signature that was compiled before; whatever is out of the ordinary goes to the method `_call`.
-struct EngineBase {
-  PyObject_HEAD struct Entry {
-    PyObject* owner;  // Python's NativeCalls: kept through a call, so that the weights are
-    PySpecialization* calls;
-    char finish;  // '1': a tensor; 't': a tuple of all results; 'l': a list; 'p': by the method `_finish`
-  };
-  std::vector<Entry>* entries;
-  // Not closed, not of another process, the device not lost.
-  bool is_usable;
-};
-
-int engine_traverse(PyObject* self, visitproc visit, void* arg) {
-  Py_VISIT(Py_TYPE(self));
-  auto* entries = reinterpret_cast<EngineBase*>(self)->entries;
-  if (entries) {
-    for (auto& entry : *entries) Py_VISIT(entry.owner);
-  }
-  return 0;
-}
-
-int engine_clear(PyObject* self) {
-  auto* entries = reinterpret_cast<EngineBase*>(self)->entries;
-  if (!entries) return 0;
-  std::vector<EngineBase::Entry> gone;
-  gone.swap(*entries);  // what dies here may come by again
-  for (auto& entry : gone) Py_DECREF(entry.owner);
-  return 0;
-}
-
-PyObject* engine_new(PyTypeObject* type, PyObject*, PyObject*) {
-  auto* self = reinterpret_cast<EngineBase*>(type->tp_alloc(type, 0));
-  if (!self) return nullptr;
-  self->entries = new std::vector<EngineBase::Entry>;
-  self->is_usable = true;
-  return reinterpret_cast<PyObject*>(self);
-}
-
-void engine_dealloc(PyObject* self) {
-  PyObject_GC_UnTrack(self);
-  engine_clear(self);
-  delete reinterpret_cast<EngineBase*>(self)->entries;
-  auto* type = Py_TYPE(self);
-  type->tp_free(self);
-  Py_DECREF(type);
-}
-
 bool is_exiting = false;
+
+}  // namespace
+
+EngineBase* engine_of(py::handle object) {
+  return reinterpret_cast<EngineBase*>(object.ptr());
+}
+
+bool take_plain(PyObject* args, PyObject* kwargs, PlainTensors& given) {
+  if ((kwargs && PyDict_GET_SIZE(kwargs)) || is_exiting) return false;
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+  bool grad = at::GradMode::is_enabled();
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args); ++i) {
+    PyObject* x = PyTuple_GET_ITEM(args, i);
+    if (!THPVariable_CheckExact(x)) return false;
+    given.push_back(&THPVariable_Unpack(x));
+    if (grad && given.back()->requires_grad()) return false;
+  }
+  return true;
+}
+
+PyObject* call_in_python(PyObject* object, PyObject* args, PyObject* kwargs) {
+  static PyObject* name = PyUnicode_InternFromString("_call");
+  PyObject* method = PyObject_GetAttr(object, name);
+  if (!method) return nullptr;
+  PyObject* result = PyObject_Call(method, args, kwargs);
+  Py_DECREF(method);
+  return result;
+}
 
 PyObject* finish(const EngineBase::Entry& entry, PyObject* args, Values& results) {
   if (entry.finish == '1') return wrap(std::move(results[0]));
@@ -89,7 +69,6 @@ PyObject* finish(const EngineBase::Entry& entry, PyObject* args, Values& results
   return finished;
 }
 
-// With an error set: the method `_failed` may put another one in its place.
 void report(PyObject* self) {
   PyObject *type, *value, *traceback;
   PyErr_Fetch(&type, &value, &traceback);
@@ -106,30 +85,56 @@ void report(PyObject* self) {
   PyErr_Restore(type, value, traceback);
 }
 
+namespace {
+
+int engine_traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  auto* engine = reinterpret_cast<EngineBase*>(self);
+  for (auto* entries : {engine->entries, engine->stateful}) {
+    if (!entries) continue;
+    for (auto& entry : *entries) Py_VISIT(entry.owner);
+  }
+  return 0;
+}
+
+int engine_clear(PyObject* self) {
+  auto* engine = reinterpret_cast<EngineBase*>(self);
+  for (auto* entries : {engine->entries, engine->stateful}) {
+    if (!entries) continue;
+    std::vector<EngineBase::Entry> gone;
+    gone.swap(*entries);  // what dies here may come by again
+    for (auto& entry : gone) Py_DECREF(entry.owner);
+  }
+  return 0;
+}
+
+PyObject* engine_new(PyTypeObject* type, PyObject*, PyObject*) {
+  auto* self = reinterpret_cast<EngineBase*>(type->tp_alloc(type, 0));
+  if (!self) return nullptr;
+  self->entries = new std::vector<EngineBase::Entry>;
+  self->stateful = new std::vector<EngineBase::Entry>;
+  self->is_usable = true;
+  return reinterpret_cast<PyObject*>(self);
+}
+
+void engine_dealloc(PyObject* self) {
+  PyObject_GC_UnTrack(self);
+  engine_clear(self);
+  delete reinterpret_cast<EngineBase*>(self)->entries;
+  delete reinterpret_cast<EngineBase*>(self)->stateful;
+  auto* type = Py_TYPE(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
 PyObject* engine_call_or_throw(PyObject* object, PyObject* args, PyObject* kwargs) {
   auto* self = reinterpret_cast<EngineBase*>(object);
-  auto declined = [&]() -> PyObject* {
-    static PyObject* name = PyUnicode_InternFromString("_call");
-    PyObject* method = PyObject_GetAttr(object, name);
-    if (!method) return nullptr;
-    PyObject* result = PyObject_Call(method, args, kwargs);
-    Py_DECREF(method);
-    return result;
-  };
-  auto count = static_cast<size_t>(PyTuple_GET_SIZE(args));
-  if ((kwargs && PyDict_GET_SIZE(kwargs)) || !self->is_usable || is_exiting) return declined();
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return declined();
-  c10::SmallVector<const at::Tensor*, 4> given;
-  bool grad = at::GradMode::is_enabled();
-  for (size_t i = 0; i < count; ++i) {
-    PyObject* x = PyTuple_GET_ITEM(args, static_cast<Py_ssize_t>(i));
-    if (!THPVariable_CheckExact(x)) return declined();
-    given.push_back(&THPVariable_Unpack(x));
-    if (grad && given.back()->requires_grad()) return declined();
-  }
+  auto declined = [&] { return call_in_python(object, args, kwargs); };
+  PlainTensors given;
+  if (!self->is_usable || !take_plain(args, kwargs, given)) return declined();
   for (auto& candidate : *self->entries) {
     auto& spec = *candidate.calls->spec;
-    if (!spec.accepts(given.data(), count)) continue;
+    if (!spec.accepts(given.data(), given.size())) continue;
     if (spec.is_lost()) break;
     // The list may change while the GIL is not held.
     auto entry = candidate;
@@ -167,10 +172,6 @@ PyObject* engine_call(PyObject* object, PyObject* args, PyObject* kwargs) {
   }
 }
 
-EngineBase* engine_of(py::handle object) {
-  return reinterpret_cast<EngineBase*>(object.ptr());
-}
-
 PyObject* make_engine_type() {
   static PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(engine_new)},
                                 {Py_tp_dealloc, reinterpret_cast<void*>(engine_dealloc)},
@@ -191,15 +192,18 @@ void bind_engine(py::module_& m) {
   if (!engine) throw py::error_already_set();
   m.attr("EngineBase") = engine;
   m.def("register", [](py::handle self, py::handle owner, PySpecialization& calls, const std::string& finish) {
-    engine_of(self)->entries->push_back({owner.inc_ref().ptr(), &calls, finish.at(0)});
+    auto* engine = engine_of(self);
+    auto* entries = calls.spec->owned ? engine->stateful : engine->entries;
+    entries->push_back({owner.inc_ref().ptr(), &calls, finish.at(0)});
   });
   m.def("unregister", [](py::handle self, PySpecialization& calls) {
-    auto& entries = *engine_of(self)->entries;
     std::vector<EngineBase::Entry> gone;
-    for (auto& entry : entries) {
-      if (entry.calls == &calls) gone.push_back(entry);
+    for (auto* entries : {engine_of(self)->entries, engine_of(self)->stateful}) {
+      for (auto& entry : *entries) {
+        if (entry.calls == &calls) gone.push_back(entry);
+      }
+      std::erase_if(*entries, [&](auto& entry) { return entry.calls == &calls; });
     }
-    std::erase_if(entries, [&](auto& entry) { return entry.calls == &calls; });
     for (auto& entry : gone) Py_DECREF(entry.owner);  // what dies here may come by again
   });
   m.def("clear", [](py::handle self) { engine_clear(self.ptr()); });

@@ -13,6 +13,7 @@ void bind_errors(pybind11::module_& m);
 void bind_limits(pybind11::module_& m);
 void bind_observer(pybind11::module_& m);
 void bind_program(pybind11::module_& m);
+void bind_session(pybind11::module_& m);
 void bind_specialization(pybind11::module_& m);
 
 }  // namespace anabranch::runtime
@@ -28,4 +29,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_specialization(m);
   bind_allocations(m);
   bind_engine(m);
+  bind_session(m);
 }

@@ -17,11 +17,6 @@ thread_local bool t_inside = false;
 // The slot that Python has added to a pool on this thread, until it gives it back.
 thread_local Slot* t_added = nullptr;
 
-c10::Event* event_of(py::handle event) {
-  TORCH_CHECK_TYPE(THPEvent_Check(event.ptr()), "expected a torch.Event");
-  return &reinterpret_cast<THPEvent*>(event.ptr())->event;
-}
-
 // (node, (function, kernel, cu_context), grid, block, shared bytes, params, offsets, packed, [(at, buffer, delta)])
 using KernelTuple =
     std::tuple<uintptr_t, std::array<uintptr_t, 3>, std::array<unsigned, 3>, std::array<unsigned, 3>, unsigned,
@@ -71,6 +66,11 @@ Slot* add_context(PySpecialization& self, const ContextTuple& given) {
 
 }  // namespace
 
+c10::Event* event_of(py::handle event) {
+  TORCH_CHECK_TYPE(THPEvent_Check(event.ptr()), "expected a torch.Event");
+  return &reinterpret_cast<THPEvent*>(event.ptr())->event;
+}
+
 Specialization::Built PySpecialization::build(int64_t reserved) {
   struct Outside {
     bool before = std::exchange(t_inside, false);
@@ -103,14 +103,14 @@ void PySpecialization::watch_flags(const py::object& is_unchanged, bool only_num
   };
 }
 
-bool PySpecialization::run(const at::Tensor* inputs, const Values& numbers, Values& results) {
+bool PySpecialization::run(const at::Tensor* inputs, const Values& numbers, Values& results, SessionOrder* session) {
   std::exception_ptr error;
   auto outcome = Specialization::Outcome::kDeclined;
   ++calls_under_way;
   bool nested = std::exchange(t_inside, true);
   PyThreadState* state = spec->needs_gil() ? nullptr : PyEval_SaveThread();
   try {
-    outcome = spec->run(inputs, numbers, [this](int64_t reserved) { return build(reserved); }, results);
+    outcome = spec->run(inputs, numbers, [this](int64_t reserved) { return build(reserved); }, results, session);
   } catch (...) {
     error = std::current_exception();
   }

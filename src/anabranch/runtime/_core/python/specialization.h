@@ -8,6 +8,9 @@
 
 namespace anabranch::runtime {
 
+// The C++ of a torch.Event, which stays Python's.
+c10::Event* event_of(py::handle event);
+
 // What Python has of a specialization.
 struct PySpecialization {
   std::unique_ptr<Specialization> spec;
@@ -26,7 +29,7 @@ struct PySpecialization {
 
   // Called with the GIL, which is let go of meanwhile, unless the kernels need it. False: this call has to take another
   // way. Throws.
-  bool run(const at::Tensor* inputs, const Values& numbers, Values& results);
+  bool run(const at::Tensor* inputs, const Values& numbers, Values& results, SessionOrder* session = nullptr);
 };
 
 }  // namespace anabranch::runtime
