@@ -415,6 +415,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "expected state to be there from the",
             "Register a tensor",
         ),
+        ("writes {name} within a transform of torch.func", "expected writes outside of those", "use copy_() to write"),
         ("writes its buffer {name}, which is not dense", "expected state that is", "Register its .clone()"),
         (
             "an effect beside its results ({what} {",

@@ -728,6 +728,21 @@ def test_views_that_cannot_be_taken_of_the_callers_tensor() -> None:
     refused(by_value, torch.randn(3), torch.tensor(1), match=r"writes input 0 and returns a part of it")
 
 
+def test_writes_that_a_recorded_graph_does_not_show() -> None:
+    def added(x: torch.Tensor) -> Any:
+        return torch.func.vmap(lambda a, b: a.add_(b))(x, x * 2)
+
+    refused(added, torch.randn(3, 4), match=r"writes input 0 within a transform of torch\.func")
+
+    def with_grad(self: Any, x: torch.Tensor) -> Any:
+        with torch.enable_grad():
+            x.add_(1)
+            self.h.add_(x)
+            return x.view(-1)
+
+    check(Model(with_grad, h=torch.zeros(3, 4)), torch.randn(3, 4))
+
+
 def test_half_precision() -> None:
     def fn(self: Any, x: torch.Tensor) -> Any:
         y = self.lin(x)

@@ -191,10 +191,10 @@ def _export(
                 exported = torch.export.export(module, tuple(args), dict(kwargs), dynamic_shapes=dynamic, strict=False)
                 if module.seen.returned.refusal:
                     raise UnsupportedModel(module.seen.returned.refusal)
+                _inline_grad_modes(exported)
                 recorded = Recorded(exported, module, module.seen.assignments)
                 module.seen.writes = recorded.writes(specs, traced)
                 if decompose:
-                    _inline_grad_modes(exported)
                     _functional.prepare(exported, source_of)
                     recorded.note_views(module.seen.writes, module.seen.recorder, source_of)
                     if not _functional.is_functional(exported):

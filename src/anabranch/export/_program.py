@@ -38,6 +38,7 @@ from anabranch.export._snapshot import Fresh, Snapshot
 from anabranch.export._stand_ins import bind
 from anabranch.export._state import (
     State,
+    check_seen,
     drop_unused,
     hand_back,
     new_values,
@@ -258,6 +259,7 @@ def _flatten(
             )
 
     new = new_values(gm.graph, dict(zip(placeholders, signature.input_specs, strict=True)), signature)
+    check_seen(new, inputs, weights, seen.writes)
     states = take_states(weights, new, traced, others)
     put_after([*weights, *inputs], list(states))
     write_back(gm.graph, new)

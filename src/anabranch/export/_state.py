@@ -92,6 +92,22 @@ def new_values(
     return found
 
 
+def check_seen(
+    new: Iterable[fx.Node],
+    inputs: Sequence[fx.Node],
+    weights: Mapping[fx.Node, tuple[str, torch.Tensor]],
+    writes: Writes | None,
+) -> None:
+    """Refuse a write that the recorded graph did not show: of nothing is it known whether it lies in that memory."""
+    for n in new:
+        name = f"input {inputs.index(n)}" if n in inputs else weights[n][0].removeprefix("model.")
+        if writes is None or name not in writes.counts:
+            raise UnsupportedModel(
+                f"the model writes {name} within a transform of torch.func or a branch; expected writes outside of"
+                " those. Return the new value from there, and use copy_() to write it."
+            )
+
+
 def take_states(
     weights: dict[fx.Node, tuple[str, torch.Tensor]],
     new: Mapping[fx.Node, fx.Node],
