@@ -805,7 +805,7 @@ def statistics_of_a_batch() -> World:
     return World(model, [lambda d: (d(2, 3, 5),), lambda d: (d(2, 3, 5) * 3,)])
 
 
-@program(engines=0)
+@program(engines=1)
 def input_changed_in_place() -> World:
     def run(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x.add_(y)
@@ -1493,13 +1493,38 @@ def test_summary_names_the_break_and_the_engines() -> None:
 
 
 def test_summary_says_why_operators_run_a_graph() -> None:
-    def changed(x: torch.Tensor) -> torch.Tensor:
-        return x.add_(1).cumsum(0).flip(0)
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kept", torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.kept.add_(x).cumsum(0).flip(0)
+
+    model = Kept().eval()
+    compiled = torch.compile(model, backend="anabranch", options=EAGER)
+    for n in (2, 3):
+        expected = (model.kept + n).cumsum(0).flip(0)
+        assert torch.equal(compiled(torch.full((3,), float(n))), expected)
+    reasons = [g["by_operators"] for g in dynamo.summary()["graphs"] if not g["engines"] and g["operators"] == 3]
+    assert any("it writes a buffer" in reason for reason in reasons), reasons
+
+
+def test_a_graph_writes_into_what_it_is_given() -> None:
+    def changed(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x.add_(y).mul_(3)
+        return x.cumsum(0) - y
 
     compiled = torch.compile(changed, backend="anabranch", options=EAGER)
-    compiled(torch.ones(3))
-    reasons = [g["by_operators"] for g in dynamo.summary()["graphs"] if not g["engines"] and g["operators"] == 3]
-    assert any("in place" in reason for reason in reasons), reasons
+    for n in range(4):
+        x, y = torch.randn(5) + n, torch.randn(5)
+        own = x.clone()
+        assert torch.equal(compiled(x, y), changed(own, y))
+        assert torch.equal(x, own)
+    x = torch.randn(5)
+    own = x.clone()
+    assert torch.equal(compiled(x, x), changed(own, own)), "one tensor twice, as eager takes it"
+    assert torch.equal(x, own)
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------

@@ -348,6 +348,11 @@ class Engine:
         return self._runtime.name
 
     @property
+    def keeps_state(self) -> bool:
+        """Whether the model is known to write buffers, so that sessions are what is called."""
+        return bool(self._initial)
+
+    @property
     def device(self) -> torch.device:
         """The device it runs on."""
         return self._torch_device

@@ -26,6 +26,7 @@ from anabranch.errors import (
     NotCapturable,
 )
 from anabranch.runtime._process import process
+from anabranch.runtime._unit import CannotWrite
 
 _log = logging.getLogger("anabranch")
 
@@ -41,6 +42,9 @@ _FREE = (operator.getitem,)
 
 class _Engine(Protocol):
     def __call__(self, *args: Any) -> Any: ...
+
+    @property
+    def keeps_state(self) -> bool: ...
 
     def summary(self) -> dict[str, Any]: ...
 
@@ -195,9 +199,12 @@ class Fragment:
                 self.was_by_operators = self.was_by_operators or not _trying.is_on
                 return self._by_operators(given)
         others = self._others_of(given)
-        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in others):
-            return self._without_grad(last.engine, others)
-        return last.engine(*others)
+        try:
+            if any(isinstance(x, torch.Tensor) and x.requires_grad for x in others):
+                return self._without_grad(last.engine, others)
+            return last.engine(*others)
+        except CannotWrite:  # nothing was queued, and operators do with it what eager does
+            return self._by_operators(given)
 
     def _needs_grad(self, given: Sequence[Any]) -> bool:
         """Whether a result requires grad, with grad enabled."""
@@ -252,6 +259,10 @@ class Fragment:
         except AnabranchError as e:
             self.why_operators = str(e)
             _log.info("a graph of torch.compile's runs by PyTorch's operators: %s", e)
+            return None
+        if engine.keeps_state:
+            engine.close()
+            self.why_operators = "it writes a buffer, which is its module's"
             return None
         found = _Frozen(frozen, numbers, engine)
         # The oldest is dropped, and with it those whose parameters are gone; calls under way keep theirs.

@@ -15,6 +15,10 @@ from anabranch.runtime._flags import Watch
 from anabranch.runtime._settings import Settings
 
 
+class CannotWrite(InputError):
+    """What the model writes into is memory of other inputs as well, or one place of it is several elements."""
+
+
 class Unit:
     """A program for calls of one signature, with the settings, limits and counters of its engine.
 
@@ -105,12 +109,12 @@ class Unit:
             x = tensors[i]
             for j, y in enumerate(given):
                 if i != j and shares_memory(x, y):
-                    raise InputError(
+                    raise CannotWrite(
                         f"{self.name_of(i)} and {self.name_of(j)} share memory, and the model writes into"
                         f" {self.name_of(i)}. Pass tensors with memory of their own."
                     )
             if any(n > 1 and not s for n, s in zip(x.shape, x.stride(), strict=True)):
-                raise InputError(
+                raise CannotWrite(
                     f"{self.name_of(i)} is expanded: one place in its memory stands for several elements, and the model"
                     " writes into it. Pass x.contiguous()."
                 )
