@@ -13,6 +13,7 @@ from anabranch.export._precision import Cast
 from anabranch.export._program import Program, export_program
 from anabranch.export._proof import same_computation
 from anabranch.export._random import is_random
+from anabranch.export._room import Room, rooms
 from anabranch.export._signature import (
     Input,
     Signature,
@@ -46,6 +47,7 @@ __all__ = [
     "Numbers",
     "Piece",
     "Program",
+    "Room",
     "Signature",
     "SizeOutput",
     "Sizes",
@@ -72,6 +74,7 @@ __all__ = [
     "name_of",
     "register_dataclasses",
     "replaced",
+    "rooms",
     "run_in_eager",
     "same_computation",
     "shape_at",

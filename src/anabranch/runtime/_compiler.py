@@ -73,6 +73,8 @@ class Compiler:
         self._default_device = torch.get_default_device()
         #: Copies of buffers that the model writes, by name, as they were when that was first known.
         self.initial: dict[str, torch.Tensor] = _sync.dict_("initial state")
+        #: Those of them that are single integers.
+        self.counts: dict[str, int] = _sync.dict_("initial counts")
         # Once for all signatures: what happens to the model later is nothing to the engine, and the caller of a later
         # signature need not wait until a copy of the weights is written.
         with neutral(settings.device, settings.index):
@@ -286,6 +288,8 @@ class Compiler:
         if new:
             self.aside(lambda: kept.update((name, alias(x).clone()) for name, x in new.items()), lasting=True)
         self.initial.update(kept)
+        counters = {name: x for name, x in kept.items() if x.numel() == 1 and _counts(x.dtype)}
+        self.counts.update((name, int(x)) for name, x in counters.items())
         return replace(program, state=tuple(replace(s, initial=self.initial[s.name]) for s in program.state))
 
     def _build(self, program: Program, signature: Signature, leaves: Sequence[Any], clock: Clock) -> Specialization:
@@ -330,3 +334,8 @@ class Compiler:
         """This thread's default device as it was at compile in the thread that compiled."""
         same = torch.get_default_device() == self._default_device
         return nullcontext() if same else self._default_device
+
+
+def _counts(dtype: torch.dtype) -> bool:
+    """Whether numbers of this type count something."""
+    return not dtype.is_floating_point and not dtype.is_complex and dtype is not torch.bool

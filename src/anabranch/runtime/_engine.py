@@ -76,6 +76,7 @@ class Engine:
         self._compiler: Compiler | None = Compiler(settings, model, precision, *parts)
         #: What state of the model begins as, by name: of each buffer that it is known to write.
         self._initial: Mapping[str, torch.Tensor] = self._compiler.initial
+        self._initial_counts: Mapping[str, int] = self._compiler.counts
         added, removed = weakref.WeakMethod(self._added), weakref.WeakMethod(self._removed)
         self._shapes = Shapes(self._table, limits, self._compiler, added, removed)
         self._hooks = about_hooks(self._compiler.snapshot.module)

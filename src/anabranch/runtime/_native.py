@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 
 from anabranch.backends import Instance, Kernels, Stateful, Wrapped
 from anabranch.devices import Stream
-from anabranch.export import ComputedOutput, TensorSpec
+from anabranch.export import ComputedOutput, Room, TensorSpec
 from anabranch.runtime import _library
 from anabranch.runtime._bound import Bound, kernel_tuple
 from anabranch.runtime._calls import Runtime
@@ -379,11 +379,19 @@ class NativeSession(core.SessionBase, Session):
 
     def _began(self, memory: Any) -> None:
         core.begin_session(self, self._engine, self._busy, memory, memory.done)
+        self._write_counts(self._counts)
 
-    def _bind(self, specialization: Specialization, state: Sequence[torch.Tensor]) -> None:
+    def _bind(self, specialization: Specialization, state: Sequence[torch.Tensor], rooms: Sequence[Room]) -> None:
         calls: Any = specialization.calls
         if isinstance(calls, NativeCalls):
-            core.bind_session(self, calls, calls.core, state)
+            slots = {name: i for i, name in enumerate(self._initial)}
+            core.bind_session(self, calls, calls.core, state, [(slots[r.name], r.step, r.limit) for r in rooms])
+
+    def _read_counts(self) -> dict[str, int | None]:
+        return dict(zip(self._initial, core.session_counts(self), strict=False))
+
+    def _write_counts(self, counts: Mapping[str, int | None]) -> None:
+        core.set_session_counts(self, [counts.get(name) for name in self._initial])
 
     def _changed(self) -> None:
         core.forget_stream(self)

@@ -20,7 +20,7 @@ from anabranch.errors import (
     SessionClosed,
     SessionFull,
 )
-from anabranch.export import State
+from anabranch.export import Room, State
 from anabranch.runtime._process import neutral
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ class Session:
         #: None once it is closed.
         self._memory: _Memory | None = _Memory(self._device, self._index)
         self._why_broken = ""
+        #: Of counters among the state: how far they have got; None where that is not known.
+        self._counts: dict[str, int | None] = dict(engine._initial_counts)
         self._began(self._memory)
         if begins:
             self._alone(lambda: self._ordered(lambda memory: self._tensors(memory, initial)))
@@ -116,10 +118,12 @@ class Session:
         """A call, ordered with what the session did before. Only from within :meth:`__call__`."""
         memory, device = self._usable(), self._device
         names = specialization.unit.states
+        rooms = specialization.rooms(leaves, self._engine._initial_counts)
+        self._check_room(rooms)
         if not device.has_streams:
             state = self._tensors(memory, names)
-            self._bind(specialization, state)
-            return specialization.calls(leaves, state)
+            self._bind(specialization, state, rooms)
+            return self._counted(rooms, specialization.calls(leaves, state))
         stream = device.current_stream(self._index)
         if device.is_capturing(stream):
             missing = [name for name in names if name not in memory.tensors]
@@ -129,12 +133,13 @@ class Session:
                     " session.reset() before the capture."
                 )
             device.join_capture(stream, self._index, keep=memory)
+            self._write_counts(dict.fromkeys(self._initial))  # replays count, too
             return specialization.calls(leaves, [memory.tensors[name] for name in names])
         stream.wait_event(memory.done)
         try:
             state = self._tensors(memory, names)
-            self._bind(specialization, state)
-            return specialization.calls(leaves, state)
+            self._bind(specialization, state, rooms)
+            return self._counted(rooms, specialization.calls(leaves, state))
         finally:
             memory.done.record(stream)
 
@@ -144,8 +149,8 @@ class Session:
     def _began(self, memory: _Memory) -> None:
         """For a runtime whose calls are not in Python: there is a session to call."""
 
-    def _bind(self, specialization: Specialization, state: Sequence[torch.Tensor]) -> None:
-        """For such a runtime: calls of ``specialization`` use these of the session's tensors."""
+    def _bind(self, specialization: Specialization, state: Sequence[torch.Tensor], rooms: Sequence[Room]) -> None:
+        """For such a runtime: calls of ``specialization`` use these of the session's tensors, and count so."""
 
     def _changed(self) -> None:
         """For such a runtime: something was queued here, or the session may be called, or may not."""
@@ -163,7 +168,7 @@ class Session:
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from ``state``, which :attr:`state` gave of a session of such an engine; a broken one is whole again.
 
-        Tensors may be on other devices, where the host waits for the copy. Raises
+        The host waits where a tensor is on another device, and for counters. Raises
         :class:`~anabranch.errors.InputError` where names, shapes or dtypes are not those of the model's state.
         """
 
@@ -181,6 +186,7 @@ class Session:
                     )
             for name, x in own.items():
                 x.copy_(state[name])
+            self._write_counts({name: int(state[name]) for name in self._engine._initial_counts})
 
         self._mend(loading)
 
@@ -190,6 +196,7 @@ class Session:
         def resetting(memory: _Memory) -> None:
             for name, x in zip(self._initial, self._tensors(memory, self._initial), strict=True):
                 x.copy_(self._initial[name])
+            self._write_counts(dict(self._engine._initial_counts))
 
         self._mend(resetting)
 
@@ -200,6 +207,7 @@ class Session:
         def copying(memory: _Memory) -> None:
             assert made._memory is not None
             made._memory.tensors.update(self._copies(memory))
+            made._write_counts(self._read_counts())
             if self._device.has_streams:
                 made._memory.done.record(self._device.current_stream(self._index))
             made._changed()
@@ -223,6 +231,34 @@ class Session:
             return f"<session of {self._engine!r}, closed>"
         nbytes = sum(x.nbytes for x in list(memory.tensors.values()))
         return f"<session of {self._engine!r}, {nbytes} bytes of state>"
+
+    # -- counters -----------------------------------------------------------------------------------------------
+
+    def _check_room(self, rooms: Sequence[Room]) -> None:
+        counts = self._read_counts()
+        for room in rooms:
+            count = counts.get(room.name)
+            if count is not None and room.limit is not None and count > room.limit:
+                raise SessionFull(
+                    f"{self!r} is full: its state {room.name!r} is {count}, and with inputs like these the model stays"
+                    f" within its state up to {room.limit}. Call session.reset(), or load() a state with room, or"
+                    " compile a model with more of it."
+                )
+
+    def _counted(self, rooms: Sequence[Room], results: _Result) -> _Result:
+        """A call was queued that counts so."""
+        counts = self._read_counts()
+        for room in rooms:
+            count = counts.get(room.name)
+            counts[room.name] = None if count is None or room.step is None else count + room.step
+        self._write_counts(counts)
+        return results
+
+    def _read_counts(self) -> dict[str, int | None]:
+        return dict(self._counts)
+
+    def _write_counts(self, counts: Mapping[str, int | None]) -> None:
+        self._counts = dict(counts)
 
     # -- order --------------------------------------------------------------------------------------------------
 
@@ -287,10 +323,11 @@ class Session:
 
     def _tensors(self, memory: _Memory, names: Iterable[str]) -> list[torch.Tensor]:
         """The session's own tensors of these buffers; new ones begin as the engine has them."""
-        own = memory.tensors
+        own, counts = memory.tensors, self._engine._initial_counts
         for name in names:
             if name not in own:
                 own[name] = self._initial[name].clone()
+                self._write_counts({**self._read_counts(), name: counts.get(name)})
         return [own[name] for name in names]
 
     def _copies(self, memory: _Memory) -> dict[str, torch.Tensor]:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-from anabranch import _activity
+from anabranch import _activity, _sync
 from anabranch.backends import Stateful
-from anabranch.export import AliasOutput, Program, Signature
+from anabranch.export import AliasOutput, Program, Room, Signature, rooms
 from anabranch.plan import Plan
 from anabranch.plan._join import join_plans
 from anabranch.plan._planner import Planned, plan_program
@@ -24,6 +25,9 @@ from anabranch.runtime._phases import Clock
 from anabranch.runtime._pieces import Pieces, build_pieces
 from anabranch.runtime._process import process
 from anabranch.runtime._unit import Unit
+
+#: Of which is remembered how far counters may get.
+_MOST_SHAPES = 1024
 
 
 class Specialization:
@@ -56,6 +60,7 @@ class Specialization:
             self._why_whole = built
         else:
             self.calls = self.pieces = built
+        self._rooms: dict[Any, list[Room]] = _sync.dict_("rooms")
         #: Proofs of plans for single shapes of this range, by whether they are captured. With the build lock held.
         self._proofs: dict[bool, PlanProof] = {}
         #: That no two steps of the plan can race. Raises PlanError before anything could run.
@@ -120,6 +125,22 @@ class Specialization:
                 if not self.choice.uses_graphs:
                     return instances.prepare(contexts)
         return self.calls.contexts.warm(contexts) if self.choice.uses_graphs else 0
+
+    def rooms(self, leaves: Sequence[Any], counts: Mapping[str, int]) -> list[Room]:
+        """How far the counters among its state may have got in a call with these leaves. ``counts``: what they begin
+        with. Computed once for each shape."""
+        program = self.program
+        shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor)) if self.is_range else ()
+        if shapes not in self._rooms:
+            graph = program.module.graph
+            states = {n.meta["state"]: n for n in graph.find_nodes(op="placeholder") if "state" in n.meta}
+            values = program.sizes.values(shapes) if program.sizes is not None else program.values
+            with _disable_current_modes():
+                found = rooms(graph, states, counts, values)
+            if len(self._rooms) >= _MOST_SHAPES:
+                self._rooms.clear()
+            self._rooms[shapes] = found
+        return self._rooms[shapes]
 
     def retire(self) -> None:
         """Give up all contexts as they become idle; calls that come here nevertheless run direct."""

@@ -12,15 +12,24 @@ namespace {
 // The base class of sessions. Its `tp_call` runs a call whose arguments are plain tensors of a signature that this
 // session was called with before, by Python's method `_call`, which takes the others.
 struct SessionBase {
+  // A counter among the state: how far it may have got when a call comes, and what the call adds to it; neither where
+  // that is not known.
+  using Count = std::optional<int64_t>;
+  struct Room {
+    size_t slot;
+    Count step, limit;
+  };
   PyObject_HEAD struct Bound {
     PySpecialization* calls;
     PyObject* owner;  // keeps `calls`
     std::vector<at::Tensor> state;
+    std::vector<Room> rooms;
   };
   PyObject* engine;  // an EngineBase
   PyObject* busy;    // a lock: one call at a time
   PyObject* memory;  // Python's, of the state: kept through a call, so that its memory goes to nobody else
   std::vector<Bound>* bound;
+  std::vector<Count>* counts;
   SessionOrder order;
   // Not closed, and no call of it has failed.
   bool is_usable;
@@ -58,6 +67,7 @@ PyObject* session_new(PyTypeObject* type, PyObject*, PyObject*) {
   auto* self = reinterpret_cast<SessionBase*>(type->tp_alloc(type, 0));
   if (!self) return nullptr;
   self->bound = new std::vector<SessionBase::Bound>;
+  self->counts = new std::vector<SessionBase::Count>;
   self->order = {};
   return reinterpret_cast<PyObject*>(self);
 }
@@ -66,6 +76,7 @@ void session_dealloc(PyObject* object) {
   PyObject_GC_UnTrack(object);
   session_clear(object);
   delete reinterpret_cast<SessionBase*>(object)->bound;
+  delete reinterpret_cast<SessionBase*>(object)->counts;
   auto* type = Py_TYPE(object);
   type->tp_free(object);
   Py_DECREF(type);
@@ -106,6 +117,13 @@ PyObject* run_alone(SessionBase* self, const EngineBase::Entry& entry, const Pla
   auto& all = *self->bound;
   auto bound = std::find_if(all.begin(), all.end(), [&](auto& b) { return b.calls == entry.calls; });
   if (bound == all.end()) return nullptr;
+  auto& counts = *self->counts;
+  auto rooms = bound->rooms;
+  for (auto& room : rooms) {
+    if (room.slot >= counts.size()) return nullptr;
+    auto& count = counts[room.slot];
+    if (count && room.limit && *count > *room.limit) return nullptr;  // full, as Python says with more words
+  }
   // Tensors of our own: another thread may put others in the place of the caller's.
   c10::SmallVector<at::Tensor, 8> inputs;
   for (auto* x : given) inputs.push_back(*x);
@@ -115,6 +133,10 @@ PyObject* run_alone(SessionBase* self, const EngineBase::Entry& entry, const Pla
   Values results;
   try {
     is_done = entry.calls->run(inputs.data(), {}, results, &self->order);
+    for (auto& room : rooms) {
+      auto& count = counts[room.slot];
+      if (is_done) count = count && room.step ? SessionBase::Count(*count + *room.step) : std::nullopt;
+    }
     return is_done ? finish(entry, args, results) : nullptr;
   } catch (py::error_already_set& e) {
     e.restore();
@@ -191,11 +213,17 @@ void bind_session(py::module_& m) {
   // Python has queued work of the session, on whatever stream.
   m.def("forget_stream", [](py::handle self) { session_of(self)->order.stream = -1; });
   m.def("bind_session",
-        [](py::handle self, py::handle owner, PySpecialization& calls, const std::vector<at::Tensor>& state) {
+        [](py::handle self, py::handle owner, PySpecialization& calls, const std::vector<at::Tensor>& state,
+           const std::vector<std::tuple<size_t, SessionBase::Count, SessionBase::Count>>& rooms) {
           auto& all = *session_of(self)->bound;
           if (std::any_of(all.begin(), all.end(), [&](auto& b) { return b.calls == &calls; })) return;
-          all.push_back({&calls, owner.inc_ref().ptr(), state});
+          std::vector<SessionBase::Room> own;
+          for (auto& [slot, step, limit] : rooms) own.push_back({slot, step, limit});
+          all.push_back({&calls, owner.inc_ref().ptr(), state, own});
         });
+  m.def("session_counts", [](py::handle self) { return *session_of(self)->counts; });
+  m.def("set_session_counts",
+        [](py::handle self, const std::vector<SessionBase::Count>& counts) { *session_of(self)->counts = counts; });
   m.def("end_session", [](py::handle object) {
     auto* self = session_of(object);
     self->is_usable = false;
