@@ -57,6 +57,11 @@ class NotCapturable(AnabranchError):
 class FlagsChanged(AnabranchError):
     """A numerics flag (TF32, determinism, ...) differs from its value at compile and would change the result."""
 
+    def __init__(self, message: str = "", *, wrote: bool = False) -> None:
+        """``wrote``: whether the call may have written into inputs or state by then."""
+        AnabranchError.__init__(self, message)
+        self.wrote = wrote
+
 
 class EngineClosed(AnabranchError):
     """The engine was closed, or belongs to a parent process, or this process was forked in the middle of a compile."""

@@ -531,9 +531,11 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/runtime/_compiler.py": [
         ("flags changed since compile: {", "cannot be compiled under the engine's flags", "Set them back"),
         ("the model runs in eager on these inputs ({signature})", "its graph does not run", "Try another backend"),
+        ("the model writes {min(taken)}", "compiled for what it held at first", "Compile for inputs first"),
     ],
     "src/anabranch/runtime/_direct.py": [
         ("numerics flags changed again and again", "set them once, before the calls"),
+        ("what it wrote ({written})", "may be of other precision", "set them once, before the calls"),
         ("the model is {unit.program.direct_only}", "needs the host to look at results", "Call the engine outside"),
         ("an operator of the model {unit.program.direct_only}", "needs the host to wait", "Call the engine outside"),
         ("the model is {unit.program.direct_only}", "would keep the values of this call", "Call the engine outside"),
@@ -558,7 +560,6 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("the engine that this graph was a part of is gone", "compile a new one"),
         ("belongs to the parent of this forked process", "this process cannot use", "Compile in the child"),
         ("the device was lost earlier in this process: {lost}", "Start a new process"),
-        ("the call is made under a {type(mode).__name__}", "engines run on real tensors", "Call the engine outside"),
     ],
     "src/anabranch/runtime/_flags.py": [
         ("numerics flags changed since compile: {", "would not give the engine's bits", "Set them back"),
@@ -581,13 +582,28 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("{path}: cannot be loaded as an exported program", "Expected a file written by torch.export.save"),
         ("the model's {name} is on {t.device}", "its inputs are on {device}", "call model.to("),
         ("{dims[dim.name]} and {dim} given", "expected one name to have the same bounds everywhere"),
+        ("the call is made under a {type(mode).__name__}", "engines run on real tensors", "Call the engine outside"),
     ],
     "src/anabranch/runtime/_ranges.py": [
         ("sizes were declared to vary ({names})", "the model does not let them: {why}", "Give numbers in their place"),
         ("size {d} of input {i} is {size}; {dim.name}", "declared as {dim.bounds}", "Pass inputs within the bounds"),
         ("and size {e} of input {other} is {equal}", "so they must be equal", "Give them two names"),
     ],
+    "src/anabranch/runtime/_session.py": [
+        ("{engine} was called itself", "keeps state ({names}), which is a session's", "make one with session"),
+        ("{self} cannot be used any more", "make another one with engine.session()"),
+        ("an earlier call of {self} failed", "half of one call's and half of another's", "Call session.reset(), or"),
+        ("the session has no state {missing[0]} yet", "inside a CUDA graph capture", "Call session.reset() before"),
+        ("a {type(state).__name__} was given", "expected a dict of tensors by name", "Pass what session.state gave"),
+        ("state {name} {what}", "expected {"),
+        ("state {name} is a {type(y).__name__}", "expected a tensor"),
+        ("state {name} is {y.dtype} of shape", "expected {x.dtype} of shape"),
+        ("{self} is in use by another call", "its calls follow one another", "Use a session for each thread"),
+        ("is looked at or changed inside a CUDA graph capture", "cannot be ordered", "Do that outside of the capture"),
+    ],
     "src/anabranch/runtime/_unit.py": [
+        ("{self.name_of(i)} and {self.name_of(j)} share memory", "the model writes into", "Pass tensors with memory"),
+        ("{self.name_of(i)} is expanded", "the model writes into it", "Pass x.contiguous()"),
         ("elements into its storage", "the model reads from the storage's beginning ({what})", "Pass x.clone()"),
         (
             "no integer was found that this model takes for all of its integer inputs ({signature}): {why}",

@@ -228,7 +228,7 @@ def test_each_entry_is_of_an_error_text() -> None:
 
 #: A text asks for something: it says what is expected or needed, or it has a verb for the reader.
 _ASKS = re.compile(
-    r"\b(expected|expresses|needs?|must|each|runs?|takes|add|begin|builds?|call|capture|change|check|choose|clears"
+    r"\b(expected|expresses|needs?|must|each|runs?|takes|add|assign|begin|builds?|call|capture|change|check|choose|clears"
     r"|compile|copy|do|end|export|free|give|hold|install|launch|leave|link|load|make|measure|move|name|open|pass|put|raise"
     r"|record|register|remove|rename|replace|replay|return|save|see|set|start|try|unset|update|use|wait)\b",
     re.I,

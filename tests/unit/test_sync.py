@@ -121,6 +121,7 @@ _PLAIN_STATE = {
     ("StaticOutputs", "_plain"): "its context's owner",
     ("StaticOutputs", "_shared"): "its context's owner",
     ("Tally", "_counts"): "its lock",
+    ("_Memory", "tensors"): "its session's lock",
     ("_Words", "_tensors"): "its lock",
 }
 

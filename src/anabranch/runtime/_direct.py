@@ -92,7 +92,8 @@ class Direct:
             written = ", ".join(map(unit.name_of, unit.written))
             raise FlagsChanged(
                 f"numerics flags changed during a call, in another thread, and what it wrote ({written}) may be of"
-                " other precision; set them once, before the calls"
+                " other precision; set them once, before the calls",
+                wrote=True,
             )
         return results
 

@@ -79,10 +79,14 @@ class Pieces:
         for watch in self._watches:
             watch.check()
         values: list[Any] = list(inputs)
-        for calls, takes, drops in self._steps:
-            values += calls([values[i] for i in takes])
-            for i in drops:
-                values[i] = None
+        try:
+            for calls, takes, drops in self._steps:
+                values += calls([values[i] for i in takes])
+                for i in drops:
+                    values[i] = None
+        except FlagsChanged as e:
+            e.wrote = bool(self._unit.written)  # in a piece before, perhaps
+            raise
         return [values[i] for i in self.results]
 
     @property

@@ -12,6 +12,7 @@ from anabranch import _activity, _sync
 from anabranch.devices import Device
 from anabranch.errors import (
     EngineClosed,
+    FlagsChanged,
     InputError,
     NeedsSession,
     NotCapturable,
@@ -32,6 +33,10 @@ _Result = TypeVar("_Result")
 _AT_ONCE = (False,)
 #: Raised before anything is queued: the state is what it was.
 _HARMLESS = (InputError, NotCapturable, EngineClosed, SessionFull)
+
+
+def _is_harmless(e: BaseException) -> bool:
+    return isinstance(e, _HARMLESS) or (isinstance(e, FlagsChanged) and not e.wrote)
 
 
 class _Memory:
@@ -84,9 +89,11 @@ class Session:
         self._why_broken = ""
         #: Of counters among the state: how far they have got; None where that is not known.
         self._counts: dict[str, int | None] = dict(engine._initial_counts)
+        #: Whether the call under way may have written into the state.
+        self._is_writing = False
         self._began(self._memory)
         if begins:
-            self._alone(lambda: self._ordered(lambda memory: self._tensors(memory, initial)))
+            self._alone(lambda: self._ordered(lambda memory: self._tensors(memory, list(initial))))
         if state is not None:
             self.load(state)
 
@@ -102,13 +109,12 @@ class Session:
         engine = self._engine
 
         def call() -> Any:
-            memory = self._usable()
+            self._usable()
+            self._is_writing = False  # what fails before that, while a new signature is compiled say, does no harm
             try:
                 return engine._call_for(self, args, kwargs)
-            except _HARMLESS:
-                raise
             except BaseException as e:
-                if memory is self._memory:
+                if self._is_writing and not _is_harmless(e):
                     self._break(e)
                 raise
 
@@ -121,9 +127,10 @@ class Session:
         rooms = specialization.rooms(leaves, self._engine._initial_counts)
         self._check_room(rooms)
         if not device.has_streams:
-            state = self._tensors(memory, names)
-            self._bind(specialization, state, rooms)
-            return self._counted(rooms, specialization.calls(leaves, state))
+            tensors = self._tensors(memory, names)
+            self._bind(specialization, tensors, rooms)
+            self._is_writing = True
+            return self._counted(rooms, specialization.calls(leaves, tensors))
         stream = device.current_stream(self._index)
         if device.is_capturing(stream):
             missing = [name for name in names if name not in memory.tensors]
@@ -134,12 +141,14 @@ class Session:
                 )
             device.join_capture(stream, self._index, keep=memory)
             self._write_counts(dict.fromkeys(self._initial))  # replays count, too
+            self._is_writing = True
             return specialization.calls(leaves, [memory.tensors[name] for name in names])
         stream.wait_event(memory.done)
         try:
-            state = self._tensors(memory, names)
-            self._bind(specialization, state, rooms)
-            return self._counted(rooms, specialization.calls(leaves, state))
+            tensors = self._tensors(memory, names)
+            self._bind(specialization, tensors, rooms)
+            self._is_writing = True
+            return self._counted(rooms, specialization.calls(leaves, tensors))
         finally:
             memory.done.record(stream)
 
@@ -173,12 +182,19 @@ class Session:
         """
 
         def loading(memory: _Memory) -> None:
-            own = dict(zip(self._initial, self._tensors(memory, self._initial), strict=True))
+            if not isinstance(state, Mapping):
+                raise InputError(
+                    f"a {type(state).__name__} was given; expected a dict of tensors by name. Pass what session.state"
+                    " gave."
+                )
+            own = self._own(memory)
             for name in sorted(own.keys() ^ state.keys()):
                 what = "is missing" if name in own else "is none of the model's"
                 raise InputError(f"state {name!r} {what}; expected {', '.join(map(repr, own)) or 'nothing'}")
             for name, x in own.items():
                 y = state[name]
+                if not isinstance(y, torch.Tensor):
+                    raise InputError(f"state {name!r} is a {type(y).__name__}; expected a tensor")
                 if y.shape != x.shape or y.dtype != x.dtype:
                     raise InputError(
                         f"state {name!r} is {y.dtype} of shape {tuple(y.shape)}; expected {x.dtype} of shape"
@@ -194,7 +210,7 @@ class Session:
         """Begin again: the state is what it was at first; a broken session is whole again."""
 
         def resetting(memory: _Memory) -> None:
-            for name, x in zip(self._initial, self._tensors(memory, self._initial), strict=True):
+            for name, x in self._own(memory).items():
                 x.copy_(self._initial[name])
             self._write_counts(dict(self._engine._initial_counts))
 
@@ -330,8 +346,13 @@ class Session:
                 self._write_counts({**self._read_counts(), name: counts.get(name)})
         return [own[name] for name in names]
 
+    def _own(self, memory: _Memory) -> dict[str, torch.Tensor]:
+        """The session's own tensors of all buffers that are known to be written by now."""
+        names = list(self._initial)  # another thread may be compiling, and find more
+        return dict(zip(names, self._tensors(memory, names), strict=True))
+
     def _copies(self, memory: _Memory) -> dict[str, torch.Tensor]:
-        return {name: x.clone() for name, x in zip(self._initial, self._tensors(memory, self._initial), strict=True)}
+        return {name: x.clone() for name, x in self._own(memory).items()}
 
 
 def refuse_without_session(engine: Engine, state: Sequence[State]) -> NoReturn:
