@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import json
 import re
 import threading
 from collections.abc import Callable
@@ -398,6 +399,7 @@ def test_explain_tells_of_state_and_writes(runtime: str) -> None:  # noqa: F811
     text = ring().explain()
     assert f"  state of a session: last, at; {5 * 4 * 4 + 8} bytes" in text
     assert "writes into what it is given" not in text
+    assert "  copies " not in text, "a ring buffer is written in place"
 
     def both(self: Any, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         y.add_(x)
@@ -408,6 +410,36 @@ def test_explain_tells_of_state_and_writes(runtime: str) -> None:  # noqa: F811
     engine = anabranch.compile(Model(both, h=torch.zeros(3)), [drawn(3) for _ in range(3)], backend="eager")
     assert "  writes into what it is given: input 1, input 2" in engine.explain()
     assert "  state of a session: h; 12 bytes" in engine.explain()
+
+
+def test_explain_tells_what_operators_copy(runtime: str) -> None:  # noqa: F811
+    engine, _, _ = made("recurrent")
+    assert "  copies 48 bytes of state a call: it is not all computed where it lies" in engine.explain()
+    turned = engine_for(lambda self, x: x.copy_(x.flip(0)), drawn(3, 4))
+    assert "  copies 48 bytes of what it writes a call" in turned.explain()
+
+
+def test_a_summary_tells_of_state_and_writes(runtime: str) -> None:  # noqa: F811
+    engine = ring(dynamic=False)
+    engine.session()(drawn(3, 4))
+    first, second = engine.summary()["signatures"]
+    assert (
+        first["state"]
+        == second["state"]
+        == [
+            {"name": "last", "shape": [5, 4], "dtype": "float32", "bytes": 80},
+            {"name": "at", "shape": [1], "dtype": "int64", "bytes": 8},
+        ]
+    )
+    assert first["writes"] == []
+    (plain,) = anabranch.compile(nn.ReLU(), [drawn(3)], backend="eager").summary()["signatures"]
+    assert plain["state"] == plain["writes"] == []
+    (cache,) = engine_for(updated, {"k": drawn(6, 4), "v": drawn(6, 4)}, drawn(1, 4), torch.tensor([0])).summary()[
+        "signatures"
+    ]
+    assert cache["state"] == []
+    assert cache["writes"] == ["input 0", "input 1"]
+    assert json.loads(json.dumps(engine.summary())) == engine.summary()
 
 
 # -- a session at work, broken, closed ---------------------------------------------------------------------------------
@@ -671,8 +703,8 @@ def test_a_signature_that_only_reads_what_another_writes(runtime: str) -> None: 
     assert session.state.keys() == {"h"}
     with pytest.raises(anabranch.NeedsSession, match="'h'"):
         engine(drawn(1, 4))
-    by_name = {s["signature"]: s for s in engine.summary()["signatures"]}
-    assert len(by_name) == 2
+    states = [[x["name"] for x in s["state"]] for s in engine.summary()["signatures"]]
+    assert states == [["h"], ["h"]]
 
 
 def test_a_state_that_was_read_before_it_was_known_to_be_written(runtime: str) -> None:  # noqa: F811

@@ -31,7 +31,7 @@ from anabranch.export._numbers import NumberInput, Numbers
 from anabranch.export._outputs import ComputedOutput, Output, classify, storage_of
 from anabranch.export._precision import Cast
 from anabranch.export._recurrent import call_cudnn
-from anabranch.export._reinplace import reinplace
+from anabranch.export._reinplace import copied_bytes, reinplace
 from anabranch.export._signature import TensorSpec
 from anabranch.export._sizes import Sizes
 from anabranch.export._snapshot import Fresh, Snapshot
@@ -110,6 +110,11 @@ class Program:
         """:attr:`module` for who runs it operator by operator: it writes what it writes where that lies, if that is
         right, and copies nothing."""
         return reinplace(self.module) if self.written else self.module
+
+    @property
+    def copied_bytes(self) -> int:
+        """How many bytes a call by operators copies only because they do not write in place."""
+        return copied_bytes(self.in_place) if self.written else 0
 
     @functools.cached_property
     def why_not_by_shape(self) -> str:

@@ -408,12 +408,13 @@ class Engine:
         ``backend``; whether it is ``captured``, and the ``reason``; ``reasons``, the operators that forbid it, each
         with ``why``, ``operator`` and ``source`` (the model's line); how many ``operators`` and ``flops``
         (floating-point operations a call) run ``captured`` and ``direct``, with ``share_captured`` from 0 to 1 (None
-        where there are none); ``seconds`` of the build by phase and in ``total``; how many ``contexts`` there are,
-        ``bytes_per_context``, and ``bytes``, all that they hold now. ``measured_us`` has the microseconds of a call as
-        a ``graph`` and ``direct`` where both were measured, and of a direct one by ``compiled`` kernels and by
-        PyTorch's ``operators``. ``pieces`` has, where a call runs in several, for each whether it is ``captured``, its
-        ``backend``, how many ``operators``, and ``why`` it runs direct; then ``captured`` says whether any is, and
-        ``measured_us`` has what is captured as ``pieces`` and ``direct``.
+        where there are none); ``seconds`` of the build by phase and in ``total``; ``contexts``, how many;
+        ``bytes_per_context``; ``bytes`` that all of them hold now. ``measured_us`` has the microseconds of a call as a
+        ``graph`` and ``direct`` where both were measured, and of a direct one by ``compiled`` kernels and by PyTorch's
+        ``operators``. ``state``: each buffer that a session has, by ``name``, ``shape``, ``dtype``, ``bytes``;
+        ``writes``: the inputs that it writes into. ``pieces`` has, where a call runs in several, for each whether it is
+        ``captured``, its ``backend``, how many ``operators``, and ``why`` it runs direct; then ``captured`` says
+        whether any is, and ``measured_us`` has what is captured as ``pieces`` and ``direct``.
 
         ``fragments`` is None but for a model that torch.export refuses: then it has ``why``; ``graphs``, an entry for
         each graph, with how many ``operators`` it has, why they run ``by_operators`` of PyTorch's, or nothing, where it

@@ -202,8 +202,15 @@ class Specialization:
             bytes_per_context=sum(pool.estimate for pool in pools),
             bytes=sum(pool.nbytes for pool in pools) + (instances.nbytes if instances is not None else 0),
             measured_us=choice.measured,
+            state=_summary.described(program.state),
+            writes=self._inputs_written,
             pieces=described,
         )
+
+    @property
+    def _inputs_written(self) -> list[str]:
+        given = len(self.signature.given)
+        return [self.unit.name_of(i) for i in self.unit.written if i < given]
 
     @functools.cached_property
     def _flops(self) -> int | None:
@@ -251,9 +258,13 @@ class Specialization:
             names = ", ".join(s.name for s in program.state)
             size = sum(s.initial.nbytes for s in program.state)
             lines.append(f"  state of a session: {names}; {size} bytes")
-        written = [unit_name for i in self.unit.written if (unit_name := self.unit.name_of(i)).startswith("input")]
-        if written:
-            lines.append(f"  writes into what it is given: {', '.join(written)}")
+        if self._inputs_written:
+            lines.append(f"  writes into what it is given: {', '.join(self._inputs_written)}")
+        if choice.backend == "eager" and pieces is None and program.copied_bytes:
+            what = "state" if program.state else "what it writes"
+            lines.append(
+                f"  copies {program.copied_bytes} bytes of {what} a call: it is not all computed where it lies"
+            )
         handed_back = sum(isinstance(o, AliasOutput) for o in program.outputs)
         if handed_back:
             lines.append(f"  {handed_back} output(s) are inputs or parameters (or views of them), handed back as such")

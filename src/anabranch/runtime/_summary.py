@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from anabranch.export import Uncaptured
+from anabranch.export import State, Uncaptured
 from anabranch.runtime import _phases
 
 
@@ -59,6 +59,10 @@ class SignatureSummary:
     bytes_per_context: int
     bytes: int
     measured_us: Mapping[str, float]
+    #: What a session keeps for it: name, shape, dtype and bytes.
+    state: Sequence[Mapping[str, Any]] = ()
+    #: Names of inputs that it writes into.
+    writes: Sequence[str] = ()
     #: In order, where there are several.
     pieces: Sequence[PieceSummary] = ()
 
@@ -78,6 +82,8 @@ class SignatureSummary:
             "bytes_per_context": self.bytes_per_context,
             "bytes": self.bytes,
             "measured_us": dict(self.measured_us),
+            "state": [dict(x) for x in self.state],
+            "writes": list(self.writes),
             "pieces": [asdict(piece) for piece in self.pieces],
         }
 
@@ -92,6 +98,15 @@ class SignatureSummary:
         elif self.flops.total:
             lines.append(f"floating-point operations: {self.flops.total:,} a call, {self.flops.share:.0%} captured")
         return [*lines, _phases.describe(self.seconds)]
+
+
+def described(state: Sequence[State]) -> list[dict[str, Any]]:
+    """What a session keeps, as plain data."""
+    tensors = ((s.name, s.initial) for s in state)
+    return [
+        {"name": name, "shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch."), "bytes": x.nbytes}
+        for name, x in tensors
+    ]
 
 
 def count_operators(graph: fx.Graph) -> int:
