@@ -21,6 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import anabranch
+import anabranch.cpp
+import anabranch.dynamo
 from anabranch import Dim, Input
 from contract.support import ROUNDING, assert_same, on_threads, runtime  # noqa: F401  # a fixture
 
@@ -994,3 +996,38 @@ def test_state_and_inputs_are_written_in_one_call(runtime: str) -> None:  # noqa
     with pytest.raises(anabranch.InputError, match=re.escape("share memory, and the model writes into")):
         session(saved)
     assert_same(session.state["h"], eager.h)
+
+
+# -- where there are no sessions ---------------------------------------------------------------------------------------
+
+
+def test_what_has_no_sessions_says_so_or_runs_by_operators() -> None:
+    for model, inputs in ((Ring(), [drawn(2, 4)]), (Model(added), [drawn(3), drawn(3)])):
+        with pytest.raises(anabranch.UnsupportedModel, match="writes into its inputs or its buffers"):
+            anabranch.cpp.save_program(model.eval(), inputs, "/tmp/absent.anabranch")
+    eager, model = Ring().eval(), Ring().eval()
+    compiled = torch.compile(model, backend="anabranch", options={"backend": "eager"})
+    for k in range(3):
+        assert_same(in_eager(compiled, drawn(2, 4, seed=k)), in_eager(eager, drawn(2, 4, seed=k)))
+    assert_same(buffers(model), buffers(eager))
+    assert any("it writes" in graph["by_operators"] for graph in anabranch.dynamo.summary()["graphs"])
+    torch.compiler.reset()
+
+
+def test_a_model_in_several_graphs_that_writes() -> None:
+    def branching(self: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x.add_(y)
+        return x * 2 if x.sum() > 0 else x * 3
+
+    engine, model = engine_for(branching, drawn(3), drawn(3)), Model(branching)
+    for k in range(4):
+        ours, theirs = drawn(3, seed=k), drawn(3, seed=k)
+        assert_same(engine(ours, drawn(3)), in_eager(model, theirs, drawn(3)))
+        assert_same(ours, theirs)
+
+    def keeping(self: Any, x: torch.Tensor) -> torch.Tensor:
+        self.h.add_(x)
+        return x * 2 if x.sum() > 0 else x * 3
+
+    with pytest.raises(anabranch.UnsupportedModel, match="changes 'h' in place"):
+        anabranch.compile(Model(keeping, h=torch.zeros(3)), [drawn(3)], backend="eager")

@@ -92,6 +92,8 @@ def describe(program: Program, inputs: Sequence[TensorSpec], device: torch.devic
     why = flat if isinstance(flat, str) else flat.depends
     if any(x.on_cpu for x in inputs):
         why = "an input is on the CPU, and an engine in C++ takes all on its device"
+    if program.written or program.state:
+        why = "it writes into its inputs or its buffers, and an engine in C++ has no sessions and writes nothing"
     if why:
         raise UnsupportedModel(f"the model cannot be saved for C++: {why}.{_HINT}")
     assert isinstance(flat, FlatProgram)

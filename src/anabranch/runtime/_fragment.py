@@ -43,9 +43,6 @@ _FREE = (operator.getitem,)
 class _Engine(Protocol):
     def __call__(self, *args: Any) -> Any: ...
 
-    @property
-    def keeps_state(self) -> bool: ...
-
     def summary(self) -> dict[str, Any]: ...
 
     def explain(self) -> str: ...
@@ -260,9 +257,10 @@ class Fragment:
             self.why_operators = str(e)
             _log.info("a graph of torch.compile's runs by PyTorch's operators: %s", e)
             return None
-        if engine.keeps_state:
+        state = [x["name"] for made in engine.summary()["signatures"] for x in made["state"]]
+        if state:
             engine.close()
-            self.why_operators = "it writes a buffer, which is its module's"
+            self.why_operators = f"it writes a buffer of its module's: {', '.join(map(repr, state))}"
             return None
         found = _Frozen(frozen, numbers, engine)
         # The oldest is dropped, and with it those whose parameters are gone; calls under way keep theirs.
