@@ -86,7 +86,7 @@ def test_the_end_depends_on_how_much_a_call_writes(runtime: str) -> None:  # noq
     engine = anabranch.compile(Cache(copied).eval(), given, backend="eager", runtime=runtime)
     session = engine.session()
     session(rows(4))
-    with pytest.raises(anabranch.SessionFull, match="'at' is 4, .* up to 3"):
+    with pytest.raises(anabranch.SessionFull, match=r"'at' is 4, .* up to 3"):
         session(rows(3))
     session(rows(2))
     with pytest.raises(anabranch.SessionFull, match="up to 5"):

@@ -75,18 +75,16 @@ class Engine:
         parts = self._runtime, self._limits, self._counters, self._table
         self._compiler: Compiler | None = Compiler(settings, model, precision, *parts)
         #: What state of the model begins as, by name: of each buffer that it is known to write.
-        self._initial: Mapping[str, torch.Tensor] = self._compiler.initial
-        self._initial_counts: Mapping[str, int] = self._compiler.counts
-        added, removed = weakref.WeakMethod(self._added), weakref.WeakMethod(self._removed)
-        self._shapes = Shapes(self._table, limits, self._compiler, added, removed)
+        self._initial, self._initial_counts = self._compiler.initial, self._compiler.counts
+        hooks = weakref.WeakMethod(self._added), weakref.WeakMethod(self._removed)
+        self._shapes = Shapes(self._table, limits, self._compiler, *hooks)
         self._hooks = about_hooks(self._compiler.snapshot.module)
         if self._hooks:
             warnings.warn(f"{settings.name} is compiled {self._hooks}", stacklevel=3)
         self._in_fragments = in_fragments
         #: What serves signatures that torch.export refuses, once there was one.
         self._guarded: Guarded | None = None
-        self._closed = False
-        self._generation = process.generation
+        self._closed, self._generation = False, process.generation
         process.register(self)
 
     # -- calling ------------------------------------------------------------------------------------------------
@@ -338,7 +336,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- looking ------------------------------------------------------------------------------------------------
@@ -347,11 +345,6 @@ class Engine:
     def runtime(self) -> str:
         """Which runtime its calls run on: ``"native"`` or ``"python"``."""
         return self._runtime.name
-
-    @property
-    def keeps_state(self) -> bool:
-        """Whether the model is known to write buffers, so that sessions are what is called."""
-        return bool(self._initial)
 
     @property
     def device(self) -> torch.device:
