@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anabranch
 from contract.pieces import PieceMlp
-from contract.support import PATHS, Chain, Make, Mlp, Rig, assert_same, on_threads
+from contract.support import PATHS, ROUNDING, Chain, Keeps, Make, Mlp, Rig, assert_same, on_threads
 
 # -- 1: ordered on the caller's current stream, looked up at every call ----------------------------------------------
 
@@ -324,6 +324,142 @@ def test_clause4_what_is_handed_back_is_the_callers(rig: Rig, compiled: Make, gr
         assert out["wide"].stride() == (0, 1)
 
 
+def _poisoned(rig: Rig, stream: Any, *sources: torch.Tensor) -> list[torch.Tensor]:
+    return [rig.poisoned(x, stream) for x in sources]
+
+
+@PATHS
+def test_clause4_a_write_into_an_input_is_ordered_as_an_operators_is(rig: Rig, compiled: Make, graphs: bool) -> None:
+    sources = rig.random(4, 256), rig.random(4, 256)
+    model = Keeps()
+    engine = compiled(model, *sources, cuda_graphs=graphs)
+    expected = rig.series(engine, *sources, calls=2)
+    inputs = [x.clone() for x in sources]
+    assert_same(expected[0], model(*inputs), rounding=ROUNDING)
+    rig.build_ahead(engine, contexts=2)
+    s = rig.stream()
+    kept, x = _poisoned(rig, s, *sources)
+    twice = rig.poisoned(x, s)
+    version = kept._version
+    latch = rig.latch(s)
+    with rig.module.stream(s):
+        kept.copy_(sources[0])
+        x.copy_(sources[1])
+        twice.copy_(sources[1] * 2)
+        before = kept * 1  # queued ahead of the call: sees what it is going to write over
+        first = engine(kept, x)
+        between = kept * 1
+        second = engine(kept, twice)
+        after = kept * 1
+        done = s.record_event()
+    # Where nothing has run yet: a graph for gradients that keeps a tensor looks at its version on the host.
+    assert kept._version >= version + 3
+    assert x._version == version + 1
+    assert first[0] is kept
+    assert second[0] is kept
+    rig.run_what_can()
+    assert not done.query()
+    latch.open()
+    s.synchronize()
+    assert_same(before, sources[0])
+    assert_same([between, *first[1:]], list(expected[0]))
+    assert_same([after, *second[1:]], list(expected[1]))
+    assert_same(x, sources[1], "what is only read")
+
+
+@PATHS
+def test_clause4_writes_on_two_streams_share_a_context_and_no_order(rig: Rig, compiled: Make, graphs: bool) -> None:
+    sources = [(rig.random(4, 256), rig.random(4, 256)) for _ in range(2)]
+    engine = compiled(Keeps(), *sources[0], cuda_graphs=graphs)
+    expected = [rig.series(engine, *given)[0] for given in sources]
+    engine.warm(contexts=2)
+    held, free = rig.stream(), rig.stream()
+    inputs = [_poisoned(rig, s, *given) for s, given in zip((held, free), sources, strict=True)]
+    for s, given in zip((held, free), inputs, strict=True):
+        with rig.module.stream(s):
+            engine(*(x.clone() for x in given))  # what a first call on a stream needs
+    rig.module.synchronize()
+    latch = rig.latch(held)
+    results = []
+    for s, given, source in zip((held, free), inputs, sources, strict=True):
+        with rig.module.stream(s):
+            results.append(engine(*(x.copy_(y) for x, y in zip(given, source, strict=True))))
+    free.synchronize()  # would never return if this write waited for the other's
+    assert_same(results[1], expected[1])
+    with rig.module.stream(free):
+        for _ in range(3):  # of which one takes the context of the stream that is held, where there are contexts
+            results[1] = engine(*(x.copy_(y) for x, y in zip(inputs[1], sources[1], strict=True)))
+    latch.open()
+    rig.module.synchronize()
+    assert_same(results, expected)
+
+
+@PATHS
+def test_clause4_a_written_input_is_freed_right_after_the_call(rig: Rig, compiled: Make, graphs: bool) -> None:
+    sources = rig.random(64, 256), rig.random(64, 256)
+    engine = compiled(Keeps(), *sources, cuda_graphs=graphs)
+    (expected,) = rig.series(engine, *sources)
+    rig.build_ahead(engine, contexts=2)
+    s = rig.stream()
+    kept, x = _poisoned(rig, s, *sources)
+    blocks = {kept.data_ptr(), x.data_ptr()}
+    latch = rig.latch(s)
+    with rig.module.stream(s):
+        _, old, new = engine(kept.copy_(sources[0]), x.copy_(sources[1]))
+        del kept, x, _
+        junk = [torch.full_like(sources[0], 7.0) for _ in range(8)]
+    assert blocks <= {j.data_ptr() for j in junk}
+    latch.open()
+    s.synchronize()
+    assert_same([old, new], list(expected[1:]))
+    # What is written into the memory that is another's by now came before that was.
+    assert all(torch.equal(j, torch.full_like(j, 7.0)) for j in junk)
+
+
+@PATHS
+@pytest.mark.parametrize("layout", ["strided", "misaligned"])
+def test_clause4_what_lies_beside_a_written_input_is_left_alone(
+    rig: Rig, compiled: Make, graphs: bool, layout: str
+) -> None:
+    sources = rig.random(4, 256), rig.random(4, 256)
+    engine = compiled(Keeps(), *sources, cuda_graphs=graphs)
+    expected = rig.series(engine, *sources, calls=2)
+
+    def part_of(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the call is given, and the rest."""
+        if layout == "strided":
+            return whole.view(4, 256, 2)[..., 0], whole.view(4, 256, 2)[..., 1]
+        return whole[1:1025].view(4, 256), torch.cat([whole[:1], whole[1025:]])
+
+    around = rig.random(2048)
+    s = rig.stream()
+    (whole,) = _poisoned(rig, s, around)
+    x = rig.poisoned(sources[1], s)
+    kept, _ = part_of(whole)
+    engine(*(y.clone() for y in (kept, x)))
+    with rig.module.stream(s):
+        # Kernels that only such a layout needs.
+        engine(part_of(around.clone())[0], sources[1])
+        part_of(whole.clone())[1].clone()
+        assert_same(kept.clone(), kept.clone())
+    rig.module.synchronize()
+    rig.build_ahead(engine, contexts=2)
+    latch = rig.latch(s)
+    with rig.module.stream(s):
+        whole.copy_(around)
+        kept.copy_(sources[0])
+        first = engine(kept, x.copy_(sources[1]))
+        middle = kept.clone(memory_format=torch.contiguous_format)
+        second = engine(kept, x.copy_(sources[1] * 2))
+    assert first[0] is kept
+    assert second[0] is kept
+    latch.open()
+    s.synchronize()
+    assert_same([middle, *first[1:]], list(expected[0]))
+    assert_same([kept.contiguous(), *second[1:]], list(expected[1]))
+    assert_same(part_of(whole)[1], part_of(around)[1])
+
+
 # -- 6: inside the caller's own capture ------------------------------------------------------------------------------
 
 
@@ -500,6 +636,49 @@ def test_clause6_random_models_draw_anew_in_a_users_graph(rig: Rig, compiled: Ma
     a = y.clone()
     g.replay()
     assert not torch.equal(a, y)
+
+
+@PATHS
+def test_clause6_replays_write_into_the_callers_input_again(rig: Rig, runtime: str, graphs: bool) -> None:
+    sources = rig.random(64, 256), rig.random(64, 256)
+    model = Keeps().eval().requires_grad_(False).to(rig.device())
+    engine = anabranch.compile(model, list(sources), runtime=runtime, cuda_graphs=graphs, **rig.defaults)
+    expected = rig.series(engine, *sources, calls=4)
+    engine.warm(captures=2)
+    kept, x = (torch.full_like(y, float("nan")) for y in sources)
+    rig.module.synchronize()
+    g = rig.new_graph()
+    with rig.capture(g):
+        before = kept * 1
+        result = engine(kept, x)
+        after = kept * 1
+    assert result[0] is kept
+    assert engine.stats().calls_in_captures == 1
+    assert kept.isnan().all(), "a capture writes nothing"
+    del engine, model
+    gc.collect()
+    junk = [torch.full((256, 256), float("nan"), device=rig.device()) for _ in range(20)]
+    rig.module.synchronize()
+    s = rig.stream()
+    with rig.module.stream(s):  # what a first replay needs
+        g.replay()
+    s.synchronize()
+    latch = rig.latch(s)
+    seen = []
+    with rig.module.stream(s):
+        kept.copy_(sources[0])
+        for i in range(4):
+            x.copy_(sources[1] * (i + 1))
+            g.replay()
+            seen.append([y.clone() for y in (before, after, *result)])
+    rig.run_what_can()
+    latch.open()
+    s.synchronize()
+    olds = [sources[0], *(of[0] for of in expected)]
+    for old, (was, now, *results), of in zip(olds, seen, expected, strict=False):
+        assert_same(was, old)
+        assert_same([now, *results], [of[0].clone(), *of])
+    del junk
 
 
 # -- 7: the same bits everywhere -------------------------------------------------------------------------------------

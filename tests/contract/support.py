@@ -77,6 +77,19 @@ class Chain(torch.nn.Module):
         return x
 
 
+class Keeps(torch.nn.Module):
+    """Writes into its first input in place. What it returns: this input, what was there before, what is there now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp()
+
+    def forward(self, kept: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        old = kept * 2
+        kept.mul_(0.5).add_(self.mlp(x))
+        return kept, old, kept[1:] + x[1:]
+
+
 class Rig:
     """Streams, latches and inputs of one test on one kind of device. Every latch is opened at its end."""
 
@@ -157,6 +170,17 @@ class Rig:
         yield
         for lane in aside:
             seam.release_lane(lane)
+
+    def series(self, engine: Any, *given: torch.Tensor, calls: int = 1) -> list[tuple[torch.Tensor, ...]]:
+        """What ``calls`` calls in a row return of a model that writes into its first input, one after another; of
+        tensors of their own. As :meth:`load_kernels`, run before a latch closes."""
+        kept, *others = (x.clone() for x in given)
+        results = []
+        for i in range(calls):
+            results.append(tuple(y.clone() for y in engine(kept, *(x * (i + 1) for x in others))))
+        self.load_kernels(lambda x: x + 1, results[-1][-1])
+        assert_same(results, [tuple(y.clone() for y in ys) for ys in results])
+        return results
 
     def build_ahead(self, engine: Any, contexts: int) -> None:
         """Where they cannot be built behind a latch: build the contexts that calls are going to need there."""
