@@ -42,18 +42,22 @@ def _is_harmless(e: BaseException) -> bool:
 class _Memory:
     """The tensors of one session, by name of the buffer. Used again only after ``done``, once this is gone."""
 
-    def __init__(self, device: Device, index: int) -> None:
+    def __init__(self, device: Device, index: int, initial: Mapping[str, torch.Tensor]) -> None:
+        """``initial``: what they are copied from."""
         self.tensors: dict[str, torch.Tensor] = {}
         #: Recorded after whatever was queued last that uses them.
         self.done: Any = None
         if device.has_streams:
             self.done = device.event()
             device.prepare_retire(index)
-            weakref.finalize(self, _retire, device, self.tensors, self.done).atexit = False
+            weakref.finalize(self, _retire, device, self.tensors, initial, self.done).atexit = False
 
 
-def _retire(device: Device, tensors: dict[str, torch.Tensor], done: Any) -> None:
-    device.retire([done], list(tensors.values()))
+def _retire(
+    device: Device, tensors: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor], done: Any
+) -> None:
+    # Also what a copy that is still queued reads: the engine may go with its last session.
+    device.retire([done], [*tensors.values(), *initial.values()])
 
 
 @_sync.atomics("_memory", "_why_broken")
@@ -85,7 +89,7 @@ class Session:
         self._index = engine._index
         self._busy = _sync.lock("session")
         #: None once it is closed.
-        self._memory: _Memory | None = _Memory(self._device, self._index)
+        self._memory: _Memory | None = _Memory(self._device, self._index, initial)
         self._why_broken = ""
         #: Of counters among the state: how far they have got; None where that is not known.
         self._counts: dict[str, int | None] = dict(engine._initial_counts)
@@ -313,7 +317,7 @@ class Session:
             try:
                 self._ordered(write)
             except BaseException as e:
-                self._why_broken = why if isinstance(e, InputError) else f"{type(e).__name__} in the middle of a write"
+                self._why_broken = why if isinstance(e, _HARMLESS) else f"{type(e).__name__} in the middle of a write"
                 raise
 
         self._alone(mending)
