@@ -825,7 +825,7 @@ def input_changed_behind_a_break() -> World:
     return World(run, [lambda d: (d(4).abs(),), lambda d: (-d(4).abs(),)])
 
 
-@program(engines=0)
+@program(engines=1)
 def view_of_an_input_changed() -> World:
     def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         row = x[1]
@@ -877,7 +877,7 @@ def aliased_inputs() -> World:
     return World(run, [lambda d: (d(4), d(4)), same, overlapping])
 
 
-@program(engines=0)
+@program(engines=2)
 def aliased_inputs_changed() -> World:
     def run(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x.mul_(2)
@@ -944,7 +944,7 @@ def buffer_as_the_result() -> World:
     return World(frozen(_Keeper()), [lambda d: (d(2, 4),), lambda d: (d(3, 4),)])
 
 
-@program(engines=0)
+@program(engines=2)
 def operator_with_out() -> World:
     def run(x: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
         torch.mul(x, 2, out=into)
@@ -1288,7 +1288,7 @@ def error_for_some_values() -> World:
     return World(run, [lambda d: (d(4).abs(),), lambda d: (d(4) - 1000,)])
 
 
-@program(engines=0)
+@program(engines=1)
 def error_after_a_change() -> World:
     """What was changed before the error stays changed."""
     log: list[int] = []

@@ -10,7 +10,6 @@ import copy
 import gc
 import io
 import json
-import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -992,9 +991,6 @@ def test_state_and_inputs_are_written_in_one_call(runtime: str) -> None:  # noqa
         assert a[0] is x
         assert_same(list(a), list(b))
         assert_same(x, y)
-    saved = session._memory.tensors["h"]
-    with pytest.raises(anabranch.InputError, match=re.escape("share memory, and the model writes into")):
-        session(saved)
     assert_same(session.state["h"], eager.h)
 
 
@@ -1010,7 +1006,7 @@ def test_what_has_no_sessions_says_so_or_runs_by_operators() -> None:
     for k in range(3):
         assert_same(in_eager(compiled, drawn(2, 4, seed=k)), in_eager(eager, drawn(2, 4, seed=k)))
     assert_same(buffers(model), buffers(eager))
-    assert any("it writes" in graph["by_operators"] for graph in anabranch.dynamo.summary()["graphs"])
+    assert any("it writes a buffer" in graph["by_operators"] for graph in anabranch.dynamo.summary()["graphs"])
     torch.compiler.reset()
 
 

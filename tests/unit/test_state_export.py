@@ -788,13 +788,22 @@ def test_half_precision() -> None:
         export_program(snapshot, [torch.randn(3, 4)], {}, Cast(snapshot, torch.float16))
 
 
-def test_a_program_that_writes_stays_in_one_piece() -> None:
+def test_of_several_pieces_the_last_that_reads_an_input_writes_it() -> None:
     from anabranch.export import TensorSpec, cut
 
-    model = Model(lambda self, x: self.h.add_(torch.rand_like(x).exp().sin() * x) + 1, h=torch.zeros(3))
-    program = export_program(model, [torch.randn(3)], {})
-    specs = [TensorSpec.of(torch.randn(3))] * 2
-    assert cut(program, specs, torch.device("cpu")) == "it writes inputs or keeps state"
+    def model(self: Any, x: torch.Tensor) -> torch.Tensor:
+        old = self.h * 2 + x.exp().sin()
+        self.h.copy_(old.tanh())
+        noise = torch.rand_like(x) + self.n
+        return old.cos() + noise.sin().exp() * self.k + self.h
+
+    buffers = {"h": torch.zeros(3), "n": torch.zeros(3), "k": torch.ones(3)}
+    program = export_program(Model(model, **buffers), [torch.randn(3)], {}, state=frozenset("k"))
+    made = cut(program, [TensorSpec.of(torch.randn(3))] * (1 + len(program.state)), torch.device("cpu"))
+    assert not isinstance(made, str)
+    assert [s.name for s in program.state] == ["h", "k"]
+    writing = [[piece.takes[i] for i in piece.program.written] for piece in made.pieces]
+    assert writing == [[1], [], []], "the new value is there in the first piece, and no later one reads the old one"
 
 
 def test_indices_of_state_are_not_looked_at() -> None:

@@ -80,8 +80,6 @@ def cut(program: Program, specs: Sequence[TensorSpec], device: torch.device) -> 
 
     ``specs``: of its inputs, for an engine on ``device``.
     """
-    if program.written or program.state:
-        return "it writes inputs or keeps state"
     try:
         if any(spec.layout for spec in specs) and program.data_dependent:
             raise _Whole("an input is not dense")
@@ -101,7 +99,9 @@ class _Cutter:
         if len(self._inputs) != len(specs):
             raise _Whole("operators take numbers of the call")
         self._results: list[fx.Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
-        self._nodes = [n for n in graph.nodes if n.op == "call_function"]
+        #: The program's last steps: into an input, a new value of it.
+        self._writes: list[fx.Node] = [n for n in graph.nodes if _is_write(n)]
+        self._nodes = [n for n in graph.nodes if n.op == "call_function" and not _is_write(n)]
         #: What is computed anew wherever it is used.
         self._light: set[fx.Node] = set()
         #: Why others have to run direct, or nothing.
@@ -216,6 +216,7 @@ class _Cutter:
             raise _Whole("it is of one kind throughout")
         order = sorted(members)
         inside = {p: self._closure(members[p], phases) for p in order}
+        self._place_writes(members, inside, phases)
         wanted: dict[fx.Node, None] = dict.fromkeys(results)
         for nodes in inside.values():
             wanted.update((n, None) for n, is_inside in nodes.items() if not is_inside)
@@ -226,7 +227,7 @@ class _Cutter:
             needed = inside[p]
             given = [n for n, is_inside in needed.items() if not is_inside and n not in self._weights]
             gives = [n for n in members[p] if n in wanted and needed[n]]
-            if not gives:
+            if not gives and not any(n in needed for n in self._writes):
                 raise _Whole("a check would be a piece by itself")
             pieces.append(self._piece(p, needed, given, gives, values))
             values.update((n, count + i) for i, n in enumerate(gives))
@@ -240,6 +241,29 @@ class _Cutter:
             for k, piece in enumerate(pieces)
         ]
         return Cut(tuple(done), tuple(values[n] for n in self._results))
+
+    def _place_writes(
+        self, members: dict[int, list[fx.Node]], inside: dict[int, dict[fx.Node, bool]], phases: dict[fx.Node, int]
+    ) -> None:
+        """Have each input be written in the piece that computes its new value, or in the last one that reads it."""
+        at: dict[fx.Node, int] = {}
+        while True:
+            moved = False
+            for write in self._writes:
+                target, new = write.args[:2]
+                reads = [p for p, nodes in inside.items() if target in nodes and p != at.get(write)]
+                first = max([*reads, phases.get(new, 0), at.get(write, 0)])  # type: ignore[arg-type]
+                p = min((p for p in members if p >= first), default=max(members))
+                if at.get(write) == p:
+                    continue
+                if write in at:
+                    members[at[write]].remove(write)
+                    inside[at[write]] = self._closure(members[at[write]], phases)
+                at[write], moved = p, True
+                members[p].append(write)
+                inside[p] = self._closure(members[p], phases)
+            if not moved:
+                return
 
     def _closure(self, members: Iterable[fx.Node], phases: dict[fx.Node, int]) -> dict[fx.Node, bool]:
         """What a piece is made of: its members, what is computed anew for them, and (False) what it is given."""
@@ -285,8 +309,10 @@ class _Cutter:
             is_unbacked(n.meta.get("val")) or (is_inside and self._why.get(n) == "data-dependent")
             for n, is_inside in needed.items()
         )
+        written = {n.args[0] for n in needed if _is_write(n)}
         program = Program(
             module=fx.GraphModule(whole.module, graph),
+            written=frozenset(i for i, n in enumerate(given) if n in written),
             weights=[whole.weights[i] for i in at],
             weight_names=[whole.weight_names[i] for i in at],
             outputs=[ComputedOutput(i) for i in range(len(gives))],
@@ -327,6 +353,12 @@ class _Cutter:
 
 
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+
+
+def _is_write(node: fx.Node) -> bool:
+    """Whether it is one of the copies that a program ends with, into what it is given."""
+    target: Any = node.args[0] if node.target is _aten.copy_.default else None
+    return isinstance(target, fx.Node) and target.op == "placeholder"
 
 
 def _is_higher_order(target: Any) -> bool:

@@ -12,19 +12,21 @@ from anabranch.plan._planner import Planned
 def join_plans(
     planned: Sequence[tuple[Planned, Sequence[int]]],
     results: Sequence[int],
-    inputs: int,
+    inputs: Sequence[tuple[str, str]],
     backend: str,
     notes: Mapping[str, str],
 ) -> Plan:
     """The plan of a call that runs these one after another, on one lane: the caller's stream.
 
-    ``planned``: of each piece its plan, and which values its inputs are. Values are numbered: ``inputs`` inputs of the
-    call first, then the results of each piece in turn. ``results``: which values the call's results are.
+    ``planned``: of each piece its plan, and which values its inputs are. Values are numbered: first what the call is
+    given, ``inputs``, names and kinds of buffers; then the results of each piece in turn. ``results``: which values the
+    call's results are.
     """
     buffers: dict[str, Buffer] = {}
     steps: list[Step] = []
     #: The buffers that each value lies in.
-    values: list[tuple[Access, ...]] = [(Access(f"input {i}"),) for i in range(inputs)]
+    values: list[tuple[Access, ...]] = [(Access(name),) for name, _ in inputs]
+    kinds = dict(inputs)
     for k, (piece, takes) in enumerate(planned):
         plan = piece.plan
         names = {f"input {i}": _only(values[v]) for i, v in enumerate(takes)}
@@ -37,7 +39,7 @@ def join_plans(
             # Weights, and the workspace of the caller's stream, are what other pieces use too.
             is_shared = b.kind == "weight" or (b.kind == "workspace" and not plan.captured)
             name = names.setdefault(b.name, b.name if is_shared else f"{k}: {b.name}")
-            kind = b.kind
+            kind = kinds.get(name, b.kind)
             if name.startswith("value ") and kind == "output":
                 kind = "temporary"
             elif name.startswith("output "):

@@ -174,7 +174,7 @@ def _build(
 def _part(unit: Unit, piece: Piece, make_calls: Callable[[Unit], Calls], clock: Clock, direct: bool) -> Part:
     settings = replace(unit.settings, backend="eager", cuda_graphs=False) if direct else unit.settings
     # Each counts for itself: a user's call is one, however many pieces it has.
-    own = Unit(settings, piece.program, piece.signature, unit.limits, type(unit.counters)())
+    own = Unit(settings, piece.program, piece.signature, unit.limits, type(unit.counters)(), is_part=True)
     calls = make_calls(own)
     return Part(piece, own, calls, Builder(own, calls, clock).build(()))
 
@@ -208,7 +208,8 @@ def _race(unit: Unit, first: Way, second: Way) -> tuple[float, float]:
                 scratch.lane.load_workspaces()  # first of all, as in Builder
             with scratch.using():
                 examples = [unit.examples(), unit.examples()]
-                costs = measure((first, second), examples, scratch.stream)
+                ways = [unit.resetting(way) for way in (first, second)]
+                costs = measure(ways, examples, scratch.stream)
         finally:
             scratch.stream.synchronize()
             examples = []

@@ -166,7 +166,14 @@ class Specialization:
         notes = {f"{how} path, us a call": f"{us:.1f}" for how, us in choice.measured.items()}
         if self.pieces is not None:
             planned = [(_plan_of(p.unit, p.choice, name, {}), p.piece.takes) for p in self.pieces.parts]
-            return join_plans(planned, self.pieces.results, len(unit.specs), unit.settings.backend, notes)
+            given = len(unit.signature.given)
+            inputs = [
+                (f"state {unit.states[i - given]}", "state")
+                if 0 <= i - given < len(unit.states)
+                else (f"input {i}", "input")
+                for i in range(len(unit.specs))
+            ]
+            return join_plans(planned, self.pieces.results, inputs, unit.settings.backend, notes)
         return _plan_of(unit, choice, name, notes).plan
 
     def summary(self) -> _summary.SignatureSummary:

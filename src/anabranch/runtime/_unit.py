@@ -25,9 +25,17 @@ class Unit:
     Threads: any; nothing here changes. Streams: what makes tensors makes them on the current stream.
     """
 
-    def __init__(self, settings: Settings, program: Program, signature: Signature, limits: Any, counters: Any) -> None:
-        """``limits``, ``counters``: the engine's, of its runtime. Raises :class:`~anabranch.errors.InputError` where
-        the model takes no made-up input."""
+    def __init__(
+        self,
+        settings: Settings,
+        program: Program,
+        signature: Signature,
+        limits: Any,
+        counters: Any,
+        is_part: bool = False,
+    ) -> None:
+        """``limits``, ``counters``: the engine's, of its runtime. ``is_part``: of a program in pieces, which has looked
+        at what calls are given. Raises :class:`~anabranch.errors.InputError` where the model takes no made-up input."""
         self.settings, self.program, self.limits, self.counters = settings, program, limits, counters
         self.device, self.index, self.torch_device = settings.device, settings.index, settings.torch_device
         self._state = tuple(replace(TensorSpec.of(s.initial), values=_kept(s.initial)) for s in program.state)
@@ -38,7 +46,8 @@ class Unit:
         self.states = tuple(s.name for s in program.state)
         #: Positions of those that it writes into.
         self.written = tuple(sorted(program.written))
-        self._written_inputs = tuple(i for i in self.written if i < len(self.signature.given))
+        given = 0 if is_part else len(self.signature.given)
+        self._written_inputs = tuple(i for i in self.written if i < given)
         self.is_lazy = any(spec.is_lazy for spec in self.specs)
         flags = settings.compile_flags if program.asks_default_dtype else settings.flags
         self.watch = Watch(flags, program.module.graph, bool(program.asks_default_dtype))
