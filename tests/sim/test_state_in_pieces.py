@@ -72,9 +72,9 @@ def test_state_inputs_and_draws_are_eagers(rig: Rig, compiled: Make, kind: type[
     stream = rig.stream()
     rig.module.synchronize()  # the copy of the model is there for eager
     for seed in range(8):
-        xs = given(rig, kind)
-        ys = [x.clone() for x in xs]
         with rig.module.stream(stream):
+            xs = given(rig, kind)
+            ys = [x.clone() for x in xs]
             torch.manual_seed(seed)
             got = session(*xs)
             torch.manual_seed(seed)
