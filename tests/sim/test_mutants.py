@@ -34,6 +34,13 @@ DIAGNOSTICS = {
     "instance of a direct call captured": "stream `B` has waited for no work of stream `A`",
     "order between two pieces skipped": "stream `lane` has waited for no work of stream `A`",
     "value between pieces left in the context": "stream `B` has waited for",
+    "state shared by two sessions": "stream `B` has waited for no work of stream `A`",
+    "graph that keeps the first session's tensors": "stream `B` has waited for no work of stream `A`",
+    "state copied back after the record": "stream `B` has waited for stream `A` only up to its item",
+    "session's call that does not wait for the last": "stream `B` has waited for no work of stream `A`",
+    "reset that does not wait for the session's calls": "stream `A` has waited for no work of stream `B`",
+    "session that two threads call at once": "has waited for no work of stream",
+    "session freed while its call is queued": "its block handed out again",
 }
 
 

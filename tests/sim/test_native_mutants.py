@@ -18,46 +18,58 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-#: What turns it on, the program of ``programs/engines.py`` that shows it, and what the race checker says.
+#: What turns it on, the program of ``programs/`` that shows it, with its arguments, and what the race checker says.
 MUTANTS = {
     "the last use is not recorded": (
         "no record",
-        "streams2_threads1_calls3_contexts1",
+        ("engines", "streams2_threads1_calls3_contexts1", "native"),
         r"stream `B` has waited for no work of stream `A`",
     ),
     "no wait for the last use": (
         "no wait",
-        "streams2_threads1_calls3_contexts1",
+        ("engines", "streams2_threads1_calls3_contexts1", "native"),
         r"stream `B` has waited for no work of stream `A`",
     ),
     "given back before its last use is recorded": (
         "late record",
-        "streams2_threads2_calls2_contexts1",
+        ("engines", "streams2_threads2_calls2_contexts1", "native"),
         r"stream `[AB]` has waited for (no work of stream|stream) `[AB]`",
     ),
     "taken by a hint without a look at whose it is": (
         "unchecked hint",
-        "streams2_threads2_calls2_contexts1",
+        ("engines", "streams2_threads2_calls2_contexts1", "native"),
         r"stream `[AB]` has waited for (no work of stream|stream) `[AB]`",
+    ),
+    "a graph keeps the state of the session that called first": (
+        "first session",
+        ("sessions", "sessions2_threads1_by_turns", "native", 2),
+        r"stream `B` has waited for no work of stream `A`",
+    ),
+    "state is copied back after the last use is recorded": (
+        "late copy back",
+        ("sessions", "sessions2_threads1_by_turns", "native", 1),
+        r"stream `B` has waited for stream `A` only up to its item",
     ),
 }
 
 _FIND = """
 import json, os, sys
 sys.path.insert(0, "tests/sim/programs")
-import engines
+import engines, sessions
 from anabranch.sim import explore
 
 def explored(planted, program, oracle):
     os.environ["ANABRANCH_PLANTED"] = planted
-    verdict = explore(getattr(engines, program), args=("native",), oracles=[oracle] if oracle else ("race", "values"))
+    module, name, *args = program
+    found = getattr(sys.modules[module], name)
+    verdict = explore(found, args=tuple(args), oracles=[oracle] if oracle else ("race", "values"))
     return str(verdict), sorted(verdict.oracles), verdict.report()
 
 found = {}
 for planted, program in json.loads(sys.argv[1]):
     found[planted] = {oracle: explored(planted, program, oracle) for oracle in ("race", "values")}
-programs = sorted({program for _, program in json.loads(sys.argv[1])})
-clean = {program: explored("", program, None) for program in programs}
+programs = {str(program): program for _, program in json.loads(sys.argv[1])}
+clean = {name: explored("", program, None) for name, program in programs.items()}
 print(json.dumps({"found": found, "clean": clean, "streams": [f"s{s.stream_id}" for s in engines.STREAMS]}))
 """
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pieces
+import sessions
 import torch
 from engines import ENGINES as ALL
 from engines import INPUTS, SIM, STREAMS, check, many_threads, one_thread, serve
@@ -437,6 +438,50 @@ def values_copied_out() -> None:
     pieces.draws_threads1_calls2("python", 2)
 
 
+# -- 18 to 24: sessions ------------------------------------------------------------------------------------------------
+# Of the Python runtime; `test_runtime_sessions.py` has those that the native one has, too.
+
+
+def state_shared() -> None:
+    sessions.shared_state("python")
+
+
+def sessions_by_turns() -> None:
+    sessions.sessions2_threads1_by_turns("python", 2)
+
+
+def sessions_by_turns_with_one_context() -> None:
+    sessions.sessions2_threads1_by_turns("python", 1)
+
+
+def session_call_without_wait() -> None:
+    sessions.calls_that_do_not_wait("python")
+
+
+def session_reset_without_wait() -> None:
+    sessions.reset_that_does_not_wait("python")
+
+
+def session_by_turns() -> None:
+    sessions.session1_streams2_by_turns("python", 2)
+
+
+def session_busy_ignored() -> None:
+    sessions.busy_is_ignored("python")
+
+
+def session_busy() -> None:
+    sessions.session1_threads2("python", 2)
+
+
+def session_freed_at_once() -> None:
+    sessions.freed_at_once("python")
+
+
+def session_freed_in_time() -> None:
+    sessions.session_dropped_in_flight("python", 2)
+
+
 MUTANTS: dict[str, tuple[Program, Program]] = {
     "stale stream": (stale_stream, stale_stream_repaired),
     "no input wait": (no_input_wait, lane_repaired),
@@ -455,6 +500,13 @@ MUTANTS: dict[str, tuple[Program, Program]] = {
     "instance of a direct call captured": (captured_in_use, captured_spare),
     "order between two pieces skipped": (piece_out_of_order, piece_in_order),
     "value between pieces left in the context": (value_left_in_the_context, values_copied_out),
+    "state shared by two sessions": (state_shared, sessions_by_turns),
+    "graph that keeps the first session's tensors": (sessions.first_sessions_addresses, sessions_by_turns),
+    "state copied back after the record": (sessions.late_copy_back, sessions_by_turns_with_one_context),
+    "session's call that does not wait for the last": (session_call_without_wait, session_by_turns),
+    "reset that does not wait for the session's calls": (session_reset_without_wait, session_by_turns),
+    "session that two threads call at once": (session_busy_ignored, session_busy),
+    "session freed while its call is queued": (session_freed_at_once, session_freed_in_time),
 }
 
 __all__ = ["MUTANTS"]

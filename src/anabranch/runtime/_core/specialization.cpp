@@ -23,6 +23,15 @@ void fill(Values& results, Tensors&& tensors) {
   for (auto& y : tensors) results.emplace_back(std::move(y));
 }
 
+// A defect that tests plant: as if a graph was bound for good to the state of the session that called it first.
+const at::Tensor* of_first_session(const at::Tensor* inputs, const std::vector<InputSpec>& specs) {
+  static auto& first = *new Tensors(inputs, inputs + specs.size());
+  for (size_t i = 0; i < specs.size(); ++i) {
+    if (!specs[i].written) first[i] = inputs[i];
+  }
+  return first.data();
+}
+
 }  // namespace
 
 Specialization::Specialization(c10::Device device, const DeviceApi* api, std::vector<InputSpec> given, Limits* limits,
@@ -185,6 +194,7 @@ void Specialization::launch(Context& context, bool same_stream, const at::Tensor
                             const Regions& regions) {
   auto& ref = caller.ref;
   if (planted("no wait")) same_stream = true;  // as if every stream were the last one
+  if (planted("first session")) inputs = of_first_session(inputs, specs);
   if (!same_stream || !api_->is_lasting || !api_->is_lasting(ref)) wait(*context.done, caller);
   c10::SmallVector<const void*, 8> buffers;
   Tensors read;  // what is read where the caller has it, or a copy that kernels can read
@@ -214,18 +224,22 @@ void Specialization::launch(Context& context, bool same_stream, const at::Tensor
     kernel.is_set = true;
   }
   check("launching a graph", api_->launch(context.graph, ref));
-  for (auto i : written) {
-    auto& at = context.inputs[i];
-    if (at.defined() && specs[i].bytes) {
-      check("copying what was written", api_->copy(inputs[i].data_ptr(), at.const_data_ptr(), specs[i].bytes, ref));
+  auto copy_back = [&] {
+    for (auto i : written) {
+      auto& at = context.inputs[i];
+      if (at.defined() && specs[i].bytes) {
+        check("copying what was written", api_->copy(inputs[i].data_ptr(), at.const_data_ptr(), specs[i].bytes, ref));
+      }
     }
-  }
+  };
+  if (!planted("late copy back")) copy_back();
   for (size_t r = 0; r < regions.size(); ++r) {
     if (context.results[r] && layout->bytes(r)) {
       check("copying a result", api_->copy(regions[r].data, context.results[r], layout->bytes(r), ref));
     }
   }
   if (!planted("no record") && !planted("late record")) record(*context.done, caller);
+  if (planted("late copy back")) copy_back();
 }
 
 // An event comes to be, and PyTorch takes notice of it, at its first record.
