@@ -125,3 +125,24 @@ def programs(request: pytest.FixtureRequest) -> Any:
     if folder not in sys.path:  # modules in there import each other
         sys.path.insert(0, folder)
     return importlib.import_module(request.module.PROGRAMS)
+
+
+@pytest.fixture(scope="module")
+def core() -> Any:
+    """The C++ face as a Python module. The runtime under it is the one that engines in Python have built already."""
+    import anabranch.sim
+    from anabranch import _extension, cpp
+    from anabranch.runtime import _library
+
+    name, library = "anabranch_engine", _library.build()
+    header = cpp.include_paths()[0]
+    path = _extension._toolchain.build(
+        name,
+        [Path(__file__).with_name("engine_module.cpp"), *cpp.cmake_path().glob("*.cpp")],
+        flags=[*_extension.flags(name), f"-I{header}"],
+        libraries=[str(library), f"-Wl,-rpath,{library.parent}", *cpp.link_flags(), "-ltorch_python"],
+        headers=[*header.glob("*/*.h"), *_library.FOLDER.glob("*.h")],
+    )
+    core = _extension.load(name, path)
+    core.set_private_device(anabranch.sim.core.native_api())
+    return core

@@ -11,30 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from anabranch import _extension, cpp
-from anabranch.runtime import _library
+from anabranch import cpp
 from contract.support import Mlp, Rig, assert_same, on_threads
 
 pytestmark = pytest.mark.usefixtures("rig")
-
-
-@pytest.fixture(scope="module")
-def core() -> Any:
-    """The C++ face as a Python module. The runtime under it is the one that engines in Python have built already."""
-    import anabranch.sim
-
-    name, runtime = "anabranch_engine", _library.build()
-    header = cpp.include_paths()[0]
-    path = _extension._toolchain.build(
-        name,
-        [Path(__file__).with_name("engine_module.cpp"), *cpp.cmake_path().glob("*.cpp")],
-        flags=[*_extension.flags(name), f"-I{header}"],
-        libraries=[str(runtime), f"-Wl,-rpath,{runtime.parent}", *cpp.link_flags(), "-ltorch_python"],
-        headers=[*header.glob("*/*.h"), *_library.FOLDER.glob("*.h")],
-    )
-    core = _extension.load(name, path)
-    core.set_private_device(anabranch.sim.core.native_api())
-    return core
 
 
 @pytest.fixture

@@ -50,9 +50,16 @@ INTERNAL = {
     "src/anabranch/cpp/device.cpp": [
         ("making a stream failed with code", "CUDA's own code, at a call that fails only on a lost device"),
     ],
+    "src/anabranch/cpp/engine.cpp": [
+        (
+            "asking whether the stream is under capture failed",
+            "CUDA's own code, at a call that fails only on a lost device",
+        ),
+    ],
     "src/anabranch/cpp/lowering.cpp": [
         ("is given where the schema says", "a part of the text about the step"),
         ("given, and so far there are", "a part of the text about the step"),
+        ("which is not said to be written", "a part of the text about the step"),
         ("a step without a name takes", "a part of the text about the step"),
     ],
     "src/anabranch/devices/_cpu.py": [
@@ -262,9 +269,12 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("{}, and there are {} such devices", "give one of them, or cpu"),
     ],
     "src/anabranch/cpp/engine.cpp": [
-        ("{} is no plain tensor with memory", "expected one", "Pass w.clone()"),
-        ("{} is on {}", "this engine runs on {}", "Pass w.to("),
-        ("{} does not fit into its storage", "expected a storage of all of its elements", "Pass w.clone()"),
+        ("{} is not dense in memory", "expected a tensor that is", "Pass initial.contiguous()"),
+        ("{} is given twice", "expected one tensor of each name", "Give each another name"),
+        ("an engine was run itself, and its model keeps state ({})", "which is a session's", "Make one with"),
+        ("{} is no plain tensor with memory", "expected one", "Pass {}.clone()"),
+        ("{} is on {}", "this engine runs on {}", "Pass {}.to("),
+        ("{} does not fit into its storage", "expected a storage of all of its elements", "Pass {}.clone()"),
         ("{} inputs given", "this engine takes {}"),
         ("input {} requires grad", "engines run inference only", "Pass x.detach()"),
         ("its stream is under capture", "engines in C++ cannot take part in", "Call the engine outside the capture"),
@@ -280,10 +290,21 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "Pass x.clone()",
         ),
         ("{} is {}", "this engine takes {}", "save a program for yours"),
+        ("{} and input {} share memory", "the model writes into {}", "Pass tensors with memory of their own"),
+        ("{} is expanded", "the model writes into it", "Pass x.contiguous()"),
         ("sizes {} of an input given", "each must be 0 or more"),
         ("{} strides of an input given, and {} sizes", "give as many, or none"),
     ],
+    "src/anabranch/cpp/session.cpp": [
+        ("a session is in use by another call", "its calls follow one another", "Use a session for each thread"),
+        ("an earlier call of a session failed", "({})", "Call session.reset(), or session.load()"),
+        ("{} is missing", "expected {}", "Give each of them"),
+        ("{} is no plain tensor with memory", "expected {}", "Pass x.clone()"),
+        ("{} is {}", "expected {}", "Give what state() gave"),
+        ("state '{}' is none of the model's", "expected {}", "Leave it out"),
+    ],
     "src/anabranch/cpp/lowering.cpp": [
+        ("slot {} is a result, and it is state", "which the next call changes", "Return a copy of it"),
         ("step {} of the program ({", "what the operator's schema says", "Give each step"),
     ],
     "src/anabranch/cpp/file.cpp": [

@@ -189,6 +189,52 @@ def test_requests_that_are_refused(example: Any, serve: Any) -> None:
     assert "served 2 requests, refused 12," in served.server.end()
 
 
+class Writing(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        x.mul_(2)
+        return x, x + 1
+
+
+def test_inputs_that_the_model_writes(serve: Any) -> None:
+    x = torch.randn(3, 4)
+    served = serve(Writing(), x)
+    with served.client() as client:
+        assert all(map(same, client.run([x]), (x * 2, x * 2 + 1)))
+
+
+class Counting(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += x
+        return self.count * 2
+
+
+def test_a_model_with_state_is_served_by_sessions_alone(example: Any, serve: Any) -> None:
+    model = Counting()
+    served = serve(model, torch.ones(3))
+    content = torch.load(served.path.parent / "program", weights_only=True)
+    ((name, initial, written),) = content["state"]
+    assert (name, written) == ("count", True)
+    assert same(initial, torch.zeros(3))
+    with served.client() as client:
+        with pytest.raises(example.Refused, match=r"keeps state \('count'\), which is a session's\. Make one with"):
+            client.run([torch.ones(3)])
+
+
+def test_the_state_that_is_saved_is_that_of_compile(tmp_path: Path) -> None:
+    model = Counting()
+    with anabranch.compile(model, [torch.ones(3)], backend="eager") as engine:
+        engine.session()(torch.ones(3))
+        model.count.add_(5)
+        cpp.save_program(engine, path=tmp_path / "p")
+        expected = engine.session().state["count"]
+    ((_, initial, _),) = torch.load(tmp_path / "p", weights_only=True)["state"]
+    assert same(initial, expected)
+
+
 def test_clients_that_break_the_protocol_or_go_away(example: Any, serve: Any) -> None:
     served = serve(torch.nn.Linear(4, 2), torch.empty(3, 4))
     x = torch.randn(3, 4)
@@ -253,7 +299,7 @@ RELU = ("aten::relu", "", [("slot", 0)])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "format version 2 given; this build reads version 1. Save it with the anabranch"),
+        ({"version": 1}, "format version 1 given; this build reads version 2. Save it with the anabranch"),
         ({"format": "another"}, "is no program file (its content is something else). Expected a file that anabranch"),
         ({"steps": [("aten::no_such", "", [])]}, "step 0 of the program (aten::no_such): Could not find schema"),
         ({"steps": [("aten::relu", "", [("slot", 9)])]}, "slot 9 given, and so far there are 3"),
@@ -274,6 +320,18 @@ RELU = ("aten::relu", "", [("slot", 0)])
         ({"inputs": [("float32", [-1], [])]}, "sizes [-1] of an input given; each must be 0 or more"),
         ({"inputs": [("float32", [1, 2], [1])]}, "1 strides of an input given, and 2 sizes"),
         ({"weights": 3}, "is damaged"),
+        ({"written": [1]}, "is damaged"),
+        ({"written": [-1]}, "is damaged"),
+        ({"state": [("s", 3, True)]}, "is damaged"),
+        (
+            {"steps": [("aten::relu_", "", [("slot", 2)])]},
+            "(aten::relu_): it writes into slot 2, which is not said to be written",
+        ),
+        ({"steps": [("aten::relu_", "", [("slot", 0)])]}, "it writes into slot 0"),
+        (
+            {"state": [("s", torch.zeros(2), True)], "steps": [RELU], "results": [3]},
+            "slot 3 is a result, and it is state, which the next call changes. Return a copy of it.",
+        ),
     ],
 )
 def test_files_that_the_server_refuses(
@@ -320,7 +378,7 @@ def test_a_file_holds_nothing_that_can_be_executed(tmp_path: Path) -> None:
         return value is None or type(value) in (torch.Tensor, bool, int, float, str)
 
     assert plain(content)
-    assert (content["format"], content["version"]) == ("anabranch program", 1)
+    assert (content["format"], content["version"]) == ("anabranch program", 2)
     assert list(tmp_path.iterdir()) == [tmp_path / "p"]
 
 

@@ -22,7 +22,7 @@ from anabranch.runtime import Engine, compile
 from anabranch.runtime._flat import Argument, Call, FlatProgram, Pick, flatten
 
 FORMAT = "anabranch program"
-VERSION = 1
+VERSION = 2
 
 #: What ``file.cpp`` knows.
 _DTYPES = {
@@ -45,7 +45,8 @@ def save_program(
     :param model: as for :func:`anabranch.compile`; or an engine of the backend ``"eager"``, of which the signature is
         saved that it was compiled for (then leave ``inputs`` out).
     :param inputs: as for :func:`anabranch.compile`. The engine in C++ takes the tensors among them, in their order, and
-        has the other values built in; its results are the tensors that the model returns, in pytree's order.
+        has the other values built in; its results are the tensors that the model returns, in pytree's order. Inputs
+        that the model writes are written there, too; buffers that it writes are the state of ``Session``.
     :param path: the file, which is replaced once the new one is whole.
     :param kwargs: keyword inputs; their tensors come after the positional ones, by name.
     :param precision: as for :func:`anabranch.compile`.
@@ -92,8 +93,8 @@ def describe(program: Program, inputs: Sequence[TensorSpec], device: torch.devic
     why = flat if isinstance(flat, str) else flat.depends
     if any(x.on_cpu for x in inputs):
         why = "an input is on the CPU, and an engine in C++ takes all on its device"
-    if program.written or program.state:
-        why = "it writes into its inputs or its buffers, and an engine in C++ has no sessions and writes nothing"
+    if program.state and program.numbers is not None:
+        why = "it keeps state and takes numbers that vary; compile it with one value of each"
     if why:
         raise UnsupportedModel(f"the model cannot be saved for C++: {why}.{_HINT}")
     assert isinstance(flat, FlatProgram)
@@ -106,6 +107,11 @@ def describe(program: Program, inputs: Sequence[TensorSpec], device: torch.devic
         "inputs": [
             (_dtype(x.dtype, f"input {i}"), list(x.shape), [] if x.is_contiguous else list(x.strides))
             for i, x in enumerate(inputs)
+        ],
+        "written": sorted(i for i in program.written if i < len(inputs)),
+        "state": [
+            (s.name, _weight(s.initial, s.name), len(inputs) + i in program.written)
+            for i, s in enumerate(program.state)
         ],
         "steps": [_step(step, device) for step in flat.steps],
         "results": [_result(output, i, program, flat) for i, output in enumerate(program.outputs)],

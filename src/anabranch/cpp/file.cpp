@@ -15,7 +15,7 @@ namespace anabranch {
 namespace {
 
 constexpr const char* kFormat = "anabranch program";
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 struct Dtype {
   const char* name;
@@ -92,6 +92,13 @@ ProgramFile parse(const c10::IValue& content, c10::Device device) {
   for (auto& input : dict.at("inputs").toListRef()) {
     auto& parts = input.toTupleRef().elements();
     file.inputs.push_back({dtype_of(parts.at(0).toStringRef()), integers(parts.at(1)), integers(parts.at(2))});
+  }
+  for (auto position : integers(dict.at("written"))) {
+    file.inputs.at(static_cast<size_t>(position)).written = true;
+  }
+  for (auto& kept : dict.at("state").toListRef()) {
+    auto& parts = kept.toTupleRef().elements();
+    file.state.push_back({parts.at(0).toStringRef(), parts.at(1).toTensor(), parts.at(2).toBool()});
   }
   for (auto& given : dict.at("steps").toListRef()) {
     auto& parts = given.toTupleRef().elements();

@@ -12,9 +12,10 @@ struct ProgramFile {
   Program program;
   std::vector<at::Tensor> weights;
   std::vector<Input> inputs;
+  std::vector<State> state;
 };
 
-// With the weights on the CPU; constants that name the model's device name `device`. Throws InputError.
+// With the weights and the state on the CPU; constants that name the model's device name `device`. Throws InputError.
 ProgramFile read_program(const std::string& path, c10::Device device);
 
 // "float32"

@@ -24,7 +24,7 @@ std::string Input::str() const {
   return dtype_name(dtype) + anabranch::str(sizes) + (strides.empty() ? "" : " strides " + anabranch::str(strides));
 }
 
-std::vector<runtime::InputSpec> specs_of(std::vector<Input>& inputs) {
+std::vector<runtime::InputSpec> specs_of(std::vector<Input>& inputs, const std::vector<State>& state) {
   std::vector<runtime::InputSpec> all;
   for (auto& input : inputs) {
     for (auto n : input.sizes) {
@@ -39,6 +39,12 @@ std::vector<runtime::InputSpec> specs_of(std::vector<Input>& inputs) {
     at::Tensor like = rank ? at::empty_strided(input.sizes, input.strides, options) : at::empty(input.sizes, options);
     if (like.is_contiguous()) input.strides.clear();
     all.emplace_back(like);
+    all.back().written = input.written;
+  }
+  for (auto& kept : state) {
+    all.emplace_back(kept.initial);
+    all.back().written = kept.written;
+    all.back().owned = true;
   }
   return all;
 }
@@ -69,6 +75,22 @@ void check(const at::Tensor& x, size_t i, const Input& expected, c10::Device dev
     Input given{x.scalar_type(), x.sizes().vec(), {}};
     throw InputError(name + " is " + given.str() + "; this engine takes " + expected.str() +
                      ". Pass such a tensor, or save a program for yours.");
+  }
+}
+
+void check_written(at::ArrayRef<at::Tensor> given, size_t i) {
+  auto& x = given[i];
+  auto name = "input " + std::to_string(i);
+  for (size_t j = 0; j < given.size(); ++j) {
+    if (j == i || !x.numel() || !given[j].numel() || !runtime::may_share(x, given[j])) continue;
+    throw InputError(name + " and input " + std::to_string(j) + " share memory, and the model writes into " + name +
+                     ". Pass tensors with memory of their own.");
+  }
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) < 2 || x.stride(d)) continue;
+    throw InputError(name +
+                     " is expanded: one place in its memory stands for several elements, and the model writes into it."
+                     " Pass x.contiguous().");
   }
 }
 

@@ -85,7 +85,8 @@ c10::IValue conform(const c10::IValue& value, const c10::TypePtr& type, std::opt
 
 class Lowering {
  public:
-  Lowering(const std::vector<at::Tensor>& weights, size_t inputs) : made_(weights, static_cast<int>(inputs)) {}
+  Lowering(const std::vector<at::Tensor>& weights, const std::vector<runtime::InputSpec>& given)
+      : weights_(weights.size()), given_(given), made_(weights, static_cast<int>(given.size())) {}
 
   void append(const Step& step) {
     auto& from = step.arguments;
@@ -93,6 +94,7 @@ class Lowering {
       std::vector<runtime::Given> all;
       for (auto& argument : from) all.push_back(given(argument));
       made_.call(step.name, step.overload, all);
+      check_writes(step);
       return;
     }
     if (from.size() != 2 || from[0].kind != Argument::kValue || !from[1].data.isInt()) {
@@ -113,6 +115,21 @@ class Lowering {
   }
 
  private:
+  // What calls share, and inputs that the caller does not expect to change, may not be written.
+  void check_writes(const Step& step) const {
+    auto op = c10::Dispatcher::singleton().findSchema({step.name, step.overload});
+    if (!op) return;
+    auto& declared = op->schema().arguments();
+    for (size_t i = 0; i < step.arguments.size() && i < declared.size(); ++i) {
+      if (!declared[i].alias_info() || !declared[i].alias_info()->isWrite()) continue;
+      for (auto slot : step.arguments[i].slots) {
+        auto at = static_cast<size_t>(slot);
+        if (slot < 0 || at >= weights_ + given_.size() || (at >= weights_ && given_[at - weights_].written)) continue;
+        throw InputError("it writes into slot " + std::to_string(slot) + ", which is not said to be written");
+      }
+    }
+  }
+
   // While `from` lives.
   runtime::Given given(const Argument& from) const {
     runtime::Given made;
@@ -143,13 +160,16 @@ class Lowering {
     return made;
   }
 
+  size_t weights_;
+  const std::vector<runtime::InputSpec>& given_;
   runtime::Program made_;
 };
 
 }  // namespace
 
-Lowered lower(const Program& program, const std::vector<at::Tensor>& weights, size_t inputs) {
-  Lowering lowering(weights, inputs);
+Lowered lower(const Program& program, const std::vector<at::Tensor>& weights,
+              const std::vector<runtime::InputSpec>& specs) {
+  Lowering lowering(weights, specs);
   for (size_t i = 0; i < program.steps.size(); ++i) {
     auto& step = program.steps[i];
     try {
@@ -160,10 +180,15 @@ Lowered lower(const Program& program, const std::vector<at::Tensor>& weights, si
                        ". Give each step what the operator's schema says.");
     }
   }
-  auto given = weights.size() + inputs;
+  auto given = weights.size() + specs.size();
   Lowered made;
   std::vector<int> computed;
   for (auto slot : program.results) {
+    if (auto at = static_cast<size_t>(lowering.checked(slot));
+        at >= weights.size() && at < given && specs[at - weights.size()].owned) {
+      throw InputError("slot " + std::to_string(slot) +
+                       " is a result, and it is state, which the next call changes. Return a copy of it.");
+    }
     bool is_given = static_cast<size_t>(lowering.checked(slot)) < given;
     made.outputs.push_back(is_given ? slot : static_cast<int64_t>(given + computed.size()));
     if (!is_given) computed.push_back(static_cast<int>(slot));

@@ -56,7 +56,7 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Valu
   for (size_t i = 0; i < specs.size(); ++i) {
     if (!is_plain(inputs[i])) return Outcome::kDeclined;
   }
-  if (!written.empty() && !can_write(inputs)) return Outcome::kDeclined;
+  if (!written.empty() && !may_write && !can_write(inputs)) return Outcome::kDeclined;
   uses.store(uses.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);  // one more or less: see there
   std::optional<c10::InferenceMode> normal;
   if (c10::InferenceMode::is_enabled()) normal.emplace(false);

@@ -64,6 +64,7 @@ class Specialization {
   std::vector<InputSpec> specs;
   c10::SmallVector<size_t, 2> written;  // positions of what the program writes into
   size_t owned = 0;                     // how many tensors are a session's, after the call's
+  bool may_write = false;               // the caller sees to it that what is written can be written where it is
 
   // Set while the specialization is built, before any call.
   bool uses_graphs = false;
