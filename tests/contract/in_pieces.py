@@ -25,7 +25,7 @@ LEFT_OUT = {
             "test_clause4_what_lies_beside_a_written_input_is_left_alone",
             "test_clause6_replays_write_into_the_callers_input_again",
         ),
-        "it has a model of its own: one that writes into what it is given is not cut",
+        "it has a model of its own; in pieces, such models are in tests/sim/test_state_in_pieces.py",
     ),
     "test_clause6_compiling_beside_other_codes_capture_does_it_no_harm": "it calls amid the capture; see below",
     "test_clause6_what_cannot_be_captured_raises": "it has models of its own",

@@ -45,6 +45,11 @@ MUTANTS = {
         ("sessions", "sessions2_threads1_by_turns", "native", 2),
         r"stream `B` has waited for no work of stream `A`",
     ),
+    "a call of a session does not wait for the one before it": (
+        "no wait of a session",
+        ("sessions", "session1_streams2_by_turns", "native", 2),
+        r"stream `B` has waited for (no work of stream|stream) `A`",
+    ),
     "state is copied back after the last use is recorded": (
         "late copy back",
         ("sessions", "sessions2_threads1_by_turns", "native", 1),
