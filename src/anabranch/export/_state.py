@@ -36,6 +36,8 @@ class State:
     initial: torch.Tensor
     #: What to do if it was not meant to be state, or nothing.
     hint: str = ""
+    #: What ``initial`` holds, of a single integer, if that is known.
+    count: int | None = None
 
     @classmethod
     def of(cls, model: torch.nn.Module, name: str, initial: torch.Tensor | None, traced: torch.Tensor) -> State:

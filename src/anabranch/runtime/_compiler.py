@@ -290,7 +290,8 @@ class Compiler:
         self.initial.update(kept)
         counters = {name: x for name, x in kept.items() if x.numel() == 1 and _counts(x.dtype)}
         self.counts.update((name, int(x)) for name, x in counters.items())
-        return replace(program, state=tuple(replace(s, initial=self.initial[s.name]) for s in program.state))
+        begin = [replace(s, initial=self.initial[s.name], count=self.counts.get(s.name)) for s in program.state]
+        return replace(program, state=tuple(begin))
 
     def _build(self, program: Program, signature: Signature, leaves: Sequence[Any], clock: Clock) -> Specialization:
         given = () if self._device.has_streams else [x for x in leaves if isinstance(x, torch.Tensor)]

@@ -128,7 +128,7 @@ class Session:
         """A call, ordered with what the session did before. Only from within :meth:`__call__`."""
         memory, device = self._usable(), self._device
         names = specialization.unit.states
-        rooms = specialization.rooms(leaves, self._engine._initial_counts)
+        rooms = specialization.rooms(leaves)
         self._check_room(rooms)
         if not device.has_streams:
             tensors = self._tensors(memory, names)

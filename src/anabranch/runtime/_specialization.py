@@ -60,7 +60,8 @@ class Specialization:
             self._why_whole = built
         else:
             self.calls = self.pieces = built
-        self._rooms: dict[Any, list[Room]] = _sync.dict_("rooms")
+        self._rooms = self._rooms_for(unit.program.values) if unit.program.sizes is None else []
+        self._rooms_of_shapes: dict[Any, list[Room]] = _sync.dict_("rooms")
         #: Proofs of plans for single shapes of this range, by whether they are captured. With the build lock held.
         self._proofs: dict[bool, PlanProof] = {}
         #: That no two steps of the plan can race. Raises PlanError before anything could run.
@@ -126,21 +127,25 @@ class Specialization:
                     return instances.prepare(contexts)
         return self.calls.contexts.warm(contexts) if self.choice.uses_graphs else 0
 
-    def rooms(self, leaves: Sequence[Any], counts: Mapping[str, int]) -> list[Room]:
-        """How far the counters among its state may have got in a call with these leaves. ``counts``: what they begin
-        with. Computed once for each shape."""
-        program = self.program
-        shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor)) if self.is_range else ()
-        if shapes not in self._rooms:
-            graph = program.module.graph
-            states = {n.meta["state"]: n for n in graph.find_nodes(op="placeholder") if "state" in n.meta}
-            values = program.sizes.values(shapes) if program.sizes is not None else program.values
-            with _disable_current_modes():
-                found = rooms(graph, states, counts, values)
-            if len(self._rooms) >= _MOST_SHAPES:
-                self._rooms.clear()
-            self._rooms[shapes] = found
-        return self._rooms[shapes]
+    def rooms(self, leaves: Sequence[Any]) -> list[Room]:
+        """How far the counters among its state may have got in a call with these leaves. Computed once for each
+        shape."""
+        sizes = self.program.sizes
+        if sizes is None:
+            return self._rooms
+        shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor))
+        found = self._rooms_of_shapes.get(shapes)
+        if found is None:
+            if len(self._rooms_of_shapes) >= _MOST_SHAPES:
+                self._rooms_of_shapes.clear()
+            found = self._rooms_of_shapes[shapes] = self._rooms_for(sizes.values(shapes))
+        return found
+
+    def _rooms_for(self, values: Mapping[Any, int] | None) -> list[Room]:
+        graph, state = self.program.module.graph, self.program.state
+        nodes = {n.meta["state"]: n for n in graph.find_nodes(op="placeholder") if "state" in n.meta}
+        with _disable_current_modes():
+            return rooms(graph, nodes, {s.name: s.count for s in state if s.count is not None}, values)
 
     def retire(self) -> None:
         """Give up all contexts as they become idle; calls that come here nevertheless run direct."""
