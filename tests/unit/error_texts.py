@@ -620,6 +620,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("state {name} is a {type(y).__name__}", "expected a tensor"),
         ("state {name} is {y.dtype} of shape", "expected {x.dtype} of shape"),
         ("{self} is full: its state {room.name} is {count}", "stays within its state up to", "Call session.reset()"),
+        ("{self} was to be copied or pickled", "can be in one place only", "Use session.clone(), or save"),
         ("{self} is in use by another call", "its calls follow one another", "Use a session for each thread"),
         ("is looked at or changed inside a CUDA graph capture", "cannot be ordered", "Do that outside of the capture"),
     ],

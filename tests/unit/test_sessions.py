@@ -10,6 +10,7 @@ import copy
 import gc
 import io
 import json
+import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -991,6 +992,13 @@ def test_state_and_inputs_are_written_in_one_call(runtime: str) -> None:  # noqa
         assert_same(list(a), list(b))
         assert_same(x, y)
     assert_same(session.state["h"], eager.h)
+
+
+def test_a_session_is_cloned_and_not_copied(runtime: str) -> None:  # noqa: F811
+    session = anabranch.compile(Ring().eval(), [drawn(2, 4)], backend="eager", runtime=runtime).session()
+    for copies in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(anabranch.InputError, match=r"in one place only\. Use session\.clone\(\), or save"):
+            copies(session)
 
 
 # -- where there are no sessions ---------------------------------------------------------------------------------------

@@ -239,6 +239,13 @@ class Session:
         """Give the state's memory back, once what is queued is done; later calls raise. May be repeated."""
         self._memory = None
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        # A copy would have the same tensors, and know nothing of what the other one does with them.
+        raise InputError(
+            f"{self!r} was to be copied or pickled, and its state can be in one place only. Use session.clone(), or"
+            " save session.state."
+        )
+
     def __enter__(self) -> Session:
         return self
 
