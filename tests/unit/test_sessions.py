@@ -13,6 +13,7 @@ import json
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,9 @@ from torch.nn import functional as F
 import anabranch
 import anabranch.dynamo
 from anabranch import Dim, Input
+from anabranch.runtime._builder import Builder
+from anabranch.runtime._phases import Clock
+from anabranch.runtime._unit import Unit
 from contract.support import ROUNDING, assert_same, on_threads, runtime  # noqa: F401  # a fixture
 
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -999,6 +1003,16 @@ def test_a_session_is_cloned_and_not_copied(runtime: str) -> None:  # noqa: F811
     for copies in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(anabranch.InputError, match=r"in one place only\. Use session\.clone\(\), or save"):
             copies(session)
+
+
+def test_tensorrt_leaves_what_writes_to_operators(runtime: str) -> None:  # noqa: F811
+    engine = anabranch.compile(Ring().eval(), [drawn(2, 4)], backend="eager", runtime=runtime)
+    unit, calls = engine._first().unit, engine._first().calls
+    settings = replace(engine._settings, backend="tensorrt")
+    for_tensorrt = Unit(settings, unit.program, unit.signature, unit.limits, unit.counters)
+    choice = Builder(for_tensorrt, calls, Clock())._choice
+    assert choice.backend == "eager"
+    assert "TensorRT's engines write results only" in choice.why_eager
 
 
 # -- where there are no sessions ---------------------------------------------------------------------------------------

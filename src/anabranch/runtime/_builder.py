@@ -54,7 +54,12 @@ class Builder:
         program = unit.program
         # What depends on data cannot be compiled for one shape: operators decide as they go.
         by_operators = program.data_dependent or program.is_empty or program.takes_numbers or program.on_cpu
-        self._choice = Choice("eager" if by_operators else self._settings.backend, str(program.direct_only))
+        why = str(program.direct_only)
+        if self._settings.backend == "tensorrt" and program.written:
+            # And where its partitioner sorts a graph, it knows nothing of a write that has to come after all reads.
+            by_operators = True
+            why = "it writes into inputs or state, and TensorRT's engines write results only"
+        self._choice = Choice("eager" if by_operators else self._settings.backend, why)
         self._lowered = lowered
         if lowered is not None:
             self._choice = Choice(lowered.backend, lowered.why_eager)
@@ -166,7 +171,7 @@ class Builder:
         if settings.require_full and choice.backend != settings.backend and not program.is_empty:
             raise BuildError(
                 f"require_full=True given, and backend {settings.backend!r} does not run this model:"
-                f" {program.direct_only}. Leave require_full out to have PyTorch run it."
+                f" {choice.why_eager}. Leave require_full out to have PyTorch run it."
             )
         with self._clock.phase("lowering"):
             options = Options(settings.require_full, settings.flags.tf32)
