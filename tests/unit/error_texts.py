@@ -171,7 +171,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("could not be kept in {cache.folder}", "Make room there", "give another folder as cache"),
         ("compute capability {given} given", "expected one such as 8.9"),
         ("engines cannot be kept in {folder}: {why}", "Give a folder that you can write to"),
-        ("does not run this model: {program.direct_only}", "require_full=True", "Leave require_full out"),
+        ("does not run this model: {why}", "require_full=True", "Leave require_full out"),
         ("no compute capability given", "Give the one of the GPU that engines are for"),
         ("Input shape {tuple(map(str, x.shape))} given", "engines are for one shape", "Give numbers, and build once"),
     ],

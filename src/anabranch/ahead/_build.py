@@ -14,7 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from anabranch.backends import BACKENDS
+from anabranch.backends import BACKENDS, RESULTS_ONLY
 from anabranch.devices import get_device
 from anabranch.errors import BuildError, InputError
 from anabranch.export import Cast, Input, Program, Signature, Snapshot, export_program, flatten_call, leaf_key
@@ -177,15 +177,16 @@ def _build(name: str, signature: Signature, program: Program, target: Any, requi
     from anabranch.backends.tensorrt._partition import by_reason
 
     common = (name, str(signature), f"{library().name} {library().version}", target.compute_capability, cache.folder)
-    if program.data_dependent:
-        # Not compiled for any one shape: compile() runs such a model as PyTorch's operators.
+    why = program.direct_only if program.data_dependent else RESULTS_ONLY if program.written else ""
+    if why:
+        # compile() runs such a model as PyTorch's operators.
         if require_full:
             raise BuildError(
-                f"require_full=True given, and backend 'tensorrt' does not run this model: {program.direct_only}."
-                " Leave require_full out to have PyTorch run it."
+                f"require_full=True given, and backend 'tensorrt' does not run this model: {why}. Leave require_full"
+                " out to have PyTorch run it."
             )
         count = sum(n.op == "call_function" for n in program.module.graph.nodes)
-        return Build(*common, (), (0, count), (0, 0), (f"the whole model, which is {program.direct_only}",))
+        return Build(*common, (), (0, count), (0, 0), (f"the whole model: {why}",))
     compiled = compile_program(library(), program, target, require_full=require_full, cache=cache)
     engines = []
     for part, content in compiled.engines.items():

@@ -17,6 +17,10 @@ from anabranch.export import Program
 #: that stream's memory. Holds the weights. Any number of threads may call it once it has run a first time.
 Kernels = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
+#: Why TensorRT runs no program that writes. Where its partitioner sorts a graph, it knows nothing of a write that has
+#: to come after all reads.
+RESULTS_ONLY = "it writes into inputs or state, and TensorRT's engines write results only"
+
 
 class Wrapped:
     """Kernels, and the function that launches them: for who can do without Python what it does."""

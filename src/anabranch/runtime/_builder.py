@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from anabranch.backends import Instance, Kernels, Options, Stateful, get_backend, of_one
+from anabranch.backends import RESULTS_ONLY, Instance, Kernels, Options, Stateful, get_backend, of_one
 from anabranch.devices import Stream
 from anabranch.errors import BuildError, InputError
 from anabranch.export import Program, is_random, shape_at
@@ -56,9 +56,7 @@ class Builder:
         by_operators = program.data_dependent or program.is_empty or program.takes_numbers or program.on_cpu
         why = str(program.direct_only)
         if self._settings.backend == "tensorrt" and program.written:
-            # And where its partitioner sorts a graph, it knows nothing of a write that has to come after all reads.
-            by_operators = True
-            why = "it writes into inputs or state, and TensorRT's engines write results only"
+            by_operators, why = True, RESULTS_ONLY
         self._choice = Choice("eager" if by_operators else self._settings.backend, why)
         self._lowered = lowered
         if lowered is not None:
