@@ -563,7 +563,7 @@ def test_a_call_that_fails_in_the_middle_breaks_its_session_alone(
         engine._first().calls = breaks
         try:
             with pytest.raises(RuntimeError, match="planted"):
-                session(*given[3])
+                getattr(session, "_call", session)(*given[3])  # in Python, where it was planted
         finally:
             engine._first().calls = calls
         for work in (lambda: session(*given[2]), session.clone, lambda: session.state):

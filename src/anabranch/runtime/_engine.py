@@ -67,9 +67,7 @@ class Engine:
     ) -> None:
         self._settings, self._precision = settings, precision
         self._device: Device = settings.device
-        self._index = settings.index
-        self._torch_device = settings.torch_device
-        self._limits = limits
+        self._index, self._torch_device, self._limits = settings.index, settings.torch_device, limits
         self._counters: Counters = self._runtime.make_counters()
         self._table = Table(self._torch_device, keyword_order_matters(model), dynamic)
         parts = self._runtime, self._limits, self._counters, self._table
@@ -81,10 +79,9 @@ class Engine:
         self._hooks = about_hooks(self._compiler.snapshot.module)
         if self._hooks:
             warnings.warn(f"{settings.name} is compiled {self._hooks}", stacklevel=3)
-        self._in_fragments = in_fragments
         #: What serves signatures that torch.export refuses, once there was one.
         self._guarded: Guarded | None = None
-        self._closed, self._generation = False, process.generation
+        self._in_fragments, self._closed, self._generation = in_fragments, False, process.generation
         process.register(self)
 
     # -- calling ------------------------------------------------------------------------------------------------
@@ -101,10 +98,12 @@ class Engine:
         :class:`~anabranch.errors.FlagsChanged`, :class:`~anabranch.errors.NotCapturable`; and
         :class:`~anabranch.errors.DeviceLost` after a CUDA error that lasts.
         """
-        return self._call_for(None, args, kwargs)
+        kept: list[Any] = []
+        return self._call_for(None, args, kwargs, kept)
 
-    def _call_for(self, session: Session | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of ``session``, or one of a model that keeps no state."""
+    def _call_for(self, session: Session | None, args: Any, kwargs: Any, kept: list[Any]) -> Any:
+        """A call of ``session``, or one of a model that keeps no state. What is given up meanwhile is ``kept`` until
+        the caller's call is over, and freed behind it."""
         if process.is_exiting:
             process.wait_for_exit()
         if self._closed or self._generation != process.generation or self._device.lost():
@@ -118,6 +117,7 @@ class Engine:
             self._counters.add("waits_for_build")
         if specialization is None:
             return self._call_guarded(args, kwargs)
+        kept.append(specialization)
         if specialization.program.state and session is None:
             refuse_without_session(self, specialization.program.state)
         if specialization.is_range:
@@ -446,5 +446,5 @@ class Engine:
         return stats
 
     def __repr__(self) -> str:
-        how = f"{self._settings.backend}, {self.runtime}"
-        return f"<anabranch engine {self._settings.name} on {self._torch_device}, {how}>"
+        name, backend = self._settings.name, self._settings.backend
+        return f"<anabranch engine {name} on {self._torch_device}, {backend}, {self.runtime}>"

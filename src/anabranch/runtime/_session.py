@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from anabranch import _activity, _sync
 from anabranch.devices import Device
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 #: Arguments for a lock's acquire(): take it only if it is free.
 _AT_ONCE = (False,)
+#: What copies of counters hold that sessions have given, each with its version then.
+_counted: Any = WeakTensorKeyDictionary()
 #: Raised before anything is queued: the state is what it was.
 _HARMLESS = (InputError, NotCapturable, EngineClosed, SessionFull)
 
@@ -110,13 +113,13 @@ class Session:
         :class:`~anabranch.errors.SessionBroken` after a call that failed in the middle,
         :class:`~anabranch.errors.SessionFull`, :class:`~anabranch.errors.SessionClosed`.
         """
-        engine = self._engine
+        engine, kept = self._engine, list[Any]()
 
         def call() -> Any:
             self._usable()
             self._is_writing = False  # what fails before that, while a new signature is compiled say, does no harm
             try:
-                return engine._call_for(self, args, kwargs)
+                return engine._call_for(self, args, kwargs, kept)
             except BaseException as e:
                 if self._is_writing and not _is_harmless(e):
                     self._break(e)
@@ -181,7 +184,7 @@ class Session:
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from ``state``, which :attr:`state` gave of a session of such an engine; a broken one is whole again.
 
-        The host waits where a tensor is on another device, and for counters. Raises
+        The host waits where a tensor is on another device. Raises
         :class:`~anabranch.errors.InputError` where names, shapes or dtypes are not those of the model's state.
         """
 
@@ -206,7 +209,7 @@ class Session:
                     )
             for name, x in own.items():
                 x.copy_(state[name])
-            self._write_counts({name: int(state[name]) for name in self._engine._initial_counts})
+            self._write_counts({name: _count_in(state[name]) for name in self._engine._initial_counts})
 
         self._mend(loading)
 
@@ -363,7 +366,19 @@ class Session:
         return dict(zip(names, self._tensors(memory, names), strict=True))
 
     def _copies(self, memory: _Memory) -> dict[str, torch.Tensor]:
-        return {name: x.clone() for name, x in self._own(memory).items()}
+        copies = {name: x.clone() for name, x in self._own(memory).items()}
+        for name, count in self._read_counts().items():
+            if count is not None and name in copies:
+                _counted[copies[name]] = count, copies[name]._version
+        return copies
+
+
+def _count_in(x: torch.Tensor) -> int | None:
+    """What a counter holds, if that is known without a wait for a device."""
+    if x.device.type == "cpu":
+        return int(x)
+    count, version = _counted.get(x, (None, 0))
+    return count if x._version == version else None
 
 
 def refuse_without_session(engine: Engine, state: Sequence[State]) -> NoReturn:
