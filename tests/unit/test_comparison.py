@@ -94,7 +94,7 @@ def test_what_rounding_explains_is_no_fault(model: nn.Module, runtime: str, capl
 def _program(module: nn.Module) -> Any:
     """As much of one as is asked for."""
     graph = torch.fx.symbolic_trace(module)
-    return SimpleNamespace(module=graph, is_random=False, weights_for_eager=list)
+    return SimpleNamespace(module=graph, in_place=graph, is_random=False, weights_for_eager=list, written=frozenset())
 
 
 def test_rounding_is_told_from_faults_by_float64() -> None:

@@ -112,8 +112,8 @@ def plan_program(
     sources: list[Access] = []
     for i, (node, spec) in enumerate(zip(tensors, inputs, strict=True)):
         is_state = 0 <= i - given < len(program.state)
-        name = f"state {program.state[i - given].name}" if is_state else f"input {i}"
-        source = buffer(name, "state" if is_state else "input", spec)
+        called = f"state {program.state[i - given].name}" if is_state else f"input {i}"
+        source = buffer(called, "state" if is_state else "input", spec)
         sources.append(source)
         if captured:
             static = buffer(f"static input {i}", "static", spec)
