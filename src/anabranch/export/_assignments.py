@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from anabranch.export._hooks import HOOKS
+from anabranch.export._hooks import HOOKS, OF_MODULES
 
-_OF_MODULES = frozenset(torch.nn.Module().__dict__)
 #: Containers within containers that are looked into.
 _DEPTH = 3
 
@@ -142,7 +141,7 @@ def _held(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that modules hold and that are neither parameters nor buffers, with their paths."""
     for prefix, part in model.named_modules():
         for key, value in list(part.__dict__.items()):
-            if key not in _OF_MODULES and key not in HOOKS:
+            if key not in OF_MODULES and key not in HOOKS:
                 yield from _within(f"{prefix}.{key}" if prefix else key, value, 0)
 
 

@@ -12,6 +12,8 @@ from anabranch.errors import UnsupportedModel
 
 #: Hooks that run within a module's call, by the attribute that keeps them.
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+#: Attributes that every module has, and that are none of a model's own.
+OF_MODULES = frozenset(torch.nn.Module().__dict__)
 
 
 def hooks_of(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -22,6 +22,7 @@ from anabranch.export._outputs import ComputedOutput, storage_of
 from anabranch.export._program import Program
 from anabranch.export._random import is_random
 from anabranch.export._signature import Signature, TensorSpec
+from anabranch.export._state import writes_of
 from anabranch.export._uncaptured import (
     ON_CPU,
     READS_ON_HOST,
@@ -100,8 +101,8 @@ class _Cutter:
             raise _Whole("operators take numbers of the call")
         self._results: list[fx.Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
         #: The program's last steps: into an input, a new value of it.
-        self._writes: list[fx.Node] = [n for n in graph.nodes if _is_write(n)]
-        self._nodes = [n for n in graph.nodes if n.op == "call_function" and not _is_write(n)]
+        self._writes = writes_of(graph)
+        self._nodes = [n for n in graph.nodes if n.op == "call_function" and n not in self._writes]
         #: What is computed anew wherever it is used.
         self._light: set[fx.Node] = set()
         #: Why others have to run direct, or nothing.
@@ -309,7 +310,7 @@ class _Cutter:
             is_unbacked(n.meta.get("val")) or (is_inside and self._why.get(n) == "data-dependent")
             for n, is_inside in needed.items()
         )
-        written = {n.args[0] for n in needed if _is_write(n)}
+        written = {n.args[0] for n in self._writes if n in needed}
         program = Program(
             module=fx.GraphModule(whole.module, graph),
             written=frozenset(i for i, n in enumerate(given) if n in written),
@@ -353,12 +354,6 @@ class _Cutter:
 
 
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
-
-
-def _is_write(node: fx.Node) -> bool:
-    """Whether it is one of the copies that a program ends with, into what it is given."""
-    target: Any = node.args[0] if node.target is _aten.copy_.default else None
-    return isinstance(target, fx.Node) and target.op == "placeholder"
 
 
 def _is_higher_order(target: Any) -> bool:

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anabranch.export._hooks import HOOKS, hooks_of
+from anabranch.export._hooks import HOOKS, OF_MODULES, hooks_of
 from anabranch.export._indices import has_mask, is_indexing
 from anabranch.export._random import draws
 from anabranch.export._snapshot import Fresh
@@ -42,7 +42,6 @@ _MOST_LOOKS = 1000
 _SETS_STATE = frozenset(("manual_seed", "seed", "set_state", "set_offset", "graphsafe_set_state"))
 #: Functions of PyTorch's that set those of several devices, one after another.
 _SEEDS_ALL = frozenset((torch.random.__file__, name) for name in ("manual_seed", "seed"))
-_OF_MODULES = frozenset(torch.nn.Module().__dict__)
 _NUMPY = "NumPy's"
 _ATOMIC = (bool, int, float, complex, str, bytes, type(None))
 
@@ -260,7 +259,7 @@ def state_of(traced: Fresh) -> dict[str, Any]:
     spaces: dict[str, Any] = {}
     for name, part in traced.module.named_modules():
         for key, value in list(part.__dict__.items()):
-            if key not in _OF_MODULES and key not in HOOKS:
+            if key not in OF_MODULES and key not in HOOKS:
                 found[f"self.{name}.{key}" if name else f"self.{key}"] = _summary(value, 0)
         for kind in type(part).__mro__:
             if not kind.__module__.startswith(("torch.", "builtins", "typing")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from anabranch.plan._plan import Access, Edge, Plan, Step
+from anabranch.plan._plan import Access, Edge, Plan
 
 
 def two_calls(plan: Plan, same_session: bool) -> Plan:
@@ -32,7 +32,7 @@ def two_calls(plan: Plan, same_session: bool) -> Plan:
     count = len(plan.steps)
     edges = [Edge(prefix + e.before, prefix + e.after) for prefix in ("call 1: ", "call 2: ") for e in plan.edges]
     if same_session and count:
-        edges.append(Edge(_last(steps[:count]), steps[count].name))
+        edges.append(Edge(steps[count - 1].name, steps[count].name))
     return replace(
         plan,
         name=f"{plan.name}, called twice by {'one session' if same_session else 'two sessions'}",
@@ -42,7 +42,3 @@ def two_calls(plan: Plan, same_session: bool) -> Plan:
         edges=tuple(edges),
         pieces=(),
     )
-
-
-def _last(steps: list[Step]) -> str:
-    return steps[-1].name

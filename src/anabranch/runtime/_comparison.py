@@ -11,7 +11,7 @@ fall either way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +47,7 @@ def why_off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> 
     if program.is_random:
         return ""
     if program.written:
-        program, kernels = _with_writes(program), _telling_writes(program.written, kernels)
+        program, kernels = _with_writes(program), _telling_writes(program, kernels)
     why = _off(program, kernels, inputs)
     for seed in _SEEDS:
         why = why and _off(program, kernels, _redrawn(inputs, seed))
@@ -90,13 +90,13 @@ def _to_write(program: Program, inputs: _Tensors) -> _Tensors:
     return [x.clone() if i in program.written else x for i, x in enumerate(inputs)]
 
 
-def _telling_writes(written: Iterable[int], kernels: Kernels | Instance) -> Kernels:
+def _telling_writes(program: Program, kernels: Kernels | Instance) -> Kernels:
     """``kernels``, which return what they write, too, and leave what they are given as it was."""
 
     def run(inputs: _Tensors) -> _Tensors:
-        own = [x.clone() if i in written else x for i, x in enumerate(inputs)]
+        own = _to_write(program, inputs)
         results = kernels(own)
-        return [*results, *(own[i] for i in sorted(written))]
+        return [*results, *(own[i] for i in sorted(program.written))]
 
     return run
 
