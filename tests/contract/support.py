@@ -99,6 +99,8 @@ class Rig:
     graph_class: Any
     #: Whether contexts must be built before a latch closes: building one loads code, which waits for held streams.
     builds_ahead = False
+    #: So many small tensors take up all of a segment of PyTorch's allocator.
+    small_blocks = 60
 
     def __init__(self) -> None:
         #: What the tests compile with, unless they say otherwise.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -9,20 +10,46 @@ from typing import Any
 import pytest
 import torch
 
-from contract.support import PATHS, Chain, Make, Mlp, Rig, assert_same, on_threads
+from contract.support import PATHS, ROUNDING, Chain, Make, Mlp, Rig, assert_same, on_threads
 
 __all__ = ["PATHS", "Chain", "Gpu", "Make", "Mlp", "assert_same", "on_threads"]
+
+
+@functools.cache
+def _load_what_tests_queue() -> None:
+    """CUDA loads a kernel when it is first launched, and may wait for all streams then, those that a latch holds, too.
+    So what tests themselves queue behind latches is queued once before the first one, in each process."""
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32):
+        x = torch.arange(1, 65, device="cuda").to(dtype).view(8, 8)
+        y = torch.full_like(x, float("nan") if dtype.is_floating_point else 0).copy_(x)
+        results = [x * 1, x * 2 + 1, x[1:] + 1, x.clone().fill_(5), x.t().contiguous(), torch.cat([x, y]), x.sum()]
+        assert_same(results, [z.clone() for z in results])
+        assert_same(x * 1.0, y * 1.0, rounding=ROUNDING)
+        assert torch.equal(x, y)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(100):
+            x = x * 2 + 1
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            graph.replay()
+    torch.cuda.synchronize()
 
 
 class Gpu(Rig):
     """Streams, latches and inputs of one test. Every latch is opened at its end, whatever happened."""
 
     kind = "cuda"
+    # Instantiating a graph takes memory of the driver's, which it may first have to wait for: for the held streams, too.
+    builds_ahead = True
+    small_blocks = 5000  # of 512 bytes, in 2 MiB
 
     def __init__(self) -> None:
         from anabranch.devices.cuda._graph import CudaGraph
 
         super().__init__()
+        _load_what_tests_queue()
         self.defaults = {"backend": "eager"}
         # PyTorch's own class cannot be changed.
         self.event_class = type("Event", (torch.Event,), {})

@@ -44,7 +44,7 @@ class Recorder:
         kernels(inputs)
         device = self.device
         lane, memory, scratch = device.acquire_lane(0), device.memory(0), device.scratch(0)
-        with neutral(device, 0), device.building():
+        with neutral(device, 0), device.relaxed():
             made = self.module.record(
                 device, lane, memory, scratch, lambda _: kernels, specs, workspaces, self.native.AllocationLog()
             )
@@ -56,7 +56,7 @@ class Recorder:
         specs = [TensorSpec.of(x) for x in inputs]
         device = self.device
         lane, memory, scratch = device.acquire_lane(0), device.memory(0), device.scratch(0)
-        with neutral(device, 0), device.building():
+        with neutral(device, 0), device.relaxed():
             made = self.module.record_again(
                 known, device, lane, memory, scratch, lambda _: kernels, specs, workspaces, self.native.AllocationLog()
             )
@@ -358,7 +358,7 @@ def test_the_log_counts_the_steps_of_a_capture(native: Any) -> None:
         return kept
 
     events: list[Any] = []
-    with neutral(device, 0), device.building():
+    with neutral(device, 0), device.relaxed():
         graph, _ = device.capture(lane, memory, steps)
     graph.destroy()
     device.release_lane(lane)

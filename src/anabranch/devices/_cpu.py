@@ -41,7 +41,7 @@ class CpuDevice:
     def is_capturing(self, stream: Stream) -> bool:
         return False
 
-    def building(self) -> AbstractContextManager[None]:
+    def relaxed(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def prepare_retire(self, index: int) -> None:

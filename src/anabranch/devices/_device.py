@@ -135,8 +135,8 @@ class Device(Protocol):
     def is_capturing(self, stream: Stream) -> bool:
         """Whether the caller is capturing ``stream`` into a graph of its own."""
 
-    def building(self) -> AbstractContextManager[None]:
-        """While building: another thread's global-mode capture must not forbid this thread's allocations."""
+    def relaxed(self) -> AbstractContextManager[None]:
+        """Where another thread's global-mode capture must not forbid what this thread does: to allocate, to load code."""
 
     def acquire_lane(self, index: int) -> Lane:
         """A lane that nothing else uses."""

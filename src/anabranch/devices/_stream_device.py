@@ -60,7 +60,7 @@ class StreamDevice(ABC):
         self.memories: Spares[Memory] = Spares("memory", self.new_memory)
         #: Of each device one that waits for last uses of weights.
         self._retiring: dict[int, Stream] = _sync.dict_("streams that retire")
-        self._deferred = DeferredFrees(self._are_done, self.building)
+        self._deferred = DeferredFrees(self._are_done, self.relaxed)
 
     # -- each device's own
 
@@ -79,7 +79,7 @@ class StreamDevice(ABC):
     @abstractmethod
     def on_device(self, index: int) -> AbstractContextManager[Any]: ...
     @abstractmethod
-    def building(self) -> AbstractContextManager[None]: ...
+    def relaxed(self) -> AbstractContextManager[None]: ...
     @abstractmethod
     def is_capturing(self, stream: Stream) -> bool: ...
     @abstractmethod
@@ -155,7 +155,7 @@ class StreamDevice(ABC):
         if self.lost() or self._is_capturing_here():
             return False
         # Asking an event is forbidden while a global-mode capture is under way, and would invalidate that capture.
-        with self.building():
+        with self.relaxed():
             return all(event.query() for event in events)
 
     def _on_its_device(self, index: int, free: Callable[[], None]) -> Callable[[], None]:

@@ -16,6 +16,7 @@ from anabranch.errors import UnsupportedModel
 
 #: Of an input that nobody but torch.export holds: its own note of it, a variable here, and the call that counts.
 _REFERENCES = 3
+_REAL = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _CACHE = type(functools.lru_cache(int))
 
 
@@ -33,12 +34,16 @@ class Watch:
 
     def alive(self) -> bool:
         """Whether any may be left; what torch.export itself keeps is not counted."""
-        left = list(self._tracked.keys())
+        left = self._stand_ins()
         while left:
             x = left.pop()
             if id(x) not in self._inputs or sys.getrefcount(x) > _REFERENCES:
                 return True
         return False
+
+    def _stand_ins(self) -> list[Any]:
+        # A tensor that the model holds is tracked as well once it is written in place: it is no stand-in.
+        return [x for x in self._tracked.keys() if type(x) not in _REAL]
 
     def clear(self) -> list[str]:
         """Take what is left out of caches; returns where it was. With everything of the trace's own dropped.
@@ -50,7 +55,7 @@ class Watch:
         gc.collect()
         cleared: dict[str, None] = {}
         if self.alive():
-            left = list(self._tracked.keys())
+            left = self._stand_ins()
             # What is frozen, as servers do before they fork, is not found as a holder.
             frozen = gc.get_freeze_count() > 0
             if frozen:

@@ -70,7 +70,7 @@ class Builder:
         choice, device, unit = self._choice, self._device, self._unit
         with neutral(device, unit.index):
             if device.has_streams:
-                with device.building():
+                with device.relaxed():
                     choice.uses_graphs, choice.reason = self._build_on_lane()
             else:
                 self._build_on_cpu(given)
@@ -280,7 +280,7 @@ class Builder:
         device, choice, unit = self._device, self._choice, self._unit
         operators: Any = get_backend("eager").lower(self._program, [], Options(False, self._settings.flags.tf32))
         taken = False
-        with neutral(device, unit.index), device.building(), self._clock.phase("measuring"):
+        with neutral(device, unit.index), device.relaxed(), self._clock.phase("measuring"):
             scratch = device.scratch(unit.index)
             examples: list[Any] = []
             try:

@@ -155,7 +155,7 @@ def _compile(
         engine._table.declare(args, keywords, dims)
         if seam.has_streams:
             # Parameters that were written just before are there for the lane that warms up, and for every later caller.
-            with seam.building():
+            with seam.relaxed():
                 seam.current_stream(index).synchronize()
         made = engine._specialization(args, keywords, clock)
         if made is not None and not dims:

@@ -170,7 +170,7 @@ class Compiler:
         table. Blocks until it is built; nothing is compiled."""
         self._check_flags()
         self._device.collect()
-        with _disable_current_modes(), neutral(self._device, self._index), self._device.building():
+        with _disable_current_modes(), neutral(self._device, self._index), self._device.relaxed():
             program = of_range.program.at([spec.shape for spec in signature.given])
             unit = Unit(self._settings, program, signature, self._limits, self._counters)
             return Specialization(unit, self._runtime.make_calls, (), Clock(), of_range)
@@ -252,7 +252,7 @@ class Compiler:
             process.compiling(),
             _disable_current_modes(),
             neutral(self._device, self._index),
-            self._device.building(),
+            self._device.relaxed(),
             self._on_default_device(),
         ):
             yield

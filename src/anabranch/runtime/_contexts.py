@@ -108,7 +108,7 @@ class Contexts:
                 reservation.cancel()
                 return None
             unit.counters.add("waits_for_build")
-            with neutral(self._device, unit.index), self._device.building(), _activity.building(), at_once():
+            with neutral(self._device, unit.index), self._device.relaxed(), _activity.building(), at_once():
                 return self._build(reservation)
         except DeviceBusy:
             return None
@@ -128,7 +128,7 @@ class Contexts:
         """Build until there are ``n`` or a limit is reached; returns how many there are."""
         unit, pool = self._unit, self.pool
         pool.may_grow = True
-        with process.build_lock, neutral(self._device, unit.index), self._device.building(), _activity.building():
+        with process.build_lock, neutral(self._device, unit.index), self._device.relaxed(), _activity.building():
             unit.watch.check()
             try:
                 while len(pool) < n:

@@ -51,11 +51,13 @@ class Direct:
             results = self.run(inputs)
         else:
             stream = device.current_stream(self._unit.index)
-            if device.is_capturing(stream):
-                results = self._in_capture(inputs, stream)
-                counters.add("calls", "calls_in_captures")
-                return results
-            results = self._queue(inputs, stream)
+            # A thread that never ran a kernel makes its libraries' handles now, also inside a capture.
+            with device.relaxed():
+                if device.is_capturing(stream):
+                    results = self._in_capture(inputs, stream)
+                    counters.add("calls", "calls_in_captures")
+                    return results
+                results = self._queue(inputs, stream)
         counters.add("calls", "direct_calls")
         return results
 
@@ -129,12 +131,11 @@ class Direct:
         if unit.program.is_empty:
             return []
         unit.watch.check()  # before anything enters the capture
-        with device.building():
-            lane = device.join_capture(stream, unit.index, keep=self)
-            run = self._for_capture(stream, lane)
-            # On the mere suspicion: memory that the lane first got inside the capture would be the caller's pool's.
-            if unit.watch.reads_any:
-                lane.load_workspaces()
+        lane = device.join_capture(stream, unit.index, keep=self)
+        run = self._for_capture(stream, lane)
+        # On the mere suspicion: memory that the lane first got inside the capture would be the caller's pool's.
+        if unit.watch.reads_any:
+            lane.load_workspaces()
         fork, join = device.event(), device.event()
         fork.record(stream)
         lane.stream.wait_event(fork)

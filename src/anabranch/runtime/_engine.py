@@ -165,7 +165,7 @@ class Engine:
         check_error = self._device.check_error
         guarded = Guarded(self._compiler.snapshot, why, make_engine, self._torch_device, check_error)
         device, index = self._device, self._index
-        with neutral(device, index), device.building():
+        with neutral(device, index), device.relaxed():
             if device.has_streams:
                 device.current_stream(index).synchronize()  # inputs that were written just before
             self._compiler.aside(lambda: guarded.prepare(args, kwargs), lasting=True)
@@ -305,7 +305,7 @@ class Engine:
         does not allow it while other code in the process captures a CUDA graph or allocates from a pool of its own.
         """
         self._check_usable()
-        with process.build_lock, self._device.building(), _activity.building():
+        with process.build_lock, self._device.relaxed(), _activity.building():
             for specialization in self._table:
                 specialization.trim()
             for engine in self._guarded.engines() if self._guarded is not None else ():

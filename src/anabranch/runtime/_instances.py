@@ -151,7 +151,7 @@ class Instances:
         run: Any = None
         forget = (lambda: None) if reservation is None else reservation.cancel
         try:
-            with neutral(device, index), device.building(), _activity.building():
+            with neutral(device, index), device.relaxed(), _activity.building():
                 # In memory of the lane's own: it stays when the instance's memory goes to another owner.
                 if self._unit.workspaces:
                     lane.load_workspaces()
@@ -164,7 +164,7 @@ class Instances:
             member = Member(device, index, run, memory.nbytes(), forget, holding)
         except BaseException:
             forget()
-            with device.on_device(index), device.building(), _activity.building():
+            with device.on_device(index), device.relaxed(), _activity.building():
                 lane.stream.synchronize()
                 run = None
                 holding.close()

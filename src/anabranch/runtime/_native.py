@@ -349,7 +349,7 @@ class NativeCalls:
         if runs and not uses_graphs and is_unknown:
             # For what a capture shows of the kernels: few of them can be launched without it.
             try:
-                with neutral(self._device, self._unit.index), self._device.building(), clock.phase("capture"):
+                with neutral(self._device, self._unit.index), self._device.relaxed(), clock.phase("capture"):
                     bound.capture(kernels, False, lambda: None)
             except Exception as e:
                 self._device.check_error(e)

@@ -201,7 +201,7 @@ def _race(unit: Unit, first: Way, second: Way) -> tuple[float, float]:
     """Microseconds of two ways to run a call of ``unit``."""
     device = unit.device
     examples: list[Any] = []
-    with neutral(device, unit.index), device.building():
+    with neutral(device, unit.index), device.relaxed():
         scratch = device.scratch(unit.index)
         try:
             if unit.workspaces:

@@ -53,10 +53,11 @@ class PythonCalls:
         stream = self._device.current_stream(self._unit.index)
         if self._device.is_capturing(stream):
             return None
-        context = self._acquire(stream)
-        if context is None:
-            return None
-        results = self._run_graph(context, inputs, stream)
+        with self._device.relaxed():
+            context = self._acquire(stream)
+            if context is None:
+                return None
+            results = self._run_graph(context, inputs, stream)
         self._unit.counters.add("calls", "graph_calls")
         return results
 

@@ -158,7 +158,7 @@ class SimDevice(StreamDevice):
         return bool(_core.capture_id(stream.stream_id, stream.device_index))
 
     @contextmanager
-    def building(self) -> Iterator[None]:
+    def relaxed(self) -> Iterator[None]:
         before = _core.relax(True)
         try:
             yield

@@ -85,7 +85,7 @@ class CudaDevice(StreamDevice):
         return bool(checked("cudaStreamIsCapturing", rt.cudaStreamIsCapturing(handle(stream))) != NOT_CAPTURING)
 
     @contextmanager
-    def building(self) -> Iterator[None]:
+    def relaxed(self) -> Iterator[None]:
         before = checked("cudaThreadExchangeStreamCaptureMode", rt.cudaThreadExchangeStreamCaptureMode(RELAXED))
         try:
             yield

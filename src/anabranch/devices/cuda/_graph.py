@@ -102,7 +102,7 @@ class WholeKernels:
         """``queue`` is to put its work on the stream that it is given, which is ``stream``; nothing runs there."""
         graphs: list[CudaGraph] = []
         weakref.finalize(self, _destroy, graphs).atexit = False
-        with device.building():
+        with device.relaxed():
             source, _ = capture_work(stream, lambda: queue(stream))
             try:
                 self.early = complete(int(source))

@@ -28,6 +28,7 @@ struct Entries {
   int (*launch_kernel)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                        unsigned shared_bytes, void* stream, void** params, void** extra);
   int (*create_stream)(void** stream, unsigned flags);
+  int (*exchange_capture_mode)(int* mode);
 };
 Entries cuda;
 
@@ -62,6 +63,7 @@ const DeviceApi& cuda_api() {
     // own functions expect to find.
     find(runtime, "cudaStreamIsCapturing", cuda.stream_is_capturing);
     find(runtime, "cudaStreamCreateWithFlags", cuda.create_stream);
+    find(runtime, "cudaThreadExchangeStreamCaptureMode", cuda.exchange_capture_mode);
     // The runtime's as well: PyTorch's profiler records no launches of the driver's, and cannot place kernels then.
     find(runtime, "cudaGraphLaunch", cuda.graph_launch);
     find(driver, "cuStreamWaitEvent", cuda.stream_wait);
@@ -107,6 +109,7 @@ const DeviceApi& cuda_api() {
         // 0 is the default stream's number, those of PyTorch's pools are odd, and both kinds outlive everything. The
         // others are handles of streams that somebody else made and may destroy.
         [](const StreamRef& stream) { return stream.id == 0 || (stream.id & 1); },
+        [](int* mode) { return cuda.exchange_capture_mode(mode); },
     };
   }();
   return api;

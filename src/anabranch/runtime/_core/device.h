@@ -49,6 +49,25 @@ struct DeviceApi {
   int (*record)(void* event, const StreamRef& stream) = nullptr;
   // Whether the stream is never destroyed, so that its number never names another one. Null: nobody knows.
   bool (*is_lasting)(const StreamRef& stream) = nullptr;
+  // Set which calls captures of other threads forbid to this one; `mode` comes back as it was. Null: none are forbidden.
+  int (*exchange_capture_mode)(int* mode) = nullptr;
+};
+
+// For as long as it lives, no capture of another thread forbids what this one does: to allocate, to load code.
+class Relaxed {
+ public:
+  explicit Relaxed(const DeviceApi& api) : api_(api) { exchange(); }
+  ~Relaxed() { exchange(); }
+  Relaxed(const Relaxed&) = delete;
+  Relaxed& operator=(const Relaxed&) = delete;
+
+ private:
+  static constexpr int kRelaxed = 2;  // cudaStreamCaptureModeRelaxed
+  void exchange() {
+    if (api_.exchange_capture_mode && api_.exchange_capture_mode(&mode_)) mode_ = kRelaxed;
+  }
+  const DeviceApi& api_;
+  int mode_ = kRelaxed;
 };
 
 // A device call failed.

@@ -68,6 +68,7 @@ Specialization::Outcome Specialization::run(const at::Tensor* inputs, const Valu
   bool is_capturing = false;
   check("asking whether the stream is under capture", api_->is_capturing(caller.ref, &is_capturing));
   if (is_capturing) return Outcome::kDeclined;
+  Relaxed relaxed(*api_);
   if (!session) return run_on(caller, inputs, numbers, build, results);
   bool follows = session->stream == caller.ref.id && api_->is_lasting && api_->is_lasting(caller.ref);
   if (!follows && !planted("no wait of a session")) wait(*session->done, caller);
