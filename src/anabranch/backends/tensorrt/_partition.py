@@ -148,7 +148,7 @@ def partition(program: Program, excluded: Mapping[str, str]) -> Partition:
     """Cut the graph of ``program`` into segments of all nodes but those named in ``excluded``."""
     graph_module = fx.GraphModule(program.module, _copy(program.module.graph))
     graph = graph_module.graph
-    owners = _sizes_first(graph)
+    owner_names = {symbol: node.name for symbol, node in _sizes_first(graph).items()}
     excluded = {**excluded, **dict.fromkeys(_trailing_views(graph), "")}
 
     class Support(OperatorSupportBase):
@@ -163,6 +163,9 @@ def partition(program: Program, excluded: Mapping[str, str]) -> Partition:
     top = partitioner.fuse_partitions(runs, prefix="tensorrt_")
     weights = set(top.graph.find_nodes(op="placeholder")[: len(program.weights)])
     constants = dict(zip(top.graph.find_nodes(op="placeholder"), program.weights, strict=False))
+
+    placeholders = {n.name: n for n in top.graph.find_nodes(op="placeholder")}
+    owners = {symbol: placeholders[name] for symbol, name in owner_names.items()}
 
     segments: dict[str, Segment] = {}
     calls = [n for n in top.graph.nodes if n.op == "call_module"]

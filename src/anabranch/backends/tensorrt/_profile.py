@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ class Profile:
                 middle = int(n.xreplace(dict(self.best)))
                 bounds = bound_sympy(n, self._ranges(own))
                 if bounds.lower < min(ends) or bounds.upper > max(ends):
-                    raise Rejected(f"the size {self.describe(n)} of a tensor is not largest where the sizes are")
+                    ends = self._tried(n, own)
             least.append(min(ends))
             best.append(middle)
             most.append(max(ends))
@@ -108,19 +108,33 @@ class Profile:
         bounds = bound_sympy(expr, self._ranges(own))
         if bounds.is_singleton():
             return bool(bounds.lower)
-        values = [range(self.least[s], self.most[s] + 1) for s in own]
-        if math.prod(map(len, values)) > _MOST_TRIED:
+        values = self._values(own)
+        if values is None:
             return False
         holds = function_of(expr, own)
-        wrong = (dict(zip(own, v, strict=True)) for v in itertools.product(*values) if not holds(*v))
-        if len(own) < len(self.best):
-            return next(wrong, None) is None
-        return not any(map(self.known.allows, wrong))
+        return not any(self._may_be(own, v) for v in values if not holds(*v))
 
     def describe(self, size: Any) -> str:
         """A size, for keys and messages: the same in every process."""
         n = plain_size(size) if isinstance(size, torch.SymInt) else size
         return str(n) if isinstance(n, int) else str(n.xreplace({s: type(s)(name) for s, name in self.names.items()}))
+
+    def _tried(self, n: Any, symbols: Sequence[Any]) -> list[int]:
+        """What a size is where it is not least and largest where its symbols are."""
+        values = self._values(symbols)
+        if values is None:
+            raise Rejected(f"the size {self.describe(n)} of a tensor may be anything")
+        size = function_of(n, symbols)
+        return [int(size(*v)) for v in values if self._may_be(symbols, v)]
+
+    def _values(self, symbols: Sequence[Any]) -> Iterable[tuple[int, ...]] | None:
+        """All values that these may have at once; None where they are too many."""
+        ranges = [range(self.least[s], self.most[s] + 1) for s in symbols]
+        return None if math.prod(map(len, ranges)) > _MOST_TRIED else itertools.product(*ranges)
+
+    def _may_be(self, symbols: Sequence[Any], values: Sequence[int]) -> bool:
+        """Whether the program may be right for these, as far as these tell."""
+        return len(symbols) < len(self.best) or self.known.allows(dict(zip(symbols, values, strict=True)))
 
     def _ranges(self, symbols: Iterable[Any]) -> dict[Any, Any]:
         from torch.utils._sympy.value_ranges import ValueRanges
