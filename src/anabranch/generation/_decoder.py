@@ -1,8 +1,8 @@
 """A model of transformers with a static cache whose tensors are buffers: state, for an engine.
 
 The caches of transformers keep a counter for each layer; those of sliding windows count in Python's numbers, which a
-graph would freeze. Here is one counter for all layers, a tensor, and each layer keeps all tokens: a window is a matter of
-the mask alone, so it is right however far the text goes beyond it.
+graph would freeze. Here is one counter for all layers, a tensor, and each layer keeps all tokens: windows are a matter of
+the mask alone, so they are right however far the text goes beyond them.
 """
 
 from __future__ import annotations
