@@ -380,8 +380,8 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "src/anabranch/export/_containers.py": [
         ("whose tensors are not made yet", "expected them to be there", "Call cache.early_initialization("),
-        ("which counts tokens in a Python number", "Expected layers that count in tensors", "generation.Decoder("),
-        ("is given with a {type(layer).__name__}; expected", "expected layers of fixed size", "or a model without such"),
+        ("which counts tokens in a Python number", "Expected layers that count in tensors", "Use anabranch.generation"),
+        ("is given with a {type(layer).__name__}", "expected layers of fixed size", "Use anabranch.generation"),
     ],
     "src/anabranch/export/_diagnosis.py": [
         ("is a TorchScript module ({", "torch.export cannot look into", "Give compile the Python module"),
@@ -502,9 +502,9 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "src/anabranch/generation/_decoder.py": [
         ("length={length} and batch={batch} given", "expected at least 1 each"),
-        ("has an encoder, and no source is given", "expected an example of the encoder's input", "Pass source=features"),
-        ("returns no past_key_values", "expected a model that keeps keys and values", "Write a module that registers"),
-        ("keeps a {type(layer).__name__}", "expected layers that keep keys and values", "Write a module that registers"),
+        ("has an encoder, and no source is given", "expected an example of the encoder's input", "Pass source="),
+        ("returns no past_key_values", "expected a model that keeps keys and values", "and compile that"),
+        ("keeps a {type(layer).__name__}", "expected layers that keep keys and values", "and compile that"),
     ],
     "src/anabranch/generation/_tokens.py": [
         ("temperature={self.temperature} given", "expected more than 0", "Use greedy for none"),
