@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import anabranch
+from anabranch import Dim, Input
 from contract import clauses
 from contract.clauses import *  # noqa: F403
-from contract.support import ROUNDING, Fn, Mlp, assert_same
+from contract.support import ROUNDING, Fn, Mlp, assert_same, on_threads
 
 #: Clauses that a range makes untrue.
 LEFT_OUT = {"test_clause6_what_cannot_be_captured_raises": "a new shape can be captured; see below"}
@@ -34,6 +35,38 @@ def test_one_specialization_serves_all_sizes(rig: clauses.Rig, compiled: Any, ba
         rows = torch.cat([engine(row) for row in y.split(1)])
         assert_same(engine(y), rows, rounding=ROUNDING)
     assert engine.stats().specializations == 2, "and what is of size 1"
+
+
+def test_sizes_that_are_rounded_up_have_graphs_of_the_listed_sizes_only(
+    rig: clauses.Rig, compiled: Any, backend: str
+) -> None:
+    plain = compiled(Mlp(), rig.random(4, 256), backend=backend)
+    wanted = Input((Dim("batch", 2, 32, pad_to=[8, 32]), 256), device=rig.random(1).device)
+    engine = compiled(Mlp(), wanted, cuda_graphs=True, backend=backend)
+    sources = [rig.random(n, 256) for n in (3, 5, 8, 17, 31, 32)]
+    expected = [rig.load_kernels(plain, x) for x in sources]
+
+    def work(i: int) -> None:
+        with rig.module.stream(rig.stream()):
+            for k in range(12):
+                x, right = sources[(i + k) % 6], expected[(i + k) % 6]
+                given = torch.full_like(x, float("nan"))
+                given.copy_(x)
+                y = engine(given)
+                given.fill_(float("nan"))
+                kept = y.clone()
+                y.fill_(float("nan"))
+                assert_same(kept, right, rounding=ROUNDING)
+
+    on_threads(4, work)
+    engine._shapes.wait()
+    captured = {made.signature.given[0].shape[0] for made in engine._table if not made.is_range}
+    assert captured == {8, 32}
+    assert engine.stats().specializations == 1
+    engine.warm([sources[0]])
+    before = engine.stats().graph_calls
+    assert_same(engine(sources[1]), expected[1], rounding=ROUNDING)
+    assert engine.stats().graph_calls == before + 1
 
 
 def test_clause6_a_new_shape_can_be_captured_and_what_depends_on_data_cannot(rig: clauses.Rig, compiled: Any) -> None:

@@ -471,6 +471,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/export/_sizes.py": [
         ("Dim name {self.name} given", "expected a name like 'batch'"),
         ("{self} given", "expected 0 <= min <= max"),
+        ("pad_to={list(self.pad_to)} given for {self}", "expected sizes of 2 or more, within its bounds"),
     ],
     "src/anabranch/export/_signature.py": [
         ("input {position} is a {kind.__name__}", "expected tensors, numbers, strings", "Register other containers"),
@@ -627,6 +628,9 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("the model's {name} is on {t.device}", "its inputs are on {device}", "call model.to("),
         ("{dims[dim.name]} and {dim} given", "expected one name to have the same bounds everywhere"),
         ("the call is made under a {type(mode).__name__}", "engines run on real tensors", "Call the engine outside"),
+    ],
+    "src/anabranch/runtime/_padding.py": [
+        ("pad_to was given for {names}", "cannot be given more rows than there are: {why}", "Leave pad_to out"),
     ],
     "src/anabranch/runtime/_ranges.py": [
         ("sizes were declared to vary ({names})", "the model does not let them: {why}", "Give numbers in their place"),

@@ -54,14 +54,18 @@ def has_mask(func: Any, args: Sequence[Any]) -> bool:
 
 
 def valid_integer(
-    graph: fx.Graph, inputs: Sequence[TensorSpec], values: Mapping[Any, int] | None = None
+    graph: fx.Graph,
+    inputs: Sequence[TensorSpec],
+    values: Mapping[Any, int] | None = None,
+    but: Container[int] = (),
 ) -> tuple[int, str]:
     """An integer with which every integer input may be filled: indices and divisors made from them are valid.
 
     Or 0, and why there seems to be none.
 
     ``graph`` takes weights, and then tensors of these specs; its nodes carry fake tensors under ``meta["val"]``;
-    ``values``: of symbols in their sizes. What depends on weights or on other inputs is not looked at.
+    ``values``: of symbols in their sizes; ``but``: integers that are not wanted. What depends on weights or on other
+    inputs is not looked at.
     """
     # Numbers, if any, come last.
     placeholders = [n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)]
@@ -74,7 +78,7 @@ def valid_integer(
         return 0, ""
     nodes = [n for n in graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload)]
     why = ""
-    for value in _TRIED:
+    for value in (n for n in _TRIED if n not in but):
         # A wider type may hold what a narrow one cannot.
         fits = all(s.dtype is torch.bool or value <= torch.iinfo(s.dtype).max for s in given.values())
         filled = {n: torch.full(s.shape, value, dtype=s.dtype) for n, s in given.items()} if fits else {}

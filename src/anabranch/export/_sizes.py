@@ -34,17 +34,25 @@ class Dim:
     :param name: of the size; two inputs' sizes of one name are equal in every call.
     :param min: the least size, 0 or more.
     :param max: the largest; None: there is no bound.
+    :param pad_to: sizes to round up to: calls are given more rows, of zeros, up to the next of these, and results are
+        cut back. Compile shows that rows do not mix, or raises :class:`~anabranch.errors.UnsupportedModel`.
     """
 
     name: str
     min: int = 0
     max: int | None = None
+    pad_to: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
             raise InputError(f"Dim name {self.name!r} given; expected a name like 'batch'")
         if self.min < 0 or (self.max is not None and self.max < self.min):
             raise InputError(f"{self} given; expected 0 <= min <= max")
+        object.__setattr__(self, "pad_to", tuple(sorted(set(self.pad_to))))
+        if any(type(n) is not int or n in SPECIAL or not self.takes(n) for n in self.pad_to):
+            raise InputError(
+                f"pad_to={list(self.pad_to)} given for {self}; expected sizes of 2 or more, within its bounds"
+            )
 
     def __str__(self) -> str:
         return f"Dim({self.name!r}, {self.min}, {self.max})"
@@ -53,6 +61,10 @@ class Dim:
     def bounds(self) -> str:
         """For messages."""
         return f"{self.min} or more" if self.max is None else f"{self.min} to {self.max}"
+
+    def padded(self, size: int) -> int:
+        """The size that a call's is rounded up to: the next in ``pad_to``, or itself where there is none."""
+        return next((n for n in self.pad_to if n >= size), size)
 
     def takes(self, size: int) -> bool:
         return self.min <= size and (self.max is None or size <= self.max)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from anabranch.backends import BACKENDS
 from anabranch.devices import get_device
@@ -26,9 +27,11 @@ from anabranch.runtime._given import (
     tensors_for,
     with_ones,
 )
+from anabranch.runtime._padding import Padding
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import process
 from anabranch.runtime._settings import DEFAULT_MAX_CONTEXTS, Settings
+from anabranch.runtime._specialization import Specialization
 
 RUNTIMES = ("native", "python")
 
@@ -161,10 +164,28 @@ def _compile(
         if made is not None and not dims:
             made = engine._of_one_shape(args, keywords, made)  # for inputs that were given, it is made at once
         engine._table.primary = made
+        if any(dim.pad_to for own in dims for dim in own[1].values()):
+            _pad(engine, args, keywords)
         ones = with_ones(given)
         if made is not None and made.is_range and ones:
             engine._try_to_serve(*tensors_for(given, device, ones))  # now, so that no call has to wait for it
     return engine
+
+
+def _pad(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Round declared sizes up from now on. With the build lock held. Raises where that is not right."""
+    table, compiler = engine._table, engine._compiler
+    leaves, key = table.key(args, kwargs)
+    structure = table.flatten(args, kwargs)[1]
+    padding = Padding(table.ranges.declared(key))
+    assert compiler is not None
+
+    def serve(given: Sequence[Any]) -> Specialization | None:
+        arguments: Any = pytree.tree_unflatten(given, structure)
+        return engine._specialization(*arguments)
+
+    padding.prove(leaves, serve, compiler.aside)
+    table.padding = padding
 
 
 def check_options(

@@ -15,14 +15,7 @@ from torch.export import ExportedProgram
 
 from anabranch import _activity, _sync
 from anabranch.devices import Device
-from anabranch.errors import (
-    BuildError,
-    DeviceLost,
-    EngineClosed,
-    InputError,
-    NotCapturable,
-    UnsupportedModel,
-)
+from anabranch.errors import BuildError, DeviceLost, EngineClosed, InputError, NotCapturable, UnsupportedModel
 from anabranch.export import NotExported, Signature, about_hooks, keyword_order_matters
 from anabranch.plan import Plan
 from anabranch.runtime import _phases
@@ -121,6 +114,10 @@ class Engine:
         if specialization.program.state and session is None:
             refuse_without_session(self, specialization.program.state)
         if specialization.is_range:
+            if (padded := self._table.padded(specialization, leaves)) is not None:
+                structure = self._table.flatten(args, kwargs)[1]
+                with neutral(self._device, self._index):
+                    return padded.cut(self._call_for(session, *padded.call(structure), kept))
             self._shapes.met(key, leaves, lambda: self._table.flatten(args, kwargs)[1], specialization)
         run = specialization.calls if session is None else partial(session.run, specialization)
         if is_neutral(self._device, self._index):
@@ -293,8 +290,11 @@ class Engine:
         """The specialization with graphs for the very shape of a call, where ``found`` serves many; else ``found``."""
         if not found.is_range or found.why_no_graphs:
             return found
+        given, structure = self._table.flatten(args, kwargs)
+        if (padded := self._table.padded(found, given)) is not None:
+            args, kwargs = padded.call(structure)
         leaves, key = self._table.key(args, kwargs)
-        signature = Signature.of(leaves, self._table.flatten(args, kwargs)[1], self._torch_device)
+        signature = Signature.of(leaves, structure, self._torch_device)
         with process.build_lock, _activity.building():
             return self._shapes.capture(key, signature, found, wanted=True) or found
 

@@ -154,9 +154,13 @@ class Ranges:
         self._known.clear()
 
     def explain(self) -> list[str]:
-        """Why sizes that vary are compiled one by one, a line for each kind of calls."""
+        """What is done with sizes that vary, and why some are compiled one by one, a line each."""
         lines = []
         for alike in list(self._alike.values()):
+            for dim in dict.fromkeys(dim for dim in alike.declared.values() if dim.pad_to):
+                *some, last = map(str, dim.pad_to)
+                sizes = f"{', '.join(some)} or {last}" if some else last
+                lines.append(f"{dim.name!r} is rounded up to {sizes}, where a range serves it")
             if alike.why_none:
                 lines.append(f"sizes vary ({_describe(alike)}), and each is compiled by itself: {alike.why_none}")
             elif alike.why_failed:

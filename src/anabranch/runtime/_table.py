@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from anabranch import _sync
 from anabranch.export import Dim, Signature, flatten_call, layouts_of, leaf_key
+from anabranch.runtime._padding import Padded, Padding
 from anabranch.runtime._ranges import Ranges
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._varying import Varying, has_numbers, used
@@ -28,6 +29,8 @@ class Table:
         self.primary: Specialization | None = None
         self.varying = Varying()
         self.ranges = Ranges(dynamic)
+        #: Of sizes that are rounded up, once that was shown to be right.
+        self.padding: Padding | None = None
         #: Positions among a call's leaves.
         self._on_cpu: frozenset[int] = frozenset()
         #: By structure of a call, what stands for it in keys.
@@ -82,6 +85,10 @@ class Table:
             if found is not None:
                 used(found)
         return found if found is not None else self.ranges.find(key, leaves)
+
+    def padded(self, found: Specialization, leaves: Sequence[Any]) -> Padded | None:
+        """The larger call that ``found``, which serves one with these leaves, is to be given; None: that very one."""
+        return self.padding.of(found, leaves) if self.padding is not None else None
 
     def look_up(self, key: Any, leaves: Sequence[Any]) -> Specialization | None:
         found = self._specializations.get(key)
