@@ -377,7 +377,7 @@ def assert_what_state_begins_as_stays(rig: Rig, runtime: str, graphs: bool) -> N
     model = Model().eval().requires_grad_(False).to(rig.device())
     engine = anabranch.compile(model, list(given[0]), runtime=runtime, cuda_graphs=graphs, **rig.defaults)
     expected = alone(rig, engine, *given)
-    block, like = engine._initial["h"].data_ptr(), engine._initial["h"].clone()
+    block, like = engine.states["h"].data_ptr(), engine.states["h"].clone()
     s = rig.stream()
     session = engine.session()
     with rig.module.stream(s):

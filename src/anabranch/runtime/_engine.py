@@ -66,7 +66,7 @@ class Engine:
         parts = self._runtime, self._limits, self._counters, self._table
         self._compiler: Compiler | None = Compiler(settings, model, precision, *parts)
         #: What state of the model begins as, by name: of each buffer that it is known to write.
-        self._initial, self._initial_counts = self._compiler.initial, self._compiler.counts
+        self.states, self._initial_counts = self._compiler.initial, self._compiler.counts
         hooks = weakref.WeakMethod(self._added), weakref.WeakMethod(self._removed)
         self._shapes = Shapes(self._table, limits, self._compiler, *hooks)
         self._hooks = about_hooks(self._compiler.snapshot.module)
@@ -132,7 +132,7 @@ class Engine:
         :param state: to go on from, of a :attr:`Session.state`. None: the model's buffers as they were at compile.
         """
         self._check_usable()
-        return self._kind_of_session(self, self._initial, state)
+        return self._kind_of_session(self, self.states, state)
 
     def _call_guarded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a model that torch.export refuses."""

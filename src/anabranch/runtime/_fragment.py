@@ -11,7 +11,7 @@ import logging
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +41,9 @@ _FREE = (operator.getitem,)
 
 
 class _Engine(Protocol):
+    #: What state of its model begins as, by name.
+    states: Mapping[str, torch.Tensor]
+
     def __call__(self, *args: Any) -> Any: ...
 
     def summary(self) -> dict[str, Any]: ...
@@ -257,10 +260,10 @@ class Fragment:
             self.why_operators = str(e)
             _log.info("a graph of torch.compile's runs by PyTorch's operators: %s", e)
             return None
-        state = [x["name"] for made in engine.summary()["signatures"] for x in made["state"]]
-        if state:
+        if engine.states:
+            written = ", ".join(map(repr, engine.states))
             engine.close()
-            self.why_operators = f"it writes a buffer of its module's: {', '.join(map(repr, state))}"
+            self.why_operators = f"it writes a buffer of its module's: {written}"
             return None
         found = _Frozen(frozen, numbers, engine)
         # The oldest is dropped, and with it those whose parameters are gone; calls under way keep theirs.
