@@ -5,11 +5,12 @@ from anabranch.export._containers import register_containers
 from anabranch.export._diagnosis import NotExported, copy_of, describe, first_line, run_in_eager
 from anabranch.export._generators import generators_kept
 from anabranch.export._hooks import about_hooks, hooks_of, name_of
-from anabranch.export._indices import valid_integer
+from anabranch.export._indices import is_integer, valid_integer
 from anabranch.export._number_tensors import tensorize
 from anabranch.export._numbers import NotCarried, Numbers
 from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutput, SizeOutput, finisher
 from anabranch.export._pieces import Cut, Piece, cut
+from anabranch.export._places import written_by
 from anabranch.export._precision import Cast
 from anabranch.export._program import Program, export_program
 from anabranch.export._proof import same_computation
@@ -27,7 +28,7 @@ from anabranch.export._signature import (
 )
 from anabranch.export._sizes import SPECIAL, Dim, Sizes, shape_at, size_at
 from anabranch.export._snapshot import Fresh, Snapshot, alias
-from anabranch.export._state import State
+from anabranch.export._state import State, writes_of
 from anabranch.export._trial import changed_between, state_of, written
 from anabranch.export._uncaptured import READS_ON_HOST, Uncaptured, source_of
 
@@ -67,6 +68,7 @@ __all__ = [
     "flatten_call",
     "generators_kept",
     "hooks_of",
+    "is_integer",
     "is_random",
     "keyword_order_matters",
     "layouts_of",
@@ -85,5 +87,7 @@ __all__ = [
     "tensorize",
     "undisturbed",
     "valid_integer",
+    "writes_of",
     "written",
+    "written_by",
 ]

@@ -34,10 +34,11 @@ from anabranch.export._trial import written
 _aten = torch.ops.aten
 _EXPANDS = {_aten.expand.default, _aten.expand_as.default, _aten.broadcast_to.default}
 #: These change what the tensor itself looks like, not what is in its memory.
-_RESHAPES = (
+RESHAPES = (
     *("squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "as_strided_", "resize_", "resize_as_"),
-    *("set_", "detach_", "requires_grad_", "rename_"),
+    "set_",
 )
+_NO_WRITES = (*RESHAPES, "detach_", "requires_grad_", "rename_")
 #: What they write lies in memory as the tensor did.
 _KEEP_ORDER = ("copy_", "set_")
 #: What functionalization takes out, puts copies in for, or adds to.
@@ -178,7 +179,7 @@ def _as_views(graph: fx.Graph, node: fx.Node, base: fx.Node) -> fx.Node | None:
 
 def _mend_write(graph: fx.Graph, node: fx.Node, source_of: Callable[[fx.Node], str]) -> None:
     name = node.target._schema.name.rsplit("::")[-1]  # type: ignore[union-attr]
-    if name in _RESHAPES:
+    if name in _NO_WRITES:
         return
     targets = [x for x in written(node.target, node.args, node.kwargs) if isinstance(x, fx.Node)]
     for x in targets:

@@ -70,7 +70,7 @@ def valid_integer(
     # Numbers, if any, come last.
     placeholders = [n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)]
     given = dict(zip(placeholders[len(placeholders) - len(inputs) :], inputs, strict=True))
-    given = {n: s for n, s in given.items() if _is_integer(s.dtype) and math.prod(s.shape) <= _LARGEST}
+    given = {n: s for n, s in given.items() if is_integer(s.dtype) and math.prod(s.shape) <= _LARGEST}
     # The values of state, which nobody makes up.
     kept = {n: s.values.cpu() for n, s in given.items() if s.values is not None}
     given = {n: s for n, s in given.items() if n not in kept}
@@ -112,7 +112,7 @@ def indexed_by_floats(nodes: Mapping[fx.Node, bool], weights: Container[fx.Node]
             found.append(node)
         converts = not is_float and not floating.isdisjoint(given) and name.strip("_") in _CONVERTING
         bounds = name in _BOUNDED and None not in node.args and len(node.args) == (3 if name == "clamp" else 2)
-        has_integers = any(_is_integer(x.dtype) and x.dtype is not torch.bool for x in values)
+        has_integers = any(is_integer(x.dtype) and x.dtype is not torch.bool for x in values)
         # Positions that an operator finds (argmax, say) are valid whatever the values are.
         if has_integers and not bounds and (converts or not unsure.isdisjoint(given)):
             unsure.add(node)
@@ -153,7 +153,7 @@ def _is_of_values(error: Exception) -> bool:
 
 
 def _has_known_index(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
-    return any(_is_integer(v.dtype) for n in node.all_input_nodes if isinstance(v := known.get(n), torch.Tensor))
+    return any(is_integer(v.dtype) for n in node.all_input_nodes if isinstance(v := known.get(n), torch.Tensor))
 
 
 def _is_small(node: fx.Node, checks: bool, sizes: Mapping[Any, int] | None) -> bool:
@@ -166,7 +166,7 @@ def _is_small(node: fx.Node, checks: bool, sizes: Mapping[Any, int] | None) -> b
         return bool(found) and all(
             math.prod(shape_at(x.shape, sizes)) <= _LARGEST
             and x.layout is torch.strided
-            and (checks or _is_integer(x.dtype))
+            and (checks or is_integer(x.dtype))
             for x in found
         )
     except (RuntimeError, TypeError):
@@ -187,5 +187,6 @@ def _on_cpu(arguments: Any, known: dict[fx.Node, Any], node: fx.Node, sizes: Map
     return fx.node.map_aggregate(arguments, of)
 
 
-def _is_integer(dtype: torch.dtype) -> bool:
+def is_integer(dtype: torch.dtype) -> bool:
+    """Whether values of this type are whole numbers, or truth values."""
     return not dtype.is_floating_point and not dtype.is_complex

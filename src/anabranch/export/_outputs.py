@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from anabranch.errors import UnsupportedModel
+from anabranch.export._assignments import storage
 from anabranch.export._containers import register_containers
 
 _aten = torch.ops.aten
@@ -169,9 +170,7 @@ def _hint(kind: type) -> str:
 def storage_of(node: fx.Node) -> int | None:
     """Identity of the memory that a node's value lies in."""
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_nested:
-        return None
-    return value.untyped_storage()._cdata
+    return storage(value) if isinstance(value, torch.Tensor) else None
 
 
 def classify(

@@ -64,7 +64,7 @@ def in_place(target: Any) -> torch._ops.OpOverload | None:
         return None
     schema, name = target._schema, f"{_name(target)}_"
     packet = getattr(_aten, name, None)
-    if packet is None or name in _functional._RESHAPES or name.startswith("_") or "sparse" in name:
+    if packet is None or name in _functional._NO_WRITES or name.startswith("_") or "sparse" in name:
         return None
     if torch.Tag.nondeterministic_seeded in target.tags:
         return None  # what is random goes by the order in memory

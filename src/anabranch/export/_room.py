@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from anabranch.export._sizes import shape_at, size_at
+from anabranch.export._state import writes_of
 
 _aten = torch.ops.aten
 #: Past this a counter is taken to have no end: one that is a position in a ring, say.
@@ -54,7 +55,7 @@ def rooms(
 
     ``states``: placeholders by name. ``values``: of symbols in sizes.
     """
-    writes = {n.args[0]: n.args[1] for n in graph.find_nodes(op="call_function", target=_aten.copy_.default)}
+    writes = {n.args[0]: n.args[1] for n in writes_of(graph)}
     found = []
     for name, begin in initial.items():
         if name not in states:

@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from anabranch.errors import UnsupportedModel
 from anabranch.export._assignments import Assignments, storage
 from anabranch.export._constants import is_literal
+from anabranch.export._functional import RESHAPES
 from anabranch.export._numbers import NotCarried
 from anabranch.export._signature import TensorSpec
 from anabranch.export._snapshot import Fresh
@@ -26,10 +27,7 @@ from anabranch.export._trial import written
 
 _aten = torch.ops.aten
 #: These change what a tensor looks like, not what is in its memory.
-_RESHAPES = (
-    *("squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "as_strided_", "resize_", "resize_as_"),
-    *("set_", "set_data"),
-)
+_RESHAPES = (*RESHAPES, "set_data")
 _NO_WRITES = (*_RESHAPES, "detach_", "requires_grad_")
 
 

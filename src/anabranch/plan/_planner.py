@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from anabranch.export import Program, TensorSpec, size_at, source_of, written
+from anabranch.export import Program, TensorSpec, size_at, source_of, written_by
 from anabranch.plan._plan import Access, Buffer, Plan, Step
 
 #: ATen ops that use no cuBLAS workspace. Everything else is assumed to, so that a new op errs on the safe side.
@@ -44,11 +44,10 @@ def _aliases(node: fx.Node) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in node.target._schema.returns)
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
-    """What an operator writes into, of what it is given."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return []
-    return [x for x in written(node.target, node.args, node.kwargs) if isinstance(x, fx.Node)]
+def called(position: int, given: int, states: Sequence[str]) -> tuple[str, str]:
+    """Label and kind of the buffer of a tensor that a program is given: ``given`` of a call, then its states."""
+    is_state = 0 <= position - given < len(states)
+    return (f"state {states[position - given]}", "state") if is_state else (f"input {position}", "input")
 
 
 class Planned(NamedTuple):
@@ -111,9 +110,7 @@ def plan_program(
     tensors = [n for n in placeholders[split:] if isinstance(n.meta.get("val"), torch.Tensor)]  # and numbers
     sources: list[Access] = []
     for i, (node, spec) in enumerate(zip(tensors, inputs, strict=True)):
-        is_state = 0 <= i - given < len(program.state)
-        called = f"state {program.state[i - given].name}" if is_state else f"input {i}"
-        source = buffer(called, "state" if is_state else "input", spec)
+        source = buffer(*called(i, given, [s.name for s in program.state]), spec)
         sources.append(source)
         if captured:
             static = buffer(f"static input {i}", "static", spec)
@@ -147,7 +144,8 @@ def plan_program(
                 of[node] = (base[which],) if isinstance(which, int) and which < len(base) > 1 else base
                 steps.append(Step(node.name, lane, (), (), "view", str(node.target), source_of(node)))
                 continue
-            if (targets := _written(node)) and all(n in of for n in targets):
+            targets = [n for n in node.all_input_nodes if n in written_by(node)]
+            if targets and all(n in of for n in targets):
                 writes = _unique(a for n in targets for a in of[n])
                 of[node] = of[targets[0]]
                 extra = workspace if _uses_workspace(node) else ()

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from anabranch import _judge
 from anabranch.backends import Instance, Kernels, Options, get_backend
-from anabranch.export import Program
+from anabranch.export import Program, writes_of
 
 #: How far results may differ before anybody asks why, relative to the largest value of a tensor. Wide: these are faults
 #: that are looked for, not digits.
@@ -80,7 +80,7 @@ def _with_writes(program: Program) -> Program:
     copied: dict[fx.Node, fx.Node] = {}
     results = graph.graph_copy(program.module.graph, copied)
     inputs = graph.find_nodes(op="placeholder")[len(program.weights) :]
-    writes = {n.args[0]: n for n in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)}
+    writes = {n.args[0]: n for n in writes_of(graph)}
     graph.output((*results, *(writes[inputs[i]] for i in sorted(program.written))))  # type: ignore[misc]
     return replace(program, module=fx.GraphModule(program.module, graph))
 

@@ -35,6 +35,7 @@ from anabranch.export import (
     export_program,
     first_line,
     generators_kept,
+    is_integer,
     run_in_eager,
     same_computation,
     source_of,
@@ -339,4 +340,4 @@ class Compiler:
 
 def _counts(dtype: torch.dtype) -> bool:
     """Whether numbers of this type count something."""
-    return not dtype.is_floating_point and not dtype.is_complex and dtype is not torch.bool
+    return is_integer(dtype) and dtype is not torch.bool

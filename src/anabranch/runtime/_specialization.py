@@ -14,7 +14,7 @@ from anabranch.backends import Stateful
 from anabranch.export import AliasOutput, Program, Room, Signature, rooms
 from anabranch.plan import Plan
 from anabranch.plan._join import join_plans
-from anabranch.plan._planner import Planned, plan_program
+from anabranch.plan._planner import Planned, called, plan_program
 from anabranch.plan._sessions import two_calls
 from anabranch.race import PlanProof, check_plan
 from anabranch.runtime import _summary
@@ -172,12 +172,7 @@ class Specialization:
         if self.pieces is not None:
             planned = [(_plan_of(p.unit, p.choice, name, {}), p.piece.takes) for p in self.pieces.parts]
             given = len(unit.signature.given)
-            inputs = [
-                (f"state {unit.states[i - given]}", "state")
-                if 0 <= i - given < len(unit.states)
-                else (f"input {i}", "input")
-                for i in range(len(unit.specs))
-            ]
+            inputs = [called(i, given, unit.states) for i in range(len(unit.specs))]
             return join_plans(planned, self.pieces.results, inputs, unit.settings.backend, notes)
         return _plan_of(unit, choice, name, notes).plan
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from anabranch.errors import InputError
-from anabranch.export import Program, Signature, TensorSpec, alias, finisher, shares_memory, valid_integer
+from anabranch.export import Program, Signature, TensorSpec, alias, finisher, is_integer, shares_memory, valid_integer
 from anabranch.plan._planner import uses_workspace
 from anabranch.runtime._flags import Watch
 from anabranch.runtime._settings import Settings
@@ -150,7 +150,7 @@ class Unit:
         """Integers among made-up inputs that a run has written are what they were: a counter may be an index."""
         for i in self.written:
             spec = self.specs[i]
-            if not spec.dtype.is_floating_point and not spec.dtype.is_complex:
+            if is_integer(spec.dtype):
                 inputs[i].copy_(spec.values) if spec.values is not None else inputs[i].fill_(spec.integer)
 
     def resetting(self, way: Callable[[Sequence[torch.Tensor]], Any]) -> Callable[[Sequence[torch.Tensor]], Any]:
@@ -175,4 +175,4 @@ class Unit:
 
 def _kept(initial: torch.Tensor) -> torch.Tensor | None:
     """What stands for a state where it is made up: integers are its own, which may be indices."""
-    return None if initial.is_floating_point() or initial.is_complex() else initial
+    return initial if is_integer(initial.dtype) else None
