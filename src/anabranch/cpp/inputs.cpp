@@ -82,7 +82,7 @@ void check_written(at::ArrayRef<at::Tensor> given, size_t i) {
   auto& x = given[i];
   auto name = "input " + std::to_string(i);
   for (size_t j = 0; j < given.size(); ++j) {
-    if (j == i || !x.numel() || !given[j].numel() || !runtime::may_share(x, given[j])) continue;
+    if (j == i || !runtime::may_share(x, given[j])) continue;
     throw InputError(name + " and input " + std::to_string(j) + " share memory, and the model writes into " + name +
                      ". Pass tensors with memory of their own.");
   }

@@ -71,7 +71,7 @@ inline std::pair<uintptr_t, uintptr_t> span_of(const at::Tensor& x) {
 inline bool may_share(const at::Tensor& x, const at::Tensor& y) {
   auto [start, stop] = span_of(x);
   auto [first, last] = span_of(y);
-  return start < last && first < stop;
+  return x.numel() && y.numel() && start < last && first < stop;
 }
 
 }  // namespace anabranch::runtime
