@@ -72,7 +72,7 @@ def traced(function: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
 
 def ends(module: fx.GraphModule) -> int:
     """How many copies are left at the end."""
-    return len(_reinplace.writes_of(module.graph))
+    return len(_reinplace._epilogues(module.graph))
 
 
 def made(module: fx.GraphModule, size: int) -> list[str]:

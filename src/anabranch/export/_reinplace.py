@@ -29,7 +29,6 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from anabranch.export import _places
-from anabranch.export._state import writes_of
 
 _aten = torch.ops.aten
 #: Not done in place, since they go by where in which storage something lies.
@@ -55,7 +54,7 @@ def copied_bytes(module: fx.GraphModule) -> int:
     of each result of the placeholder's size that is computed of it on the way there. Sizes that vary count as traced.
     """
     total, counted = 0, set[fx.Node]()
-    for epilogue in writes_of(module.graph):
+    for epilogue in _epilogues(module.graph):
         p, node = epilogue.args[:2]
         whole = _size_in_bytes(p)
         total += whole
@@ -76,7 +75,7 @@ class _Rewrite:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.epilogues = writes_of(graph)
+        self.epilogues = _epilogues(graph)
         self._index = {n: i for i, n in enumerate(graph.nodes)}
         self._body = list(graph.nodes)[: len(self._index) - len(self.epilogues) - 1]
         self._order = {n: i for n, i in self._index.items() if i < len(self._body)}
@@ -412,6 +411,16 @@ def _sorted(
             if not waits_for[other]:
                 heapq.heappush(ready, (order[other], other))
     return found if len(found) == len(body) else None
+
+
+def _epilogues(graph: fx.Graph) -> list[fx.Node]:
+    """The last row of copies into placeholders. One that writes in place may copy before, too, unlike ``writes_of``."""
+    found: list[fx.Node] = []
+    node = graph.output_node().prev
+    while node.target is _aten.copy_.default and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder":
+        found.insert(0, node)
+        node = node.prev
+    return found
 
 
 def _size_in_bytes(node: Any) -> int:
