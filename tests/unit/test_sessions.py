@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_of import Model
 from torch import nn
 from torch.nn import functional as F
 
@@ -34,19 +35,6 @@ BACKENDS = pytest.mark.parametrize("backend", ["eager", "inductor"])
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(100 * seed + sum(shape) + 1))
-
-
-class Model(nn.Module):
-    """A function of the module and the inputs as a model, with buffers."""
-
-    def __init__(self, fn: Callable[..., Any], **buffers: torch.Tensor) -> None:
-        super().__init__()
-        self.fn = fn
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.fn(self, *args, **kwargs)
 
 
 def with_weights(model: nn.Module, seed: int = 5) -> nn.Module:

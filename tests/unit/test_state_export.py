@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_of import Model
 from torch import nn
 from torch.nn import functional
 
@@ -15,19 +16,6 @@ import anabranch
 from anabranch.export import AliasOutput, Cast, ComputedOutput, Program, Snapshot, export_program, finisher
 
 pytestmark = pytest.mark.usefixtures("seeded")
-
-
-class Model(nn.Module):
-    """A function of the module and the inputs as a model, with buffers."""
-
-    def __init__(self, fn: Callable[..., Any], **buffers: torch.Tensor) -> None:
-        super().__init__()
-        self.fn = fn
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-
-    def forward(self, *args: Any) -> Any:
-        return self.fn(self, *args)
 
 
 def assert_same(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
