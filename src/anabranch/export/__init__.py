@@ -5,6 +5,8 @@ from anabranch.export._diagnosis import NotExported, copy_of, describe, first_li
 from anabranch.export._generators import generators_kept
 from anabranch.export._hooks import about_hooks, hooks_of, name_of
 from anabranch.export._indices import valid_integer
+from anabranch.export._mixed import Mixed, Place, places, precision_of
+from anabranch.export._mixing import Choices, Mixing, cast_of
 from anabranch.export._number_tensors import tensorize
 from anabranch.export._numbers import NotCarried, Numbers
 from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutput, SizeOutput, finisher
@@ -36,16 +38,20 @@ __all__ = [
     "SPECIAL",
     "AliasOutput",
     "Cast",
+    "Choices",
     "ComputedOutput",
     "ConstantOutput",
     "Cut",
     "Dim",
     "Fresh",
     "Input",
+    "Mixed",
+    "Mixing",
     "NotCarried",
     "NotExported",
     "Numbers",
     "Piece",
+    "Place",
     "Program",
     "Room",
     "Signature",
@@ -57,6 +63,7 @@ __all__ = [
     "Uncaptured",
     "about_hooks",
     "alias",
+    "cast_of",
     "changed_between",
     "copy_of",
     "cut",
@@ -72,6 +79,8 @@ __all__ = [
     "layouts_of",
     "leaf_key",
     "name_of",
+    "places",
+    "precision_of",
     "register_dataclasses",
     "replaced",
     "rooms",

@@ -23,7 +23,7 @@ from anabranch.errors import (
     NotCapturable,
     UnsupportedModel,
 )
-from anabranch.export import NotExported, Signature, about_hooks, keyword_order_matters
+from anabranch.export import Mixed, NotExported, Signature, about_hooks, keyword_order_matters
 from anabranch.plan import Plan
 from anabranch.runtime import _phases
 from anabranch.runtime._calls import Runtime
@@ -60,7 +60,7 @@ class Engine:
         self,
         settings: Settings,
         model: torch.nn.Module | ExportedProgram,
-        precision: torch.dtype | None,
+        precision: torch.dtype | Mixed | None,
         limits: Limits,
         in_fragments: bool,
         dynamic: bool | None = None,
@@ -407,7 +407,7 @@ class Engine:
         ``operators``. ``state``: each buffer that a session has, by ``name``, ``shape``, ``dtype``, ``bytes``;
         ``writes``: the inputs that it writes into. ``pieces`` has, where a call runs in several, for each whether it is
         ``captured``, its ``backend``, how many ``operators``, and ``why`` it runs direct; then ``captured`` says
-        whether any is, and ``measured_us`` has what is captured as ``pieces`` and ``direct``.
+        whether any is, and ``measured_us`` has what is captured as ``pieces`` and ``direct``. ``precision``: see Mixed.
 
         ``fragments`` is None but for a model that torch.export refuses: then it has ``why``; ``graphs``, an entry for
         each graph, with how many ``operators`` it has, why they run ``by_operators`` of PyTorch's, or nothing, where it
