@@ -214,6 +214,18 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("which is not installed", "work {name} needs {work.needs}", "pip install {work.needs}"),
         ("{shape} is not a shape", "expected one such as 1,3,224,224"),
     ],
+    "src/anabranch/calibrate/_calibrate.py": [
+        ("the model returns no floating-point tensors", "expected some whose error can be measured"),
+        ("a result of the model has no finite element in float32", "give samples on which it is right"),
+    ],
+    "src/anabranch/calibrate/_samples.py": [
+        ("{data} gives a {", "expected a tensor, a tuple of positional inputs"),
+        ("{data} gives no samples", "expected a tensor, a tuple of positional inputs"),
+        ("{data} gives samples of several shapes or types ({", "expected one. Calibrate for one shape"),
+        ("--data {data}: raised {", "Expected module:callable, with the module on PYTHONPATH"),
+        ("--data {path}: cannot be read ({", "Expected a file of torch.save with a list of samples"),
+        ("{data} gives a sample that is a {", "expected a tensor, a tuple of positional inputs"),
+    ],
     "src/anabranch/check/_bench.py": [("calls did not return within", "a call must not wait for the device")],
     "src/anabranch/check/_case.py": [
         ("model {model} given", "expected one of {"),

@@ -69,7 +69,7 @@ def swin() -> Network:
     """transformers' Swin; queries and keys of the second stage have large weights."""
     from transformers import SwinConfig, SwinModel
 
-    config = SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
+    config = SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4)
     config._attn_implementation = "eager"  # products and a softmax, as in torchvision's
     model = SwinModel(config)
 

@@ -7,6 +7,7 @@ from anabranch.export._hooks import about_hooks, hooks_of, name_of
 from anabranch.export._indices import valid_integer
 from anabranch.export._mixed import Mixed, Place, places, precision_of
 from anabranch.export._mixing import Choices, Mixing, cast_of
+from anabranch.export._narrow import BATCH_NORMS, EXACT, PRODUCTS, packet
 from anabranch.export._number_tensors import tensorize
 from anabranch.export._numbers import NotCarried, Numbers
 from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutput, SizeOutput, finisher
@@ -15,6 +16,7 @@ from anabranch.export._precision import Cast
 from anabranch.export._program import Program, export_program
 from anabranch.export._proof import same_computation
 from anabranch.export._random import is_random
+from anabranch.export._ranges import Run
 from anabranch.export._room import Room, rooms
 from anabranch.export._signature import (
     Input,
@@ -34,6 +36,9 @@ from anabranch.export._trial import changed_between, state_of, written
 from anabranch.export._uncaptured import READS_ON_HOST, Uncaptured, source_of
 
 __all__ = [
+    "BATCH_NORMS",
+    "EXACT",
+    "PRODUCTS",
     "READS_ON_HOST",
     "SPECIAL",
     "AliasOutput",
@@ -54,6 +59,7 @@ __all__ = [
     "Place",
     "Program",
     "Room",
+    "Run",
     "Signature",
     "SizeOutput",
     "Sizes",
@@ -79,6 +85,7 @@ __all__ = [
     "layouts_of",
     "leaf_key",
     "name_of",
+    "packet",
     "places",
     "precision_of",
     "register_dataclasses",

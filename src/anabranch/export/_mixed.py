@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ class Mixed:
     """
 
     dtype: torch.dtype = torch.float16
-    keep: tuple[str, ...] = ()
-    half: tuple[str, ...] = ()
+    keep: Sequence[str] = ()
+    half: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in _HALVES:

@@ -59,6 +59,8 @@ BATCH_NORMS = _packets(
 )
 _SUMS = _packets("add", "sub")
 _SCALINGS = _packets("mul", "div")
+#: What only moves numbers.
+EXACT = VIEWS | _MOVES | {operator.getitem}
 FOLLOWERS = VIEWS | _MOVES | _BOUNDED | BATCH_NORMS | _SUMS | _SCALINGS | {operator.getitem}
 
 _SOFTMAX = _packets("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp", "exp")
