@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from anabranch import _activity, _sync
-from anabranch.backends import Stateful
+from anabranch.backends import Stateful, exceptions
 from anabranch.export import AliasOutput, Program, Room, Signature, rooms
 from anabranch.plan import Plan
 from anabranch.plan._join import join_plans
@@ -299,6 +299,11 @@ class Specialization:
         if program.is_random:
             lines.append("  results differ from call to call: the model draws random numbers")
         lines += [f"  {note}" for note in program.notes]
+        if choice.backend == "inductor":
+            lines += [
+                f"  at the ends of the range, other than eager: {text}"
+                for text in exceptions(program.module.graph, device.kind)
+            ]
         if program.choices is not None:
             share = self._share_in_half
             told = f"  {share:.1%} of floating-point operations in half precision" if share is not None else ""
