@@ -83,6 +83,10 @@ def encoder() -> nn.Module:
     return benchmarks().to(DEVICE)
 
 
+def layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).to(DEVICE).eval()
+
+
 class _Logits(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -127,7 +131,7 @@ WORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
     "resnet50, batch 32": (resnet, _floats(32, 3, 224, 224)),
     "resnet50": (resnet, _floats(1, 3, 224, 224)),
     "llama-1b, 512 tokens": (llama, _ids(128256, 1, 512)),
-    "tiny resnet": (functools.partial(resnet, (1, 1), 8), _floats(2, 3, 32, 32)),
+    "tiny encoder": (layer, _floats(2, 9, 32)),
     "tiny llama": (functools.partial(llama, **TINY), _ids(300, 2, 16)),
 }
 

@@ -185,8 +185,8 @@ def test_precision_is_measured_beside_autocast_and_under_threads(monkeypatch: py
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         with torch.random.fork_rng(devices=[]):
-            figures = made["tiny speed: tiny llama"]()
-            counted = made["tiny threads: tiny resnet, mixed"]()
+            figures = made["tiny speed: tiny encoder"]()
+            counted = made["tiny threads: tiny encoder, mixed"]()
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
     assert all(figures["finite"].values())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from overflowing import NETWORKS
+from test_precision import EXACT, MIXED
 from tiny_transformers import MODELS
 from torch import nn
 from torch.nn import functional as F
@@ -74,7 +75,12 @@ def test_what_overflows_in_plain_half_is_finite_and_near(name: str, backend: str
     assert told(engine)["share_half"] >= 0.8
 
 
-@pytest.mark.parametrize("name", ["vit", "llama", "bert", "t5", "whisper"])
+FEW = ("vit", "llama", "bert", "t5", "whisper")
+
+
+@pytest.mark.parametrize(
+    "name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name not in FEW)]
+)
 def test_most_of_the_work_of_public_architectures_is_in_half(name: str) -> None:
     model, make = MODELS[name]()
     given = make(torch.Generator().manual_seed(1))
@@ -341,6 +347,27 @@ def test_weights_are_cast_once_for_all_signatures() -> None:
     assert halves[0][0].data_ptr() == halves[1][0].data_ptr()
     assert not any(n.target is torch.ops.aten._to_copy.default and n.args[0].op == "placeholder"
                    for p in programs for n in p.module.graph.nodes)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_models_that_mix_types_by_themselves(name: str) -> None:
+    make, shape = MIXED[name]
+    model, x = make().eval(), torch.randn(shape)
+    engine = compiled(model, x)
+    for given in (x, torch.cat([x, x * 0.7])):
+        with torch.no_grad():
+            expected = model(given)
+        result = engine(given)
+        assert result.dtype is expected.dtype
+        assert error(result, expected) < 3e-3
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_what_is_no_product_of_weights_is_not_rounded(name: str) -> None:
+    model, inputs = EXACT[name]
+    made, given = model().eval(), inputs()
+    with torch.no_grad():
+        assert torch.equal(compiled(made, given)(given), made(given))
 
 
 # -- files ----------------------------------------------------------------------------------------------------------
