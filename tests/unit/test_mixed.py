@@ -172,6 +172,25 @@ def test_what_is_not_there_cannot_be_listed(entry: str) -> None:
         compiled(two(), torch.randn(2, 5, 16), precision=Mixed(keep=[entry]))
 
 
+def test_what_matches_no_operator_is_told() -> None:
+    x = torch.randn(2, 5, 16)
+    engine = compiled(two(), x, precision=Mixed(keep=["0.norm", "aten.tan"], half=["1:aten.matmul#7"]))
+    assert "listed, and no operator of this graph: aten.tan, 1:aten.matmul#7" in engine.explain()
+    assert "no operator of this graph" not in compiled(two(), x, precision=Mixed(keep=["0.norm"])).explain()
+
+
+def test_exported_programs_know_operators_and_no_modules() -> None:
+    x = torch.randn(2, 5, 16)
+    program = torch.export.export(two().eval(), (x,))
+    given = {"backend": "eager", "runtime": "python"}
+    with pytest.raises(InputError, match=r"'0.q' given, and the model has no such module"):
+        anabranch.compile(program, precision=Mixed(keep=["0.q"]), **given)
+    engine = anabranch.compile(program, precision=Mixed(keep=["aten.matmul", ":aten.linear#0"]), **given)
+    kept = {place for place, why in reasons(engine).items() if why == "listed in keep"}
+    assert kept >= {":aten.matmul#0", ":aten.matmul#1", ":aten.linear#0"}
+    assert error(engine(x), program.module()(x)) < 2e-3
+
+
 class _Wide(nn.Module):
     """A product of large values, which are small again in the end."""
 

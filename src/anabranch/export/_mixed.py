@@ -34,9 +34,11 @@ class Mixed:
     - an operator within a module: ``"layers.3:aten.matmul"``;
     - one of several of that module's own, from 0: ``"layers.3:aten.matmul#1"``.
 
-    :meth:`Engine.explain` names operators so. ``Engine.summary`` has, for each signature, as ``precision`` the
-    ``dtype``; ``share_half``, the part of the floating-point operations in it, from 0 to 1 (None where nobody can
-    tell); the operators in ``half``; and those in ``float32``, each with ``operator`` and ``why``.
+    Operators of exported programs, and of models that ``torch.export`` refuses, are in no module.
+    :meth:`Engine.explain` names operators so, and what is listed and matches none. ``Engine.summary`` has, for each
+    signature, as ``precision`` the ``dtype``; ``share_half``, the part of the floating-point operations in it, from 0
+    to 1 (None where nobody can tell); the operators in ``half``; and those in ``float32``, each with ``operator`` and
+    ``why``.
 
     Immutable; threads: any. Raises :class:`~anabranch.errors.InputError` for another dtype, and for entries that are
     no such texts.

@@ -45,6 +45,8 @@ class Choices:
     wide: tuple[tuple[str, str], ...]
     #: Of those in float32: products, which are worth being named one by one.
     products: frozenset[str]
+    #: What the user lists and no operator of the graph is.
+    unmatched: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """For people: how many of which operators are where, and why."""
@@ -59,6 +61,8 @@ class Choices:
             more = [f"{len(named) - _MOST_NAMED} more products"] if len(named) > _MOST_NAMED else []
             what = [*named[:_MOST_NAMED], *more, *(f"{n} {name}" for name, n in others.items())]
             lines.append(f"float32, {why}: {', '.join(what)}")
+        if self.unmatched:
+            lines.append(f"listed, and no operator of this graph: {', '.join(self.unmatched)}")
         return lines
 
 
@@ -124,7 +128,9 @@ class Mixing:
                     products |= {str(place)} if packet(node) in _narrow.PRODUCTS else set()
             graph.rewrite(node, why == "")
         graph.sort_weights()
-        return Choices(self.precision, tuple(half), tuple(wide), frozenset(products))
+        listed = (*self.mixed.keep, *self.mixed.half)
+        unmatched = tuple(entry for entry in listed if not any(p.matches([entry]) for p in named.values()))
+        return Choices(self.precision, tuple(half), tuple(wide), frozenset(products), unmatched)
 
     def _why_wide(
         self, node: fx.Node, place: Place, graph: _Graph, followers: Followers, fits: Callable[[fx.Node], bool]

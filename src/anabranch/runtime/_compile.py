@@ -146,8 +146,9 @@ def _compile(
         device = device_of(model, (args, keywords))
         placed = on_device(model, device)
         wanted = precision_of(precision)
-        if isinstance(wanted, Mixed) and in_fragments and isinstance(placed, torch.nn.Module):
-            wanted.check(placed)
+        if isinstance(wanted, Mixed) and in_fragments:
+            # Traced anew, an exported program's operators are in no module.
+            wanted.check(placed if isinstance(placed, torch.nn.Module) else torch.nn.Module())
         given = args, keywords
         args, keywords = tensors_for(given, device)
         dims = declared_dims(given, (args, keywords))
