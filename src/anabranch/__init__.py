@@ -29,7 +29,7 @@ from anabranch.errors import (
 
 if TYPE_CHECKING:
     from anabranch.ahead import Build, build
-    from anabranch.export import Dim, Input
+    from anabranch.export import Dim, Input, Mixed
     from anabranch.plan import Plan
     from anabranch.runtime import Engine, Session, Stats, compile
 
@@ -44,6 +44,7 @@ __all__ = [
     "FlagsChanged",
     "Input",
     "InputError",
+    "Mixed",
     "NeedsSession",
     "NotCapturable",
     "Plan",
@@ -69,6 +70,7 @@ _LAZY = {
     "Dim": "anabranch.export",
     "Engine": "anabranch.runtime",
     "Input": "anabranch.export",
+    "Mixed": "anabranch.export",
     "Plan": "anabranch.plan",
     "Session": "anabranch.runtime",
     "Stats": "anabranch.runtime",

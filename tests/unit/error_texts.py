@@ -166,7 +166,6 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "src/anabranch/ahead/_build.py": [
         ("backend={backend} given, which {which}", "expected 'tensorrt'"),
-        ("precision={precision} given", "expected None, torch.float16 or torch.bfloat16"),
         ("parameters are on several devices ({", "expected one", "Call model.to('cpu')"),
         ("could not be kept in {cache.folder}", "Make room there", "give another folder as cache"),
         ("compute capability {given} given", "expected one such as 8.9"),
@@ -215,6 +214,18 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("work {name} given", "expected one of {"),
         ("which is not installed", "work {name} needs {work.needs}", "pip install {work.needs}"),
         ("{shape} is not a shape", "expected one such as 1,3,224,224"),
+    ],
+    "src/anabranch/calibrate/_calibrate.py": [
+        ("the model returns no floating-point tensors", "expected some whose error can be measured"),
+        ("a result of the model has no finite element in float32", "give samples on which it is right"),
+    ],
+    "src/anabranch/calibrate/_samples.py": [
+        ("{data} gives a {", "expected a tensor, a tuple of positional inputs"),
+        ("{data} gives no samples", "expected a tensor, a tuple of positional inputs"),
+        ("{data} gives samples of several shapes or types ({", "expected one. Calibrate for one shape"),
+        ("--data {data}: raised {", "Expected module:callable, with the module on PYTHONPATH"),
+        ("--data {path}: cannot be read ({", "Expected a file of torch.save with a list of samples"),
+        ("{data} gives a sample that is a {", "expected a tensor, a tuple of positional inputs"),
     ],
     "src/anabranch/check/_bench.py": [("calls did not return within", "a call must not wait for the device")],
     "src/anabranch/check/_case.py": [
@@ -413,6 +424,13 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("the model returns a tensor that is {kind} ({", "engines return dense ones", "Return {instead} of it"),
         ("output {value.name} is a view of {root.name}", "whose shape depends on another tensor", "return a copy"),
     ],
+    "src/anabranch/export/_mixed.py": [
+        ("Mixed of dtype={self.dtype} given", "expected torch.float16 or torch.bfloat16"),
+        ("Mixed with {name}={given} given", "expected a list of modules and operators, such as"),
+        ("no mixed precision can be read from it", "Expected a file that `anabranch calibrate` has written"),
+        ("Mixed with {entry} given", "the model has no such module", "expected a name of model.named_modules()"),
+        ("precision={given} given", "expected None, torch.float16, torch.bfloat16, 'mixed'"),
+    ],
     "src/anabranch/export/_precision.py": [
         ("precision={self.precision} given", "whose values it cannot hold", "scale the values, or leave precision out"),
     ],
@@ -594,7 +612,6 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/runtime/_compile.py": [
         ("backend={backend} given", "expected None or one of {"),
         ("runtime={runtime} given", "expected 'auto'"),
-        ("precision={precision} given", "expected None, torch.float16 or torch.bfloat16"),
         ("max_contexts={max_contexts} given", "expected at least 1"),
         ("memory_limit={memory_limit} given", "expected bytes, 0 or more, or None"),
         ("compile was called inside a CUDA graph capture", "compile first, then capture"),

@@ -171,3 +171,29 @@ def test_many_calls_counts_what_is_wrong() -> None:
     assert program.serve(
         lambda x: module(x) if next(calls) % 4 else module(x).fill_(float("nan")), module, work, device, 12, 1
     ) == (12, 3)
+
+
+def test_precision_is_measured_beside_autocast_and_under_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    precision = load("precision")
+    made = precision.measurements()
+    full = [name for name in made if not name.startswith("tiny")]
+    assert len(full) == 5 + 2 * 5
+    # Compilers would take minutes.
+    make = precision.anabranch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(precision.anabranch, "compile", lambda *args, **more: make(*args, backend="eager", **more))
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        with torch.random.fork_rng(devices=[]):
+            figures = made["tiny speed: tiny encoder"]()
+            counted = made["tiny threads: tiny encoder, mixed"]()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    assert all(figures["finite"].values())
+    assert 0 < figures["error_ratio"]["float16"] < 1.5
+    assert figures["error"]["mixed"] < figures["error"]["mixed-bf16"] < 0.1
+    assert figures["share_half"]["mixed"] >= 0.8
+    ratio = figures["us"]["float16"] / figures["us"]["mixed"]
+    assert figures["speed_ratio"]["float16"] == pytest.approx(ratio, rel=0.01)
+    assert (counted["calls"], counted["wrong"]) == (32, 0)
+    json.dumps([figures, counted])

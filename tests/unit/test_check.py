@@ -22,6 +22,7 @@ from wrong_outputs import BITS, PLANTED, Change, Everything
 
 import anabranch
 from anabranch.check import Case, Options, Row, Subject, _bench, run_check
+from anabranch.check._boundary import boundary
 from anabranch.check._command import judgement
 from anabranch.cli import main
 
@@ -78,7 +79,7 @@ def test_a_right_engine_passes(check: Any) -> None:
         assert row.ok, row
         assert row.calls == 4
         assert not row.silent
-    assert rows[0].boundary.tried == 18
+    assert rows[0].boundary.tried == 24
     assert rows[0].boundary.told == []
     assert judgement(rows) == ("all outputs right: 0 wrong of 8 calls", 0)
 
@@ -105,6 +106,15 @@ def test_an_output_that_is_wrong_at_special_values_only_is_called_wrong(check: A
     assert not row.problems
     assert not row.ok
     assert {line.split(":")[0] for line in row.boundary.wrong} <= {"input with NaN here and there", "input all NaN"}
+
+
+def test_numbers_where_only_eagers_precision_overflows_are_told() -> None:
+    x = torch.full((2, 4), 3.0, dtype=torch.float16)
+    found = boundary(lambda x: (x.float() * 2 / 2).half(), lambda x: x * 2 / 2, lambda x: x.float() * 2 / 2, x, list)
+    assert not found.wrong
+    assert any("numbers where eager has infinities or NaN, and float32 has not" in line for line in found.told)
+    wrong = boundary(lambda x: (x * 2 / 2).clamp(-1, 1), lambda x: x * 2 / 2, lambda x: x.float() * 2 / 2, x, list)
+    assert any(line.startswith("input with inf here and there") for line in wrong.wrong)
 
 
 def test_zeros_of_the_other_sign_are_told_and_no_error(check: Any) -> None:
@@ -337,7 +347,7 @@ def test_a_model_that_holds_a_lock_is_checked_and_the_file_says_what_came_of_it(
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == "all outputs right: 0 wrong of 4 calls"
     first, second = json.loads(target.read_text())["rows"]
-    assert first["boundary"]["tried"] == 18
+    assert first["boundary"]["tried"] == 24
     assert first["boundary"]["wrong"] == first["problems"] == []
     assert second["boundary"] is None
 

@@ -13,7 +13,7 @@ import pytest
 
 from anabranch.cli import main
 
-COMMANDS = ("bench", "build", "check", "explore", "race")
+COMMANDS = ("bench", "build", "calibrate", "check", "explore", "race")
 
 #: What a help text may not import: PyTorch, and what comes along with it.
 HEAVY = ("torch", "numpy", "sympy", "rich")

@@ -18,7 +18,7 @@ from anabranch import _exit
 from anabranch.cli import main
 from anabranch.errors import InputError
 
-COMMANDS = ("bench", "build", "check", "explore", "race")
+COMMANDS = ("bench", "build", "calibrate", "check", "explore", "race")
 
 
 def status_of(body: Callable[[], Any]) -> int:

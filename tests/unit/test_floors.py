@@ -46,6 +46,7 @@ FLOORS = (
     # Tools. `ahead` takes models as `check` does.
     "check",
     "ahead",
+    "calibrate",  # takes models as `check` does
     "dynamo",  # torch.compile's way in
     "_entry_point",
     "anabranch",  # the package's face: what users import

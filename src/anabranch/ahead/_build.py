@@ -17,7 +17,17 @@ from torch.utils import _pytree as pytree
 from anabranch.backends import BACKENDS, RESULTS_ONLY
 from anabranch.devices import get_device
 from anabranch.errors import BuildError, InputError
-from anabranch.export import Cast, Input, Program, Signature, Snapshot, export_program, flatten_call, leaf_key
+from anabranch.export import (
+    Input,
+    Program,
+    Signature,
+    Snapshot,
+    cast_of,
+    export_program,
+    flatten_call,
+    leaf_key,
+    precision_of,
+)
 from anabranch.runtime._flags import Flags
 from anabranch.runtime._given import given_model, inputs_of
 from anabranch.runtime._process import neutral, process
@@ -88,7 +98,7 @@ def build(
     compute_capability: tuple[int, int] | str | None = None,
     kwargs: Mapping[str, Any] | None = None,
     backend: str = "tensorrt",
-    precision: torch.dtype | None = None,
+    precision: Any = None,
     require_full: bool = False,
     cache: str | os.PathLike[str] | None = None,
 ) -> Build:
@@ -119,8 +129,7 @@ def build(
     if backend != "tensorrt":
         which = "compiles where its engines run" if backend in BACKENDS else "is unknown"
         raise InputError(f"backend={backend!r} given, which {which}; expected 'tensorrt'")
-    if precision not in (None, torch.float16, torch.bfloat16):
-        raise InputError(f"precision={precision} given; expected None, torch.float16 or torch.bfloat16")
+    precision_of(precision)
     from anabranch.backends.tensorrt import Target, library
     from anabranch.backends.tensorrt._builder import check_target
     from anabranch.backends.tensorrt._cache import Cache
@@ -138,7 +147,7 @@ def build(
 
 
 def _export(
-    model: torch.nn.Module | ExportedProgram, args: Any, kwargs: Any, precision: torch.dtype | None
+    model: torch.nn.Module | ExportedProgram, args: Any, kwargs: Any, precision: Any
 ) -> tuple[Signature, Program]:
     """As an engine exports it, on the device of the model's weights."""
     state = model.state_dict if isinstance(model, ExportedProgram) else dict(model.state_dict())
@@ -167,7 +176,7 @@ def _export(
         leaf_key(x, i, device)
     with neutral(seam, seam.index(device)):
         snapshot = Snapshot.of(model)
-        cast = Cast(snapshot, precision) if precision is not None else None
+        cast = cast_of(snapshot, precision_of(precision))
         args, kwargs = pytree.tree_unflatten(leaves, structure)
         return signature, export_program(snapshot, args, kwargs, cast)
 

@@ -37,7 +37,7 @@ def run(
     """Build, print what was built, and exit with 1, 2 or 130 where that fails; takes the command's options."""
     options: dict[str, Any] = {
         "backend": backend,
-        "precision": getattr(torch, precision) if precision else None,
+        "precision": getattr(torch, precision, precision) if precision else None,
         "require_full": require_full,
         "cache": cache,
     }

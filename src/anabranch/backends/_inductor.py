@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from anabranch.backends._backend import Kernels, Options, Wrapped
+from anabranch.backends._exceptions import has_float16
 from anabranch.backends._faults import avoid
 from anabranch.backends._layouts import keep_layouts, keeping_strides
 from anabranch.backends._single_query import reduce_single_queries
@@ -46,7 +47,12 @@ class _Inductor:
                 # its layout was settled: other elements, and memory behind its end (pytorch#194281, #179931, #180848).
                 "comprehensive_padding": False,
             }
-            if any(x.is_cuda for x in (*weights, *examples)):
+            is_cuda = any(x.is_cuda for x in (*weights, *examples))
+            if not is_cuda and has_float16(program.module.graph):
+                # Fused kernels keep in float32 what eager rounds after each operator: there infinities come of numbers
+                # that overflow on their way. On GPUs that has not been measured; explain() says what differs.
+                settings["emulate_precision_casts"] = True
+            if is_cuda:
                 # A buffer that is written in place, or again, may be a result in the end: a call then has to tell each
                 # kernel that writes to it where its result lies. In a CUDA graph the allocator re-uses memory as well.
                 settings |= {"inplace_buffers": False, "allow_buffer_reuse": False}

@@ -1,5 +1,6 @@
 """The engine's serial results against eager's where the input has special values: NaN, infinities, zeros of both
-signs, subnormals, the largest numbers. Compilers' shortcuts (x * 0 is 0) show there and nowhere else.
+signs, subnormals, the largest and smallest numbers, and numbers whose sums just overflow. Compilers' shortcuts (x * 0
+is 0) show there and nowhere else.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _MOST = 8
 class Boundary:
     """What came of it. ``wrong`` and ``told`` are lines that name the input's value, the output and the elements.
 
-    ``told``: what only the bits show, a zero of the other sign and a subnormal that became zero; it is no error, as
-    PyTorch promises neither. ``skipped``: values that eager itself raises on.
+    ``told``: what is no error: a zero of the other sign and a subnormal that became zero, as PyTorch promises neither;
+    a number where eager overflows and float32 does not. ``skipped``: values that eager itself raises on.
     """
 
     tried: int = 0
@@ -47,7 +48,7 @@ def boundary(
     found = Boundary()
     if not x.is_floating_point() or not x.numel():
         return found
-    for name, special in _inputs(x):
+    for name, special in special_inputs(x):
         try:
             expected, wide = eager(special), reference(special)
             synchronize()
@@ -65,9 +66,10 @@ def boundary(
     return found
 
 
-def _inputs(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Of the same strides as ``x``, with every third element replaced, then all of them. A large input is tried once,
-    with all values in turn: the same operators on a smaller one show more."""
+def special_inputs(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of the same dtype and strides as ``x``, a floating tensor that has elements: with every third element replaced by
+    a special value, then all of them; and with two values in turn, whose sums just overflow, or just do not. A large
+    input is tried once, with all values in turn: the same operators on a smaller one show more."""
     info = torch.finfo(x.dtype)
     values = {
         "NaN": float("nan"),
@@ -80,6 +82,8 @@ def _inputs(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         # Well inside the range of subnormals: rounding does not make these zero.
         f"{info.tiny / 4:.4g}": info.tiny / 4,
         f"{-info.tiny / 4:.4g}": -info.tiny / 4,
+        f"{info.tiny:.4g}": info.tiny,
+        f"{info.tiny * info.eps:.4g}": info.tiny * info.eps,
     }
     place = torch.arange(x.numel(), device=x.device).reshape(x.shape)
     if x.numel() > _LARGE:
@@ -92,6 +96,12 @@ def _inputs(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         if x.numel() > 1:
             yield f"input with {name} here and there", torch.empty_like(x).copy_(x.masked_fill(place % 3 == 0, value))
         yield f"input all {name}", torch.empty_like(x).fill_(value)
+    if x.numel() > 1:
+        # Half a unit in the last place of the largest number: rounded to even, the sum is infinite.
+        unit = info.max * info.eps / (4 - 2 * info.eps)
+        for name, small in {"just overflow": unit, "just do not overflow": unit * (1 - info.eps)}.items():
+            turns = torch.empty_like(x).fill_(info.max).masked_fill(place % 2 == 1, small)
+            yield f"input whose sums {name}", torch.empty_like(x).copy_(turns)
 
 
 def _compare(found: Boundary, name: str, actual: Any, expected: Any, wide: Any) -> None:
@@ -109,6 +119,10 @@ def _compare(found: Boundary, name: str, actual: Any, expected: Any, wide: Any) 
             bound = rounding.of(p.actual.dtype)
             bad = wrong(p.actual, p.expected, bound) & wrong(p.actual, other, bound)
             bad &= ~_tell(found, name, p)
+            lost = numbers(p.actual).isfinite() & ~numbers(p.expected).isfinite()
+            if bool(lost.any()):
+                at = f"{int(lost.sum())} of {lost.numel()} numbers where eager has infinities or NaN"
+                _add(found.told, f"{name}: {p.name} has {at}, and float32 has not")
         if bool(bad.any()):
             _add(found.wrong, f"{name}: {describe(p, bad)}")
 

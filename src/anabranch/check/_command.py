@@ -135,7 +135,7 @@ def _print_findings(console: Console, rows: Sequence[Row]) -> None:
                     say(f"{word} {row.dtype} {row.shape}, {line}")
     if tried:
         console.print(
-            f"inputs with NaN, infinities, zeros of both signs, subnormals and the largest numbers: {tried} compared"
+            f"inputs with NaN, infinities, zeros, subnormals, and at the ends of the range: {tried} compared"
             " with eager",
             highlight=False,
         )

@@ -18,6 +18,7 @@ from anabranch import _exit
 _COMMANDS = {
     "bench": ("anabranch.cli._bench", "command", "Measure all systems on the same work, and check their outputs."),
     "build": ("anabranch.cli._build", "command", "Build TensorRT engines ahead of time. A GPU is not needed."),
+    "calibrate": ("anabranch.cli._calibrate", "command", "Find which operators can be in half precision, on samples."),
     "check": ("anabranch.cli._check", "command", "Call an engine on many streams at once; compare every output."),
     "explore": ("anabranch.cli._explore", "command", "Run a program under every order of its threads and streams."),
     "race": ("anabranch.cli._race", "command", "Find races in a trace of stream events."),

@@ -22,7 +22,7 @@ from anabranch.cli._options import DTYPES, Shape
 @click.option("--channels-last", is_flag=True, help="Put the model and the input in channels_last memory.")
 @click.option(
     "--precision",
-    type=click.Choice(["float16", "bfloat16"]),
+    type=click.Choice(["float16", "bfloat16", "mixed", "mixed-bf16"]),
     help="Compute in this type, as compile(precision=...) does.",
 )
 @click.option("--tf32", is_flag=True, help="Allow TF32, as torch.set_float32_matmul_precision('high') does.")

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from anabranch._version import __version__
 from anabranch.errors import InputError, UnsupportedModel
 from anabranch.export import AliasOutput, ComputedOutput, ConstantOutput, Program, TensorSpec
-from anabranch.runtime import Engine, compile
+from anabranch.runtime import Engine, Precision, compile
 from anabranch.runtime._flat import Argument, Call, FlatProgram, Pick, flatten
 
 FORMAT = "anabranch program"
@@ -38,7 +38,7 @@ def save_program(
     path: str | os.PathLike[str] = "",
     *,
     kwargs: Mapping[str, Any] | None = None,
-    precision: torch.dtype | None = None,
+    precision: Precision = None,
 ) -> None:
     """Write ``model`` to ``path`` for ``anabranch::Engine::load``.
 

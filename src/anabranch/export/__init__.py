@@ -6,6 +6,9 @@ from anabranch.export._diagnosis import NotExported, copy_of, describe, first_li
 from anabranch.export._generators import generators_kept
 from anabranch.export._hooks import about_hooks, hooks_of, name_of
 from anabranch.export._indices import is_integer, valid_integer
+from anabranch.export._mixed import Mixed, Place, places, precision_of
+from anabranch.export._mixing import Choices, Mixing, cast_of
+from anabranch.export._narrow import BATCH_NORMS, EXACT, PRODUCTS, packet
 from anabranch.export._number_tensors import tensorize
 from anabranch.export._numbers import NotCarried, Numbers
 from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutput, SizeOutput, finisher
@@ -15,6 +18,7 @@ from anabranch.export._precision import Cast
 from anabranch.export._program import Program, export_program
 from anabranch.export._proof import same_computation
 from anabranch.export._random import is_random
+from anabranch.export._ranges import Run
 from anabranch.export._room import Room, rooms
 from anabranch.export._signature import (
     Input,
@@ -33,22 +37,30 @@ from anabranch.export._trial import changed_between, state_of, written
 from anabranch.export._uncaptured import READS_ON_HOST, Uncaptured, source_of
 
 __all__ = [
+    "BATCH_NORMS",
+    "EXACT",
+    "PRODUCTS",
     "READS_ON_HOST",
     "SPECIAL",
     "AliasOutput",
     "Cast",
+    "Choices",
     "ComputedOutput",
     "ConstantOutput",
     "Cut",
     "Dim",
     "Fresh",
     "Input",
+    "Mixed",
+    "Mixing",
     "NotCarried",
     "NotExported",
     "Numbers",
     "Piece",
+    "Place",
     "Program",
     "Room",
+    "Run",
     "Signature",
     "SizeOutput",
     "Sizes",
@@ -58,6 +70,7 @@ __all__ = [
     "Uncaptured",
     "about_hooks",
     "alias",
+    "cast_of",
     "changed_between",
     "copy_of",
     "cut",
@@ -74,6 +87,9 @@ __all__ = [
     "layouts_of",
     "leaf_key",
     "name_of",
+    "packet",
+    "places",
+    "precision_of",
     "register_containers",
     "replaced",
     "rooms",

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from anabranch.errors import UnsupportedModel
+from anabranch.export._cast_tensors import CastTensors
 from anabranch.export._snapshot import Fresh, Snapshot
 
 _aten = torch.ops.aten
@@ -38,7 +39,7 @@ class Cast:
         self._kept: dict[str, list[str]] = {}
         #: Names of parameters that do not fit into the precision.
         self._unfit: set[str] = set()
-        self._by_dtype: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._casts = CastTensors()
 
         chosen: dict[int, torch.nn.Parameter] = {}
         needed = _computed_with(module)
@@ -47,7 +48,7 @@ class Cast:
                 self._keep(_plain(p.dtype), name)
             elif id(p) in needed:
                 self._keep(needed[id(p)], name)
-            elif id(p) in chosen or not (why := _unfit(p, precision)):
+            elif id(p) in chosen or not (why := unfit(p, precision)):
                 chosen[id(p)] = p
                 self._cast.append(name)
             else:
@@ -103,21 +104,13 @@ class Cast:
                 with gm.graph.inserting_after(node):
                     new = gm.graph.placeholder(f"{node.name}_{_plain(dtype)}")
                 new.meta = {**node.meta, "val": user.meta["val"]}
-                weights[new] = (name, self._as(source, dtype, aside))
+                weights[new] = (name, self._casts.get(source, dtype, aside))
                 user.replace_all_uses_with(new)
                 gm.graph.erase_node(user)
         order = [n for n in gm.graph.find_nodes(op="placeholder") if n in weights]
         ordered = {n: weights[n] for n in order}
         weights.clear()
         weights.update(ordered)
-
-    def _as(self, tensor: torch.Tensor, dtype: torch.dtype, aside: Callable[..., Any]) -> torch.Tensor:
-        if tensor.dtype is dtype:
-            return tensor
-        key = (id(tensor), dtype)
-        if key not in self._by_dtype:
-            aside(lambda: self._by_dtype.update({key: (tensor, tensor.detach().to(dtype))}), lasting=True)
-        return self._by_dtype[key][1]
 
     def _check_products(self, node: fx.Node, name: str) -> None:
         """A parameter that does not fit may be added or multiplied with in float32, but products would round it."""
@@ -136,7 +129,7 @@ class Cast:
         if tensor.dim() or tensor.dtype in (self.precision, *_HALVES) or not tensor.is_floating_point():
             return
         halved = any(getattr(n.meta.get("val"), "dtype", None) is self.precision for n in node.users)
-        if halved and _unfit(tensor, self.precision):
+        if halved and unfit(tensor, self.precision):
             self._does_not_fit(name)
 
     def _does_not_fit(self, name: str) -> NoReturn:
@@ -170,7 +163,7 @@ def _computed_with(module: torch.nn.Module) -> dict[int, str]:
     return found
 
 
-def _unfit(p: torch.Tensor, precision: torch.dtype) -> str:
+def unfit(p: torch.Tensor, precision: torch.dtype) -> str:
     """Why a parameter's values would not survive, if they would not."""
     if p.is_meta or not p.numel():
         return ""

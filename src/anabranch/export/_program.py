@@ -27,6 +27,7 @@ from anabranch.export._exporter import Exporter
 from anabranch.export._forward import Seen, place
 from anabranch.export._hooks import check_global_hooks
 from anabranch.export._layout import aliases, keep_copies
+from anabranch.export._mixing import Choices, Mixing
 from anabranch.export._numbers import NumberInput, Numbers
 from anabranch.export._outputs import ComputedOutput, Output, classify, storage_of
 from anabranch.export._precision import Cast
@@ -99,6 +100,8 @@ class Program:
     sizes: Sizes | None = None
     #: Of one for single sizes that was made for many: what the symbols in its graph stand for.
     values: Mapping[Any, int] | None = None
+    #: In mixed precision: which operators are in which, and why.
+    choices: Choices | None = None
 
     def at(self, shapes: Sequence[Sequence[int]]) -> Program:
         """Of a program for many sizes: the same for these alone. It has the same graph, weights and kernels."""
@@ -152,7 +155,7 @@ def export_program(
     model: torch.nn.Module | ExportedProgram | Snapshot,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    cast: Cast | None = None,
+    cast: Cast | Mixing | None = None,
     given: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
     aside: Callable[..., Any] = lambda call, lasting=False: call(),
     numbers: frozenset[int] = frozenset(),
@@ -186,11 +189,11 @@ def export_program(
     snapshot = model if isinstance(model, Snapshot) else Snapshot.of(model, values=False)
     exporter = Exporter(args, kwargs, given or (args, kwargs), aside, numbers, free)
     options: tuple[Any, ...] = ()
-    if cast is not None:
+    if isinstance(cast, Cast):
         exported, _, plain = exporter.export(snapshot, decompose=False)
         options = (cast.precision, _output_dtypes(exported))
     exported, traced, seen = exporter.export(cast.snapshot if cast is not None else snapshot, *options)
-    if cast is not None:
+    if isinstance(cast, Cast):
         check_cast(plain.writes, seen.writes, cast.precision)
     leaves = pytree.tree_leaves((args, kwargs))
     program = _flatten(exported, traced, cast, exporter.specs, seen, aside, leaves, state)
@@ -215,7 +218,7 @@ def _output_dtypes(exported: ExportedProgram) -> list[Any]:
 def _flatten(
     exported: ExportedProgram,
     traced: Fresh,
-    cast: Cast | None,
+    cast: Cast | Mixing | None,
     specs: Sequence[TensorSpec],
     seen: Seen,
     aside: Callable[..., Any],
@@ -273,7 +276,10 @@ def _flatten(
     literals = {n: t for n, (name, t) in weights.items() if name.rsplit(".", 1)[-1].startswith("lifted_tensor")}
     _functional.fold_literals(gm.graph, literals)
     original = traced.original
-    if cast is not None:
+    choices = None
+    if isinstance(cast, Mixing):
+        choices = cast.fold(gm, weights, traced, aside, inputs, {n: s.initial for n, s in states.items()})
+    elif cast is not None:
         cast.fold(gm, weights, traced, aside)
         original = functools.partial(cast.original, traced)
     call_cudnn(gm, weights, aside)
@@ -338,6 +344,7 @@ def _flatten(
         numbers=Numbers(tuple(map(NumberInput, numbers)), tuple(sorted(seen.recorder.positions)))
         if seen.recorder is not None
         else None,
+        choices=choices,
     )
 
 

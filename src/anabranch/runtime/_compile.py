@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from anabranch.backends import BACKENDS
 from anabranch.devices import get_device
 from anabranch.errors import InputError, NotCapturable
+from anabranch.export import Mixed, precision_of
 from anabranch.runtime._engine import Engine
 from anabranch.runtime._flags import Flags
 from anabranch.runtime._given import (
@@ -22,6 +23,7 @@ from anabranch.runtime._given import (
     declared_dims,
     device_of,
     given_model,
+    have_values,
     inputs_of,
     on_device,
     tensors_for,
@@ -33,6 +35,8 @@ from anabranch.runtime._process import process
 from anabranch.runtime._settings import DEFAULT_MAX_CONTEXTS, Settings
 from anabranch.runtime._specialization import Specialization
 
+#: What ``precision`` may be given as.
+Precision = torch.dtype | str | os.PathLike[str] | Mixed | None
 RUNTIMES = ("native", "python")
 
 
@@ -43,7 +47,7 @@ def compile(
     kwargs: Mapping[str, Any] | None = None,
     backend: str | None = None,
     runtime: str = "auto",
-    precision: torch.dtype | None = None,
+    precision: Precision = None,
     max_contexts: int = DEFAULT_MAX_CONTEXTS,
     memory_limit: int | None = None,
     cuda_graphs: bool | None = None,
@@ -73,6 +77,10 @@ def compile(
     :param precision: ``torch.float16`` or ``torch.bfloat16``: run products and convolutions in that type (parameters
         are cast to it); inputs and outputs keep the types that the model has, and so do buffers and what would lose
         by it: :meth:`Engine.explain` lists what is cast and what is kept. None computes as the model says.
+        ``"mixed"`` (float16), ``"mixed-bf16"``, a :class:`Mixed` or a file of ``anabranch calibrate``: float32
+        operators of the model are put into half precision one by one, those that would overflow or lose digits are
+        not; where tensors are given as inputs, the model runs once on them to see which would. ``explain()`` says
+        which and why.
     :param max_contexts: how many execution contexts (calls in flight on different streams, each with its own memory)
         the engine may hold over all signatures. Beyond it calls share: the later one waits on the device. Of a model
         that ``torch.export`` refuses, the default is for each of its graphs.
@@ -122,7 +130,7 @@ def _compile(
     kwargs: Mapping[str, Any] | None,
     backend: str | None,
     runtime: str,
-    precision: torch.dtype | None,
+    precision: Precision,
     max_contexts: int,
     memory_limit: int | None,
     cuda_graphs: bool | None,
@@ -140,6 +148,10 @@ def _compile(
         check_gpu(backend, (args, keywords))
         device = device_of(model, (args, keywords))
         placed = on_device(model, device)
+        wanted = precision_of(precision)
+        if isinstance(wanted, Mixed) and in_fragments:
+            # Traced anew, an exported program's operators are in no module.
+            wanted.check(placed if isinstance(placed, torch.nn.Module) else torch.nn.Module())
         given = args, keywords
         args, keywords = tensors_for(given, device)
         dims = declared_dims(given, (args, keywords))
@@ -153,13 +165,15 @@ def _compile(
             backend_is_given=backend is not None,
         )
         limits = kind._runtime.make_limits(max_contexts, memory_limit)
-        engine = kind(settings, placed, precision, limits, in_fragments and not require_full, dynamic)
+        engine = kind(settings, placed, wanted, limits, in_fragments and not require_full, dynamic)
         engine._table.keep_on_cpu(args, keywords)
         engine._table.declare(args, keywords, dims)
         if seam.has_streams:
             # Parameters that were written just before are there for the lane that warms up, and for every later caller.
             with seam.relaxed():
                 seam.current_stream(index).synchronize()
+        if in_fragments and have_values(given):
+            engine._compiler.measure_on(args, keywords)  # type: ignore[union-attr]
         made = engine._specialization(args, keywords, clock)
         if made is not None and not dims:
             made = engine._of_one_shape(args, keywords, made)  # for inputs that were given, it is made at once
@@ -191,7 +205,7 @@ def _pad(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 def check_options(
     backend: str | None = None,
     runtime: str = "auto",
-    precision: torch.dtype | None = None,
+    precision: Precision = None,
     max_contexts: int = DEFAULT_MAX_CONTEXTS,
     memory_limit: int | None = None,
     **others: Any,
@@ -201,8 +215,7 @@ def check_options(
         raise InputError(f"backend={backend!r} given; expected None or one of {', '.join(map(repr, BACKENDS))}")
     if runtime not in ("auto", *RUNTIMES):
         raise InputError(f"runtime={runtime!r} given; expected 'auto', {' or '.join(map(repr, RUNTIMES))}")
-    if precision not in (None, torch.float16, torch.bfloat16):
-        raise InputError(f"precision={precision} given; expected None, torch.float16 or torch.bfloat16")
+    precision_of(precision)
     if max_contexts < 1:
         raise InputError(f"max_contexts={max_contexts} given; expected at least 1 (cuda_graphs=False needs none)")
     if memory_limit is not None and memory_limit < 0:

@@ -25,13 +25,16 @@ from anabranch.errors import (
     UnsupportedModel,
 )
 from anabranch.export import (
-    Cast,
+    Mixed,
+    Mixing,
     NotCarried,
     Program,
     Signature,
     Snapshot,
+    TensorSpec,
     Uncaptured,
     alias,
+    cast_of,
     export_program,
     first_line,
     generators_kept,
@@ -60,7 +63,7 @@ class Compiler:
         self,
         settings: Settings,
         model: torch.nn.Module | ExportedProgram,
-        precision: torch.dtype | None,
+        precision: torch.dtype | Mixed | None,
         runtime: Runtime,
         limits: Any,
         counters: Any,
@@ -80,7 +83,14 @@ class Compiler:
         # signature need not wait until a copy of the weights is written.
         with neutral(settings.device, settings.index):
             self.snapshot = Snapshot.of(model)
-            self.cast = Cast(self.snapshot, precision) if precision is not None else None
+            self.cast = cast_of(self.snapshot, precision)
+
+    def measure_on(self, args: Any, kwargs: Any) -> None:
+        """In mixed precision, see on these inputs of the first call how large the values in the model are. They are
+        there: nothing that writes them is in flight any more."""
+        if isinstance(self.cast, Mixing):
+            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.cast.measure_on([TensorSpec.of(x).in_memory(x) for x in tensors])
 
     def make(
         self, key: Any, signature: Signature, given: Any, leaves: Sequence[Any], clock: Clock

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from anabranch import _activity, _sync
 from anabranch.devices import Device
 from anabranch.errors import BuildError, DeviceLost, EngineClosed, InputError, NotCapturable, UnsupportedModel
-from anabranch.export import NotExported, Signature, about_hooks, keyword_order_matters
+from anabranch.export import Mixed, NotExported, Signature, about_hooks, keyword_order_matters
 from anabranch.plan import Plan
 from anabranch.runtime import _phases
 from anabranch.runtime._calls import Runtime
@@ -53,7 +53,7 @@ class Engine:
         self,
         settings: Settings,
         model: torch.nn.Module | ExportedProgram,
-        precision: torch.dtype | None,
+        precision: torch.dtype | Mixed | None,
         limits: Limits,
         in_fragments: bool,
         dynamic: bool | None = None,
@@ -407,7 +407,7 @@ class Engine:
         ``operators``. ``state``: each buffer that a session has, by ``name``, ``shape``, ``dtype``, ``bytes``;
         ``writes``: the inputs that it writes into. ``pieces`` has, where a call runs in several, for each whether it is
         ``captured``, its ``backend``, how many ``operators``, and ``why`` it runs direct; then ``captured`` says
-        whether any is, and ``measured_us`` has what is captured as ``pieces`` and ``direct``.
+        whether any is, and ``measured_us`` has what is captured as ``pieces`` and ``direct``. ``precision``: see Mixed.
 
         ``fragments`` is None but for a model that torch.export refuses: then it has ``why``; ``graphs``, an entry for
         each graph, with how many ``operators`` it has, why they run ``by_operators`` of PyTorch's, or nothing, where it

@@ -31,6 +31,12 @@ def flops_of(graph: fx.Graph) -> dict[str, int | None]:
     return found
 
 
+def result_type(node: fx.Node) -> torch.dtype | None:
+    """The type that an operator computes in: that of its result, or of the first of them."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return next((x.dtype for x in leaves if isinstance(x, torch.Tensor)), None)
+
+
 def _of(node: fx.Node, formulas: Mapping[Any, Callable[..., Any]]) -> int | None:
     target: Any = node.target
     formula = formulas.get(target._overloadpacket)

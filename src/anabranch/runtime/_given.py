@@ -96,6 +96,12 @@ def with_ones(inputs: Any) -> dict[str, int]:
     return {name: 1 for name, dim in dims.items() if len(dims) == 1 and dim.takes(1)}
 
 
+def have_values(inputs: Any) -> bool:
+    """Whether there are tensors among inputs, and no :class:`Input` that only tells of one."""
+    leaves = pytree.tree_leaves(inputs, is_leaf=_is_input)
+    return not any(map(_is_input, leaves)) and any(isinstance(x, torch.Tensor) for x in leaves)
+
+
 def declared_dims(inputs: Any, tensors: Any) -> list[tuple[torch.Tensor, dict[int, Dim]]]:
     """The tensors that :func:`tensors_for` has made of inputs that have sizes which vary, with these."""
     pairs = zip(pytree.tree_leaves(inputs, is_leaf=_is_input), pytree.tree_leaves(tensors), strict=True)

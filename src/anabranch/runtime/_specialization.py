@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from anabranch import _activity, _sync
-from anabranch.backends import Stateful
+from anabranch.backends import Stateful, exceptions
 from anabranch.export import AliasOutput, Program, Room, Signature, rooms
 from anabranch.plan import Plan
 from anabranch.plan._join import join_plans
@@ -20,7 +20,7 @@ from anabranch.race import PlanProof, check_plan
 from anabranch.runtime import _summary
 from anabranch.runtime._builder import Builder, Choice
 from anabranch.runtime._calls import Calls
-from anabranch.runtime._flops import flops_of
+from anabranch.runtime._flops import flops_of, result_type
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._pieces import Pieces, build_pieces
 from anabranch.runtime._process import process
@@ -212,6 +212,8 @@ class Specialization:
             state=_summary.described(program.state),
             writes=self._inputs_written,
             pieces=described,
+            choices=program.choices,
+            share_in_half=self._share_in_half,
         )
 
     @property
@@ -222,6 +224,16 @@ class Specialization:
     @functools.cached_property
     def _flops(self) -> int | None:
         return _sum(self.program)
+
+    @functools.cached_property
+    def _share_in_half(self) -> float | None:
+        """In mixed precision: the part of the floating-point operations in half precision, where both are known."""
+        choices, total = self.program.choices, self._flops
+        if choices is None or not total:
+            return None
+        counts = flops_of(self.program.module.graph)
+        nodes = (n for n in self.program.module.graph.nodes if n.name in counts)
+        return sum(counts[n.name] or 0 for n in nodes if result_type(n) is choices.dtype) / total
 
     @functools.cached_property
     def _captured_flops(self) -> int | None:
@@ -282,6 +294,15 @@ class Specialization:
         if program.is_random:
             lines.append("  results differ from call to call: the model draws random numbers")
         lines += [f"  {note}" for note in program.notes]
+        if choice.backend == "inductor":
+            lines += [
+                f"  at the ends of the range, other than eager: {text}"
+                for text in exceptions(program.module.graph, device.kind)
+            ]
+        if program.choices is not None:
+            share = self._share_in_half
+            told = f"  {share:.1%} of floating-point operations in half precision" if share is not None else ""
+            lines += [*filter(None, [told]), *(f"  {line}" for line in program.choices.lines())]
         if reads_flags and device.kind != "cuda":
             lines.append("  CPU reductions give the same bits only under the same torch.get_num_threads()")
         return lines + [f"  {line}" for line in self.calls.explain()]

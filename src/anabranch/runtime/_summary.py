@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from anabranch.export import State, Uncaptured
+from anabranch.export import Choices, State, Uncaptured
 from anabranch.runtime import _phases
 
 
@@ -65,6 +65,9 @@ class SignatureSummary:
     writes: Sequence[str] = ()
     #: In order, where there are several.
     pieces: Sequence[PieceSummary] = ()
+    #: In mixed precision: which operators are in which type, and the part of the floating-point operations in half.
+    choices: Choices | None = None
+    share_in_half: float | None = None
 
     def data(self) -> dict[str, Any]:
         """Dicts, lists, strings and numbers, as ``json.dumps`` takes them."""
@@ -85,6 +88,18 @@ class SignatureSummary:
             "state": [dict(x) for x in self.state],
             "writes": list(self.writes),
             "pieces": [asdict(piece) for piece in self.pieces],
+            "precision": self._precision(),
+        }
+
+    def _precision(self) -> dict[str, Any] | None:
+        choices = self.choices
+        if choices is None:
+            return None
+        return {
+            "dtype": str(choices.dtype).removeprefix("torch."),
+            "share_half": self.share_in_half,
+            "half": list(choices.half),
+            "float32": [{"operator": place, "why": why} for place, why in choices.wide],
         }
 
     def lines(self) -> list[str]:

@@ -1,0 +1,66 @@
+"""Operators whose compiled kernels give other values than eager at the ends of the range, and nothing is done about it.
+
+Each is pinned by ``tests/unit/test_boundary_values.py`` and listed in ``docs/use.md``. A new one goes into both; there
+are twelve at most.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+_aten = torch.ops.aten
+
+
+class Difference(NamedTuple):
+    """``devices``: of which kinds it is known; all, if there are none."""
+
+    operators: tuple[Any, ...]
+    text: str
+    devices: tuple[str, ...] = ()
+
+
+EXCEPTIONS = (
+    Difference(
+        (_aten.gelu,),
+        "gelu of more than half the largest number: eager's CPU kernel gives inf, and NaN for inf; compiled, a number"
+        " and inf",
+        ("cpu",),
+    ),
+    Difference(
+        (_aten.var, _aten.std, _aten.var_mean, _aten.std_mean),
+        "the variance of equal numbers so large that their sum overflows: eager 0, compiled inf",
+    ),
+    Difference(
+        (_aten.layer_norm, _aten.native_layer_norm, _aten.group_norm, _aten.native_group_norm),
+        "the norm of numbers so large that their squares overflow: eager 0, compiled NaN; of equal ones, rounding alone"
+        " is left, and other rounding",
+    ),
+    Difference((_aten.expm1,), "expm1 of a subnormal, or of the smallest normal number, is 0 (pytorch#189801)"),
+    Difference((_aten.erf,), "erf of a subnormal, or of the smallest normal number, is 0 (pytorch#189801)"),
+    Difference((_aten.elu,), "elu of a negative subnormal number is 0 (pytorch#189801)"),
+)
+
+
+#: On devices other than the CPU; there kernels round as eager does.
+FUSED = (
+    "float16 numbers that overflow between two operators of one kernel, and are in range at its end: eager inf or NaN,"
+    " compiled numbers"
+)
+
+
+def has_float16(graph: fx.Graph) -> bool:
+    """Whether a graph computes in float16."""
+    values = (n.meta.get("val") for n in graph.nodes if n.op == "call_function")
+    return any(isinstance(v, torch.Tensor) and v.dtype is torch.float16 for v in values)
+
+
+def exceptions(graph: fx.Graph, device: str) -> list[str]:
+    """The texts of those that a graph meets on a kind of device."""
+    packets = {getattr(n.target, "overloadpacket", None) for n in graph.nodes if n.op == "call_function"}
+    found = [] if device == "cpu" or not has_float16(graph) else [FUSED]
+    return found + [
+        e.text for e in EXCEPTIONS if packets.intersection(e.operators) and (not e.devices or device in e.devices)
+    ]
