@@ -136,7 +136,7 @@ class Device(Protocol):
         """Whether the caller is capturing ``stream`` into a graph of its own."""
 
     def relaxed(self) -> AbstractContextManager[None]:
-        """Where another thread's global-mode capture must not forbid what this thread does: to allocate, to load code."""
+        """Where other threads' global-mode captures must not forbid what this one does: to allocate, to load code."""
 
     def acquire_lane(self, index: int) -> Lane:
         """A lane that nothing else uses."""

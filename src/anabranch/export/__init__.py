@@ -1,6 +1,7 @@
 """From a model to a flat graph: signatures of inputs, ``torch.export``, and what each output really is."""
 
 from anabranch.export._bystanders import replaced, undisturbed
+from anabranch.export._containers import register_containers
 from anabranch.export._diagnosis import NotExported, copy_of, describe, first_line, run_in_eager
 from anabranch.export._generators import generators_kept
 from anabranch.export._hooks import about_hooks, hooks_of, name_of
@@ -22,7 +23,6 @@ from anabranch.export._signature import (
     keyword_order_matters,
     layouts_of,
     leaf_key,
-    register_dataclasses,
     shares_memory,
 )
 from anabranch.export._sizes import SPECIAL, Dim, Sizes, shape_at, size_at
@@ -72,7 +72,7 @@ __all__ = [
     "layouts_of",
     "leaf_key",
     "name_of",
-    "register_dataclasses",
+    "register_containers",
     "replaced",
     "rooms",
     "run_in_eager",

@@ -78,7 +78,8 @@ def valid_integer(
         # A wider type may hold what a narrow one cannot.
         fits = all(s.dtype is torch.bool or value <= torch.iinfo(s.dtype).max for s in given.values())
         filled = {n: torch.full(s.shape, value, dtype=s.dtype) for n, s in given.items()} if fits else {}
-        why = _fails(nodes, filled | kept, values) if fits else why
+        # Copies: a graph writes state at its end.
+        why = _fails(nodes, filled | {n: x.clone() for n, x in kept.items()}, values) if fits else why
         if not why:
             return value, ""
     return 0, why

@@ -43,7 +43,7 @@ class Watch:
 
     def _stand_ins(self) -> list[Any]:
         # A tensor that the model holds is tracked as well once it is written in place: it is no stand-in.
-        return [x for x in self._tracked.keys() if type(x) not in _REAL]
+        return [x for x in self._tracked if type(x) not in _REAL]
 
     def clear(self) -> list[str]:
         """Take what is left out of caches; returns where it was. With everything of the trace's own dropped.

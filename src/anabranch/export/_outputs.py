@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from anabranch.errors import UnsupportedModel
-from anabranch.export._signature import register_dataclasses
+from anabranch.export._containers import register_containers
 
 _aten = torch.ops.aten
 
@@ -101,7 +101,7 @@ class Returned:
     @classmethod
     def of(cls, result: Any) -> tuple[Returned, list[Any]]:
         """And the values, in order."""
-        register_dataclasses(result)
+        register_containers(result)
         leaves, structure = pytree.tree_flatten(result, is_leaf=_is_size)
         made = cls(structure)
         values: list[Any] = []

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from anabranch.errors import InputError
+from anabranch.export._containers import is_container, register_containers
 from anabranch.export._sizes import Dim
 
 #: Bytes. PyTorch's allocators hand out more; kernels that load 16 bytes at a time are chosen on this.
@@ -411,8 +412,8 @@ def flatten_call(
     """
     ordered = dict(kwargs) if in_order else {name: kwargs[name] for name in sorted(kwargs)}
     leaves, structure = pytree.tree_flatten((tuple(args), ordered))
-    if any(dataclasses.is_dataclass(x) and not isinstance(x, type) for x in leaves):
-        register_dataclasses(leaves)
+    if any(map(is_container, leaves)):
+        register_containers(leaves)
         leaves, structure = pytree.tree_flatten((tuple(args), ordered))
     return leaves, structure
 
@@ -426,18 +427,3 @@ def keyword_order_matters(model: Any) -> bool:
     except (TypeError, ValueError):
         return True
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-
-def register_dataclasses(value: Any) -> None:
-    """Register each dataclass type in ``value`` with pytree, so that it is taken apart and put together again."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        if type(value) not in pytree.SUPPORTED_NODES:
-            torch.export.register_dataclass(type(value))
-        for f in dataclasses.fields(value):
-            register_dataclasses(getattr(value, f.name))
-    elif isinstance(value, Mapping):
-        for v in value.values():
-            register_dataclasses(v)
-    elif isinstance(value, list | tuple):
-        for v in value:
-            register_dataclasses(v)

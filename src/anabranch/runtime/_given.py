@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from anabranch.devices import Device, get_device
 from anabranch.errors import EngineClosed, InputError
-from anabranch.export import Dim, Input, register_dataclasses
+from anabranch.export import Dim, Input, register_containers
 from anabranch.runtime._process import process
 
 #: What can be done where there is no GPU.
@@ -53,7 +53,7 @@ def inputs_of(model: Any, inputs: Any, kwargs: Mapping[str, Any] | None) -> tupl
     elif inputs is None and kwargs is None and isinstance(model, ExportedProgram) and model.example_inputs:
         args, keywords = model.example_inputs
     args, keywords = tuple(args), dict(keywords)
-    register_dataclasses((args, keywords))
+    register_containers((args, keywords))
     return args, keywords
 
 
