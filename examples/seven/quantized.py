@@ -78,7 +78,12 @@ class Fp8Weight(nn.Module):
     def dense(self, dtype: torch.dtype, chosen: Tensor | slice | None = None) -> Tensor:
         """The matrices as floats; of a stack, those that ``chosen`` (int64, or a slice) takes."""
         weight, scale = (self.weight, self.scale) if chosen is None else (_take(self.weight, chosen), self.scale[chosen])
-        return (weight.to(torch.float32) * self._spread(scale)).to(dtype)
+        *stack, rows, columns = weight.shape
+        (r, c), (br, bc) = scale.shape[-2:], self.block
+        if (r * br, c * bc) != (rows, columns):
+            return (weight.to(torch.float32) * self._spread(scale)).to(dtype)
+        blocks = weight.to(torch.float32).view(*stack, r, br, c, bc) * scale[..., :, None, :, None]
+        return blocks.to(dtype).view(*stack, rows, columns)
 
 
 class Int4Weight(nn.Module):
@@ -183,18 +188,17 @@ class QuantizedExperts(nn.Module):
     experts; many go through all experts, some experts at a time, because all are likely to be wanted then.
     """
 
-    #: How many experts are floats at once.
-    AT_ONCE = 16
-
-    def __init__(self, gate_up: Weight, down: Weight, act: Callable[[Tensor], Tensor], experts: int) -> None:
+    def __init__(self, experts: nn.Module, make: Callable[[Tensor], Weight], at_once: int | None = None) -> None:
+        """
+        :param experts: of transformers, with ``gate_up_proj`` ``(experts, 2 * inner, hidden)`` and ``down_proj``
+        :param make: of a float stack, its quantized one
+        :param at_once: how many experts are floats at once; None: so many that these are about 2**30 numbers
+        """
         super().__init__()
-        self.gate_up, self.down, self.act, self.experts = gate_up, down, act, experts
-
-    @classmethod
-    def of(cls, experts: nn.Module, make: Callable[[Tensor], Weight]) -> QuantizedExperts:
-        """Of a module of transformers with ``gate_up_proj`` ``(experts, 2 * inner, hidden)`` and ``down_proj``."""
-        gate_up, down = make(experts.gate_up_proj), make(experts.down_proj)
-        return cls(gate_up, down, experts.act_fn, len(experts.gate_up_proj))
+        self.act, self.experts = experts.act_fn, len(experts.gate_up_proj)
+        self.gate_up, self.down = make(experts.gate_up_proj), make(experts.down_proj)
+        parts = -(-self.experts // (at_once or max(1, 2**30 // experts.gate_up_proj[0].numel())))
+        self.at_once = -(-self.experts // parts)
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         tokens, k = index.shape
@@ -205,8 +209,8 @@ class QuantizedExperts(nn.Module):
         # How much of each expert a token gets: 0 of most.
         shares = torch.zeros(tokens, self.experts, dtype=weights.dtype, device=x.device).scatter(1, index, weights)
         result = torch.zeros_like(x)
-        for first in range(0, self.experts, self.AT_ONCE):
-            some = slice(first, min(first + self.AT_ONCE, self.experts))
+        for first in range(0, self.experts, self.at_once):
+            some = slice(first, min(first + self.at_once, self.experts))
             y = self._run(x.expand(some.stop - first, *x.shape), some)
             result = result + (y * shares[:, some].T.unsqueeze(-1).to(y.dtype)).sum(0)
         return result
@@ -231,7 +235,7 @@ def quantize(
             if isinstance(layer, nn.Linear) and linears(f"{name}.{child}" if name else child):
                 new = QuantizedLinear(make(layer.weight), layer.bias)
             elif isinstance(getattr(layer, "gate_up_proj", None), nn.Parameter):
-                new = QuantizedExperts.of(layer, make)
+                new = QuantizedExperts(layer, make)
             else:
                 continue
             setattr(module, child, new.train(layer.training))

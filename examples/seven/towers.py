@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.vision_utils import get_vision_position_ids
 
 Grid = tuple[int, int, int]
 
@@ -29,8 +31,6 @@ class GlmVision(nn.Module):
 
     def __init__(self, visual: nn.Module, grid: Grid) -> None:
         super().__init__()
-        from transformers.vision_utils import get_vision_position_ids
-
         self.visual = visual
         shape, device = torch.tensor([grid]), next(visual.parameters()).device
         self.register_buffer("positions", get_vision_position_ids(shape, visual.spatial_merge_size).to(device))
@@ -91,19 +91,40 @@ class Sound(nn.Module):
 
 
 class Language(nn.Module):
-    """The language model: token ids, the features in the places that one id marks, and positions, to logits.
+    """The language model of any of the seven: tokens, the features of a tower, and positions, to logits.
 
-    ``forward(ids, features, positions)``: int64 ``(1, n)``; ``(m, hidden)``, where ``m`` of the ids are ``marker``; int64
-    ``(axes, 1, n)`` or ``(1, n)``. Gives ``(1, n, vocabulary)``. Without features and positions it reads text.
+    It is called as causal models of transformers are, so :class:`anabranch.generation.Decoder` takes it.
     """
 
     def __init__(self, text: nn.Module, head: nn.Module, marker: int | None = None) -> None:
+        """
+        :param text: gives ``last_hidden_state``
+        :param head: makes logits of that
+        :param marker: the token in whose places features go
+        """
         super().__init__()
-        self.text, self.head, self.marker = text, head, marker
+        self.text, self.head, self.marker, self.config = text, head, marker, text.config
 
-    def forward(self, ids: Tensor, features: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        x = self.text.get_input_embeddings()(ids)
+    def forward(
+        self,
+        input_ids: Tensor,
+        features: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutputWithPast:
+        """
+        :param input_ids: int64 ``(1, n)``
+        :param features: ``(m, hidden)``, where ``m`` of the tokens are the marker
+        :param position_ids: int64 ``(axes, 1, n)`` or ``(1, n)``; None: one after the other
+        :param logits_to_keep: of how many of the last tokens; 0: of all
+        """
+        x = self.text.get_input_embeddings()(input_ids)
         if features is not None:
-            x = x.masked_scatter((ids == self.marker).unsqueeze(-1), features.to(x.dtype))
-        y: Any = self.text(inputs_embeds=x, position_ids=positions, use_cache=False)
-        return self.head(y.last_hidden_state)
+            x = x.masked_scatter((input_ids == self.marker).unsqueeze(-1), features.to(x.dtype))
+        y = self.text(
+            inputs_embeds=x, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache
+        )
+        logits = self.head(y.last_hidden_state[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=y.past_key_values)
