@@ -150,7 +150,7 @@ def _sound(whole: Any, frames: int, text: int, device: torch.device, dtype: torc
 
 
 def _fp8(model: nn.Module) -> nn.Module:
-    """The language model's layers, its head and its routers left out, with blocks as large as they fit a small model."""
+    """The language model's layers without its head and its routers, in blocks that fit a small model, too."""
     block = 128 if model.config.text_config.hidden_size % 128 == 0 else 16
     make = functools.partial(quantized.Fp8Weight.of, block=(block, block))
     return quantized.quantize(model, make, lambda n: "language_model.layers" in n)

@@ -1,7 +1,7 @@
 """Configurations of transformers for the seven models: at true size as published, and small for a CPU.
 
-Nothing is downloaded. Where a size is not published, or a part has no class in transformers, ``docs/models.md`` says what
-stands in. transformers is imported by the first call, because that takes seconds.
+Nothing is downloaded. Where a size is not published, or a part has no class in transformers, ``docs/models.md`` says
+what stands in. transformers is imported by the first call, because that takes seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engines of a model: one for pictures or sound, one for the language model with its cache, one for steps of a flow.
+"""The engines of a model: for pictures or sound, for the language model with its cache, and for steps of a flow.
 
 Any number of texts are written at once, each by a session, on any threads and streams.
 """
@@ -46,17 +46,18 @@ def modules(model: Model, length: int) -> Parts:
     return Parts(model.tower, Decoder(model.language, length).eval(), model.flow)
 
 
-def engines(model: Model, parts: Parts, prompt: Prompt, **options: Any) -> Parts:
-    """Engines of the modules ``parts``, compiled for prompts like this one and for single tokens.
-
-    ``options``: of :func:`anabranch.compile`.
+def engines(model: Model, parts: Parts, prompt: Prompt, count: int, **options: Any) -> Parts:
+    """Engines of the modules ``parts``, compiled for prompts like this one, for single tokens, and for the sound of
+    ``count`` of them. ``options``: of :func:`anabranch.compile`.
     """
     parts.decoder.reset()  # sessions begin with what the module's buffers hold at compile
     tower = None if prompt.media is None else anabranch.compile(parts.tower, [prompt.media], **options)
     features = None if tower is None else tower(prompt.media)
     decoder = anabranch.compile(parts.decoder, [prompt.ids], kwargs=_first(prompt, features), **options)
     decoder.warm([prompt.ids[:, :1]], kwargs=_next(prompt, 0))
-    flow = None if model.flow is None else anabranch.compile(model.flow, _flow(model, prompt.ids, 1), **options)
+    flow = None
+    if model.flow is not None:
+        flow = anabranch.compile(model.flow, _flow(model, prompt.ids[:, :1].repeat(1, count)), **options)
     return Parts(tower, decoder, flow)
 
 
@@ -75,8 +76,9 @@ def _next(prompt: Prompt, made: int) -> dict[str, Tensor]:
 
 
 class Answer:
-    """To one prompt, tensors on its device: ``features`` of the tower, or None; the ``logits`` after the prompt; ``ids``
-    that were made, int64 ``(1, n)``; ``sound``, ``(1, 2 * n, bins)``, or None."""
+    """To one prompt, tensors on its device: ``features`` of the tower, or None; the ``logits`` after the prompt;
+    ``ids`` that were made, int64 ``(1, n)``; ``sound``, ``(1, 2 * n, bins)``, or None.
+    """
 
     def __init__(self, features: Tensor | None, logits: Tensor, ids: Tensor, sound: Tensor | None) -> None:
         self.features, self.logits, self.ids, self.sound = features, logits, ids, sound
@@ -100,17 +102,17 @@ def answer(model: Model, parts: Parts, prompt: Prompt, count: int) -> Answer:
     return Answer(features, logits, ids, None if model.flow is None else _sound(model, parts, ids))
 
 
-def _flow(model: Model, ids: Tensor, seed: int) -> list[Tensor]:
+def _flow(model: Model, ids: Tensor) -> list[Tensor]:
     """Inputs of the first step."""
     flow: Any = model.flow
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(1)
     noise = torch.randn(1, 2 * ids.shape[1], flow.bins, generator=generator)
     time, step = torch.zeros(1, device=ids.device), torch.full((1,), 1 / STEPS, device=ids.device)
     return [noise.to(ids.device, flow.embed.weight.dtype), ids, time, step]
 
 
 def _sound(model: Model, parts: Parts, ids: Tensor) -> Tensor:
-    x, ids, time, step = _flow(model, ids, 1)
+    x, ids, time, step = _flow(model, ids)
     for i in range(STEPS):
         x = parts.flow(x, ids, time + i / STEPS, step)
     return x

@@ -42,8 +42,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Flow(nn.Module):
     """One step from noise towards sound.
 
-    ``forward(x, tokens, time, step)``: ``x`` ``(1, 2 * n, bins)``; speech tokens, int64 ``(1, n)``; ``time``, 0 to 1, and
-    ``step``, ``(1,)`` each, float32. Gives the next ``x``. ``sound = flow.run(tokens, noise)`` makes all steps.
+    ``forward(x, tokens, time, step)``: ``x`` ``(1, 2 * n, bins)``; speech tokens, int64 ``(1, n)``; ``time``, 0 to 1,
+    and ``step``, float32 ``(1,)`` each. Gives the next ``x``, the first of which is noise.
     """
 
     def __init__(self, tokens: int, bins: int = 80, hidden: int = 1024, layers: int = 22, heads: int = 16) -> None:

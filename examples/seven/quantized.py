@@ -1,7 +1,7 @@
 """Linear layers and mixtures of experts whose weights are float8 or 4-bit integers, in PyTorch's own operators.
 
-Weights are stored as the checkpoints have them, and become floating-point numbers in ``forward``; activations stay as they
-are. No kernel is fetched from anywhere. :func:`quantize` puts them in the place of the float layers of a model.
+Weights are stored as the checkpoints have them, and become floating-point numbers in ``forward``; activations stay as
+they are. No kernel is fetched from anywhere. :func:`quantize` puts them in the place of the float layers of a model.
 
 >>> layer = Fp8Linear.of(torch.nn.Linear(256, 128), block=(128, 128))
 >>> layer(torch.randn(4, 256)).shape
@@ -25,8 +25,9 @@ class Fp8Weight(nn.Module):
     """A matrix, or a stack of them, in float8 (e4m3) with a scale for each block of rows and columns.
 
     ``weight``: float8 ``(..., rows, columns)``; ``scale``: float32 ``(..., ceil(rows / block[0]), ceil(columns /
-    block[1]))``. An element is its float8 times the scale of its block, so it is off by at most 1/16 of itself, or, where
-    it is below 2**-6 / 448 of the largest of its block, by 2**-10 / 448 of that. ``(1, columns)`` is a scale a row.
+    block[1]))``. An element is its float8 times the scale of its block, so it is off by at most 1/16 of itself, or,
+    where it is below 2**-6 / 448 of the largest of its block, by 2**-10 / 448 of that. ``(1, columns)`` is a scale a
+    row.
     """
 
     weight: Tensor
@@ -35,7 +36,9 @@ class Fp8Weight(nn.Module):
     def __init__(self, *shape: int, block: tuple[int, int] = (128, 128), device: torch.device | None = None) -> None:
         super().__init__()
         if len(shape) < 2 or min(block) < 1:
-            raise ValueError(f"given the shape {shape} and blocks of {block}; expected a matrix and sizes of at least 1")
+            raise ValueError(
+                f"given the shape {shape} and blocks of {block}; expected a matrix and sizes of at least 1"
+            )
         self.block = block
         *stack, rows, columns = shape
         scales = (*stack, -(-rows // block[0]), -(-columns // block[1]))
@@ -77,7 +80,9 @@ class Fp8Weight(nn.Module):
 
     def dense(self, dtype: torch.dtype, chosen: Tensor | slice | None = None) -> Tensor:
         """The matrices as floats; of a stack, those that ``chosen`` (int64, or a slice) takes."""
-        weight, scale = (self.weight, self.scale) if chosen is None else (_take(self.weight, chosen), self.scale[chosen])
+        weight, scale = (
+            (self.weight, self.scale) if chosen is None else (_take(self.weight, chosen), self.scale[chosen])
+        )
         *stack, rows, columns = weight.shape
         (r, c), (br, bc) = scale.shape[-2:], self.block
         if (r * br, c * bc) != (rows, columns):
@@ -151,7 +156,7 @@ def _take(stack: Tensor, chosen: Tensor | slice) -> Tensor:
 
 
 class QuantizedLinear(nn.Module):
-    """``x @ weight.T + bias``, with the weight's numbers made in the dtype of ``x``: ``(..., in)`` to ``(..., out)``."""
+    """``x @ weight.T + bias`` in the dtype of ``x``: ``(..., in)`` to ``(..., out)``."""
 
     def __init__(self, weight: Weight, bias: Tensor | None) -> None:
         super().__init__()
@@ -184,8 +189,8 @@ class QuantizedExperts(nn.Module):
     ``forward(x, index, weights)``: ``x`` ``(tokens, hidden)``, ``index`` int64 and ``weights`` ``(tokens, k)``: which
     experts a token is sent to, and with what weight. Gives ``(tokens, hidden)``.
 
-    Nothing depends on how many tokens an expert gets, so a call can be captured: few tokens gather the matrices of their
-    experts; many go through all experts, some experts at a time, because all are likely to be wanted then.
+    Nothing depends on how many tokens an expert gets, so a call can be captured: few tokens gather the matrices of
+    their experts; many go through all experts, some experts at a time, because all are likely to be wanted then.
     """
 
     def __init__(self, experts: nn.Module, make: Callable[[Tensor], Weight], at_once: int | None = None) -> None:

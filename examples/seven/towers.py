@@ -1,9 +1,9 @@
 """A model that reads pictures or sound, in two: a tower that makes features of them, and the language model.
 
-How many patches a picture has decides how often transformers' code loops, and where features go depends on token ids. So
-the whole ``forward`` becomes many graphs with Python between them. In two it is one graph each: a tower is made for the
-shape of a picture, which is a few whole numbers and no tensor; positions are computed once on the host and are an input.
-The layers are the model's own, and the results have its bits.
+How many patches a picture has decides how often transformers' code loops, and where features go depends on token ids.
+So the whole ``forward`` becomes many graphs with Python between them. In two it is one graph each: a tower is made for
+the shape of a picture, which is a few whole numbers and no tensor; positions are computed once on the host and are an
+input. The layers are the model's own, and the results have its bits.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Grid = tuple[int, int, int]
 class GlmVision(nn.Module):
     """The vision tower of ``Glm4v`` and ``Glm4vMoe`` for pictures of one shape.
 
-    ``grid``: frames, rows and columns of patches. ``forward(pixels)``: ``(patches, channels * frames * height * width of
-    one)`` as transformers' processor makes them; gives ``(patches / 4, hidden)``.
+    ``grid``: frames, rows and columns of patches. ``forward(pixels)``: ``(patches, channels * frames * height * width
+    of one)`` as transformers' processor makes them; gives ``(patches / 4, hidden)``.
     """
 
     positions: Tensor
@@ -56,8 +56,8 @@ class GlmVision(nn.Module):
 class HunYuanVision(nn.Module):
     """The vision tower of ``HunYuanVL`` for one picture of one shape.
 
-    ``forward(pixels)``: ``(patches, channels * height * width of one)``; gives ``(rows * (columns + 1) + 2, hidden)`` of
-    the merged grid: each row ends with a feature of its own, and the picture begins and ends with one.
+    ``forward(pixels)``: ``(patches, channels * height * width of one)``; gives ``(rows * (columns + 1) + 2, hidden)``
+    of the merged grid: each row ends with a feature of its own, and the picture begins and ends with one.
     """
 
     def __init__(self, tower: nn.Module, grid: Grid) -> None:
@@ -123,8 +123,6 @@ class Language(nn.Module):
         x = self.text.get_input_embeddings()(input_ids)
         if features is not None:
             x = x.masked_scatter((input_ids == self.marker).unsqueeze(-1), features.to(x.dtype))
-        y = self.text(
-            inputs_embeds=x, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache
-        )
+        y = self.text(inputs_embeds=x, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache)
         logits = self.head(y.last_hidden_state[:, -logits_to_keep:])
         return CausalLMOutputWithPast(logits=logits, past_key_values=y.past_key_values)
