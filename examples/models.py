@@ -20,8 +20,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import click
@@ -66,11 +68,12 @@ def on_threads(model: seven.Model, parts: Parts, prompts: list[Any], count: int,
 class Run:
     """One model, made, compiled and asked; with the seconds that each took."""
 
-    def __init__(self, name: str, small: bool, device: str, dtype: torch.dtype, backend: str | None) -> None:
-        self.device, self.backend, self.dtype = device, backend, dtype
+    def __init__(self, name: str, device: str, dtype: torch.dtype, options: dict[str, Any], **sizes: Any) -> None:
+        """``options``: of :func:`anabranch.compile`; ``sizes``: of :func:`seven.make`."""
+        self.device, self.dtype, self.options = device, dtype, {k: v for k, v in options.items() if v is not None}
         self.seconds: dict[str, float] = {}
         began = time.monotonic()
-        self.model = seven.make(name, small=small, device=device, dtype=dtype)
+        self.model = seven.make(name, device=device, dtype=dtype, **sizes)
         wait(device)
         self.took("make", began)
 
@@ -88,8 +91,7 @@ class Run:
         wait(self.device)
         self.took("eager", began)
         began = time.monotonic()
-        options = {} if self.backend is None else {"backend": self.backend}
-        compiled = engines(self.model, plain, prompts[0], count, **options)
+        compiled = engines(self.model, plain, prompts[0], count, **self.options)
         self.took("build", began)
         return compiled, prompts, expected
 
@@ -147,12 +149,15 @@ class Run:
 def size_of(model: seven.Model) -> float:
     """GB of weights, each counted once."""
     parts = [model.whole, *([] if model.flow is None else [model.flow])]
-    tensors = {x.data_ptr(): x for m in parts for x in (*m.parameters(), *m.buffers())}
+    tensors = {id(x): x for m in parts for x in (*m.parameters(), *m.buffers())}
     return sum(x.numel() * x.element_size() for x in tensors.values()) / 1e9
 
 
-def checked(name: str, limit: float, **options: Any) -> dict[str, Any]:
-    """The line of one model. The process ends when its time is over: a build cannot be stopped otherwise."""
+def checked(made: Callable[[], Run], name: str, limit: float, *asked: int) -> dict[str, Any]:
+    """The line of one model. ``asked``: of :meth:`Run.check`.
+
+    The process ends when its time is over: a build cannot be stopped otherwise.
+    """
     began = time.monotonic()
 
     def over() -> None:
@@ -163,19 +168,20 @@ def checked(name: str, limit: float, **options: Any) -> dict[str, Any]:
     timer = threading.Timer(limit, over)
     timer.daemon = True
     timer.start()
-    run = Run(name, options["small"], options["device"], options["dtype"], options["backend"])
+    run = made()
+    on_gpu = run.device == "cuda"
     row = {
         "model": name,
-        "small": options["small"],
-        "device": torch.cuda.get_device_name(0) if options["device"] == "cuda" else "cpu",
-        "dtype": str(options["dtype"]).removeprefix("torch."),
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name(0) if on_gpu else "cpu",
+        "dtype": str(run.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "anabranch": anabranch.__version__,
         "layers": run.model.language.config.num_hidden_layers,
         "weights_GB": round(size_of(run.model), 2),
-        **run.check(options["sessions"], options["count"], options["rounds"]),
+        **run.check(*asked),
         "seconds": {**run.seconds, "all": round(time.monotonic() - began, 1)},
-        "peak_GB": round(torch.cuda.max_memory_reserved() / 1e9, 2) if options["device"] == "cuda" else None,
+        "peak_GB": round(torch.cuda.max_memory_reserved() / 1e9, 2) if on_gpu else None,
     }
     timer.cancel()
     return row
@@ -191,24 +197,30 @@ def each(names: tuple[str, ...]) -> bool:
 @click.command(help=(__doc__ or "").split("\n\n")[0])
 @click.argument("names", nargs=-1, metavar="NAME...")
 @click.option("--list", "listed", is_flag=True, help="Print the names.")
+@click.option("--sizes", is_flag=True, help="Print the GB of the weights, without making any.")
 @click.option("--small", is_flag=True, help="A few narrow layers, as in the tests, for a CPU.")
 @click.option("--sessions", default=4, show_default=True, type=click.IntRange(1), help="So many texts at once.")
 @click.option("--tokens", "count", default=16, show_default=True, type=click.IntRange(1), help="So many tokens each.")
 @click.option("--check", is_flag=True, help="Compare, and print a line of JSON; status 1 where something is wrong.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="With --check: how often all run.")
 @click.option("--limit", default=LIMIT, show_default=True, help="With --check: seconds for one model.")
+@click.option("--layers", type=click.IntRange(1), help="So many layers of the language model.  [default: all]")
+@click.option("--contexts", type=click.IntRange(1), help="So many calls of an engine at once; others wait.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="[default: cuda, if there is one]")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: bfloat16; float32 on the CPU]")
 @click.option("--backend", type=click.Choice(["inductor", "eager"]), help="[default: anabranch's]")
 def main(
     names: tuple[str, ...],
     listed: bool,
+    sizes: bool,
     small: bool,
     sessions: int,
     count: int,
     check: bool,
     rounds: int,
     limit: float,
+    layers: int | None,
+    contexts: int | None,
     device: str | None,
     dtype: str | None,
     backend: str | None,
@@ -223,19 +235,25 @@ def main(
         raise click.UsageError(
             f"{', '.join(unknown) or 'no name'} given; expected of {', '.join(seven.MAKERS)}, or all"
         )
+    if sizes:
+        for name in names:
+            model = seven.make(name, small=small, device="meta", dtype=torch.bfloat16, layers=layers)
+            click.echo(f"{name}: {size_of(model):.1f} GB, {model.language.config.num_hidden_layers} layers")
+        return
     if len(names) > 1:
         sys.exit(0 if each(names) else 1)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu" and not small:
         raise click.UsageError("true sizes need a GPU, and there is none; add --small")
     of = DTYPES[dtype or ("float32" if device == "cpu" else "bfloat16")]
+    options = {"backend": backend, "max_contexts": contexts}
+    make = partial(Run, names[0], device, of, options, small=small, layers=layers)
     with torch.no_grad():
         if check:
-            options = {"sessions": sessions, "count": count, "rounds": rounds, "backend": backend}
-            row = checked(names[0], limit, small=small, device=device, dtype=of, **options)
+            row = checked(make, names[0], limit, sessions, count, rounds)
             click.echo(json.dumps(row))
             sys.exit(0 if row["right"] else 1)
-        run = Run(names[0], small, device, of, backend)
+        run = make()
         compiled, prompts, _ = run.ask(sessions, count)
         began = time.monotonic()
         answers = on_threads(run.model, compiled, prompts, count, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,35 +42,57 @@ class Model:
     prompt: Callable[[int], Prompt]
 
 
-def make(name: str, *, small: bool = True, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+class Given(NamedTuple):
+    """As which a model is made: see :func:`make`."""
+
+    small: bool
+    device: torch.device
+    dtype: torch.dtype
+    layers: int | None
+
+
+def make(
+    name: str,
+    *,
+    small: bool = True,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    layers: int | None = None,
+) -> Model:
     """The model of this name; the same weights each time. Raises ``LookupError`` for another name.
 
-    ``small``: for a CPU. At true size the weights are made on the device, quantized ones as such.
+    At true size the weights are made on the device, quantized ones as such.
+
+    :param small: for a CPU
+    :param device: ``meta`` gives a model without weights, which tells sizes
+    :param layers: so many of the language model's layers in the place of all
     """
     if name not in MAKERS:
         raise LookupError(f"no model {name!r}; there are {', '.join(MAKERS)}")
     with torch.no_grad():
-        return MAKERS[name](name, small, torch.device(device), dtype)
+        return MAKERS[name](name, Given(small, torch.device(device), dtype, layers))
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def _filled(
-    kind: str, config: Any, device: torch.device, dtype: torch.dtype, change: Callable[[nn.Module], Any] | None = None
-) -> nn.Module:
+def _filled(kind: str, config: Any, given: Given, change: Callable[[nn.Module], Any] | None = None) -> nn.Module:
     """A class of transformers by name. ``change``: what is done to it before it has memory."""
     import transformers
 
+    if given.layers is not None:
+        config.get_text_config().num_hidden_layers = given.layers
     with torch.device("meta"):
-        model: nn.Module = getattr(transformers, kind)(config).to(dtype)
+        model: nn.Module = getattr(transformers, kind)(config).to(given.dtype)
         if change is not None:
             change(model)
-    return fill(model, device)
+    return fill(model, given.device)
 
 
 def fill(model: nn.Module, device: torch.device) -> nn.Module:
     """Gives a module on ``meta`` memory, and random weights of which no layer makes numbers much larger or smaller."""
+    if device.type == "meta":
+        return model
     generator = torch.Generator(device=device).manual_seed(0)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -161,11 +183,12 @@ def _int4(model: nn.Module) -> nn.Module:
     return quantized.quantize(model, functools.partial(quantized.Int4Weight.of, group=32), lambda name: False)
 
 
-def _glm4v(name: str, small: bool, device: torch.device, dtype: torch.dtype) -> Model:
+def _glm4v(name: str, given: Given) -> Model:
+    small, device, dtype, _ = given
     moe = name == "glm-4.6v-fp8"
     config = configurations.glm4v_moe(small) if moe else configurations.glm4v(small)
     kind = "Glm4vMoeForConditionalGeneration" if moe else "Glm4vForConditionalGeneration"
-    whole: Any = _filled(kind, config, device, dtype, _fp8 if moe else None)
+    whole: Any = _filled(kind, config, given, _fp8 if moe else None)
     grid, text = ((1, 4, 6), 12) if small else ((1, 24, 24), 32)
     width, features = 3 * 2 * 14 * 14, grid[1] * grid[2] // 4
     return Model(
@@ -178,9 +201,10 @@ def _glm4v(name: str, small: bool, device: torch.device, dtype: torch.dtype) -> 
     )
 
 
-def _hunyuan(name: str, small: bool, device: torch.device, dtype: torch.dtype) -> Model:
+def _hunyuan(name: str, given: Given) -> Model:
+    small, device, dtype, _ = given
     config = configurations.hunyuan_vl(small)
-    whole: Any = _filled("HunYuanVLForConditionalGeneration", config, device, dtype)
+    whole: Any = _filled("HunYuanVLForConditionalGeneration", config, given)
     grid, text = ((1, 4, 6), 12) if small else ((1, 32, 32), 32)
     features = grid[1] // 2 * (grid[2] // 2 + 1) + 2
     return Model(
@@ -193,9 +217,10 @@ def _hunyuan(name: str, small: bool, device: torch.device, dtype: torch.dtype) -
     )
 
 
-def _glmasr(name: str, small: bool, device: torch.device, dtype: torch.dtype) -> Model:
+def _glmasr(name: str, given: Given) -> Model:
+    small, device, dtype, _ = given
     config = configurations.glmasr(small)
-    whole: Any = _filled("GlmAsrForConditionalGeneration", config, device, dtype)
+    whole: Any = _filled("GlmAsrForConditionalGeneration", config, given)
     frames, text = (64, 12) if small else (3000, 32)
     return Model(
         name,
@@ -211,27 +236,28 @@ def _glmasr(name: str, small: bool, device: torch.device, dtype: torch.dtype) ->
 KIMI_LAYERS = 8
 
 
-def _written(name: str, small: bool, device: torch.device, dtype: torch.dtype) -> Model:
+def _written(name: str, given: Given) -> Model:
     """Those that read text alone."""
+    small, device, dtype, _ = given
     flow = None
     if name == "kimi-k2-thinking":
         config = configurations.deepseek_v3(small, KIMI_LAYERS)
-        whole: Any = _filled("DeepseekV3ForCausalLM", config, device, dtype, _int4)
+        whole: Any = _filled("DeepseekV3ForCausalLM", config, given, _int4)
     elif name == "glm-tts":
         config = configurations.llama(small)
-        whole = _filled("LlamaForCausalLM", config, device, dtype)
+        whole = _filled("LlamaForCausalLM", config, given)
         with torch.device("meta"):
             sizes = {"bins": 16, "hidden": 32, "layers": 2, "heads": 2} if small else {}
             flow = Flow(config.vocab_size, **sizes).to(dtype)
         fill(flow, device)
     else:
         config = configurations.qwen2(small)
-        whole = _filled("Qwen2ForCausalLM", config, device, dtype)
+        whole = _filled("Qwen2ForCausalLM", config, given)
     prompt = functools.partial(_text, config.vocab_size, 12 if small else 128, device)
     return Model(name, whole, None, Language(whole.model, whole.lm_head).eval(), flow, prompt)
 
 
-MAKERS: dict[str, Callable[[str, bool, torch.device, torch.dtype], Model]] = {
+MAKERS: dict[str, Callable[[str, Given], Model]] = {
     "autoglm-phone-9b": _glm4v,
     "glm-4.6v-fp8": _glm4v,
     "kimi-k2-thinking": _written,

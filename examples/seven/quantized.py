@@ -36,9 +36,7 @@ class Fp8Weight(nn.Module):
     def __init__(self, *shape: int, block: tuple[int, int] = (128, 128), device: torch.device | None = None) -> None:
         super().__init__()
         if len(shape) < 2 or min(block) < 1:
-            raise ValueError(
-                f"given the shape {shape} and blocks of {block}; expected a matrix and sizes of at least 1"
-            )
+            raise ValueError(f"given the shape {shape}, blocks of {block}; expected a matrix, and sizes of at least 1")
         self.block = block
         *stack, rows, columns = shape
         scales = (*stack, -(-rows // block[0]), -(-columns // block[1]))
