@@ -3,10 +3,14 @@
 PyTorch's operators, but some results pass through a *scratch tensor* that belongs to the instance: they are written
 there and read again by what follows. Two runs of one instance that overlap on the device mix up their values, and the
 race checker sees the two accesses.
+
+Of a program for many sizes, the scratch tensor is as large as the largest of them need, or those that an instance is
+for; and an instance cannot be captured on other shapes than those of its last run.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -20,9 +24,11 @@ import anabranch.sim
 from anabranch import backends
 from anabranch.backends import Options, Stateful
 from anabranch.devices import Device, get_device
-from anabranch.export import Program
+from anabranch.export import Program, shape_at
 
 NAME = "stateful"
+#: Of a size that varies and was not declared.
+LARGEST = 64
 
 
 class Code:
@@ -48,12 +54,13 @@ class ScratchInstance:
     #: Those that somebody still has.
     alive: ClassVar[weakref.WeakSet[ScratchInstance]] = weakref.WeakSet()
 
-    def __init__(self, owner: ScratchKernels, own: Any) -> None:
+    def __init__(self, owner: ScratchKernels, own: Any, values: Any = None) -> None:
         self._owner, self._own = owner, own
+        self._shapes: list[torch.Size] | None = None
         # One piece for all held results: they follow each other in the graph, and each is read before the next.
-        self.scratch = torch.empty(owner.nbytes, dtype=torch.uint8, device=owner.device) if owner.nbytes else None
-        self.nbytes = owner.nbytes
-        holds = {name: _Hold(self.scratch, like, own) for name, like in owner.held.items()}
+        self.nbytes = owner.nbytes_at(values)
+        self.scratch = torch.empty(self.nbytes, dtype=torch.uint8, device=owner.device) if self.nbytes else None
+        holds = {name: _Hold(self.scratch, own) for name in owner.held}
         # What the graph's code calls by name.
         self._holds = SimpleNamespace(**holds)
         self.alive.add(self)
@@ -65,6 +72,10 @@ class ScratchInstance:
         self._own.query()
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        seam, shapes = self._owner.seam, [x.shape for x in inputs]
+        if seam.is_capturing(seam.current_stream(self._owner.device.index)):
+            assert shapes == self._shapes, "captured on shapes that it was not run on"
+        self._shapes = shapes
         results: Sequence[torch.Tensor] = self._owner.forward(self._holds, *self._owner.weights, *inputs)
         return results
 
@@ -81,28 +92,28 @@ class ScratchInstance:
 class _Hold:
     """Writes a result to the scratch tensor and reads it back."""
 
-    def __init__(self, scratch: Any, like: torch.Tensor, own: Any) -> None:
-        nbytes = like.numel() * like.element_size()
-        self._slot = scratch[:nbytes].view(like.dtype).as_strided(like.size(), like.stride())
+    def __init__(self, scratch: Any, own: Any) -> None:
+        self._scratch = scratch
         self._device, self._own = scratch.device, own
         self._fork, self._join = torch.Event(scratch.device.type), torch.Event(scratch.device.type)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         seam = get_device(self._device.type)
         stream = seam.current_stream(self._device.index)
+        slot = self._scratch[: x.numel() * x.element_size()].view(x.dtype).as_strided(x.size(), x.stride())
         if stream.stream_id:
-            self._slot.copy_(x)
+            slot.copy_(x)
         else:
             # As TensorRT, which must not run on the default stream: on the instance's own, between fork and join.
             self._fork.record(stream)
             self._own.wait_event(self._fork)
             try:
                 with seam.on_stream(self._own):
-                    self._slot.copy_(x)
+                    slot.copy_(x)
             finally:
                 self._join.record(self._own)
                 stream.wait_event(self._join)
-        return self._slot.clone()
+        return slot.clone()
 
 
 class ScratchKernels(Stateful):
@@ -124,14 +135,23 @@ class ScratchKernels(Stateful):
                 read = self.graph.call_module(name, (node,))
             read.meta = dict(node.meta)
             node.replace_all_uses_with(read, delete_user_cb=lambda user, read=read: user is not read)
-        self.nbytes = max((x.numel() * x.element_size() for x in self.held.values()), default=0)
+        self._largest: dict[Any, int] = {}
+        if program.sizes is not None and program.sizes.free:
+            known = program.sizes.known()
+            self._largest = {s: LARGEST if s not in known.declared else known.declared[s].max for s in known.bounds}
+            program.sizes.narrow({s: (low, self._largest[s]) for s, (low, _) in known.bounds.items()})
         self.forward: Any = type(fx.GraphModule(root, self.graph)).forward
 
-    def instance(self, own: Any) -> ScratchInstance:
-        return ScratchInstance(self, own)
+    def nbytes_at(self, values: Any) -> int:
+        """Of the scratch tensor; ``values``: of the symbols in sizes, where it is for these alone."""
+        at = self._largest if values is None else values
+        return max((math.prod(shape_at(x.shape, at)) * x.element_size() for x in self.held.values()), default=0)
+
+    def instance(self, own: Any, values: Any = None) -> ScratchInstance:
+        return ScratchInstance(self, own, values)
 
     def describe(self) -> list[str]:
-        return [f"{len(self.held)} results pass through a scratch tensor of {self.nbytes} bytes"]
+        return [f"{len(self.held)} results pass through a scratch tensor of {self.nbytes_at(None)} bytes"]
 
 
 def _can_be_held(node: fx.Node) -> bool:

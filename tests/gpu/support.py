@@ -41,7 +41,7 @@ class Gpu(Rig):
     """Streams, latches and inputs of one test. Every latch is opened at its end, whatever happened."""
 
     kind = "cuda"
-    # Instantiating a graph takes memory of the driver's, which it may first have to wait for: for the held streams, too.
+    # Instantiating a graph takes memory of the driver's, which may have to wait for all streams, the held ones too.
     builds_ahead = True
     small_blocks = 5000  # of 512 bytes, in 2 MiB
 

@@ -109,6 +109,48 @@ def test_contexts_are_built_while_other_code_works(gpu: Gpu, compiled: Make) -> 
     assert engine.stats().captures > 16
 
 
+class Convolves(torch.nn.Module):
+    """Needs a handle of cuDNN's and one of cuBLAS's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.out(torch.relu(self.conv(x)))
+        return y
+
+
+@pytest.mark.clause(6)
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("mode", ["global", "thread_local"])
+def test_a_thread_that_never_ran_a_kernel_calls_inside_its_capture(
+    gpu: Gpu, compiled: Make, backend: str, mode: str
+) -> None:
+    sources = [gpu.random(2, 3, 16, 16) for _ in range(2)]
+    engine = compiled(Convolves(), sources[0], backend=backend)
+    expected = [gpu.load_kernels(engine, x) for x in sources]
+    # Handles that threads before have left behind are taken again: as many threads as there may be, at once.
+    there, found, inputs = threading.Barrier(12, timeout=60), list[Any](), [x.clone() for x in sources[:1] * 12]
+    turns = threading.Lock()  # PyTorch allows one capture at a time
+
+    def work(i: int) -> None:
+        graph = torch.cuda.CUDAGraph()
+        there.wait()
+        with turns, gpu.capture(graph, mode):
+            y = engine(inputs[i])
+        there.wait()
+        found.append((graph, inputs[i], y))
+
+    on_threads(12, work)
+    for graph, x, y in found:
+        for source, wanted in zip(sources, expected, strict=True):
+            x.copy_(source)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert_same(y, wanted)
+
+
 @PATHS
 def test_ten_thousand_calls_do_not_grow(gpu: Gpu, compiled: Make, graphs: bool) -> None:
     x = gpu.random(4, 256)

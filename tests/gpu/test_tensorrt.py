@@ -182,7 +182,7 @@ def test_every_kernel_waits_for_the_whole_of_the_one_before(gpu: Gpu, compiled: 
         instance.prepare_direct()
         torch.cuda.synchronize()
         call = instance._all[0]
-        assert call._whole is not None, "TensorRT starts no kernel of it early: the test has no object"
+        assert call._buffers is not None, "TensorRT starts no kernel of it early: the test has no object"
         raw, whole = (torch.cuda.CUDAGraph(keep_graph=True) for _ in range(2))
         for graph, queue in ((raw, call._execute), (whole, call._capture)):
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):

@@ -16,7 +16,7 @@ import torch
 import anabranch
 from contract import stateful
 from contract.stateful import ScratchInstance
-from contract.support import PATHS, Make, Mlp, Rig, assert_same, on_threads
+from contract.support import PATHS, ROUNDING, Make, Mlp, Rig, assert_same, on_threads
 
 #: Those that other tests of this process keep: programs for the explorer make engines when they are imported.
 _others: list[ScratchInstance] = []
@@ -195,3 +195,62 @@ def test_explain_says_what_there_is(rig: Rig, compiled: Make) -> None:
     assert "2 results pass through a scratch tensor of 4096 bytes" in engine.explain()
     assert "instances of direct calls: 3, " in engine.explain()
     assert "instances for callers' graphs: 2 left" in engine.explain()
+
+
+@PATHS
+def test_a_range_has_one_pool_of_instances_for_all_shapes(rig: Rig, compiled: Make, graphs: bool) -> None:
+    sources = [rig.random(n, 64) for n in (2, 3, 5, 8, 13, 21, 34, 55)]
+    engine = compiled(Mlp(64), sources[2], dynamic=True, cuda_graphs=graphs, max_contexts=3)
+    expected = [rig.load_kernels(engine, x) for x in sources]
+
+    def work(i: int) -> None:
+        with rig.module.stream(rig.stream()):
+            for k in range(24):
+                assert_same(engine(sources[(i + k) % 8]), expected[(i + k) % 8])
+
+    on_threads(8, work)
+    engine._shapes.wait()
+    assert engine.stats().specializations == 1, "something was compiled within the range"
+    (of_range,) = engine._table.ranges
+    pool = of_range.calls.direct.instances
+    assert 1 <= len(pool) <= 3
+    shapes = [made for made in engine._table if made is not of_range]
+    assert bool(shapes) is graphs
+    for made in shapes:
+        made.retire()  # as where another shape gets its contexts: calls run direct
+        n = made.signature.given[0].shape[0]
+        k = next(k for k, x in enumerate(sources) if len(x) == n)
+        assert_same(engine(sources[k]), expected[k])
+        assert not len(made.calls.direct.instances), "a shape has instances of its own for direct calls"
+    assert len(pool) <= 3
+    # What is captured for one shape is as large as that shape needs.
+    small = {x.nbytes for x in set(ScratchInstance.alive) - set(_others)} - {of_range.choice.kernels.nbytes_at(None)}
+    assert bool(small) is graphs
+
+
+def test_beyond_what_a_range_was_lowered_for_there_is_another(rig: Rig, compiled: Make) -> None:
+    engine = compiled(Mlp(64), rig.random(4, 64), dynamic=True, cuda_graphs=False)
+    for n in (stateful.LARGEST, stateful.LARGEST + 1):
+        x = rig.random(n, 64)
+        assert_same(engine(x), torch.cat([engine(row) for row in x.split(1)]), rounding=ROUNDING)
+    assert engine.stats().specializations == 3, "two ranges, and what is of size 1"
+
+
+def test_a_shape_of_a_range_has_to_run_before_it_is_captured(rig: Rig, compiled: Make) -> None:
+    x, other = rig.random(4, 64), rig.random(6, 64)
+    engine = compiled(Mlp(64), x, dynamic=True, cuda_graphs=True)
+    expected = rig.load_kernels(engine, other)
+    graph = rig.new_graph()
+    with rig.capture(graph):
+        with pytest.raises(anabranch.NotCapturable, match=r"stateful has to run on inputs of its shapes once before"):
+            engine(other)
+        y = engine(x)
+    graph.replay()
+    rig.module.synchronize()
+    assert_same(y, engine(x))
+    engine.warm([other])
+    graph, x2, y2 = captured(rig, engine, other)
+    x2.copy_(other)
+    graph.replay()
+    rig.module.synchronize()
+    assert_same(y2, expected)

@@ -195,6 +195,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("could not make an execution context: {said(complaints)}", "Free device memory", "use another backend"),
         ("TensorRT says that its work cannot be captured", "needs a capture", "use another backend"),
         ("could not run the engine: {said(complaints)}", "Compile it again, or with another backend"),
+        ("does not take shape {list(shape)} for {name}", "Compile with dynamic=False, or with another backend"),
     ],
     "src/anabranch/backends/tensorrt/_library.py": [
         ("which cannot be imported here ({", "needs TensorRT", "Do: pip install"),
@@ -564,6 +565,11 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "no execution context of {self._backend} is left",
             "each captured graph keeps one",
             "call engine.warm(captures=N)",
+        ),
+        (
+            "{self._backend} has to run on inputs of its shapes once before",
+            "call engine.warm(inputs) with inputs of these shapes",
+            "or compile with dynamic=False",
         ),
     ],
     "src/anabranch/dynamo.py": [("was given {given}", "expected options= with none but {")],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,10 +67,11 @@ class Stateful(ABC):
     graph: fx.Graph
 
     @abstractmethod
-    def instance(self, own: Stream | None) -> Instance:
+    def instance(self, own: Stream | None, values: Mapping[Any, int] | None = None) -> Instance:
         """New state, allocated on the current stream from the current memory pool. May be slow. Any thread.
 
         ``own``: a stream that nobody else has while the instance lives, for what must not run on the caller's.
+        ``values``: of a program for many sizes, what its symbols stand for in all runs that this one is for.
         """
 
     @abstractmethod
@@ -98,6 +99,11 @@ class Backend(Protocol):
         """
 
 
-def of_one(kernels: Kernels | Stateful, own: Stream | None) -> Kernels | Instance:
-    """What one graph, or one thread by itself, may run: an instance of its own where there is state."""
-    return kernels.instance(own) if isinstance(kernels, Stateful) else kernels
+def of_one(
+    kernels: Kernels | Stateful, own: Stream | None, values: Mapping[Any, int] | None = None
+) -> Kernels | Instance:
+    """What one graph, or one thread by itself, may run: an instance of its own where there is state.
+
+    ``values``: see :meth:`Stateful.instance`.
+    """
+    return kernels.instance(own, values) if isinstance(kernels, Stateful) else kernels

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from anabranch.backends._steps import Steps
+
 _aten = torch.ops.aten
 
 
@@ -41,23 +43,14 @@ def _is_floor_division(node: fx.Node) -> bool:
     return node.target in (_aten.div.Tensor_mode, _aten.div.Scalar_mode) and node.kwargs.get("rounding_mode") == "floor"
 
 
-class _Steps:
-    """Operators that are put before a node, each with the value that it has there. Operands get the node's dtype."""
+class _Steps(Steps):
+    """Steps of an operator with two operands, which get its dtype."""
 
     def __init__(self, node: fx.Node, value: torch.Tensor) -> None:
-        self.node, self.mode = node, getattr(value, "fake_mode", None)
+        super().__init__(node, value)
         a, b = (self._floating(x, value.dtype) for x in node.args[:2])
         self.a: fx.Node = a if isinstance(a, fx.Node) else self(_aten.full_like.default, b, a)
         self.b: Any = b
-
-    def __call__(self, target: Any, *args: Any) -> fx.Node:
-        with self.node.graph.inserting_before(self.node):
-            made: fx.Node = self.node.graph.call_function(target, args)
-        if "stack_trace" in self.node.meta:
-            made.meta["stack_trace"] = self.node.meta["stack_trace"]
-        with self.mode or torch.no_grad():
-            made.meta["val"] = target(*[a.meta["val"] if isinstance(a, fx.Node) else a for a in args])
-        return made
 
     def _floating(self, x: Any, dtype: torch.dtype) -> Any:
         value = x.meta["val"] if isinstance(x, fx.Node) else None
@@ -74,10 +67,6 @@ class _Steps:
             is_below, is_above = self(_aten.lt.Scalar, left, 0), self(_aten.gt.Scalar, left, 0)
             other_sign = self(_aten.where.self, self(_aten.lt.Scalar, b, 0), is_above, is_below)
         return left, self(_aten.logical_and.default, self(_aten.ne.Scalar, left, 0), other_sign)
-
-    def replace(self, result: fx.Node) -> None:
-        self.node.replace_all_uses_with(result)
-        self.node.graph.erase_node(self.node)
 
 
 def _remainder(step: _Steps) -> None:

@@ -16,6 +16,7 @@ from torch import fx
 from anabranch.backends._backend import Kernels, Options, Wrapped
 from anabranch.backends._faults import avoid
 from anabranch.backends._layouts import keep_layouts, keeping_strides
+from anabranch.backends._single_rows import reduce_single_rows
 from anabranch.errors import BuildError
 from anabranch.export import Program, replaced, undisturbed
 
@@ -61,6 +62,7 @@ class _Inductor:
             ):
                 module = copy.deepcopy(program.module)  # it is rewritten; the plan still shows the original
                 avoid(module)
+                reduce_single_rows(module)
                 keep_layouts(module)
                 given: list[Any] = [*weights, *examples]
                 artifact = standalone_compile(

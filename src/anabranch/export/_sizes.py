@@ -87,6 +87,26 @@ class _Assumed:
     guards: tuple[tuple[Callable[..., Any], str], ...]
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of the symbols of a program while it is being compiled."""
+
+    #: Of each symbol, the least value and the largest, or None.
+    bounds: Mapping[Any, tuple[int, int | None]]
+    #: The values that they have in the call that the program was exported for.
+    hints: Mapping[Any, int]
+    #: What the user has said of them.
+    declared: Mapping[Any, Dim]
+    guards: tuple[tuple[Callable[..., Any], str], ...]
+
+    def allows(self, values: Mapping[Any, int]) -> bool:
+        """Whether the program is right for these values, as far as is known."""
+        ordered = [values[symbol] for symbol in self.bounds]
+        bounds = zip(ordered, self.bounds.values(), strict=True)
+        within = all(low <= n and (high is None or n <= high) for n, (low, high) in bounds)
+        return within and all(bool(holds(*ordered)) for holds, _ in self.guards)
+
+
 class Sizes:
     """The sizes of a program's inputs, numbers or symbols, and what was assumed of the symbols.
 
@@ -99,12 +119,16 @@ class Sizes:
         symbols: list[Any] = [n for shape in self._inputs for n in shape if isinstance(n, torch.SymInt)]
         self._env: Any = symbols[0].node.shape_env if symbols else None
         self._assumed: _Assumed | None = None
+        #: What a compiler makes kernels for, of each symbol, where that is less than what the program is right for.
+        self._narrowed: dict[Any, tuple[int, int]] = {}
+        #: Bounds that the user has given: of input and dimension.
+        self.declared: Mapping[tuple[int, int], Dim] = {}
 
     @property
     def free(self) -> frozenset[tuple[int, int]]:
         """Input and dimension of each size that is no number."""
         places = ((i, d, n) for i, shape in enumerate(self._inputs) for d, n in enumerate(shape))
-        return frozenset((i, d) for i, d, n in places if not isinstance(_plain(n), int))
+        return frozenset((i, d) for i, d, n in places if not isinstance(plain_size(n), int))
 
     def why_fixed(self, wanted: Iterable[tuple[int, int]]) -> str:
         """Which sizes were to vary and cannot, with the model's line that made it so where that is known."""
@@ -117,24 +141,44 @@ class Sizes:
 
     def settle(self) -> None:
         """All kernels are made: nothing more is going to be assumed. Nothing here changes any more. May be repeated."""
-        if self._assumed is not None:
-            return
-        shapes = tuple(tuple(map(_plain, shape)) for shape in self._inputs)
+        if self._assumed is None:
+            self._assumed = self._assumptions()
+            self._env = None
+
+    def narrow(self, bounds: Mapping[Any, tuple[int, int]]) -> None:
+        """Kernels are made for these values of symbols only, bounds included. Before :meth:`settle`."""
+        self._narrowed.update(bounds)
+
+    def known(self) -> Known:
+        """What is assumed of the symbols so far. Before :meth:`settle`."""
+        assumed = self._assumptions()
+        hints: dict[Any, int] = {}
+        declared: dict[Any, Dim] = {}
+        for i, shape in enumerate(self._inputs):
+            for d, n in enumerate(shape):
+                symbol = plain_size(n)
+                if isinstance(n, torch.SymInt) and symbol in assumed.bounds:
+                    hints[symbol] = int(n.node.hint)
+                    if (i, d) in self.declared:
+                        declared[symbol] = self.declared[i, d]
+        return Known(assumed.bounds, hints, declared, assumed.guards)
+
+    def _assumptions(self) -> _Assumed:
+        shapes = tuple(tuple(map(plain_size, shape)) for shape in self._inputs)
         used = list(dict.fromkeys(s for shape in shapes for n in shape if not isinstance(n, int) for s in _symbols(n)))
         bounds: dict[Any, tuple[int, int | None]] = {}
         guards = []
         for s in used:
             r = self._env.var_to_range[s]
-            bounds[s] = int(r.lower), int(r.upper) if r.upper.is_Integer else None
+            bounds[s] = self._narrowed.get(s, (int(r.lower), int(r.upper) if r.upper.is_Integer else None))
         names = {str(s): f"size {d} of input {i}" for i, shape in enumerate(shapes) for d, s in enumerate(shape)}
         for expr in dict.fromkeys(guard.expr for guard in self._env.guards) if used else ():
             expr = self._env.replace(expr)
             if not expr.free_symbols or any(map(self._env.is_unbacked_symint, expr.free_symbols)):
                 continue  # what concerns sizes that depend on data is checked while the program runs
             text = re.sub(r"\bs\d+\b", lambda found: names.get(found[0], found[0]), str(expr))
-            guards.append((_function(expr, used), f"{text} does not hold"))
-        self._assumed = _Assumed(shapes, bounds, tuple(guards))
-        self._env = None
+            guards.append((function_of(expr, used), f"{text} does not hold"))
+        return _Assumed(shapes, bounds, tuple(guards))
 
     def values(self, shapes: Sequence[Sequence[int]]) -> dict[Any, int]:
         """Of the symbols, where the inputs have these shapes, which must not be refused."""
@@ -150,7 +194,7 @@ class Sizes:
         values = self.values(shapes)
         for change in (lambda n: n + 1, lambda n: n - 1, lambda n: 2 * n, lambda n: n // 2):
             changed = {symbol: change(n) for symbol, n in values.items()}
-            made = [tuple(_at(n, changed) for n in shape) for shape in self._assumed.shapes]
+            made = [tuple(size_of(n, changed) for n in shape) for shape in self._assumed.shapes]
             if min((n for shape in made for n in shape), default=0) > 1 and not self.refuses(made):
                 return made
         return None
@@ -182,7 +226,8 @@ class Sizes:
         return next((text for holds, text in assumed.guards if not holds(*ordered)), "")
 
 
-def _at(n: Any, values: Mapping[Any, int]) -> int:
+def size_of(n: Any, values: Mapping[Any, int]) -> int:
+    """A size that is a number, or an expression of symbols that have these values."""
     return n if isinstance(n, int) else int(n.xreplace(values))
 
 
@@ -190,7 +235,7 @@ def _symbols(expr: Any) -> list[Any]:
     return sorted(expr.free_symbols, key=str)
 
 
-def _function(expr: Any, symbols: Sequence[Any]) -> Callable[..., Any]:
+def function_of(expr: Any, symbols: Sequence[Any]) -> Callable[..., Any]:
     """``expr`` as a function of the values of ``symbols``."""
     from torch.utils._sympy.printers import PythonPrinter
 
@@ -248,7 +293,7 @@ def shape_at(sizes: Iterable[Any], values: Mapping[Any, int] | None = None) -> t
     return tuple(int(size_at(n, values)) for n in sizes)  # type: ignore[arg-type]
 
 
-def _plain(n: Any) -> Any:
+def plain_size(n: Any) -> Any:
     """A size as a number, or as an expression of symbols."""
     if isinstance(n, int):
         return n

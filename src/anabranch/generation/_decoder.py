@@ -1,8 +1,8 @@
 """A model of transformers with a static cache whose tensors are buffers: state, for an engine.
 
-The caches of transformers keep a counter for each layer, and those of sliding windows count in Python's numbers, which a
-graph would freeze. Here is one counter for all layers, a tensor, and each layer keeps all tokens: a window is a matter of
-the mask alone, so it is right however far the text goes beyond it.
+The caches of transformers keep a counter for each layer; those of sliding windows count in Python's numbers, which a
+graph would freeze. Here is one counter for all layers, a tensor, and each layer keeps all tokens: windows are a matter of
+the mask alone, so they are right however far the text goes beyond them.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class Decoder(torch.nn.Module):
         keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"logits_to_keep": 1} if keeps_last else {}
         made = self._made_by_one_token(source)
-        pairs = [("", made.self_attention_cache), ("cross_", made.cross_attention_cache)] if self.encodes else [("", made)]
+        pairs = (
+            [("", made.self_attention_cache), ("cross_", made.cross_attention_cache)] if self.encodes else [("", made)]
+        )
         self._layers = 0
         for prefix, cache in pairs:
             self._layers = len(cache.layers)
@@ -143,9 +145,7 @@ class Decoder(torch.nn.Module):
         return out.logits[:, -1]
 
     def _decode(self, input_ids: Any, own: Cache, source: torch.Tensor | None = None, **inputs: Any) -> Any:
-        cross = Cache(
-            layers=[_CrossLayer(*self._buffers_of("cross_", i), source is None) for i in range(self._layers)]
-        )
+        cross = Cache(layers=[_CrossLayer(*self._buffers_of("cross_", i), source is None) for i in range(self._layers)])
         if source is not None:
             encoded = self.model.get_encoder()(source)[0]
         else:

@@ -66,7 +66,8 @@ class Bound:
         holding.callback(on_lane.close)
         scratch = given or device.scratch(index)
         try:
-            what = (partial(of_one, kernels), self._unit.specs, self._unit.workspaces, log)
+            unit = self._unit
+            what = (partial(of_one, kernels, values=unit.program.values), unit.specs, unit.workspaces, log)
             if self.known is None:
                 made = _recorder.record(device, lane, memory, scratch, *what)
             else:

@@ -19,6 +19,7 @@ from anabranch.runtime._calls import Calls
 from anabranch.runtime._comparison import why_off
 from anabranch.runtime._context import Context
 from anabranch.runtime._cost import measure
+from anabranch.runtime._instances import Instances
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import neutral, process
 from anabranch.runtime._unit import Unit
@@ -37,6 +38,8 @@ class Choice:
     why_eager: str
     #: Of the backend.
     kernels: Kernels | Stateful | None = None
+    #: Of kernels that have state.
+    instances: Instances | None = None
     uses_graphs: bool = False
     #: Why calls use graphs, or do not.
     reason: str = ""
@@ -83,7 +86,8 @@ class Builder:
             with self._clock.phase("warm-up"):
                 if not choice.uses_graphs:
                     instances.prepare(1)
-                instances.prepare_spare(1)  # a call in a caller's capture cannot build any
+                if not unit.signature.is_range:
+                    instances.prepare_spare(1)  # a call in a caller's capture cannot build any
         unit.watch.check()  # another thread may have set a flag while kernels were chosen and captured
         return choice
 
@@ -165,7 +169,7 @@ class Builder:
         if self._lowered is not None:
             choice.kernels = self._lowered.kernels
             assert choice.kernels is not None
-            return of_one(choice.kernels, own)
+            return of_one(choice.kernels, own, program.values)
         if settings.require_full and choice.backend != settings.backend and not program.is_empty:
             raise BuildError(
                 f"require_full=True given, and backend {settings.backend!r} does not run this model:"
@@ -182,7 +186,10 @@ class Builder:
 
     def _set_kernels(self) -> None:
         assert self._choice.kernels is not None
+        if self._lowered is not None:
+            self._calls.direct.of_range = self._lowered.instances
         self._calls.set_kernels(self._choice.kernels, self._choice.backend)
+        self._choice.instances = self._calls.direct.instances
 
     def _warm_up(self, run: Kernels | Instance, examples: Sequence[torch.Tensor], times: int) -> None:
         """Run on made-up values: loads and tunes kernels, which no call and no capture may have to do.

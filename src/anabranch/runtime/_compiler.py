@@ -140,8 +140,6 @@ class Compiler:
         """A specialization for many values of these sizes; or why there can be none."""
         if signature.layouts is not None:
             return ""  # this call's alone
-        if self._settings.backend == "tensorrt":
-            return "TensorRT's engines are for one shape"
         places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
         tensors = frozenset((places.index(i), d) for i, d in free)
         try:
@@ -150,6 +148,8 @@ class Compiler:
                 program = self._export(signature, given, clock, free=tensors)
                 sizes = program.sizes
                 assert sizes is not None
+                declared = self._table.ranges.declared(key)
+                sizes.declared = {(places.index(i), d): dim for (i, d), dim in declared.items()}
                 if not sizes.free or (sizes.free != tensors and self._table.ranges.is_declared(key)):
                     return sizes.why_fixed(tensors)
                 why = program.why_not_by_shape

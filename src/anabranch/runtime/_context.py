@@ -83,7 +83,7 @@ class Context:
                 lane.load_workspaces()
             with device.on_stream(lane.stream), memory.using():
                 inputs = unit.examples()
-                run = of_one(kernels, lane.stream)
+                run = of_one(kernels, lane.stream, unit.program.values)
                 # Per-thread and per-stream set-up of libraries is not allowed to happen inside the capture.
                 run(inputs)
             graph, results = device.capture(lane, memory, lambda: run(inputs))

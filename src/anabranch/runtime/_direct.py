@@ -30,13 +30,15 @@ class Direct:
     def __init__(self, unit: Unit) -> None:
         self._unit, self._device = unit, unit.device
         self.last_uses = LastUses(unit.device, unit.index, unit.program.weights)
+        #: Of one for many sizes that has the kernels for these: what serves direct calls of all of them.
+        self.of_range: Instances | None = None
         #: Set while the specialization is built.
         self.kernels: Kernels
         self._backend: str
 
     def set_kernels(self, kernels: Kernels | Stateful, backend: str) -> None:
         """What calls run from now on. With the build lock held."""
-        self.kernels = Instances(self._unit, kernels) if isinstance(kernels, Stateful) else kernels
+        self.kernels = Instances(self._unit, kernels, self.of_range) if isinstance(kernels, Stateful) else kernels
         self._backend = backend
 
     @property
@@ -153,6 +155,12 @@ class Direct:
         """What a call may run on ``lane``, in the capture under way on ``stream``, for as long as its graph lives."""
         if not isinstance(self.kernels, Instances):
             return self.kernels
+        if self._unit.signature.is_range:
+            raise NotCapturable(
+                f"this call is inside a CUDA graph capture, and {self._backend} has to run on inputs of its shapes"
+                " once before. Before the capture call engine.warm(inputs) with inputs of these shapes, unless"
+                " cuda_graphs=False was given; or compile with dynamic=False."
+            )
         for kept in self._device.kept_by_capture(stream):
             if isinstance(kept, _Kept) and kept.owner is self and kept.lane is lane:
                 return kept.member.run  # calls of one capture and stream follow each other

@@ -57,7 +57,9 @@ class Instances:
     stream, and captured while a direct call is in flight for which neither it nor the host could wait.
     """
 
-    def __init__(self, unit: Unit, kernels: Stateful) -> None:
+    def __init__(self, unit: Unit, kernels: Stateful, of_range: Instances | None = None) -> None:
+        """``of_range``: those for many sizes, which serve direct calls of these as well."""
+        self._of_range = of_range
         self._unit, self._device, self._kernels = unit, unit.device, kernels
         self._most: int = unit.limits.max_contexts
         self._limits = Limits(self._most, None)
@@ -79,6 +81,8 @@ class Instances:
 
     def prepare(self, n: int) -> int:
         """Build until direct calls have ``n``, or as many as they may; returns how many they have."""
+        if self._of_range is not None:
+            return self._of_range.prepare(n)
         with self._building:
             while len(self._pool) < min(n, self._most):
                 reservation = self._limits.book(0)
@@ -114,6 +118,8 @@ class Instances:
             pass
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if self._of_range is not None:
+            return self._of_range(inputs)
         stream = self._device.current_stream(self._unit.index)
         member = self._acquire(stream.stream_id)
         try:
@@ -156,7 +162,7 @@ class Instances:
                 if self._unit.workspaces:
                     lane.load_workspaces()
                 with device.on_stream(lane.stream), memory.using():
-                    run = self._kernels.instance(lane.stream)
+                    run = self._kernels.instance(lane.stream, self._unit.program.values)
                     # What is set up at a first run may wait for the device, or must not happen inside a capture.
                     run(self._unit.examples())
                     run.prepare_direct()

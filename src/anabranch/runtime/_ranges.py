@@ -66,10 +66,13 @@ class Ranges:
         if loose is not None and dims:
             self._alike[loose] = _Alike(shapes_in(key), frozenset(dims), dict(dims))
 
-    def is_declared(self, key: Any) -> bool:
-        """Whether sizes of calls like this one were declared."""
+    def declared(self, key: Any) -> Mapping[Place, Dim]:
+        """The sizes of calls like this one that were declared."""
         alike = self._alike.get(_loose(key))
-        return alike is not None and bool(alike.declared)
+        return alike.declared if alike is not None else {}
+
+    def is_declared(self, key: Any) -> bool:
+        return bool(self.declared(key))
 
     def check_declared(self, key: Any, why: str) -> None:
         """Raises :class:`~anabranch.errors.UnsupportedModel` if sizes were declared, which cannot vary; ``why``."""

@@ -58,11 +58,24 @@ def _member(library: Library, capability: tuple[int, int]) -> Any:
     return library.api.ComputeCapability.__members__.get(f"SM{capability[0]}{capability[1]}")
 
 
-def build(library: Library, onnx: Path, wanted: Mapping[str, Layout], name: str, target: Target, show: bool) -> bytes:
+#: By an input's name, the least shape, the one to be fastest for, and the largest.
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+def build(
+    library: Library,
+    onnx: Path,
+    wanted: Mapping[str, Layout],
+    name: str,
+    target: Target,
+    show: bool,
+    shapes: Shapes | None = None,
+) -> bytes:
     """Build. The host waits; on the main thread Ctrl-C stops it, with :class:`KeyboardInterrupt`.
 
     ``wanted``: what each input and output has to be, by its name. ``show``: with a progress bar on a terminal's
-    standard error. Raises :class:`Rejected`.
+    standard error. ``shapes``: of the inputs whose sizes vary; they make one optimization profile. Raises
+    :class:`Rejected`.
     """
     api = library.api
     with library.complaints() as complaints:
@@ -87,6 +100,13 @@ def build(library: Library, onnx: Path, wanted: Mapping[str, Layout], name: str,
         # Without it 0 * x is 0 and x - x is 0, also where x is NaN or infinite and PyTorch's result is NaN.
         if hasattr(api.BuilderFlag, "STRICT_NANS"):
             config.set_flag(api.BuilderFlag.STRICT_NANS)
+        varied = [t for t in inputs if -1 in tuple(t.shape)]
+        if varied:
+            profile = builder.create_optimization_profile()
+            for t in varied:
+                profile.set_shape(t.name, *(shapes or {})[t.name])
+            if config.add_optimization_profile(profile) != 0:
+                raise Rejected(f"TensorRT takes no such profile: {said(complaints, target.ahead)}")
         with _interruptible() as interrupted, _progress(name, show) as progress:
             monitor = _monitor(api, progress, interrupted)
             config.progress_monitor = monitor
@@ -102,13 +122,17 @@ def check_tensors(library: Library, wanted: Mapping[str, Layout], found: Mapping
     """Raise :class:`Rejected` unless ``found`` (shape and TensorRT's type, by name) is what is ``wanted``.
 
     Inputs may be missing, as those are that nothing depends on. The exporter leaves some results in another type than
-    PyTorch's, and the parser would take float64 and compute in float32.
+    PyTorch's, and the parser would take float64 and compute in float32. Of a result it need not know that a size does
+    not vary: -1.
     """
     types = dtypes(library)
     for name, (shape, dtype) in found.items():
         layout = wanted.get(name)
-        if layout is None or shape != layout.physical or types.get(dtype) is not layout.dtype:
-            expected = "nothing" if layout is None else f"{layout.dtype}{list(layout.physical)}"
+        bound = layout.bound if layout is not None else ()
+        if name.startswith("output") and len(shape) == len(bound):
+            bound = tuple(-1 if n == -1 else size for n, size in zip(shape, bound, strict=True))
+        if layout is None or shape != bound or types.get(dtype) is not layout.dtype:
+            expected = "nothing" if layout is None else f"{layout.dtype}{list(layout.bound)}"
             raise Rejected(f"TensorRT makes {types.get(dtype, dtype)}{list(shape)} of {name}; expected {expected}")
     missing = [n for n in wanted if n.startswith("output") and n not in found]
     if missing:

@@ -34,11 +34,14 @@ from anabranch.backends.tensorrt._partition import (
     fallback,
     flops,
     is_quantization,
+    missing_owners,
     partition,
     why_not,
 )
+from anabranch.backends.tensorrt._profile import Profile
 from anabranch.errors import BuildError
 from anabranch.export import Program, source_of
+from anabranch.export._sizes import plain_size
 
 _log = logging.getLogger("anabranch.tensorrt")
 
@@ -62,6 +65,8 @@ class Compiled:
     #: Engines that were in the cache.
     reused: int = 0
     cache: Cache = field(default_factory=Cache)
+    #: Of the sizes that vary.
+    profile: Profile | None = None
 
     def report(self) -> list[str]:
         """What runs where, a line each."""
@@ -72,6 +77,8 @@ class Compiled:
             f"{self.library.name} {self.library.version}: {inside} of {everything} operators{share}, in {n}"
             f" engine{'s' * (n != 1)}{f', {self.reused} from the cache' if self.reused else ''}"
         ]
+        if self.profile is not None:
+            lines.append(f"  one optimization profile: {self.profile}")
         if self.inexact_float32:
             lines.append(f"  {self.inexact_float32}")
         return lines + [f"  not in TensorRT: {line}" for line in by_reason(self.fallbacks)]
@@ -105,9 +112,10 @@ def compile_program(
     check_target(library, target)
     cache = cache or Cache()
     device = program.weights[0].device if program.weights else _device(program)
+    profile = Profile.of(program.sizes)
     nodes = {n.name: n for n in program.module.graph.nodes if n.op == "call_function"}
     excluded = {name: why for name, n in nodes.items() if (why := why_not(n))}
-    base = _key(library, program, target)
+    base = _key(library, program, target, profile)
     known = cache.load("partition", base)
     orders: dict[str, Any] = {}
     if known is not None:
@@ -127,10 +135,10 @@ def compile_program(
             if stored is None:
                 try:
                     label = f"{name.strip(chr(95))} ({len(segment.nodes)} operators)"
-                    stored = _serialize(library, segment, label, target, device, show=True)
+                    stored = _serialize(library, segment, label, target, device, True, profile)
                 except (_onnx.Unconvertible, Rejected) as e:
                     _log.info("%s (%s) as a whole: %s", name, sources(program, segment), e)
-                    refused |= _guilty(library, program, segment, target, device, str(e))
+                    refused |= _guilty(library, program, segment, target, device, str(e), profile)
                     continue
                 cache.store("engine", key, stored)
             else:
@@ -169,6 +177,7 @@ def compile_program(
         not target.tf32 and any(work[n] and getattr(n.meta["val"], "dtype", None) is torch.float32 for n in within),
         reused,
         cache,
+        profile,
     )
 
 
@@ -180,20 +189,39 @@ def _device(program: Program) -> torch.device:
 
 
 def _serialize(
-    library: Library, segment: Segment, label: str, target: Target, device: torch.device, show: bool
+    library: Library,
+    segment: Segment,
+    label: str,
+    target: Target,
+    device: torch.device,
+    show: bool,
+    profile: Profile | None = None,
 ) -> bytes:
+    """Build. ``profile``: of sizes that vary. Raises :class:`Rejected` or :class:`_onnx.Unconvertible`."""
+    inputs, outputs, arguments = segment.inputs, segment.outputs, segment.arguments
+    names = zip(_onnx.input_names(len(inputs)), inputs, strict=True)
+    shapes = None
+    if profile is not None:
+        shapes = {name: profile.shapes(x.physical_sizes) for name, x in names}
+        for y in outputs:
+            profile.shapes(y.physical_sizes)  # how large it can get has to be known
     with tempfile.TemporaryDirectory(prefix="anabranch-onnx-") as folder:
         path = Path(folder) / "segment.onnx"
-        _onnx.export(segment.module, segment.inputs, segment.outputs, segment.example(device), path)
-        wanted = _onnx.named(segment.inputs, segment.outputs)
-        return build(library, path, wanted, label, target, show)
+        _onnx.export(segment.module, inputs, outputs, segment.example(device), path, arguments, profile)
+        return build(library, path, _onnx.named(inputs, outputs), label, target, show, shapes)
 
 
 # -- who is to blame ----------------------------------------------------------------------------------------------
 
 
 def _guilty(
-    library: Library, program: Program, segment: Segment, target: Target, device: torch.device, why: str
+    library: Library,
+    program: Program,
+    segment: Segment,
+    target: Target,
+    device: torch.device,
+    why: str,
+    profile: Profile | None,
 ) -> dict[str, str]:
     """The operators of ``segment`` that cannot be built alone; all of them, for the reason given, if each can."""
     nodes = [n for n in program.module.graph.nodes if n.name in segment.nodes and n.op == "call_function"]
@@ -206,7 +234,7 @@ def _guilty(
     def search(group: list[list[fx.Node]]) -> None:
         # One build for many, since the exporter takes half a second however little it is given.
         try:
-            _try(library, [alike[0] for alike in group], weights, target, device)
+            _try(library, [alike[0] for alike in group], weights, target, device, profile)
         except (_onnx.Unconvertible, Rejected) as e:
             if len(group) > 1:
                 search(group[: len(group) // 2])
@@ -235,7 +263,8 @@ def _kind(node: fx.Node) -> str:
 
     def value(x: Any) -> str:
         v = x.meta["val"]
-        return str([(str(t.dtype), t.dim()) for t in (v if isinstance(v, tuple | list) else [v])])
+        tensors = [t for t in (v if isinstance(v, tuple | list) else [v]) if isinstance(t, torch.Tensor)]
+        return str([(str(t.dtype), t.dim()) for t in tensors])
 
     args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
     return f"{node.target} {args} {kwargs}"
@@ -247,18 +276,28 @@ def _try(
     weights: dict[fx.Node, torch.Tensor],
     target: Target,
     device: torch.device,
+    profile: Profile | None,
 ) -> None:
     """Build a network of these operators side by side, each with inputs of its own."""
     graph, root = fx.Graph(), torch.nn.Module()
     inputs: list[Any] = []
+    arguments: list[Any] = []
     known: list[dict[fx.Node, fx.Node]] = []
     for node in nodes:
         known.append({})
         for n in node.all_input_nodes:
             if n not in weights:
-                known[-1][n] = graph.placeholder(f"x{len(inputs)}")
-                known[-1][n].meta["val"] = n.meta["val"]
-                inputs.append(n.meta["val"])
+                known[-1][n] = graph.placeholder(f"x{len(arguments)}")
+                value = known[-1][n].meta["val"] = n.meta["val"]
+                is_tensor = isinstance(value, torch.Tensor)
+                arguments.append(len(inputs) if is_tensor else value.node.expr)
+                inputs += [value] * is_tensor
+    owners = {
+        plain_size(size): n.meta["val"]
+        for n in (nodes[0].graph.find_nodes(op="placeholder") if nodes else ())
+        for size in (n.meta["val"].shape if isinstance(n.meta.get("val"), torch.Tensor) else ())
+    }
+    inputs += missing_owners(arguments, inputs, owners)
     results: list[fx.Node] = []
     outputs: list[Any] = []
     for k, node in enumerate(nodes):
@@ -275,12 +314,10 @@ def _try(
                 outputs.append(v)
     graph.output(tuple(results))
     # Contiguous, whatever they are in the model: the permutations are not on trial.
-    plain, written = (
-        [Layout.of(torch.empty(v.shape, dtype=v.dtype, device="meta")) for v in vs] for vs in (inputs, outputs)
-    )
+    plain, written = ([Layout.of(v).reordered(range(v.dim())) for v in vs] for vs in (inputs, outputs))
     module = fx.GraphModule(root, graph)
-    segment = Segment("trial", module, plain, written, [n.name for n in nodes])
-    _serialize(library, segment, "", target, device, show=False)
+    segment = Segment("trial", module, plain, written, [n.name for n in nodes], arguments)
+    _serialize(library, segment, "", target, device, False, profile)
 
 
 # -- what an engine depends on ------------------------------------------------------------------------------------
@@ -303,13 +340,15 @@ def _lay_out(segment: Segment, orders: list[list[list[int]]] | None) -> None:
         )
 
 
-def _key(library: Library, program: Program, target: Target) -> dict[str, object]:
+def _key(library: Library, program: Program, target: Target, profile: Profile | None = None) -> dict[str, object]:
     """The same on a machine without a GPU and on the one with it: nothing here depends on PyTorch's device."""
     versions = {name: _version(name) for name in ("torch", "onnx", "onnxscript", "onnx-ir")}
     # Ours too: another version may cut a model otherwise, or make other ONNX of it.
     versions["anabranch"] = __version__
+    of_range = {} if profile is None else {"profile": profile.key()}
     return {
-        "model": _model_hash(program),
+        **of_range,
+        "model": _model_hash(program, profile),
         "library": f"{library.name} {library.version}",
         "compute_capability": list(target.compute_capability),
         "tf32": target.tf32,
@@ -334,16 +373,18 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _model_hash(program: Program) -> str:
+def _model_hash(program: Program, profile: Profile | None = None) -> str:
     """Of the graph, of its inputs' shapes, strides and types, and of the bytes of the weights; not of where they are.
 
     Shapes and types of other values follow from these. Their strides do not: they depend on the device.
     """
     digest = hashlib.sha256()
+    # Symbols have other names in other processes.
+    describe = str if profile is None else profile.describe
     for node in program.module.graph.nodes:
         values = node.meta.get("val") if node.op == "placeholder" else None
         shapes = [
-            (str(v.dtype), tuple(map(str, v.shape)), tuple(map(str, v.stride())))
+            (str(v.dtype), tuple(map(describe, v.shape)), tuple(map(describe, v.stride())))
             for v in (values if isinstance(values, tuple | list) else [values])
             if isinstance(v, torch.Tensor)
         ]

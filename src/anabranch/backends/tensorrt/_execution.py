@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,11 +22,14 @@ from anabranch.devices.cuda._driver import graph_nodes, handle
 from anabranch.devices.cuda._early import complete
 from anabranch.errors import AnabranchError, BuildError
 from anabranch.export import Program
+from anabranch.export._sizes import size_of
 
 #: Bytes that the addresses given to an execution context have to be a multiple of.
 _ALIGNMENT = 256
 #: Held while TensorRT's work is captured, and nothing else is taken meanwhile: one thread at a time.
 _capturing = _sync.lock("TensorRT's captures")
+#: Shapes of a range of which an instance keeps the work of direct calls, where kernels would start early.
+_MOST_SHAPES = 32
 #: Compute capability from which on a kernel may start before the one ahead of it has ended.
 _STARTS_EARLY = (9, 0)
 
@@ -47,6 +51,14 @@ class Engine:
         if parts.engine is None:
             raise Rejected(f"TensorRT does not load its own engine: {said(complaints)}")
         self._check()
+        #: Whether sizes of its inputs vary: each context is told of them ahead of a run.
+        self.is_range = any(-1 in layout.bound for layout in self.inputs)
+        profile = compiled.profile
+        #: The largest shapes, as they lie in memory, of inputs and of results.
+        self.largest = [
+            [x.physical if profile is None else profile.shapes(x.physical_sizes)[-1] for x in side]
+            for side in (self.inputs, self.outputs)
+        ]
         self.workspace_bytes = int(parts.engine.device_memory_size_v2)
         self.may_start_early = torch.cuda.get_device_capability(device) >= _STARTS_EARLY
         # Kernels that are compiled for this very GPU when the first execution context is made, and kept for later ones.
@@ -77,6 +89,10 @@ class Engine:
         check_tensors(self.library, named(self.inputs, self.outputs), found)
         self.used = [n for n in input_names(len(self.inputs)) if n in names]
 
+    def inputs_at(self, values: Mapping[Any, int]) -> list[tuple[int, ...]]:
+        """Shapes of its inputs, as they lie in memory, where the symbols have these values."""
+        return [tuple(size_of(n, values) for n in x.physical_sizes) for x in self.inputs]
+
     def context(self) -> Any:
         """A new ``IExecutionContext`` without memory."""
         with self.library.complaints() as complaints:
@@ -102,22 +118,37 @@ class Engine:
 class _Call:
     """One segment in one instance: an execution context and what it is fed."""
 
-    def __init__(self, engine: Engine, workspace: torch.Tensor | None, own: Stream | None) -> None:
+    def __init__(self, engine: Engine, own: Stream | None) -> None:
         self.engine = engine
         self._own, self._fork, self._join = own, torch.Event("cuda"), torch.Event("cuda")
-        #: For direct runs, where kernels would start early: the work, and tensors that it reads and writes.
-        self._whole: tuple[Any, list[torch.Tensor], list[torch.Tensor]] | None = None
+        #: For direct runs, where kernels would start early: memory for what the work reads and writes, as large as it
+        #: can get; and the work, by shapes, in the order of the last uses. None: nothing starts early there.
+        self._buffers: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+        self._whole: dict[Any, Any] = {}
+        #: What the execution context was told of, and what it said of its results.
+        self._shapes: list[tuple[int, ...]] | None = None
+        self._results: list[tuple[int, ...]] = [layout.physical for layout in engine.outputs]
         #: The only reference to the execution context, which may outlive this, but not the engine.
         self._contexts = [engine.context()]
         weakref.finalize(self, engine.seam.defer_free_code, engine.device.index, self._contexts.clear).atexit = False
-        if workspace is not None:
-            self.context.set_device_memory(workspace.data_ptr(), engine.workspace_bytes)
         self._names = [(n, n in engine.used) for n in input_names(len(engine.inputs))]
         self._outputs = list(zip(output_names(len(engine.outputs)), engine.outputs, strict=True))
 
     @property
     def context(self) -> Any:
         return self._contexts[0]
+
+    def workspace_bytes(self, values: Mapping[Any, int] | None) -> int:
+        """What it needs: for these values of symbols and no others, or for all."""
+        engine = self.engine
+        if values is None or not engine.is_range:
+            return engine.workspace_bytes
+        self._set_shapes(engine.inputs_at(values))
+        return min(int(self.context.update_device_memory_size_for_shapes()), engine.workspace_bytes)
+
+    def set_workspace(self, workspace: torch.Tensor) -> None:
+        """Any one that is as large as it needs."""
+        self.context.set_device_memory(workspace.data_ptr(), workspace.numel())
 
     def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         """Queue it on the current stream.
@@ -129,22 +160,19 @@ class _Call:
         engine = self.engine
         stream = torch.cuda.current_stream(engine.device)
         entered = [layout.to_engine(x) for layout, x in zip(engine.inputs, inputs, strict=True)]
-        is_capturing = engine.seam.is_capturing(stream)
-        if self._whole is not None and not is_capturing:
-            whole, read, written = self._whole
-            for buffer, x in zip(read, entered, strict=True):
-                buffer.copy_(x)
-            whole.launch(stream)
-            results = [y.clone() for y in written]
-        else:
+        is_capturing, shapes = engine.seam.is_capturing(stream), [tuple(x.shape) for x in entered]
+        # The first run after a change of shapes may do what no capture takes.
+        assert not is_capturing or not engine.is_range or shapes == self._shapes, "not run on these shapes before"
+        self._set_shapes(shapes)
+        results = None if is_capturing or self._buffers is None else self._run_whole(entered, stream)
+        if results is None:
             entered = [x.clone() if x.data_ptr() % _ALIGNMENT else x for x in entered]
-            results = self._bind(entered)
+            made = [y.empty(engine.device, n) for y, n in zip(engine.outputs, self._results, strict=True)]
+            results = self._bind(entered, made)
             if is_capturing:
                 self._capture(stream)
-            elif stream.cuda_stream:
-                self._execute(stream)
             else:
-                self._execute_beside(stream)
+                self._queue(stream)
         return [layout.to_model(y) for layout, y in zip(engine.outputs, results, strict=True)]
 
     def prepare_direct(self) -> None:
@@ -157,24 +185,91 @@ class _Call:
                 "TensorRT says that its work cannot be captured (isStreamCapturable). On this GPU anabranch needs a"
                 " capture to make sure that its kernels wait for each other; use another backend."
             )
-        read = [layout.empty(engine.device)[0] for layout in engine.inputs]
-        written = self._bind(read)
-        with _capturing:
-            whole = engine.seam.whole_kernels(stream, self._execute)
-        if whole.early:
-            self._whole = whole, read, written
+        read, written = (
+            [torch.empty(n, dtype=x.dtype, device=engine.device) for x, n in zip(side, largest, strict=True)]
+            for side, largest in zip((engine.inputs, engine.outputs), engine.largest, strict=True)
+        )
+        self._buffers = read, written
+        assert self._shapes is not None  # a run came first
+        whole = self._whole_of(self._shapes, stream)
+        if whole is None and not engine.is_range:
+            self._buffers = None
 
-    def _bind(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Have it read these, and write new tensors, which are returned."""
+    def _run_whole(self, inputs: Sequence[torch.Tensor], stream: Stream) -> list[torch.Tensor] | None:
+        """Run on copies of these inputs, of whose shapes the context knows; None: nothing would start early."""
+        shapes = self._shapes
+        assert shapes is not None
+        key = tuple(shapes)
+        if key not in self._whole:
+            # The first run after a change of shapes may do more than later ones, which none has to in a capture.
+            read = self._of_buffers(0, shapes)
+            for buffer, x in zip(read, inputs, strict=True):
+                buffer.copy_(x)
+            self._bind(read, self._written())
+            self._queue(stream)
+            assert self._own is not None  # see _execute_beside
+            self._whole_of(shapes, self._own)
+            self._forget_whole(stream)
+        whole = self._whole[key] = self._whole.pop(key)
+        if whole is None:
+            return None
+        for buffer, x in zip(self._of_buffers(0, shapes), inputs, strict=True):
+            buffer.copy_(x)
+        whole.launch(stream)
+        return [y.clone() for _, y in self._written()]
+
+    def _whole_of(self, shapes: Sequence[tuple[int, ...]], stream: Stream) -> Any | None:
+        """Capture the work on what the context was told of, which it has run on; ``stream`` is ours."""
+        self._bind(self._of_buffers(0, shapes), self._written())
+        with _capturing:
+            whole = self.engine.seam.whole_kernels(stream, self._execute)
+        made = self._whole[tuple(shapes)] = whole if whole.early else None
+        return made
+
+    def _forget_whole(self, stream: Stream) -> None:
+        """Of the shapes whose last use is longest ago, where there are too many."""
+        while len(self._whole) > _MOST_SHAPES:
+            parts = [self._whole.pop(next(iter(self._whole)))]
+            # Its last launch is ahead of what is on the stream now.
+            done = torch.Event("cuda")
+            done.record(stream)
+            self.engine.seam.defer_free(self.engine.device.index, [done], parts, parts.clear)
+
+    def _of_buffers(self, side: int, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        assert self._buffers is not None
+        return [x.view(-1)[: math.prod(n)].view(n) for x, n in zip(self._buffers[side], shapes, strict=True)]
+
+    def _written(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As :meth:`Layout.empty`, in the memory for direct runs."""
+        made = self._of_buffers(1, self._results)
+        return [(y, y.permute(layout.inverse)) for layout, y in zip(self.engine.outputs, made, strict=True)]
+
+    def _set_shapes(self, shapes: list[tuple[int, ...]]) -> None:
+        """Tell the execution context what it is going to be run on. Work that this needs comes with the next run."""
+        if shapes == self._shapes:
+            return
+        self._shapes = None
+        if self.engine.is_range:
+            with self.engine.library.complaints() as complaints:
+                for (name, used), layout, shape in zip(self._names, self.engine.inputs, shapes, strict=True):
+                    if used and -1 in layout.bound and not self.context.set_input_shape(name, shape):
+                        raise AnabranchError(
+                            f"TensorRT does not take shape {list(shape)} for {name} of an engine that was built for"
+                            f" it: {said(complaints)}. Compile with dynamic=False, or with another backend."
+                        )
+            self._results = [tuple(self.context.get_tensor_shape(name)) for name, _ in self._outputs]
+        self._shapes = shapes
+
+    def _bind(
+        self, inputs: Sequence[torch.Tensor], results: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """Have it read and write these; ``results`` as of :meth:`Layout.empty`, of which the second are returned."""
         for (name, used), x in zip(self._names, inputs, strict=True):
             if used:
                 self.context.set_tensor_address(name, x.data_ptr())
-        results: list[torch.Tensor] = []
-        for name, layout in self._outputs:
-            written, result = layout.empty(self.engine.device)
+        for (name, _), (written, _) in zip(self._outputs, results, strict=True):
             self.context.set_tensor_address(name, written.data_ptr())
-            results.append(result)
-        return results
+        return [result for _, result in results]
 
     def _capture(self, stream: Stream) -> None:
         graph = self.engine.seam.graph_under_capture(stream)
@@ -186,6 +281,9 @@ class _Call:
     def capturable(self, stream: Stream) -> bool:
         context = self.context
         return not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(handle(stream))
+
+    def _queue(self, stream: Stream) -> None:
+        (self._execute if handle(stream) else self._execute_beside)(stream)
 
     def _execute_beside(self, stream: Stream) -> None:
         """For the default stream: on a stream of our own, forked from it and joined to it."""
@@ -217,12 +315,16 @@ class Instance:
     #: Each execution context loads the kernels anew.
     loads_own_code = True
 
-    def __init__(self, owner: TensorRTKernels, own: Stream | None) -> None:
+    def __init__(self, owner: TensorRTKernels, own: Stream | None, values: Mapping[Any, int] | None) -> None:
+        """``values``: of the symbols in sizes, where it is for these alone."""
         self._owner = owner
+        calls = {name: _Call(engine, own) for name, engine in owner.engines.items()}
         # One piece for all segments: they run one after the other.
-        size = max((e.workspace_bytes for e in owner.engines.values()), default=0)
+        size = max((call.workspace_bytes(values) for call in calls.values()), default=0)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=owner.device) if size else None
-        calls = {name: _Call(engine, self.workspace, own) for name, engine in owner.engines.items()}
+        if self.workspace is not None:
+            for call in calls.values():
+                call.set_workspace(self.workspace)
         # What the graph's code calls by name.
         self._calls = SimpleNamespace(**{n: _picked(c, owner.single[n]) for n, c in calls.items()})
         self._all = list(calls.values())
@@ -262,10 +364,10 @@ class TensorRTKernels(Stateful):
         self.single = {n.target: n.meta["single"] for n in self.graph.nodes if n.op == "call_module"}
         self._lock = threading.Lock()
 
-    def instance(self, own: Stream | None) -> Instance:
+    def instance(self, own: Stream | None, values: Mapping[Any, int] | None = None) -> Instance:
         get_device(self.device.type).free_code()  # making one waits for the device anyhow
         with self._lock:
-            made = Instance(self, own)
+            made = Instance(self, own, values)
             for engine in self.engines.values():
                 engine.keep_kernels()
         return made

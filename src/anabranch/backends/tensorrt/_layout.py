@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from anabranch.export import shape_at
+from anabranch.export._sizes import plain_size
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -16,18 +19,22 @@ class Layout:
 
     ``stride`` is that of ``x`` in the model. Of an engine that was built on another machine it may ask for another
     order, since PyTorch's operators choose the memory of their results by the device: a copy is made then.
+
+    ``sizes``: of each dimension a number or, where it varies, an expression of symbols; ``shape`` and ``stride`` are
+    then those of the call that the program was exported for.
     """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     order: tuple[int, ...]
+    sizes: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, x: Any) -> Layout:
         """Of a tensor, a fake one too. What is not dense counts as contiguous: it is copied on the way in."""
-        shape, stride = tuple(int(n) for n in x.shape), tuple(int(n) for n in x.stride())
-        return cls(shape, stride, x.dtype, _order(shape, stride))
+        shape, stride = shape_at(x.shape), shape_at(x.stride())
+        return cls(shape, stride, x.dtype, _order(shape, stride), tuple(map(plain_size, x.shape)))
 
     def reordered(self, order: Sequence[int]) -> Layout:
         """The same tensor, for an engine that was built for this order of its dimensions."""
@@ -46,13 +53,26 @@ class Layout:
         """The shape as it lies in memory."""
         return tuple(self.shape[d] for d in self.order)
 
+    @property
+    def physical_sizes(self) -> tuple[Any, ...]:
+        """The same with expressions where sizes vary."""
+        return tuple(self.sizes[d] for d in self.order) if self.sizes else self.physical
+
+    @property
+    def bound(self) -> tuple[int, ...]:
+        """The same as TensorRT has it: -1 where a size varies."""
+        return tuple(n if isinstance(n, int) else -1 for n in self.physical_sizes)
+
     def to_engine(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` as an engine reads it; a copy only where ``x`` lies in memory otherwise."""
         return x.permute(self.order).contiguous()
 
-    def empty(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """New memory for a result: as the engine writes it, and with the dimensions in the model's order."""
-        written = torch.empty(self.physical, dtype=self.dtype, device=device)
+    def empty(self, device: torch.device, physical: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """New memory for a result: as the engine writes it, and with the dimensions in the model's order.
+
+        ``physical``: its shape in memory, where sizes vary.
+        """
+        written = torch.empty(self.physical if physical is None else physical, dtype=self.dtype, device=device)
         return written, written.permute(self.inverse)
 
     def to_model(self, result: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from anabranch.backends.tensorrt._layout import Layout
 from anabranch.backends.tensorrt._rewrite import quantized_with_rounding, saturates
-from anabranch.export import Program, is_random, source_of
+from anabranch.export import Program, is_random, shape_at, source_of
+from anabranch.export._sizes import is_of_data, plain_size
 
 #: What a TensorRT engine computes with as PyTorch does. Its parser takes float64 too, and computes in float32.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool)
@@ -57,7 +58,11 @@ def by_reason(fallbacks: Sequence[Fallback]) -> list[str]:
 
 @dataclass
 class Segment:
-    """A piece of the graph for one engine. ``module(*inputs)`` returns a tuple; weights are inside, as constants."""
+    """A piece of the graph for one engine. ``module(*arguments)`` returns a tuple; weights are inside, as constants.
+
+    ``arguments``: of each argument its place among ``inputs``, or an expression of symbols, which stand for sizes that
+    vary; None: the inputs themselves. Of an input that is no argument the engine takes the sizes only.
+    """
 
     name: str
     module: fx.GraphModule
@@ -65,6 +70,7 @@ class Segment:
     outputs: list[Layout]
     #: Names of the nodes, in the graph that was partitioned.
     nodes: list[str]
+    arguments: list[Any] | None = None
 
     def example(self, device: torch.device) -> list[torch.Tensor]:
         """Inputs of its shapes and types, in the order of their memory."""
@@ -96,9 +102,9 @@ def why_not(node: fx.Node) -> str:
     for value in (*_used(node), *(v for n in node.all_input_nodes for v in _used(n))):
         if value.dtype not in _DTYPES and not (quantizes and value.dtype in _QUANTIZED):
             return f"TensorRT has no {str(value.dtype).removeprefix('torch.')}"
-        if any(not isinstance(n, int) for n in value.shape):
+        if any(map(is_of_data, value.shape)):
             return "its shapes depend on data"
-        if value.numel() == 0:
+        if 0 in shape_at(value.shape):
             return "a tensor without elements"
     # float64 in the middle of an operator is a float64 argument.
     if any(a in (torch.float64, torch.complex64, torch.complex128) for a in (*node.args, *node.kwargs.values())):
@@ -142,11 +148,13 @@ def partition(program: Program, excluded: Mapping[str, str]) -> Partition:
     """Cut the graph of ``program`` into segments of all nodes but those named in ``excluded``."""
     graph_module = fx.GraphModule(program.module, _copy(program.module.graph))
     graph = graph_module.graph
+    owner_names = {symbol: node.name for symbol, node in _sizes_first(graph).items()}
     excluded = {**excluded, **dict.fromkeys(_trailing_views(graph), "")}
 
     class Support(OperatorSupportBase):
         def is_node_supported(self, submodules: Any, node: fx.Node) -> bool:
-            return node.op == "call_function" and node.name not in excluded
+            is_number = isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+            return node.op == "call_function" and node.name not in excluded and not is_number
 
     partitioner = CapabilityBasedPartitioner(graph_module, Support(), allows_single_node_partition=True)
     runs = [p for p in partitioner.propose_partitions() if any(_computes(n) for n in p.nodes)]
@@ -156,6 +164,9 @@ def partition(program: Program, excluded: Mapping[str, str]) -> Partition:
     weights = set(top.graph.find_nodes(op="placeholder")[: len(program.weights)])
     constants = dict(zip(top.graph.find_nodes(op="placeholder"), program.weights, strict=False))
 
+    placeholders = {n.name: n for n in top.graph.find_nodes(op="placeholder")}
+    owners = {symbol: placeholders[name] for symbol, name in owner_names.items()}
+
     segments: dict[str, Segment] = {}
     calls = [n for n in top.graph.nodes if n.op == "call_module"]
     for call in calls:
@@ -163,10 +174,13 @@ def partition(program: Program, excluded: Mapping[str, str]) -> Partition:
         module = getattr(top, name)
         assert isinstance(module, fx.GraphModule)
         fed: list[fx.Node] = []
+        arguments: list[Any] = []
         for placeholder, given in zip(module.graph.find_nodes(op="placeholder"), list(call.args), strict=True):
             assert isinstance(given, fx.Node)
             if given not in weights:
-                fed.append(given)
+                is_tensor = isinstance(given.meta.get("val", values.get(given.name)), torch.Tensor)
+                arguments.append(len(fed) if is_tensor else given.meta["val"].node.expr)
+                fed += [given] * is_tensor
                 continue
             # Constants are the engine's own: TensorRT folds and rearranges them.
             attribute = f"weight_{placeholder.name}"
@@ -180,17 +194,78 @@ def partition(program: Program, excluded: Mapping[str, str]) -> Partition:
         module.graph.output_node().args = (tuple(leaves),)
         module.graph.lint()
         module.recompile()
+        fed += missing_owners(arguments, [n.meta["val"] if "val" in n.meta else values[n.name] for n in fed], owners)
         call.args = tuple(fed)
         inside = {n.name for n in module.graph.nodes}
         nodes = next((m for m in members if inside.issuperset(m)), sorted(inside))
         outputs = [values[n.name] for n in leaves]  # type: ignore[union-attr]
         inputs = [values[n.name] if n.name in values else n.meta["val"] for n in fed]
-        segments[name] = Segment(name, module, [Layout.of(v) for v in inputs], [Layout.of(v) for v in outputs], nodes)
+        segments[name] = Segment(
+            name, module, [Layout.of(v) for v in inputs], [Layout.of(v) for v in outputs], nodes, arguments
+        )
         call.meta["val"] = outputs if isinstance(results, tuple | list) else outputs[0]
         call.meta["single"] = not isinstance(results, tuple | list)
+    for node in reversed(list(top.graph.nodes)):
+        is_number = isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat)
+        if node.op == "call_function" and is_number and not node.users:
+            top.graph.erase_node(node)
     top.graph.lint()
     top.recompile()
     return Partition(top, segments)
+
+
+def missing_owners(arguments: Sequence[Any], values: Sequence[Any], owners: Mapping[Any, Any]) -> list[Any]:
+    """Of those that have a size by itself, the ones that are needed beside ``values`` to compute ``arguments``."""
+    there = {plain_size(n) for v in values for n in v.shape}
+    needed = [s for a in arguments if not isinstance(a, int) for s in sorted(a.free_symbols, key=str)]
+    return list(dict.fromkeys(owners[s] for s in needed if s not in there))
+
+
+def _sizes_first(graph: fx.Graph) -> dict[Any, fx.Node]:
+    """Have numbers that depend on sizes computed of the inputs' own, ahead of everything: so no run of operators is
+    cut for one. Returns the input that has each symbol as a size by itself."""
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    places: dict[Any, tuple[fx.Node, int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        for d, n in enumerate(node.meta["val"].shape if isinstance(node.meta.get("val"), torch.Tensor) else ()):
+            if isinstance(n, torch.SymInt) and n.node.expr.is_Symbol:
+                places.setdefault(n.node.expr, (node, d))
+    computed = [
+        n
+        for n in graph.nodes
+        if n.op == "call_function"
+        and isinstance(n.meta.get("val"), torch.SymInt | torch.SymFloat)
+        and n.meta["val"].node.expr.free_symbols
+        and n.meta["val"].node.expr.free_symbols <= places.keys()
+    ]
+    if not computed:
+        return {symbol: node for symbol, (node, _) in places.items()}
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    with graph.inserting_before(first):
+        sizes: dict[Any, Any] = {}
+        for symbol, (node, d) in places.items():
+            made = graph.call_function(torch.ops.aten.sym_size.int, (node, d))
+            made.meta["val"] = node.meta["val"].shape[d]
+            sizes[symbol] = fx.Proxy(made, tracer)
+        known: dict[Any, fx.Node] = {}
+        for node in computed:
+            expr = node.meta["val"].node.expr
+            if expr not in known:
+                known[expr] = sympy_interp(PythonReferenceAnalysis, sizes, expr).node
+    for node in graph.nodes:
+        if node is first:
+            break
+        if "val" not in node.meta:
+            node.meta["val"] = node.target(*fx.map_arg(node.args, lambda n: n.meta["val"]))
+    for node in computed:
+        node.replace_all_uses_with(known[node.meta["val"].node.expr])
+        graph.erase_node(node)
+    for node in [n for n in graph.nodes if n.target is torch.ops.aten.sym_size.int and not n.users]:
+        graph.erase_node(node)
+    return {symbol: node for symbol, (node, _) in places.items()}
 
 
 def fallback(program: Program, name: str, reason: str) -> Fallback:
@@ -204,7 +279,9 @@ def flops(node: fx.Node) -> int:
 
     def value(x: Any) -> Any:
         v = x.meta["val"] if isinstance(x, fx.Node) else x
-        return torch.empty_like(v, device="meta") if isinstance(v, torch.Tensor) else v
+        if isinstance(v, torch.Tensor):  # as in the call that the program was exported for
+            return torch.empty_strided(shape_at(v.shape), shape_at(v.stride()), dtype=v.dtype, device="meta")
+        return v.node.hint if isinstance(v, torch.SymInt | torch.SymFloat) else v
 
     if not isinstance(node.target, torch._ops.OpOverload):
         return 0
