@@ -23,7 +23,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from datetime import date
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -33,6 +35,7 @@ from seven.engines import Answer, Parts, answer, engines, modules
 
 import anabranch
 from anabranch._judge import Rounding, error, identical
+from anabranch.check import write_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 #: Seconds for one model with --check, at true size; measured ones are in docs/models.md.
@@ -173,6 +176,7 @@ def checked(made: Callable[[], Run], name: str, limit: float, *asked: int) -> di
     row = {
         "model": name,
         "command": " ".join(["python", *sys.argv]),
+        "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name(0) if on_gpu else "cpu",
         "dtype": str(run.dtype).removeprefix("torch."),
         "torch": torch.__version__,
@@ -185,6 +189,13 @@ def checked(made: Callable[[], Run], name: str, limit: float, *asked: int) -> di
     }
     timer.cancel()
     return row
+
+
+def keep(target: Path, row: dict[str, Any]) -> None:
+    """Put the row into a file of rows, in the place of an older one of this model."""
+    old = json.loads(target.read_text(encoding="utf-8"))["rows"] if target.exists() else []
+    rows = [r for r in old if r["model"] != row["model"]] + [row]
+    write_json(target, {"rows": sorted(rows, key=lambda r: list(seven.MAKERS).index(r["model"]))})
 
 
 def each(names: tuple[str, ...]) -> bool:
@@ -204,6 +215,7 @@ def each(names: tuple[str, ...]) -> bool:
 @click.option("--check", is_flag=True, help="Compare, and print a line of JSON; status 1 where something is wrong.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="With --check: how often all run.")
 @click.option("--limit", default=LIMIT, show_default=True, help="With --check: seconds for one model.")
+@click.option("--json", "target", type=click.Path(path_type=Path), help="With --check: keep the line in this file.")
 @click.option("--layers", type=click.IntRange(1), help="So many layers of the language model.  [default: all]")
 @click.option("--contexts", type=click.IntRange(1), help="So many calls of an engine at once; others wait.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="[default: cuda, if there is one]")
@@ -219,6 +231,7 @@ def main(
     check: bool,
     rounds: int,
     limit: float,
+    target: Path | None,
     layers: int | None,
     contexts: int | None,
     device: str | None,
@@ -252,6 +265,8 @@ def main(
         if check:
             row = checked(make, names[0], limit, sessions, count, rounds)
             click.echo(json.dumps(row))
+            if target is not None:
+                keep(target, row)
             sys.exit(0 if row["right"] else 1)
         run = make()
         compiled, prompts, _ = run.ask(sessions, count)
