@@ -39,7 +39,8 @@ class Model:
     tower: nn.Module | None
     language: Language
     flow: Flow | None
-    prompt: Callable[[int], Prompt]
+    #: By a seed; ``text=``: with so many tokens beside the picture or the sound.
+    prompt: Callable[..., Prompt]
 
 
 class Given(NamedTuple):
@@ -129,14 +130,14 @@ def _to(device: torch.device, dtype: torch.dtype, x: Tensor) -> Tensor:
     return x.to(device, dtype if x.is_floating_point() else None)
 
 
-def _text(vocabulary: int, length: int, device: torch.device, seed: int) -> Prompt:
+def _text(vocabulary: int, device: torch.device, seed: int, *, text: int) -> Prompt:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, vocabulary - 1, (1, length), generator=generator).to(device)
+    ids = torch.randint(3, vocabulary - 1, (1, text), generator=generator).to(device)
     return Prompt(ids, None, None, 0, {"input_ids": ids, "use_cache": False})
 
 
 def _picture(
-    whole: Any, grid: Grid, width: int, features: int, text: int, device: torch.device, dtype: torch.dtype, seed: int
+    whole: Any, grid: Grid, width: int, features: int, device: torch.device, dtype: torch.dtype, seed: int, *, text: int
 ) -> Prompt:
     generator = torch.Generator().manual_seed(seed)
     marker = whole.config.image_token_id
@@ -156,7 +157,7 @@ def _picture(
     )
 
 
-def _sound(whole: Any, frames: int, text: int, device: torch.device, dtype: torch.dtype, seed: int) -> Prompt:
+def _sound(whole: Any, frames: int, device: torch.device, dtype: torch.dtype, seed: int, *, text: int) -> Prompt:
     generator = torch.Generator().manual_seed(seed)
     config = whole.config
     marker = config.audio_token_id
@@ -197,7 +198,7 @@ def _glm4v(name: str, given: Given) -> Model:
         GlmVision(whole.model.visual, grid).eval(),
         Language(whole.model.language_model, whole.lm_head, config.image_token_id).eval(),
         None,
-        functools.partial(_picture, whole, grid, width, features, text, device, dtype),
+        functools.partial(_picture, whole, grid, width, features, device, dtype, text=text),
     )
 
 
@@ -213,7 +214,7 @@ def _hunyuan(name: str, given: Given) -> Model:
         HunYuanVision(whole.model.vision_tower, grid).eval(),
         Language(whole.model.language_model, whole.lm_head, config.image_token_id).eval(),
         None,
-        functools.partial(_picture, whole, grid, 3 * 16 * 16, features, text, device, dtype),
+        functools.partial(_picture, whole, grid, 3 * 16 * 16, features, device, dtype, text=text),
     )
 
 
@@ -228,7 +229,7 @@ def _glmasr(name: str, given: Given) -> Model:
         Sound(whole.model).eval(),
         Language(whole.model.language_model, whole.lm_head, config.audio_token_id).eval(),
         None,
-        functools.partial(_sound, whole, frames, text, device, dtype),
+        functools.partial(_sound, whole, frames, device, dtype, text=text),
     )
 
 
@@ -253,7 +254,7 @@ def _written(name: str, given: Given) -> Model:
     else:
         config = configurations.qwen2(small)
         whole = _filled("Qwen2ForCausalLM", config, given)
-    prompt = functools.partial(_text, config.vocab_size, 12 if small else 128, device)
+    prompt = functools.partial(_text, config.vocab_size, device, text=12 if small else 128)
     return Model(name, whole, None, Language(whole.model, whole.lm_head).eval(), flow, prompt)
 
 

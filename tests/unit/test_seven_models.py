@@ -132,6 +132,23 @@ def test_four_threads_get_what_eager_gives(
     engines.close()
 
 
+#: Of the text beside the picture. Three tokens gather their experts, more go through all of them.
+LENGTHS = {"glm-4.6v-fp8": (20, 9, 31, 20), "kimi-k2-thinking": (20, 3, 31, 20)}
+
+
+@pytest.mark.parametrize("name", ["kimi-k2-thinking", pytest.param("glm-4.6v-fp8", marks=pytest.mark.slow)])
+def test_prompts_of_many_lengths(programs: dict[str, Any], always_masked: None, name: str) -> None:
+    model = programs["seven"].make(name)
+    prompts = [model.prompt(seed, text=length) for seed, length in enumerate((12, *LENGTHS[name]))]
+    answer, plain = programs["engines"].answer, programs["engines"].modules(model, 80)
+    with torch.no_grad():
+        expected = [answer(model, plain, prompt, TOKENS).all() for prompt in prompts]
+        engines = programs["engines"].engines(model, plain, prompts[0], TOKENS, backend="eager")
+        for prompt, wanted in zip(prompts, expected, strict=True):
+            assert_same(answer(model, engines, prompt, TOKENS).all(), wanted, str(prompt.ids.shape))
+    engines.close()
+
+
 def test_two_sessions_swapped_are_noticed(programs: dict[str, Any]) -> None:
     """What a runtime that mixed up two caches would answer is another answer."""
     model, prompts, parts = made(programs, "spark-formalizer-x1-7b")
