@@ -371,7 +371,9 @@ def test_sessions_and_engine_go_with_a_reset_in_flight(rig: Rig, runtime: str, g
 def assert_what_state_begins_as_stays(rig: Rig, runtime: str, graphs: bool) -> None:
     """Until copies of it that are queued have run, whoever goes meanwhile."""
     given = series(rig, Model, 2)
-
+    # Made now: a stream cannot be made while another one is held.
+    for scratch in [rig.seam.scratch(0) for _ in range(4)]:
+        rig.seam.release_scratch(scratch)
     model = Model().eval().requires_grad_(False).to(rig.device())
     engine = anabranch.compile(model, list(given[0]), runtime=runtime, cuda_graphs=graphs, **rig.defaults)
     expected = alone(rig, engine, *given)
@@ -388,14 +390,15 @@ def assert_what_state_begins_as_stays(rig: Rig, runtime: str, graphs: bool) -> N
     gc.collect()
 
     def made_by_builds(n: int, make: Callable[[torch.Tensor], torch.Tensor]) -> set[int]:
-        """Where other engines' state may come to be: what state begins as is made on a lane."""
-        lanes = [rig.seam.acquire_lane(0) for _ in range(4)]
+        """Where other engines' state may come to be: on the streams that builds use."""
         made: list[torch.Tensor] = []
-        for lane in lanes:
-            with rig.module.stream(lane.stream):
+        scratches = [rig.seam.scratch(0) for _ in range(4)]
+        for scratch in scratches:
+            with rig.module.stream(scratch.stream):
                 made += [make(like) for _ in range(n)]
-            lane.stream.synchronize()
-            rig.seam.release_lane(lane)
+            scratch.stream.synchronize()
+        for scratch in scratches:
+            rig.seam.release_scratch(scratch)
         return {x.data_ptr() for x in made}
 
     assert block not in made_by_builds(20, partial(torch.full_like, fill_value=float("nan")))

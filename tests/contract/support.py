@@ -97,7 +97,8 @@ class Rig:
     #: Classes whose methods a test may replace: events that the engine makes, and its captured graphs.
     event_class: Any
     graph_class: Any
-    #: Whether contexts must be built before a latch closes: building one loads code, which waits for held streams.
+    #: Whether contexts must be built before a latch closes: building one loads code or takes memory of the driver's,
+    #: and that waits for held streams.
     builds_ahead = False
     #: So many small tensors take up all of a segment of PyTorch's allocator.
     small_blocks = 60
@@ -185,9 +186,10 @@ class Rig:
         return results
 
     def build_ahead(self, engine: Any, contexts: int) -> None:
-        """Where they cannot be built behind a latch: build the contexts that calls are going to need there."""
+        """Where they cannot be built behind a latch: build the contexts that calls are going to need there. Those that
+        are there already were used on another stream: calls on new streams take new ones first."""
         if self.builds_ahead:
-            engine.warm(contexts=contexts)
+            engine.warm(contexts=engine.stats().contexts + contexts)
 
     # What devices spell differently.
 

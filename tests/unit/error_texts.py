@@ -378,6 +378,11 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/explore/_verdict.py": [
         ("{self} has no trace", "only a failing schedule or a single one keeps it", "Replay one schedule"),
     ],
+    "src/anabranch/export/_containers.py": [
+        ("whose tensors are not made yet", "expected them to be there", "Call cache.early_initialization("),
+        ("which counts tokens in a Python number", "Expected layers that count in tensors", "generation.Decoder("),
+        ("is given with a {type(layer).__name__}; expected", "expected layers of fixed size", "or a model without such"),
+    ],
     "src/anabranch/export/_diagnosis.py": [
         ("is a TorchScript module ({", "torch.export cannot look into", "Give compile the Python module"),
         ("the model's {name} is {kind}", "engines compute with plain, dense tensors", "{instead}"),
@@ -494,6 +499,18 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "expected fewer",
             "Move what forward()",
         ),
+    ],
+    "src/anabranch/generation/_decoder.py": [
+        ("length={length} and batch={batch} given", "expected at least 1 each"),
+        ("has an encoder, and no source is given", "expected an example of the encoder's input", "Pass source=features"),
+        ("returns no past_key_values", "expected a model that keeps keys and values", "Write a module that registers"),
+        ("keeps a {type(layer).__name__}", "expected layers that keep keys and values", "Write a module that registers"),
+    ],
+    "src/anabranch/generation/_tokens.py": [
+        ("temperature={self.temperature} given", "expected more than 0", "Use greedy for none"),
+        ("top_k={self.top_k} given", "expected at least 1, or None"),
+        ("top_p={self.top_p} given", "expected more than 0 and at most 1"),
+        ("a prompt of shape {list(prompt.shape)} given", "expected [batch, n] with at least one token"),
     ],
     "src/anabranch/models.py": [
         ("upscaler(channels={channels}, convs={convs}, scale={scale})", "scale must be at least 2"),

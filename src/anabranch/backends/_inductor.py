@@ -16,7 +16,7 @@ from torch import fx
 from anabranch.backends._backend import Kernels, Options, Wrapped
 from anabranch.backends._faults import avoid
 from anabranch.backends._layouts import keep_layouts, keeping_strides
-from anabranch.backends._single_rows import reduce_single_rows
+from anabranch.backends._single_query import reduce_single_queries
 from anabranch.errors import BuildError
 from anabranch.export import Program, replaced, undisturbed
 
@@ -62,7 +62,7 @@ class _Inductor:
             ):
                 module = copy.deepcopy(program.module)  # it is rewritten; the plan still shows the original
                 avoid(module)
-                reduce_single_rows(module)
+                reduce_single_queries(module)
                 keep_layouts(module)
                 given: list[Any] = [*weights, *examples]
                 artifact = standalone_compile(

@@ -9,6 +9,7 @@ tensors.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -63,7 +64,7 @@ def _register_caches() -> None:
             pytree.register_pytree_node(
                 kind,
                 _take_apart,
-                lambda children, context, kind=kind: _put_together(kind, children, context),
+                functools.partial(_put_together, kind),
                 serialized_type_name=f"{_MODULE}.{name}",
                 flatten_with_keys_fn=_take_apart_with_keys,
             )
@@ -87,7 +88,7 @@ def _take_apart_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
     return [(pytree.GetAttrKey(name), x) for name, x in zip(context[0], children, strict=True)], context
 
 
-def _put_together(kind: type, children: Iterable[Any], context: Any) -> Any:
+def _put_together(kind: Any, children: Iterable[Any], context: Any) -> Any:
     names, plain = context
     made = kind.__new__(kind)
     vars(made).update(plain)

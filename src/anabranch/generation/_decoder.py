@@ -1,8 +1,8 @@
 """A model of transformers with a static cache whose tensors are buffers: state, for an engine.
 
 The caches of transformers keep a counter for each layer; those of sliding windows count in Python's numbers, which a
-graph would freeze. Here is one counter for all layers, a tensor, and each layer keeps all tokens: windows are a matter of
-the mask alone, so they are right however far the text goes beyond them.
+graph would freeze. Here is one counter for all layers, a tensor, and each layer keeps all tokens: windows are a matter
+of the mask alone, so they are right however far the text goes beyond them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class _Layer(StaticLayer):
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
         super().__init__(max_cache_len=keys.shape[2])
-        self.keys, self.values, self.cumulative_length = keys, values, position
+        self.keys, self.values = keys, values
+        self.cumulative_length: Any = position
+        self._written = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(
@@ -33,9 +35,10 @@ class _Layer(StaticLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # The counter stays as it is until all layers have been here.
         places = torch.arange(key_states.shape[2], device=self.device) + self.cumulative_length
-        self.keys.index_copy_(2, places, key_states.to(self.dtype))
-        self.values.index_copy_(2, places, value_states.to(self.dtype))
-        return self.keys, self.values
+        keys, values = self._written
+        keys.index_copy_(2, places, key_states.to(keys.dtype))
+        values.index_copy_(2, places, value_states.to(values.dtype))
+        return keys, values
 
 
 class _CrossLayer(StaticLayer):
@@ -44,14 +47,16 @@ class _CrossLayer(StaticLayer):
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, is_there: bool) -> None:
         super().__init__(max_cache_len=keys.shape[2])
         self.keys, self.values, self._is_there = keys, values, is_there
+        self._written = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys.copy_(key_states)
-        self.values.copy_(value_states)
-        return self.keys, self.values
+        keys, values = self._written
+        keys.copy_(key_states)
+        values.copy_(value_states)
+        return keys, values
 
     def get_seq_length(self) -> int:
         return self.max_cache_len if self._is_there else 0
@@ -71,6 +76,7 @@ class Decoder(torch.nn.Module):
     """
 
     position: torch.Tensor
+    model: Any
 
     def __init__(
         self, model: torch.nn.Module, length: int, *, batch: int = 1, source: torch.Tensor | None = None
@@ -96,6 +102,11 @@ class Decoder(torch.nn.Module):
         keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"logits_to_keep": 1} if keeps_last else {}
         made = self._made_by_one_token(source)
+        if not hasattr(made, "layers") and not hasattr(made, "self_attention_cache"):
+            raise UnsupportedModel(
+                f"{type(model).__name__} returns no past_key_values; expected a model that keeps keys and values. Write"
+                " a module that registers what it keeps as buffers, and compile that."
+            )
         pairs = (
             [("", made.self_attention_cache), ("cross_", made.cross_attention_cache)] if self.encodes else [("", made)]
         )
@@ -122,8 +133,10 @@ class Decoder(torch.nn.Module):
         device = next(self.model.parameters()).device
         first = torch.zeros((self.batch, 1), dtype=torch.int64, device=device)
         if self.encodes:
-            return self.model(source, decoder_input_ids=first, use_cache=True).past_key_values
-        return self.model(input_ids=first, use_cache=True, **self._options).past_key_values
+            out = self.model(source, decoder_input_ids=first, use_cache=True)
+        else:
+            out = self.model(input_ids=first, use_cache=True, **self._options)
+        return getattr(out, "past_key_values", None)
 
     def _buffers_of(self, prefix: str, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         return getattr(self, f"{prefix}keys_{i}"), getattr(self, f"{prefix}values_{i}")
@@ -150,7 +163,7 @@ class Decoder(torch.nn.Module):
             encoded = self.model.get_encoder()(source)[0]
         else:
             # Nobody looks at it: the keys and values that were made of it are there.
-            encoded = self.cross_keys_0.new_zeros((self.batch, 1, self.model.config.hidden_size))
+            encoded = self._buffers_of("cross_", 0)[0].new_zeros((self.batch, 1, self.model.config.hidden_size))
         return self.model(
             encoder_outputs=BaseModelOutput(encoded),
             decoder_input_ids=input_ids,

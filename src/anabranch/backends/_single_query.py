@@ -1,11 +1,10 @@
-"""Products of a single row, and attention of a single query, as reductions that Inductor makes kernels of.
+"""Attention of a single query as reductions that Inductor makes kernels of.
 
-A language model that makes one token at a time multiplies single rows: that costs what it costs to read the weights,
-and libraries' kernels, which are for matrices, read them slower than a reduction does. One query's attention is a few
-small reductions, too; a library would first have keys and values copied that several heads share.
+A language model that makes one token at a time attends with one query. A library's kernel is for many: it is slow to
+start, and has keys and values copied first that several heads share. As reductions they are read where they lie.
 
-Sums are taken in float32 (in float64 for that). Source of the method: gpt-fast (PyTorch, "Accelerating Generative AI
-with PyTorch II", 2023), which has Inductor take products of one row apart.
+Sums are taken in float32 (in float64 for that). A query that may look at nothing gets zeros, as by PyTorch's own
+reference; libraries' kernels give one thing or another.
 """
 
 from __future__ import annotations
@@ -23,47 +22,14 @@ _HALVES = (torch.float16, torch.bfloat16)
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-def reduce_single_rows(module: fx.GraphModule) -> None:
-    """Rewrite them, in place, where they are on a GPU. Nodes carry fake tensors under ``meta["val"]``."""
-    for node in module.graph.find_nodes(op="call_function", target=_aten.linear.default):
-        if _is_single_row(node):
-            _reduce_product(node)
+def reduce_single_queries(module: fx.GraphModule) -> None:
+    """Rewrite it, in place, where it is on a GPU. Nodes carry fake tensors under ``meta["val"]``."""
     for node in module.graph.find_nodes(op="call_function", target=_aten.scaled_dot_product_attention.default):
         given: dict[str, Any] = {**dict(zip(_ATTENTION, node.args, strict=False)), **node.kwargs}
         if _is_single_query(given):
             _reduce_attention(node, given)
     module.graph.lint()
     module.recompile()
-
-
-def _is_single_row(node: fx.Node) -> bool:
-    x, weight = (n.meta["val"] for n in node.args[:2])  # type: ignore[union-attr]
-    return (
-        x.is_cuda
-        and x.dtype.is_floating_point
-        and weight.dtype is x.dtype
-        and weight.dim() == 2
-        and weight.is_contiguous()
-        and all(isinstance(n, int) for n in (*x.shape, *weight.shape))
-        and x.numel() == weight.shape[1] > 0
-        and weight.shape[0] > 0
-    )
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in _HALVES else dtype
-
-
-def _reduce_product(node: fx.Node) -> None:
-    value = node.meta["val"]
-    steps, wide = Steps(node, value), _sum_dtype(value.dtype)
-    x, weight, *bias = node.args
-    row = steps(_aten.to.dtype, steps(_aten.reshape.default, x, [-1]), wide)
-    y = steps(_aten.sum.dim_IntList, steps(_aten.mul.Tensor, steps(_aten.to.dtype, weight, wide), row), [-1])
-    bias = bias or [node.kwargs.get("bias")]
-    if isinstance(bias[0], fx.Node):
-        y = steps(_aten.add.Tensor, y, steps(_aten.to.dtype, bias[0], wide))
-    steps.replace(steps(_aten.reshape.default, steps(_aten.to.dtype, y, value.dtype), list(value.shape)))
 
 
 def _is_single_query(given: dict[str, Any]) -> bool:
@@ -93,7 +59,8 @@ def _is_of_single_query(mask: torch.Tensor) -> bool:
 
 def _reduce_attention(node: fx.Node, given: dict[str, Any]) -> None:
     q, k, v = (given[name] for name in _ATTENTION[:3])
-    value, wide = node.meta["val"], _sum_dtype(node.meta["val"].dtype)
+    value = node.meta["val"]
+    wide = torch.float32 if value.dtype in _HALVES else value.dtype
     steps = Steps(node, value)
     batch, heads, _, size = q.meta["val"].shape
     shared, length = k.meta["val"].shape[1:3]
@@ -124,7 +91,8 @@ def _with_strides_of(value: torch.Tensor, y: fx.Node, steps: Steps) -> fx.Node:
     """``y``, laid out as ``value`` is."""
     if y.meta["val"].stride() == value.stride():
         return y
-    order = sorted(range(value.dim()), key=lambda d: (-value.stride(d), -value.shape[d]))
+    strides = value.stride()
+    order = sorted(range(value.dim()), key=lambda d: (-strides[d], -value.shape[d]))
     back = [order.index(d) for d in range(value.dim())]
     moved = steps(_aten.clone.default, steps(_aten.permute.default, y, order))
     return steps(_aten.permute.default, moved, back)
