@@ -288,6 +288,47 @@ def zoo_of(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def seven() -> str:
+    """What ``examples/models.py --check --json`` kept of each run."""
+    runs = [json.loads(f.read_text()) for f in sorted(RESULTS.glob("seven_*.json"), reverse=True)]
+    return "\n\n".join(seven_of(run["rows"]) for run in runs) or "No run has been committed."
+
+
+def seven_of(rows: list[dict[str, Any]]) -> str:
+    """The table of one run."""
+    columns = (
+        "model",
+        "verdict",
+        "wrong",
+        "off from eager",
+        "tokens as eager",
+        "weights GB",
+        "layers",
+        "tokens/s",
+        "build s",
+    )
+    lines = [f"{rows[0]['device']}, PyTorch {rows[0]['torch']}, {rows[0]['dtype']}, {rows[0]['date']}.", ""]
+    cells = []
+    for r in rows:
+        off = ", ".join(f"{name} {value:.1e}" for name, value in r["error_to_eager"].items())
+        cells.append(
+            [
+                r["model"],
+                "right" if r["right"] else "not right",
+                f"{r['wrong']} of {r['answers']}",
+                off,
+                f"{r['tokens_as_eager']} of {r['tokens']}",
+                f"{r['weights_GB']:.1f}",
+                str(r["layers"]),
+                f"{r['tokens_per_s_together']:,.0f}",
+                f"{r['seconds']['build']:.0f}",
+            ]
+        )
+    for row in (columns, ["---"] * len(columns), *cells):
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
 #: What the peak of a build is compared with.
 _BUILDS = (("weights", "eager_activations"), ("compile_build",))
 _FIGURES = ("us", "eager", "compile", "overhead", "build", "FLOPs", "kernels", "memory", "context", "build memory")
@@ -391,7 +432,7 @@ SECTIONS = {
         "bench-tensorrt": tensorrt,
         "bench-facts": facts,
     },
-    "docs/models.md": {"zoo": zoo},
+    "docs/models.md": {"zoo": zoo, "seven": seven},
 }
 
 
