@@ -302,8 +302,9 @@ class Guarded:
             written = [n for n, (t, version) in tensors.items() if t._version != version]
             if written:
                 raise UnsupportedModel(
-                    f"the model changes {written[0]!r} in place; an engine is immutable and cannot keep that change."
-                    " Make it an output of the model instead. Call model.eval() first?"
+                    f"the model changes {written[0]!r} in place, and torch.export refuses it ({self._why}); an engine"
+                    " is immutable and cannot keep that change from graph to graph. Make it an output of the model"
+                    " instead. Call model.eval() first?"
                 )
             changed = changed_between(before, state_of(copy))
             if changed and attempt:  # what the first call changes may be a cache that it fills
