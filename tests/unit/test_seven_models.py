@@ -93,6 +93,14 @@ def test_the_parts_are_the_model_of_transformers(programs: dict[str, Any], name:
             assert_same(programs["engines"].answer(model, parts, prompt, TOKENS).ids, theirs)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_true_sizes_need_no_memory_to_be_known(programs: dict[str, Any], name: str) -> None:
+    """Of so many layers as are asked for, which the weights of a layer tell."""
+    sizes = {n: programs["seven"].make(name, small=False, device="meta", layers=n).whole for n in (2, 3, 5)}
+    counts = {n: sum(p.numel() * p.element_size() for p in m.state_dict().values()) for n, m in sizes.items()}
+    assert counts[5] - counts[3] == 2 * (counts[3] - counts[2]) > 10**8
+
+
 def test_what_a_tower_sees_and_hears_matters(programs: dict[str, Any]) -> None:
     for name in READERS:
         model, (prompt, other, *_), _ = made(programs, name)
