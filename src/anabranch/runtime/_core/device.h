@@ -49,7 +49,8 @@ struct DeviceApi {
   int (*record)(void* event, const StreamRef& stream) = nullptr;
   // Whether the stream is never destroyed, so that its number never names another one. Null: nobody knows.
   bool (*is_lasting)(const StreamRef& stream) = nullptr;
-  // Set which calls captures of other threads forbid to this one; `mode` comes back as it was. Null: none are forbidden.
+  // Set which calls captures of other threads forbid to this one; `mode` comes back as it was. Null: none are
+  // forbidden.
   int (*exchange_capture_mode)(int* mode) = nullptr;
 };
 
