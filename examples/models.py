@@ -15,6 +15,7 @@ with PyTorch's eager mode. docs/models.md says what stands in for what, and what
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -179,6 +180,9 @@ def checked(made: Callable[[], Run], name: str, limit: float, *asked: int) -> di
         sys.stdout.flush()
         os._exit(3)
 
+    # Each build says on stderr how long it took, so that one that is not done shows.
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("anabranch").setLevel(logging.INFO)
     timer = threading.Timer(limit, over)
     timer.daemon = True
     timer.start()

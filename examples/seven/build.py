@@ -82,7 +82,10 @@ def _filled(kind: str, config: Any, given: Given, change: Callable[[nn.Module], 
     import transformers
 
     if given.layers is not None:
-        config.get_text_config().num_hidden_layers = given.layers
+        text = config.get_text_config()
+        text.num_hidden_layers = given.layers
+        if kinds := getattr(text, "layer_types", None):
+            text.layer_types = [kinds[i % len(kinds)] for i in range(given.layers)]
     with torch.device("meta"):
         model: nn.Module = getattr(transformers, kind)(config).to(given.dtype)
         if change is not None:

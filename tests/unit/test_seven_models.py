@@ -93,6 +93,14 @@ def test_the_parts_are_the_model_of_transformers(programs: dict[str, Any], name:
             assert_same(programs["engines"].answer(model, parts, prompt, TOKENS).ids, theirs)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_true_sizes_need_no_memory_to_be_known(programs: dict[str, Any], name: str) -> None:
+    """Of so many layers as are asked for, which the weights of a layer tell."""
+    sizes = {n: programs["seven"].make(name, small=False, device="meta", layers=n).whole for n in (2, 3, 5)}
+    counts = {n: sum(p.numel() * p.element_size() for p in m.state_dict().values()) for n, m in sizes.items()}
+    assert counts[5] - counts[3] == 2 * (counts[3] - counts[2]) > 10**8
+
+
 def test_what_a_tower_sees_and_hears_matters(programs: dict[str, Any]) -> None:
     for name in READERS:
         model, (prompt, other, *_), _ = made(programs, name)
@@ -183,14 +191,31 @@ def run(programs: dict[str, Any], *options: str) -> Any:
     return CliRunner().invoke(programs["models"].main, [*options])
 
 
-def test_the_example_checks(programs: dict[str, Any]) -> None:
+def test_the_example_checks(programs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it keeps becomes a row of ``docs/models.md``."""
+    kept = tmp_path / "seven_here.json"
     options = ("--small", "--sessions", "2", "--tokens", "4", "--rounds", "1", "--backend", "eager", "--check")
-    result = run(programs, "glm-tts", *options)
+    result = run(programs, "glm-tts", *options, "--json", str(kept))
     assert result.exit_code == 0, result.output
     row = json.loads(result.stdout)
     expected = {"model": "glm-tts", "right": True, "wrong": 0, "answers": 4, "tokens": 8, "tokens_as_eager": 8}
     assert {k: row[k] for k in expected} == expected
     assert set(row["error_to_eager"]) == {"logits", "sound"}
+    rows = json.loads(kept.read_text())["rows"]
+    assert rows == [row]
+    other = {**row, "model": "hunyuanocr", "right": False, "wrong": 3}
+    programs["models"].keep(kept, other)
+    programs["models"].keep(kept, {**row, "right": True})
+    rows = json.loads(kept.read_text())["rows"]
+    assert [r["model"] for r in rows] == ["hunyuanocr", "glm-tts"]
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "benchmarks"))
+    import tables
+
+    monkeypatch.delitem(sys.modules, "tables")
+    lines = tables.seven_of(rows).splitlines()
+    assert lines[0].startswith("cpu, PyTorch ")
+    assert lines[-2].startswith("| hunyuanocr | not right | 3 of 4 | ")
+    assert lines[-1].startswith("| glm-tts | right | 0 of 4 | logits ")
 
 
 def test_the_example_finds_a_wrong_answer(programs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
