@@ -632,6 +632,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/runtime/_guarded.py": [
         ("inside a CUDA graph capture", "Python runs between the graphs", "Call the engine outside the capture"),
         ("the model changes {written[0]} in place", "an engine is immutable", "Make it an output"),
+        ("the model changes a tensor in place that it holds", "an engine is immutable", "Register it with"),
         ("the model changes {', '.join(changed)} in each call", "keeps no state of Python's", "Make it an input"),
     ],
     "src/anabranch/runtime/_given.py": [

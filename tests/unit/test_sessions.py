@@ -1033,3 +1033,75 @@ def test_a_model_in_several_graphs_that_writes() -> None:
 
     with pytest.raises(anabranch.UnsupportedModel, match="changes 'h' in place"):
         anabranch.compile(Model(keeping, h=torch.zeros(3)), [drawn(3)], backend="eager")
+
+
+class CountsWords(nn.Module):
+    """Takes integers, and counts them in a state that is an index, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(12, 4)
+        self.register_buffer("rows", torch.arange(32.0).view(8, 4))
+        self.register_buffer("place", torch.tensor(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.rows.index_copy_(0, self.place + torch.arange(ids.shape[0], device=ids.device), self.words(ids))
+        self.place.add_(ids.shape[0])
+        return self.rows.sum(0) * self.place
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_looking_for_valid_integers_writes_no_state(backend: str) -> None:
+    model = CountsWords().eval().requires_grad_(False)
+    ids = [torch.tensor([3]), torch.tensor([7]), torch.tensor([1])]
+    given = ids[0].clone()
+    engine = anabranch.compile(model, [given], backend=backend, dynamic=False)
+    assert torch.equal(given, ids[0])
+    assert int(model.place) == 2
+    assert int(engine.session().state["place"]) == 2
+    assert torch.equal(engine.session().state["rows"], model.rows)
+    session = engine.session()
+    for x in ids:
+        torch.testing.assert_close(session(x), model(x))
+
+
+class Holder:
+    """No module: it has tensors that are registered as buffers elsewhere."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def add(self, x: torch.Tensor) -> torch.Tensor:
+        self.tensors[0].mul_(0.5).add_(x)
+        self.tensors[1].add_(1)
+        return self.tensors[0] / self.tensors[1]
+
+
+class HoldsElsewhere(nn.Module):
+    def __init__(self, registered: bool = True) -> None:
+        super().__init__()
+        self.holder = Holder([torch.linspace(-1, 1, 6), torch.tensor(1.0)])
+        if registered:
+            for i, x in enumerate(self.holder.tensors):
+                self.register_buffer(f"kept_{i}", x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.holder.add(x) * 2
+
+
+def test_buffers_that_something_beside_the_module_holds_are_state() -> None:
+    model, inputs = HoldsElsewhere().eval(), [torch.randn(6) for _ in range(4)]
+    engine = anabranch.compile(model, [inputs[0]], backend="eager", require_full=True)
+    sessions = [engine.session() for _ in range(2)]
+    expected = [model(x) for x in inputs]
+    for session in sessions:
+        assert all(torch.equal(session(x), y) for x, y in zip(inputs, expected, strict=True))
+    assert sorted(sessions[0].state) == ["kept_0", "kept_1"]
+    assert torch.equal(sessions[1].state["kept_0"], model.kept_0)
+
+
+def test_a_tensor_that_is_no_buffer_is_not_changed_in_place() -> None:
+    model = HoldsElsewhere(registered=False).eval()
+    for require_full in (True, False):
+        with pytest.raises(anabranch.UnsupportedModel, match=r"[Rr]egister"):
+            anabranch.compile(model, [torch.randn(6)], backend="eager", require_full=require_full)

@@ -32,7 +32,7 @@ from anabranch.export._signature import (
 )
 from anabranch.export._sizes import SPECIAL, Dim, Sizes, shape_at, size_at
 from anabranch.export._snapshot import Fresh, Snapshot, alias
-from anabranch.export._state import State, writes_of
+from anabranch.export._state import State, held_beside, writes_of
 from anabranch.export._trial import changed_between, state_of, written
 from anabranch.export._uncaptured import READS_ON_HOST, Uncaptured, source_of
 
@@ -80,6 +80,7 @@ __all__ = [
     "first_line",
     "flatten_call",
     "generators_kept",
+    "held_beside",
     "hooks_of",
     "is_integer",
     "is_random",

@@ -109,7 +109,7 @@ class Fresh:
         self.generators = generators
         #: By id of a tensor of the copy: the snapshot's that it stands for.
         self.sources = {id(new): old for old, new in tensors}
-        self._tensors = tensors  # they keep their ids
+        self.tensors = tensors  # they keep their ids
         self._originals = snapshot._originals
 
     def storages(self) -> set[int]:

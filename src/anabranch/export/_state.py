@@ -60,6 +60,12 @@ class State:
         return cls(name, initial.detach(), _HINT if trains else "")
 
 
+def held_beside(traced: Fresh) -> list[torch.Tensor]:
+    """Tensors that a copy of a model holds and that are neither parameters nor buffers of its modules."""
+    known = {id(x) for x in (*traced.module.parameters(), *traced.module.buffers())}
+    return [x for _, x in traced.tensors if type(x) is torch.Tensor and id(x) not in known]
+
+
 def _stride_of_copy(x: torch.Tensor) -> tuple[int, ...]:
     return tuple(torch.empty_like(x, device="meta").stride())
 

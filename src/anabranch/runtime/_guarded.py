@@ -29,6 +29,7 @@ from anabranch.export import (
     describe,
     first_line,
     generators_kept,
+    held_beside,
     state_of,
 )
 from anabranch.runtime._fragment import Fragment, NotAccepted, trying
@@ -295,8 +296,12 @@ class Guarded:
             for name, buffer in part._buffers.items():
                 if buffer is not None:
                     part._buffers[name] = own[id(buffer)]
+        held = held_beside(copy)
+        for x in held:
+            x.data = copy_of(x)  # the same tensor to who holds it, in memory that is not the user's
         for attempt in range(FIRST - 1):
             tensors = {n: (t, t._version) for n, t in (*copy.module.named_parameters(), *copy.module.named_buffers())}
+            versions = [x._version for x in held]
             before = state_of(copy)
             self._try(copy, args, kwargs, attempt)
             written = [n for n, (t, version) in tensors.items() if t._version != version]
@@ -305,6 +310,11 @@ class Guarded:
                     f"the model changes {written[0]!r} in place, and torch.export refuses it ({self._why}); an engine"
                     " is immutable and cannot keep that change from graph to graph. Make it an output of the model"
                     " instead. Call model.eval() first?"
+                )
+            if any(x._version != version for x, version in zip(held, versions, strict=True)):
+                raise UnsupportedModel(
+                    "the model changes a tensor in place that it holds and that is no buffer of its modules; an engine"
+                    " is immutable and cannot keep that change. Register it with register_buffer(), and it is state."
                 )
             changed = changed_between(before, state_of(copy))
             if changed and attempt:  # what the first call changes may be a cache that it fills
