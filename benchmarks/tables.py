@@ -291,7 +291,8 @@ def zoo_of(content: dict[str, Any]) -> str:
 def seven() -> str:
     """What ``examples/models.py --check --json`` kept of each run."""
     runs = [json.loads(f.read_text()) for f in sorted(RESULTS.glob("seven_*.json"), reverse=True)]
-    return "\n\n".join(seven_of(run["rows"]) for run in runs) or "No run has been committed."
+    told = [seven_of(run["rows"]) + (f"\n\n{run['about']}" if "about" in run else "") for run in runs]
+    return "\n\n".join(told) or "No run has been committed."
 
 
 def seven_of(rows: list[dict[str, Any]]) -> str:
@@ -320,7 +321,7 @@ def seven_of(rows: list[dict[str, Any]]) -> str:
                 f"{r['tokens_as_eager']} of {r['tokens']}",
                 f"{r['weights_GB']:.1f}",
                 str(r["layers"]),
-                f"{r['tokens_per_s_together']:,.0f}",
+                f"{r['tokens_per_s_together']:,.0f}" if r["tokens_per_s_together"] is not None else "-",
                 f"{r['seconds']['build']:.0f}",
             ]
         )
