@@ -309,8 +309,8 @@ def _with_one_instance() -> Any:
 
     instance, made = ScratchKernels.instance, []
 
-    def the_same(self: Any, own: Any) -> Any:
-        made.append(made[0] if made else instance(self, own))
+    def the_same(self: Any, *given: Any) -> Any:
+        made.append(made[0] if made else instance(self, *given))
         return made[0]
 
     ScratchKernels.instance = the_same  # type: ignore[method-assign]
