@@ -115,6 +115,7 @@ _PLAIN_STATE = {
     ("_Following", "_computed"): "one thread, which follows the wrapper",
     ("_Places", "_starts"): "filled while it is made, by the thread that builds",
     ("_Places", "_stops"): "filled while it is made, by the thread that builds",
+    ("Padding", "_proved"): "filled by compile, before anybody has the engine",
     ("Specialization", "_proofs"): "the build lock",
     ("Turns", "_waits"): "its lock; a thread looks for itself without",
     ("Turns", "_captures"): "its lock; a thread looks for itself without",
