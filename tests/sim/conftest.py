@@ -121,6 +121,13 @@ def programs(request: pytest.FixtureRequest) -> Any:
     for thread in threading.enumerate():
         if thread.name == "anabranch builds":
             thread.join(60)
+    # So would what they have left to be freed: each look whether it is done has two answers.
+    import anabranch.sim  # noqa: F401  # registers the device
+    from anabranch.devices import get_device
+
+    gc.collect()
+    torch.get_device_module("sim").synchronize()
+    get_device("sim").collect()
     folder = str(Path(__file__).parent / "programs")
     if folder not in sys.path:  # modules in there import each other
         sys.path.insert(0, folder)
