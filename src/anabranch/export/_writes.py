@@ -59,25 +59,26 @@ class Recorded:
         self._tensors: dict[str, torch.Tensor] = {**exported.state_dict, **exported.constants}
         for named in (module.named_parameters, module.named_buffers):
             self._tensors.update(named(remove_duplicate=False))
-
         self._join_names()
 
     def _join_names(self) -> None:
         """Of a tensor that is a buffer and that something beside the modules holds, too, keep the buffer: a cache whose
         tensors are registered, or a list of them. Functionalization would take the other for one that overlaps."""
-        signature = self._exported.graph_signature
-        buffers = [n for n, spec in self._specs.items() if spec.kind is InputKind.BUFFER]
+        buffers: dict[int | None, list[tuple[fx.Node, torch.Tensor]]] = {}
+        for n, spec in self._specs.items():
+            if spec.kind is InputKind.BUFFER:
+                tensor = self._tensors[str(spec.target)]
+                buffers.setdefault(storage(tensor), []).append((n, tensor))
+        buffers.pop(None, None)
         for n, spec in list(self._specs.items()):
             if spec.kind is not InputKind.CONSTANT_TENSOR or not isinstance(n.meta.get("val"), torch.Tensor):
                 continue
             held = self._tensors[str(spec.target)]
-            for buffer in buffers:
-                tensor = self._tensors[str(self._specs[buffer].target)]
-                if storage(held) is not None and storage(held) == storage(tensor) and held.is_set_to(tensor):
-                    n.replace_all_uses_with(buffer)
-                    signature.input_specs.remove(self._specs.pop(n))
-                    n.graph.erase_node(n)
-                    break
+            same = next((b for b, tensor in buffers.get(storage(held), ()) if held.is_set_to(tensor)), None)
+            if same is not None:
+                n.replace_all_uses_with(same)
+                self._exported.graph_signature.input_specs.remove(self._specs.pop(n))
+                n.graph.erase_node(n)
         self._exported.graph_module.recompile()
 
     def writes(self, specs: Sequence[TensorSpec], traced: Fresh) -> Writes:
