@@ -20,15 +20,22 @@ from anabranch.errors import UnsupportedModel
 _PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 
 
-class _Layer(StaticLayer):
+class _Kept(StaticLayer):
     """Keys and values of one layer, float ``[batch, heads, length, size]``, in the decoder's buffers."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__(max_cache_len=keys.shape[2])
         self.keys, self.values = keys, values
-        self.cumulative_length: Any = position
         self._written = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+
+class _Layer(_Kept):
+    """Of the text so far, which grows."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
+        super().__init__(keys, values)
+        self.cumulative_length: Any = position
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -41,14 +48,12 @@ class _Layer(StaticLayer):
         return keys, values
 
 
-class _CrossLayer(StaticLayer):
-    """As :class:`_Layer`, of what an encoder has made: all of it at once, or as it is."""
+class _CrossLayer(_Kept):
+    """Of what an encoder has made: all of it at once, or as it is."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, is_there: bool) -> None:
-        super().__init__(max_cache_len=keys.shape[2])
-        self.keys, self.values, self._is_there = keys, values, is_there
-        self._written = keys, values
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        super().__init__(keys, values)
+        self._is_there = is_there
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
