@@ -6,12 +6,15 @@ import gc
 import os
 import re
 import signal
+import sys
+import threading
 from typing import Any
 
 import pytest
 import torch
 
 import anabranch
+import anabranch.sim
 from anabranch._judge import differences
 from contract.support import PATHS, Chain, Make, Mlp, Rig, assert_same
 
@@ -120,6 +123,46 @@ def test_queued_work_that_fails_loses_the_device_until_it_is_reset(rig: Any, com
     finally:
         rig.core.reset()
     assert_same(engine(x).cpu(), rig.load_kernels(engine, x).cpu())
+
+
+def test_the_list_of_shapes_may_change_while_a_call_asks_whether_the_device_is_lost(
+    rig: Any, compiled: Make, runtime: str
+) -> None:
+    engine, b = compiled(Mlp(), rig.random(4, 256), dynamic=False), rig.random(6, 256)
+    expected = rig.load_kernels(engine, b)
+    first = next(made for made in engine._table if made.signature.given[0].shape[0] == 4)
+    key = next(key for key, made in engine._table._specializations.items() if made is first)
+    begun, go, comes, answers = threading.Event(), threading.Event(), threading.Event(), []
+
+    def hold(_: torch.Tensor) -> None:
+        begun.set()
+        go.wait(60)
+
+    def call() -> None:
+        comes.set()
+        answers.append(engine(b))
+
+    anabranch.sim.launch("held", hold, reads=[b])
+    machine = threading.Thread(target=rig.module.synchronize, args=(0,))
+    caller = threading.Thread(target=call)
+    switches = sys.getswitchinterval()
+    gc.disable()
+    try:
+        machine.start()
+        assert begun.wait(60)  # from here on whoever asks the machine waits, without the GIL
+        sys.setswitchinterval(60)  # and so this thread goes on when the caller does that, not before
+        caller.start()
+        assert comes.wait(60)
+        engine._removed(first)
+        engine._added(key, first)  # now the last of two, where the other one was
+    finally:
+        go.set()
+        sys.setswitchinterval(switches)
+        gc.enable()
+    machine.join()
+    caller.join()
+    rig.module.synchronize(0)
+    assert_same(answers[0], expected)
 
 
 @pytest.mark.parametrize("kind", ["alloc", "launch", "copy", "graph", "record", "wait", "capture", "end of capture"])

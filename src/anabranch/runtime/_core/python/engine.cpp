@@ -133,9 +133,7 @@ PyObject* engine_call_or_throw(PyObject* object, PyObject* args, PyObject* kwarg
   PlainTensors given;
   if (!self->is_usable || !take_plain(args, kwargs, given)) return declined();
   for (auto& candidate : *self->entries) {
-    auto& spec = *candidate.calls->spec;
-    if (!spec.accepts(given.data(), given.size())) continue;
-    if (spec.is_lost()) break;
+    if (!candidate.calls->spec->accepts(given.data(), given.size())) continue;
     // The list may change while the GIL is not held.
     auto entry = candidate;
     Py_INCREF(entry.owner);

@@ -128,7 +128,6 @@ PyObject* run_alone(SessionBase* self, const EngineBase::Entry& entry, const Pla
   c10::SmallVector<at::Tensor, 8> inputs;
   for (auto* x : given) inputs.push_back(*x);
   inputs.append(bound->state.begin(), bound->state.end());
-  auto kept = py::reinterpret_borrow<py::object>(entry.owner);
   auto memory = py::reinterpret_borrow<py::object>(self->memory);
   Values results;
   try {
@@ -156,9 +155,9 @@ PyObject* session_call_or_throw(PyObject* object, PyObject* args, PyObject* kwar
   }
   for (auto& candidate : *engine_of(self->engine)->stateful) {
     if (!candidate.calls->spec->accepts(given.data(), given.size())) continue;
-    if (candidate.calls->spec->is_lost()) break;
     // The list may change while the GIL is not held.
     auto entry = candidate;
+    auto owner = py::reinterpret_borrow<py::object>(entry.owner);
     bool is_done = false;
     {
       Alone alone(self->busy);

@@ -110,7 +110,9 @@ bool PySpecialization::run(const at::Tensor* inputs, const Values& numbers, Valu
   bool nested = std::exchange(t_inside, true);
   PyThreadState* state = spec->needs_gil() ? nullptr : PyEval_SaveThread();
   try {
-    outcome = spec->run(inputs, numbers, [this](int64_t reserved) { return build(reserved); }, results, session);
+    // Not earlier: to ask may let go of the GIL, by which what was looked at before may have changed.
+    if (!spec->is_lost())
+      outcome = spec->run(inputs, numbers, [this](int64_t reserved) { return build(reserved); }, results, session);
   } catch (...) {
     error = std::current_exception();
   }
