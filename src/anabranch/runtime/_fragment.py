@@ -141,13 +141,13 @@ class Fragment:
         make_engine: Callable[[torch.nn.Module, Sequence[Any]], _Engine],
         *,
         first: int = 1,
-        names_errors: bool = False,
+        in_engine: bool = False,
     ) -> None:
         """Called by Dynamo, in the middle of a trace: nothing is compiled here.
 
         ``make_engine``: raises :class:`~anabranch.errors.AnabranchError` where there can be none. ``first``: at the
-        how manieth call an engine is made; operators run the calls before. ``names_errors``: what they raise is raised
-        as :class:`NotAccepted`.
+        how manieth call an engine is made; operators run the calls before. ``in_engine``: calls come by an engine, with
+        grad off but where the model turns it on; what operators raise is raised as :class:`NotAccepted`.
         """
         self._gm = gm
         self._make_engine = make_engine
@@ -158,12 +158,14 @@ class Fragment:
         self._frozen_of, self._others_of = _picker(frozen), _picker(others)
         self._numbers_of = _picker(numbers)
         self._baked = [*frozen, *numbers]
-        self._names_errors = names_errors
+        self._in_engine = in_engine
         self._first, self._steady = first, max(first, STEADY if numbers else 0)
         #: How many calls in a row had the same numbers, and these.
         self._row: tuple[int, Sequence[Any]] = (0, ())
         #: Why PyTorch's operators run it, or nothing.
         self.why_operators = _why_operators(gm, [examples[i] for i in others])
+        if in_engine or not torch.is_grad_enabled():
+            self.why_operators = self.why_operators or _why_autograd(gm)
         #: Where Dynamo's graph ended, and why; None where the function ended there.
         self.cut: Cut | None = _cut(gm)
         #: Microseconds of Python from its end to the next graph's begin, where they were measured.
@@ -183,13 +185,14 @@ class Fragment:
         self._last: _Frozen | None = None
 
     def __call__(self, *given: Any) -> Any:
-        if torch.is_grad_enabled() and self._needs_grad(given):
+        needs_grad = torch.is_grad_enabled() and self._needs_grad(given)
+        if needs_grad and not self._in_engine:
             raise InputError(
                 "grad is enabled, and results of this function require it (its parameters or inputs do); engines run"
                 " inference. Call it under torch.no_grad() or torch.inference_mode(), call"
                 " model.requires_grad_(False), or train with another backend."
             )
-        if self.why_operators:
+        if needs_grad or self.why_operators:
             return self._by_operators(given)
         frozen, numbers = self._frozen_of(given), self._numbers_of(given)
         last = self._last
@@ -220,7 +223,7 @@ class Fragment:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, IndexError) as e:
-            if not self._names_errors:
+            if not self._in_engine:
                 raise
             raise NotAccepted(e) from e
 
@@ -358,6 +361,15 @@ def _why_operators(gm: fx.GraphModule, others: Sequence[Any]) -> str:
     if any(not isinstance(x, torch.Tensor) for x in others):
         return "it takes what is no tensor"
     return ""
+
+
+def _why_autograd(gm: fx.GraphModule) -> str:
+    """Why there can be no engine, or nothing, where the caller has grad off, and the model has turned it on."""
+    given: Any = gm.graph.output_node().args[0]
+    computed = [n.meta.get("example_value") for n in given if isinstance(n, fx.Node) and n.op != "placeholder"]
+    if not any(map(_requires_grad, computed)):
+        return ""
+    return "the model may ask for gradients of its results, which it computes with grad enabled"
 
 
 def _results(gm: fx.GraphModule) -> list[Any]:

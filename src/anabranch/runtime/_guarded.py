@@ -245,7 +245,7 @@ class Guarded:
 
     def _fragment(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         watch_limits(gm)
-        fragment = Fragment(gm, examples, self._make_engine, first=FIRST, names_errors=True)
+        fragment = Fragment(gm, examples, self._make_engine, first=FIRST, in_engine=True)
         self._fragments.append(fragment)
         return _Timed(fragment, self._meter)
 
