@@ -90,7 +90,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "dtype as input": (
         lambda: (torch.randn(2, 3), torch.float16),
         anabranch.InputError,
-        ["input 1", "dtype", "expected tensors, numbers"],
+        ["float32[2, 3] on cpu", "torch.float16", "model(*inputs)"],
     ),
     "a set": (lambda: (torch.randn(2, 3), {1, 2}), anabranch.InputError, ["input 1", "set"]),
     "wrong shape": (

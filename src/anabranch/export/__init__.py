@@ -33,6 +33,7 @@ from anabranch.export._signature import (
 from anabranch.export._sizes import SPECIAL, Dim, Sizes, shape_at, size_at
 from anabranch.export._snapshot import Fresh, Snapshot, alias
 from anabranch.export._state import State, held_beside, writes_of
+from anabranch.export._tree import map_leaves, map_tensors, unflatten
 from anabranch.export._trial import changed_between, state_of, written
 from anabranch.export._uncaptured import READS_ON_HOST, Uncaptured, source_of
 
@@ -87,6 +88,8 @@ __all__ = [
     "keyword_order_matters",
     "layouts_of",
     "leaf_key",
+    "map_leaves",
+    "map_tensors",
     "name_of",
     "packet",
     "places",
@@ -103,6 +106,7 @@ __all__ = [
     "state_of",
     "tensorize",
     "undisturbed",
+    "unflatten",
     "valid_integer",
     "writes_of",
     "written",

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from anabranch.errors import AnabranchError, InputError, UnsupportedModel
+from anabranch.export._tree import map_tensors
 
 #: Frames in here are nobody's model.
 _NOT_A_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
@@ -183,7 +184,7 @@ def run_on_zeros(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
         return torch.zeros(x.shape, dtype=x.dtype)
 
     state = {name: zeros(x) for name, x in (*model.named_parameters(), *model.named_buffers())}
-    args, keywords = pytree.tree_map_only(torch.Tensor, zeros, (tuple(args), dict(kwargs)))
+    args, keywords = map_tensors(zeros, (tuple(args), dict(kwargs)))
     try:
         with torch.random.fork_rng(()), torch.no_grad():
             torch.func.functional_call(model, state, args, keywords)
@@ -202,7 +203,7 @@ def run_in_eager(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
     try:
         if any(x.device.type not in ("cpu", "meta") for x in tensors):
             return run_on_zeros(model, args, kwargs)
-        args, keywords = pytree.tree_map_only(torch.Tensor, copy_of, (tuple(args), dict(kwargs)))
+        args, keywords = map_tensors(copy_of, (tuple(args), dict(kwargs)))
         buffers = {name: copy_of(x) for name, x in model.named_buffers()}
         with torch.random.fork_rng(()):
             try:

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from anabranch.backends import BACKENDS
 from anabranch.devices import get_device
 from anabranch.errors import InputError, NotCapturable
-from anabranch.export import Mixed, precision_of
+from anabranch.export import Mixed, precision_of, unflatten
 from anabranch.runtime._engine import Engine
 from anabranch.runtime._flags import Flags
 from anabranch.runtime._given import (
@@ -195,7 +194,7 @@ def _pad(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     assert compiler is not None
 
     def serve(given: Sequence[Any]) -> Specialization | None:
-        arguments: Any = pytree.tree_unflatten(given, structure)
+        arguments: Any = unflatten(given, structure)
         return engine._specialization(*arguments)
 
     padding.prove(leaves, serve, compiler.aside)

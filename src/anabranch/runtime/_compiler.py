@@ -43,6 +43,7 @@ from anabranch.export import (
     same_computation,
     source_of,
     tensorize,
+    unflatten,
 )
 from anabranch.runtime._calls import Runtime
 from anabranch.runtime._phases import Clock
@@ -278,7 +279,7 @@ class Compiler:
     ) -> Program:
         # Not on the caller's own tensors: one that is passed twice, or two that share memory, would be taken for one
         # input by this call and by all later ones.
-        args, kwargs = pytree.tree_unflatten(signature.examples(self._torch_device), signature.structure)
+        args, kwargs = unflatten(signature.examples(self._torch_device), signature.structure)
         with clock.phase("export"):
             state = frozenset(self.initial)
             program = export_program(self.snapshot, args, kwargs, self.cast, given, self.aside, numbers, free, state)

@@ -30,6 +30,7 @@ from anabranch.export import (
     first_line,
     generators_kept,
     held_beside,
+    map_tensors,
     state_of,
 )
 from anabranch.runtime._fragment import Fragment, NotAccepted, trying
@@ -256,7 +257,7 @@ class Guarded:
                 results = self._run(self._fresh.module, args, kwargs)
         except Exception as e:
             self._raise(e, args, kwargs)
-        return pytree.tree_map_only(torch.nn.Parameter, self._given_back, results)
+        return map_tensors(self._given_back, results)
 
     def _raise(self, error: Exception, args: Sequence[Any], kwargs: dict[str, Any]) -> NoReturn:
         """Raise what a caller is to see of an error in a call."""
@@ -277,6 +278,8 @@ class Guarded:
 
     def _given_back(self, tensor: torch.Tensor) -> torch.Tensor:
         """The user's own parameter, where the model returns one."""
+        if not isinstance(tensor, torch.nn.Parameter):
+            return tensor
         original = self._originals.get(id(tensor))
         found = original() if original is not None else None
         return tensor if found is None else found
@@ -341,7 +344,7 @@ class Guarded:
                 y = y * (1 - 0.2 * noise) + 0.05 * noise
             return y
 
-        given = pytree.tree_map_only(torch.Tensor, made, (tuple(args), kwargs))
+        given = map_tensors(made, (tuple(args), kwargs))
         try:
             with trying(), generators_kept(copy.module, given, self._device), _settings:
                 self._run(copy.module, *given)

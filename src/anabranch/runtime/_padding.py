@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from anabranch import _judge
 from anabranch.errors import UnsupportedModel
-from anabranch.export import SPECIAL, AliasOutput, ComputedOutput, Dim, Program, valid_integer
+from anabranch.export import SPECIAL, AliasOutput, ComputedOutput, Dim, Program, unflatten, valid_integer
 from anabranch.export._sizes import plain_size, size_of
 from anabranch.runtime._process import neutral
 from anabranch.runtime._ranges import Place
@@ -185,7 +185,7 @@ class Padded:
 
     def call(self, structure: pytree.TreeSpec) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keywords of the larger call."""
-        args, kwargs = pytree.tree_unflatten(self.leaves(), structure)
+        args, kwargs = unflatten(self.leaves(), structure)
         return args, kwargs
 
     def cut(self, result: Any) -> Any:
