@@ -30,6 +30,11 @@ _ADVICE = (
         "It computes gradients of its inputs or parameters; engines run inference. Compute them outside of the engine.",
     ),
     (
+        ("torch._c.generator",),  # PyTorch 2.11; later ones take it for a constant
+        "It draws from a torch.Generator of its own, which is no part of a graph. In one graph it must draw from"
+        " PyTorch's default generator, which torch.manual_seed seeds.",
+    ),
+    (
         ("torchscript", "scriptfunction", "scriptmodule"),
         "TorchScript cannot be looked into; use the Python function or module that it was made from.",
     ),
