@@ -174,6 +174,7 @@ def _rounding_kept() -> Iterator[None]:
     Other threads compile as ever; and what they keep in caches is another entry.
     """
     cpp: Any = importlib.import_module("torch._inductor.codegen.cpp")
+    config: Any = torch.compiler.config
     here, before = threading.get_ident(), cpp.CppKernel.cache_dtype_convert
 
     def of_others(kernel: Any, *conversion: Any) -> None:
@@ -182,7 +183,7 @@ def _rounding_kept() -> Iterator[None]:
 
     with (
         replaced(cpp.CppKernel, "cache_dtype_convert", of_others),
-        torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}, rounding is kept"),
+        config.patch(cache_key_tag=f"{config.cache_key_tag}, rounding is kept"),
     ):
         yield
 

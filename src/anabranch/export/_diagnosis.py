@@ -21,7 +21,10 @@ _NOT_A_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 #: (words in an error's text, what to do)
 _ADVICE = (
     (
-        ("functorch", "vmapped", "tensorwrapper", "that doesn't have storage", "has no attribute 'constant'"),
+        (
+            *("functorch", "vmapped", "tensorwrapper", "that doesn't have storage", "has no attribute 'constant'"),
+            "expected faketensor, got <class 'torch.tensor'>",  # PyTorch 2.11, of what a transform has wrapped
+        ),
         "It uses a transform of torch.func (vmap, grad, jacrev, ...) that torch.export does not know; write that step"
         " without it, or leave it out of the engine.",
     ),
