@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from anabranch.export import _rotary
 from anabranch.export._assignments import Assignments
 from anabranch.export._layout import LayoutWatch
 from anabranch.export._leaks import Watch
@@ -147,9 +148,10 @@ class Forward(torch.nn.Module):
     def _call_model(self, args: Any, kwargs: Any) -> Any:
         recorder = self.seen.recorder
         if recorder is None:
-            return self.model(*args, **kwargs)
+            with _rotary.without_questions(self.model):
+                return self.model(*args, **kwargs)
         try:
-            with TakesNumbers():
+            with TakesNumbers(), _rotary.without_questions(self.model):
                 result = self.model(*args, **kwargs)
             recorder.check()
             recorder.check_result(result)
