@@ -11,10 +11,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from anabranch.backends import TF32
-from anabranch.backends.tensorrt._partition import counted, flops, is_quantization, partition
+from anabranch.backends.tensorrt._partition import counted, flops, partition
 from anabranch.backends.tensorrt._rewrite import rewrite
 from anabranch.backends.tensorrt._tf32 import in_tf32
-from anabranch.export import Program, export_program
+from anabranch.export import Program, export_program, is_quantization
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

@@ -33,7 +33,6 @@ from anabranch.backends.tensorrt._partition import (
     counted,
     fallback,
     flops,
-    is_quantization,
     missing_owners,
     partition,
     why_not,
@@ -41,7 +40,7 @@ from anabranch.backends.tensorrt._partition import (
 from anabranch.backends.tensorrt._profile import Profile
 from anabranch.backends.tensorrt._tf32 import in_tf32
 from anabranch.errors import BuildError
-from anabranch.export import Program, source_of
+from anabranch.export import Program, is_quantization, source_of
 from anabranch.export._sizes import plain_size
 
 _log = logging.getLogger("anabranch.tensorrt")

@@ -15,13 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from anabranch.backends.tensorrt._layout import Layout
 from anabranch.backends.tensorrt._rewrite import quantized_with_rounding, saturates
-from anabranch.export import Program, is_random, shape_at, source_of
+from anabranch.export import NARROW, Program, is_random, shape_at, source_of
 from anabranch.export._sizes import is_of_data, plain_size
 
 #: What a TensorRT engine computes with as PyTorch does. Its parser takes float64 too, and computes in float32.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool)
-#: What values between a quantization and its inverse may have on top.
-_QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 _DEPENDS_ON_MEMORY = ("as_strided", "set_", "resize_")
 
 
@@ -100,7 +98,7 @@ def why_not(node: fx.Node) -> str:
     quantizes = node.target.namespace == "quantized_decomposed" or node.target.name() == "aten::_to_copy"
     quantizes |= not computes(node)
     for value in (*_used(node), *(v for n in node.all_input_nodes for v in _used(n))):
-        if value.dtype not in _DTYPES and not (quantizes and value.dtype in _QUANTIZED):
+        if value.dtype not in _DTYPES and not (quantizes and value.dtype in NARROW):
             return f"TensorRT has no {str(value.dtype).removeprefix('torch.')}"
         if any(map(is_of_data, value.shape)):
             return "its shapes depend on data"
@@ -133,15 +131,6 @@ def _other_result(node: fx.Node) -> str | None:
 
 def _given(node: fx.Node) -> list[Any]:
     return [v for n in node.all_input_nodes for v in _tensors(n)]
-
-
-def is_quantization(node: fx.Node) -> bool:
-    """Whether it goes to int8 or fp8, or back, or does both."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    if node.target.namespace == "quantized_decomposed" or node.target.name().startswith("aten::fake_quantize"):
-        return True
-    return any(v.dtype in _QUANTIZED for v in (*_tensors(node), *_given(node)))
 
 
 def partition(program: Program, excluded: Mapping[str, str], worth: Collection[str] | None = None) -> Partition:

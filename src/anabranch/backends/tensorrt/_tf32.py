@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from anabranch.backends._backend import TF32
-from anabranch.backends.tensorrt._partition import computes, flops, is_quantization
+from anabranch.backends.tensorrt._partition import flops
+from anabranch.export import is_dequantized
 
 _aten = torch.ops.aten
 
@@ -28,7 +29,6 @@ _RECURRENT = (
 )
 #: They have int8 and float8 kernels, which read quantized operands.
 _QUANTIZABLE = (_aten.linear, _aten.matmul, _aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm)
-_SCALINGS = (_aten.mul.Tensor, _aten.mul.Scalar)
 
 _ALLOWING = {
     "products": "torch.set_float32_matmul_precision('high')",
@@ -84,16 +84,4 @@ def _is_quantized(node: fx.Node, kind: str, excluded: Collection[str]) -> bool:
     if kind != "convolutions" and node.target.overloadpacket not in _QUANTIZABLE:  # type: ignore[union-attr]
         return False
     operands = [n for n in _given_float32(node) if _value(n).dim() > 1]
-    return bool(operands) and all(_is_dequantized(n, excluded) for n in operands)
-
-
-def _is_dequantized(node: fx.Node, excluded: Collection[str]) -> bool:
-    while node.op == "call_function" and node.name not in excluded:
-        if is_quantization(node):
-            return True
-        tensors = node.all_input_nodes
-        scales = node.target in _SCALINGS and all(_value(n).numel() == 1 for n in tensors[1:])
-        if not tensors or (computes(node) and not scales):
-            return False
-        node = tensors[0]
-    return False
+    return bool(operands) and all(is_dequantized(n, excluded) for n in operands)
