@@ -118,6 +118,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], torch.dtype, bo
 }
 
 
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Products of float32 are for TensorRT-RTX only where they may be in TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=pytest.mark.slow if "branches" in case else ()) for case in CASES]
 )
@@ -249,6 +259,7 @@ def test_no_weights_are_kept_when_all_is_built(cache: Path) -> None:
     assert not [t for t in tensors if not t.is_sparse and t.layout is torch.strided and t.data_ptr() in addresses]
 
 
+@pytest.mark.usefixtures("tf32")
 def test_precision_and_keyword_inputs_are_those_of_compile(cache: Path) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
