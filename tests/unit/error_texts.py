@@ -217,8 +217,12 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "src/anabranch/calibrate/_calibrate.py": [
         ("the model returns no floating-point tensors", "expected some whose error can be measured"),
-        ("a result of the model has no finite element in float32", "give samples on which it is right"),
+        ("a result of the model has no finite element in {reference.name}", "give samples on which it is right"),
+        ("reference={reference} given", "expected torch.float32 or torch.float64"),
     ],
+    # Caught where an operator is computed: then it is in the reference's type, or in float32.
+    "src/anabranch/calibrate/_operator.py": [("half precision has other bits than float32",)],
+    "src/anabranch/calibrate/_reference.py": [("float64 has other bits than float32",)],
     "src/anabranch/calibrate/_samples.py": [
         ("{data} gives a {", "expected a tensor, a tuple of positional inputs"),
         ("{data} gives no samples", "expected a tensor, a tuple of positional inputs"),

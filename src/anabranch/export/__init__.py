@@ -17,6 +17,7 @@ from anabranch.export._places import written_by
 from anabranch.export._precision import Cast
 from anabranch.export._program import Program, export_program
 from anabranch.export._proof import same_computation
+from anabranch.export._quantized import NARROW, is_dequantized, is_quantization, quantized_lines
 from anabranch.export._random import is_random
 from anabranch.export._ranges import Run
 from anabranch.export._room import Room, rooms
@@ -40,6 +41,7 @@ from anabranch.export._uncaptured import READS_ON_HOST, Uncaptured, source_of
 __all__ = [
     "BATCH_NORMS",
     "EXACT",
+    "NARROW",
     "PRODUCTS",
     "READS_ON_HOST",
     "SPECIAL",
@@ -83,7 +85,9 @@ __all__ = [
     "generators_kept",
     "held_beside",
     "hooks_of",
+    "is_dequantized",
     "is_integer",
+    "is_quantization",
     "is_random",
     "keyword_order_matters",
     "layouts_of",
@@ -94,6 +98,7 @@ __all__ = [
     "packet",
     "places",
     "precision_of",
+    "quantized_lines",
     "register_containers",
     "replaced",
     "rooms",
