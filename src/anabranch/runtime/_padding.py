@@ -15,7 +15,7 @@ from anabranch.errors import UnsupportedModel
 from anabranch.export import SPECIAL, AliasOutput, ComputedOutput, Dim, Program, valid_integer
 from anabranch.export._sizes import plain_size, size_of
 from anabranch.runtime._process import neutral
-from anabranch.runtime._ranges import Place
+from anabranch.runtime._ranges import Place, resized
 from anabranch.runtime._specialization import Specialization
 
 #: What padding of floating inputs holds while it is looked whether results depend on it. Calls have zeros there. No
@@ -67,12 +67,12 @@ class Padding:
         levels = max(len(dim.pad_to) for dim in self._dims.values())
         for level in range(levels):
             tops = {dim.name: dim.pad_to[min(level, len(dim.pad_to) - 1)] for dim in self._dims.values() if dim.pad_to}
-            found = serve(self._resized(leaves, tops))
+            found = serve(resized(leaves, self._dims, tops))
             if found is None:
                 _reject(self._dims, "torch.export does not take the model as a whole")
             if not found.is_range:
                 continue  # this size is none of many: nothing is padded to it
-            calls = [self._resized(leaves, sizes) for sizes in self._tried(tops)]
+            calls = [resized(leaves, self._dims, sizes) for sizes in self._tried(tops)]
             why = _why_never(found.program) or self._why_not(found, calls, aside)
             if why:
                 _reject(self._dims, why)
@@ -100,16 +100,6 @@ class Padding:
             for name in ends if len(ends) > 1 else ():
                 yield {**tops, name: ends[name]}
             yield ends
-
-    def _resized(self, leaves: Sequence[Any], sizes: Mapping[str, int]) -> list[Any]:
-        """Leaves like these, where the sizes of these names are others; without values."""
-        made = list(leaves)
-        for (i, d), dim in self._dims.items():
-            if dim.name in sizes:
-                shape = list(made[i].shape)
-                shape[d] = sizes[dim.name]
-                made[i] = made[i].new_zeros(shape)
-        return made
 
     def _changes(self, found: Specialization, leaves: Sequence[Any]) -> str:
         """How padding a call of these shapes changes its results, or nothing."""
