@@ -22,7 +22,6 @@ CAUGHT = {
     "_Untranslatable": "the reason why calls are queued from Python, which explain() shows",
     "_Unknown": "the reason why calls are queued from Python, which explain() shows",
     "_Whole": "the reason why a program is not cut into pieces, which explain() shows",
-    "NotInRange": "the reason why operators run a call, which summary() shows",
     "NotCarried": "the reason why a number is a part of the signature, which explain() shows",
     "_Kept": "the reason why operators take a number as it is, which explain() shows",
     "NotReady": "a cell of the benchmark's table",

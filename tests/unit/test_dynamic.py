@@ -356,3 +356,33 @@ def test_threads_call_with_many_sizes_at_once(runtime: str) -> None:  # noqa: F8
     on_threads(8, work)
     assert engine.stats().specializations == 3
     assert engine.stats().calls == 480
+
+
+class Numbers(nn.Module):
+    """Returns numbers that Python computes of sizes, beside what kernels compute."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        n, t = x.shape
+        y = torch.cat([x, x[:1]]) * n
+        return y, n, n * t - 3, n / 3 + t, n % 4 == 1, y.shape, (n // 2, "text"), max(n, t), x
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_numbers_of_sizes_are_returned(runtime: str, backend: str) -> None:  # noqa: F811
+    given = Input((Dim("batch", 2, 64), Dim("length", 2, 64)))
+    engine = anabranch.compile(Numbers(), [given], backend=backend, runtime=runtime)
+    for n, t in ((5, 9), (2, 2), (9, 5), (33, 64), (4, 4)):
+        check(engine, Numbers(), drawn(n, t, seed=n))
+    assert engine.stats().specializations == 1
+    engine.close()
+
+
+def test_numbers_of_sizes_are_those_of_the_call_where_sizes_are_rounded_up() -> None:
+    def model(x: torch.Tensor) -> Any:
+        y = x * 2
+        return y, x.shape[0], y.shape, x.shape[0] / 2
+
+    engine = anabranch.compile(Fn(model), [Input((Dim("batch", 1, 64, pad_to=[16, 64]), 4))], backend="eager")
+    for n in (3, 16, 17, 40, 64):
+        check(engine, Fn(model), drawn(n, 4, seed=n))
+    engine.close()

@@ -12,7 +12,16 @@ from torch.utils import _pytree as pytree
 
 from anabranch import _judge
 from anabranch.errors import UnsupportedModel
-from anabranch.export import SPECIAL, AliasOutput, ComputedOutput, Dim, Program, valid_integer
+from anabranch.export import (
+    SPECIAL,
+    AliasOutput,
+    ComputedOutput,
+    Dim,
+    NumberOutput,
+    Program,
+    SizeOutput,
+    valid_integer,
+)
 from anabranch.export._sizes import plain_size, size_of
 from anabranch.runtime._process import neutral
 from anabranch.runtime._ranges import Place, resized
@@ -183,9 +192,15 @@ class Padded:
         program = self._found.program
         leaves, structure = pytree.tree_flatten(result, is_leaf=lambda x: isinstance(x, torch.Size))
         wanted = self._wanted()
+        tensors = [x for x in self._given if isinstance(x, torch.Tensor)]
         for k, output in enumerate(program.outputs):
             if isinstance(output, ComputedOutput):
                 leaves[k] = _cut(leaves[k], wanted[output.index])
+            elif isinstance(output, NumberOutput):
+                leaves[k] = output.of(tensors)
+            elif isinstance(output, SizeOutput):
+                parts = zip(output.parts, leaves[k], strict=True)
+                leaves[k] = torch.Size([x.of(tensors) if isinstance(x, NumberOutput) else n for x, n in parts])
         return pytree.tree_unflatten(leaves, structure)
 
     def cut_results(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
