@@ -375,14 +375,3 @@ def test_numbers_of_sizes_are_returned(runtime: str, backend: str) -> None:  # n
         check(engine, Numbers(), drawn(n, t, seed=n))
     assert engine.stats().specializations == 1
     engine.close()
-
-
-def test_numbers_of_sizes_are_those_of_the_call_where_sizes_are_rounded_up() -> None:
-    def model(x: torch.Tensor) -> Any:
-        y = x * 2
-        return y, x.shape[0], y.shape, x.shape[0] / 2
-
-    engine = anabranch.compile(Fn(model), [Input((Dim("batch", 1, 64, pad_to=[16, 64]), 4))], backend="eager")
-    for n in (3, 16, 17, 40, 64):
-        check(engine, Fn(model), drawn(n, 4, seed=n))
-    engine.close()

@@ -192,15 +192,9 @@ class Padded:
         program = self._found.program
         leaves, structure = pytree.tree_flatten(result, is_leaf=lambda x: isinstance(x, torch.Size))
         wanted = self._wanted()
-        tensors = [x for x in self._given if isinstance(x, torch.Tensor)]
         for k, output in enumerate(program.outputs):
             if isinstance(output, ComputedOutput):
                 leaves[k] = _cut(leaves[k], wanted[output.index])
-            elif isinstance(output, NumberOutput):
-                leaves[k] = output.of(tensors)
-            elif isinstance(output, SizeOutput):
-                parts = zip(output.parts, leaves[k], strict=True)
-                leaves[k] = torch.Size([x.of(tensors) if isinstance(x, NumberOutput) else n for x, n in parts])
         return pytree.tree_unflatten(leaves, structure)
 
     def cut_results(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -274,7 +268,8 @@ def _why_never(program: Program) -> str:
     if any(isinstance(o, AliasOutput) and o.weight is None for o in program.outputs):
         return "it hands back an input, or a view of one"
     results: Any = program.module.graph.output_node().args[0]
-    if not all(isinstance(node.meta.get("val"), torch.Tensor) for node in results):
+    numbers = any(isinstance(o, NumberOutput | SizeOutput) for o in program.outputs)
+    if numbers or not all(isinstance(node.meta.get("val"), torch.Tensor) for node in results):
         return "sizes are among its results"
     return ""
 
