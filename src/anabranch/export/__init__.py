@@ -11,7 +11,14 @@ from anabranch.export._mixing import Choices, Mixing, cast_of
 from anabranch.export._narrow import BATCH_NORMS, EXACT, PRODUCTS, packet
 from anabranch.export._number_tensors import tensorize
 from anabranch.export._numbers import NotCarried, Numbers
-from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutput, SizeOutput, finisher
+from anabranch.export._outputs import (
+    AliasOutput,
+    ComputedOutput,
+    ConstantOutput,
+    NumberOutput,
+    SizeOutput,
+    finisher,
+)
 from anabranch.export._pieces import Cut, Piece, cut
 from anabranch.export._places import written_by
 from anabranch.export._precision import Cast
@@ -58,6 +65,7 @@ __all__ = [
     "Mixing",
     "NotCarried",
     "NotExported",
+    "NumberOutput",
     "Numbers",
     "Piece",
     "Place",

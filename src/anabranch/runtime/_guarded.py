@@ -34,6 +34,7 @@ from anabranch.export import (
     state_of,
 )
 from anabranch.runtime._fragment import Fragment, NotAccepted, trying
+from anabranch.runtime._ranges import Place
 from anabranch.runtime._recompiles import past_limit, watch_limits
 
 _log = logging.getLogger("anabranch")
@@ -93,15 +94,15 @@ class _Patches(threading.local):
 class _DynamoSettings:
     """A context manager: Dynamo's settings while a model in fragments is called, and may be traced.
 
-    A number that varies from call to call is a part of what a graph is for. Dynamo would make a symbol of it, which
-    many operators do not take, so that it cuts there.
+    A float that varies from call to call is a part of what a graph is for. Dynamo would make a symbol of it, which many
+    operators do not take, so that it cuts there. An integer may be a size that the model has kept over a cut.
 
     Where PyTorch keeps settings by thread, they are this thread's. Where it keeps them by process, they hold from the
     first of the calls under way until the last one's end.
     """
 
     _WANTED: ClassVar[dict[str, Any]] = {
-        "specialize_int": True,
+        "specialize_int": False,
         "specialize_float": True,
         "recompile_limit": MOST_GRAPHS,
         "accumulated_recompile_limit": 8 * MOST_GRAPHS,
@@ -198,22 +199,29 @@ class Guarded:
         self,
         snapshot: Snapshot,
         why: NotExported,
-        make_engine: Callable[[torch.nn.Module, Sequence[Any]], Any],
+        make_engine: Callable[[torch.nn.Module, Sequence[Any], frozenset[Place]], Any],
         device: torch.device,
         check_error: Callable[[Exception], None],
+        dynamic: bool,
     ) -> None:
-        """``why``: what ``torch.export`` had against it. ``make_engine``: of a fragment's graph and its inputs.
+        """``why``: what ``torch.export`` had against it. ``make_engine``, ``dynamic``: see :class:`Fragment`.
         ``check_error``: raises where the device is lost."""
+        self._dynamic = dynamic
         self._device, self._check_error = device, check_error
         self._snapshot, self._why, self._make_engine = snapshot, why, make_engine
-        self._own = _OwnCode()
-        self._fresh = self._copy()
         self._meter = _Meter()
         self._fragments: list[Fragment] = _sync.list_("fragments")
         self._kinds: set[Any] = _sync.set_("kinds of inputs")
-        self._run = self._compiled()
+        self._begin()
         # Dynamo keeps the code that it has made, and with it fragments, in places that outlive the model.
         weakref.finalize(self, _give_up, self._fragments)
+
+    def _begin(self) -> None:
+        """Nothing is traced so far."""
+        self._own = _OwnCode()
+        self._fresh = self._copy()
+        self._fragments[:] = []
+        self._run = self._compiled()
         module = self._fresh.module
         tensors = (*module.parameters(), *module.buffers())
         self._originals = {id(t): self._fresh.original(t) for t in tensors}
@@ -246,7 +254,7 @@ class Guarded:
 
     def _fragment(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         watch_limits(gm)
-        fragment = Fragment(gm, examples, self._make_engine, first=FIRST, in_engine=True)
+        fragment = Fragment(gm, examples, self._make_engine, first=FIRST, in_engine=True, dynamic=self._dynamic)
         self._fragments.append(fragment)
         return _Timed(fragment, self._meter)
 
@@ -286,8 +294,9 @@ class Guarded:
 
     # -- building -----------------------------------------------------------------------------------------------
 
-    def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Call the model until its graphs for such inputs have engines. Blocks the calling thread only.
+    def prepare(self, args: Sequence[Any], kwargs: dict[str, Any], others: Sequence[tuple[Any, Any]]) -> None:
+        """Call the model until its graphs for such inputs have engines. Blocks the calling thread only. ``others``:
+        inputs with other sizes, which calls are to have too.
 
         First a copy with buffers of its own, whose graphs run by operators: what writes weights or counts in Python's
         state is refused. Raises :class:`~anabranch.errors.UnsupportedModel`, or what the model raises.
@@ -306,7 +315,7 @@ class Guarded:
             tensors = {n: (t, t._version) for n, t in (*copy.module.named_parameters(), *copy.module.named_buffers())}
             versions = [x._version for x in held]
             before = state_of(copy)
-            self._try(copy, args, kwargs, attempt)
+            self._try(copy, args, kwargs, attempt, makes=False)
             written = [n for n, (t, version) in tensors.items() if t._version != version]
             if written:
                 raise UnsupportedModel(
@@ -325,16 +334,24 @@ class Guarded:
                     f"the model changes {', '.join(changed)} in each call, and torch.export refuses it ({self._why})."
                     " An engine keeps no state of Python's. Make it an input."
                 )
-        for attempt in range(FIRST - 1, FIRST + 1):
-            self._try(self._fresh, args, kwargs, attempt)
+        if others:
+            # Dynamo makes a symbol of a size once it has met two values, and remembers that by the place of the code:
+            # traced anew, no graph is for a single size but for those that are special.
+            for given in others:
+                self._try(copy, *given, FIRST, makes=False)
+            self._begin()
+        for given in ((args, kwargs), *others):
+            for attempt in range(FIRST):
+                self._try(self._fresh, *given, FIRST + attempt)
         self._meter.last, self._meter.is_on = None, True
         try:
-            self._try(self._fresh, args, kwargs, FIRST + 1)
+            self._try(self._fresh, args, kwargs, 2 * FIRST)
         finally:
             self._meter.last, self._meter.is_on = None, False
 
-    def _try(self, copy: Fresh, args: Sequence[Any], kwargs: dict[str, Any], attempt: int) -> None:
-        """Call it on copies of these inputs: as they are at first, then with other floating-point values."""
+    def _try(self, copy: Fresh, args: Sequence[Any], kwargs: dict[str, Any], attempt: int, makes: bool = True) -> None:
+        """Call it on copies of these inputs: as they are at first, then with other floating-point values. ``makes``:
+        whether graphs may get engines."""
         generator = torch.Generator().manual_seed(attempt)
 
         def made(x: torch.Tensor) -> torch.Tensor:
@@ -346,7 +363,7 @@ class Guarded:
 
         given = map_tensors(made, (tuple(args), kwargs))
         try:
-            with trying(), generators_kept(copy.module, given, self._device), _settings:
+            with trying(makes), generators_kept(copy.module, given, self._device), _settings:
                 self._run(copy.module, *given)
         except (AnabranchError, torch.OutOfMemoryError):
             raise
@@ -356,6 +373,11 @@ class Guarded:
             _log.info("a trial on other values ended with %s: %s", type(e).__name__, str(e))
 
     # -- looking ------------------------------------------------------------------------------------------------
+
+    @property
+    def why(self) -> str:
+        """What ``torch.export`` had against the model."""
+        return str(self._why)
 
     @property
     def fragments(self) -> list[Fragment]:
@@ -381,7 +403,7 @@ class Guarded:
     def summary(self) -> dict[str, Any]:
         """As plain data: see :meth:`anabranch.Engine.summary`."""
         return {
-            "why": str(self._why),
+            "why": self.why,
             "graphs": [f.summary() for f in self.fragments],
             "past_limit": past_limit(),
         }
