@@ -15,6 +15,12 @@ from __future__ import annotations
 
 #: Classes of exceptions that never reach a caller, whatever their text.
 CAUGHT = {
+    "src/anabranch/calibrate/_operator.py": [
+        ("half precision has other bits than float32", "caught where it is computed: that operator is in float32 then"),
+    ],
+    "src/anabranch/calibrate/_reference.py": [
+        ("float64 has other bits than float32", "caught where it is computed: that operator is in float32 then"),
+    ],
     "Rejected": "the reason of a fallback, which explain() shows",
     "Unconvertible": "the reason of a fallback, which explain() shows",
     "Unreadable": "the reason why calls copy their inputs, which explain() shows",
@@ -220,9 +226,6 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("a result of the model has no finite element in {reference.name}", "give samples on which it is right"),
         ("reference={reference} given", "expected torch.float32 or torch.float64"),
     ],
-    # Caught where an operator is computed: then it is in the reference's type, or in float32.
-    "src/anabranch/calibrate/_operator.py": [("half precision has other bits than float32",)],
-    "src/anabranch/calibrate/_reference.py": [("float64 has other bits than float32",)],
     "src/anabranch/calibrate/_samples.py": [
         ("{data} gives a {", "expected a tensor, a tuple of positional inputs"),
         ("{data} gives no samples", "expected a tensor, a tuple of positional inputs"),

@@ -270,7 +270,8 @@ def test_a_model_in_fragments_of_declared_sizes(runtime: str, backend: str) -> N
     assert engine.stats().specializations == 4
     for n in SIZES:
         check(engine, model, backend, drawn(n, 4, 8, seed=n))
-    assert engine.stats().specializations == 4
+    # Inductor may assume that the size is not that of another dimension, which is 4: that one is compiled by itself.
+    assert engine.stats().specializations in ((4,) if backend == "eager" else (4, 5))
     assert "float32[*, 4, 8]" in engine.explain()
     assert not any(graph["by_operators"] for graph in engine.summary()["fragments"]["graphs"])
     for n in (0, 65):
