@@ -15,12 +15,6 @@ from __future__ import annotations
 
 #: Classes of exceptions that never reach a caller, whatever their text.
 CAUGHT = {
-    "src/anabranch/calibrate/_operator.py": [
-        ("half precision has other bits than float32", "caught where it is computed: that operator is in float32 then"),
-    ],
-    "src/anabranch/calibrate/_reference.py": [
-        ("float64 has other bits than float32", "caught where it is computed: that operator is in float32 then"),
-    ],
     "Rejected": "the reason of a fallback, which explain() shows",
     "Unconvertible": "the reason of a fallback, which explain() shows",
     "Unreadable": "the reason why calls copy their inputs, which explain() shows",
@@ -37,6 +31,12 @@ CAUGHT = {
 }
 
 INTERNAL = {
+    "src/anabranch/calibrate/_operator.py": [
+        ("half precision has other bits than float32", "caught where it is computed: that operator is in float32 then"),
+    ],
+    "src/anabranch/calibrate/_reference.py": [
+        ("float64 has other bits than float32", "caught where it is computed: that operator is in float32 then"),
+    ],
     "src/anabranch/_entry_point.py": [("has no attribute", "Python's own text")],
     "src/anabranch/__init__.py": [("has no attribute", "Python's own text")],
     "src/anabranch/backends/tensorrt/_cache.py": [
