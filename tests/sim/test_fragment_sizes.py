@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -35,7 +35,8 @@ def no_sizes_of_other_tests() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _check_on_threads(rig: Rig, run: Any, engines: list[Any]) -> None:
+def _check_on_threads(rig: Rig, run: Any, engines: Callable[[], list[Any]]) -> None:
+    """``engines``: of the graphs that there are by then. Threads that call at once may each have one traced."""
     model = Broken()
     given = {n: rig.random(n, 5) for n in SIZES}
     expected = {n: model(x) for n, x in given.items()}
@@ -52,15 +53,15 @@ def _check_on_threads(rig: Rig, run: Any, engines: list[Any]) -> None:
         assert_same(result, expected[n], f"of {n} rows")
     for n in (n for n in SIZES for _ in range(2)):  # one at a time is built, and another may not have been asked for
         run(given[n])
-        assert all(in_time(engine._shapes.wait) for engine in engines)
-    before = [engine.stats().graph_calls for engine in engines]
+        assert all(in_time(engine._shapes.wait) for engine in engines())
+    before = [engine.stats() for engine in engines()]
     for n in SIZES:
         assert_same(run(given[n]), expected[n], f"of {n} rows, once more")
-    for engine, calls in zip(engines, before, strict=True):
-        stats = engine.stats()
-        assert stats.specializations == 1
-        assert stats.captures >= len(SIZES)
-        assert stats.graph_calls == calls + len(SIZES)
+    after = [engine.stats() for engine in engines()]
+    assert len(before) == len(after) >= 2
+    assert all(stats.specializations == 1 for stats in after)
+    assert sum(stats.captures for stats in after) >= 2 * len(SIZES)
+    assert sum(stats.graph_calls for stats in after) == sum(stats.graph_calls for stats in before) + 2 * len(SIZES)
 
 
 def test_shapes_of_torch_compiles_graphs_are_captured_aside(rig: Rig, runtime: str) -> None:  # noqa: F811
@@ -69,12 +70,15 @@ def test_shapes_of_torch_compiles_graphs_are_captured_aside(rig: Rig, runtime: s
     run = torch.compile(Broken(), backend="anabranch", dynamic=True, options=options)
     x = rig.random(6, 5)
     assert_same(run(x), Broken()(x))
-    engines = [engine for fragment in set(dynamo._fragments) - before for engine in fragment.engines]
-    assert len(engines) == 2
+
+    def engines() -> list[Any]:
+        return [engine for fragment in set(dynamo._fragments) - before for engine in fragment.engines]
+
+    assert len(engines()) == 2
     _check_on_threads(rig, run, engines)
 
 
 def test_shapes_of_a_model_in_fragments_are_captured_aside(rig: Rig, runtime: str) -> None:  # noqa: F811
     given = Input((Dim("batch", 2, 64), 5), device="sim")
     with anabranch.compile(Broken(), [given], backend="eager", runtime=runtime, cuda_graphs=True) as engine:
-        _check_on_threads(rig, engine, engine._guarded.engines())
+        _check_on_threads(rig, engine, engine._guarded.engines)
