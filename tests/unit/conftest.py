@@ -55,7 +55,7 @@ def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def run_python() -> RunPython:
     """Run a script in a fresh interpreter; a hang fails the test after ``timeout`` seconds."""
 
-    def run(script: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(script: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-c", textwrap.dedent(script)],
             env={**os.environ, "PYTHONPATH": str(SRC)},
