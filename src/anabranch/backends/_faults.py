@@ -6,6 +6,7 @@ the graph that Inductor gets; the plan shows the model's own.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -138,6 +139,21 @@ def _floor_divide(step: _Steps) -> None:
     step.replace(plain if not isinstance(b, fx.Node) and b == 0 else whole)
 
 
+@functools.cache
+def _eagers_gelu(dtype: torch.dtype, is_contiguous: bool) -> tuple[bool, bool]:
+    """Whether it overflows above half of the largest number, and whether it makes NaN of infinity.
+
+    Kept: oneDNN starts PyTorch's threads, which a forked child of a process that has them cannot.
+    """
+    # As many as fill vectors; of those that are not contiguous each second one.
+    step = 1 if is_contiguous else 2
+    large, infinite = (
+        torch.nn.functional.gelu(torch.full((256,), v, dtype=dtype)[::step])
+        for v in (0.75 * torch.finfo(dtype).max, math.inf)
+    )
+    return bool(large.isinf().all()), bool(infinite.isnan().all())
+
+
 def _gelu(node: fx.Node, value: torch.Tensor) -> None:
     """Eager has two kernels on the CPU. Inductor computes as one of them does. The other, oneDNN's, is for contiguous
     tensors of types that the machine has instructions for; it halves last, so that more than half of the largest number
@@ -147,13 +163,7 @@ def _gelu(node: fx.Node, value: torch.Tensor) -> None:
     x = node.args[0]
     given = x.meta["val"]  # type: ignore[union-attr]
     layout = torch.empty_strided(shape_at(given.shape), shape_at(given.stride()), dtype=value.dtype, device="meta")
-    # As many as fill vectors; of those that are not contiguous each second one.
-    step = 1 if layout.is_contiguous() and layout.numel() > 1 else 2
-    large, infinite = (
-        torch.nn.functional.gelu(torch.full((256,), v, dtype=value.dtype)[::step])
-        for v in (0.75 * torch.finfo(value.dtype).max, math.inf)
-    )
-    halves_last, makes_nan = bool(large.isinf().all()), bool(infinite.isnan().all())
+    halves_last, makes_nan = _eagers_gelu(value.dtype, layout.is_contiguous() and layout.numel() > 1)
     if not (halves_last or makes_nan):
         return
     steps = Steps(node, value)
