@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
+from bystanders import Block
 from torch import nn
 
 import anabranch
@@ -28,20 +29,6 @@ from anabranch.runtime._phases import Clock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-
-class Block(nn.Module):
-    """A few layers; each width is another model, so that nothing of it is in a cache."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, 32)
-        self.norm = nn.LayerNorm(32)
-        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.relu(self.norm(self.linear(x)))
-        return self.attention(y, y, y, need_weights=False)[0].softmax(-1)
 
 
 class Caller:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers as t
+from tiny_transformers import DECODER
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -18,16 +19,7 @@ import anabranch
 from anabranch.generation import Decoder, Sampler, greedy, tokens
 
 LENGTH, COUNT, THREADS = 80, 64, 8
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,  # so that texts differ, and do not end in one word again and again
-}
+SIZES: dict[str, Any] = {**DECODER, "max_position_embeddings": 128}
 
 
 @pytest.fixture(autouse=True, scope="module")

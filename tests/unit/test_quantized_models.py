@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import threading
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 import anabranch
 from anabranch.export import export_program, quantized_lines
+from contract.support import on_threads
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -74,11 +74,7 @@ def test_four_threads_get_eagers_bits(backend: str, runtime: str) -> None:
                 if not torch.equal(engine(inputs[k]), expected[k]):
                     wrong.append(k)
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
+        on_threads(4, work)
         text = engine.explain()
     assert not wrong
     assert "quantized: 7 operators, to int8, uint8 or back" in text

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from tiny_transformers import DECODER
 
 import anabranch
 from anabranch.export import _rotary
@@ -18,18 +19,7 @@ from contract.support import assert_same
 
 #: How many tokens the frequencies are for that a model begins with.
 NEAR = 16
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SIZES: dict[str, Any] = {**DECODER, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LONG = {
     "rope_type": "longrope",
     "rope_theta": 10_000.0,

@@ -17,6 +17,16 @@ Inputs = dict[str, Any]
 
 VOCABULARY, HIDDEN, LAYERS, HEADS = 99, 32, 2, 4
 BATCH, LENGTH, PIXELS = 2, 12, 32
+#: Of decoders that make texts.
+DECODER: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,  # so that texts differ, and do not end in one word again and again
+}
 
 
 class Tiny(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from anabranch import _sync
-from anabranch.export import Dim, Signature, flatten_call, layouts_of, leaf_key
+from anabranch.export import Dim, Signature, flatten_call, layouts_of, leaf_key, unflatten
 from anabranch.runtime._padding import Padded, Padding
 from anabranch.runtime._ranges import Place, Ranges, resized
 from anabranch.runtime._specialization import Specialization
@@ -71,7 +71,7 @@ class Table:
         ones = {name: 1 for name, dim in dims.items() if len(dims) == 1 and dim.takes(1)}
         structure = self.flatten(args, kwargs)[1]
         made = [resized(leaves, self.ranges.declared(key), given) for given in (sizes, ones) if given]
-        return [pytree.tree_unflatten(given, structure) for given in made]
+        return [unflatten(given, structure) for given in made]
 
     def vary(self, tensors: Sequence[torch.Tensor], places: frozenset[Place]) -> None:
         """These sizes of such inputs vary; see :meth:`Ranges.vary`."""
