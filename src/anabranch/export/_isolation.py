@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -159,7 +159,8 @@ def _on_copies(tensors: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, torc
 
 
 def _is_real(x: Any) -> bool:
-    return type(x) in _REAL and not isinstance(x, FakeTensor)
+    # What transforms of torch.func wrap has the plain type, too, and no memory that could be another.
+    return type(x) in _REAL and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _writes(func: Any, kwargs: Mapping[str, Any]) -> bool:
