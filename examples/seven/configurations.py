@@ -160,7 +160,8 @@ def hunyuan_vl(small: bool) -> Any:
         "max_image_size": 128,
     }
     special = {"image_token_id": 150, "im_start_id": 151, "im_end_id": 152, "im_newline_id": 153}
-    text = {**_SMALL_TEXT, "rope_parameters": _rotary(2, 2, 2, 2)}
+    stretched = {**_rotary(2, 2, 2, 2, alpha=1000.0), "rope_type": "dynamic", "factor": 1.0}
+    text = {**_SMALL_TEXT, "rope_parameters": stretched}
     return transformers.HunYuanVLConfig(text_config=text, vision_config=vision, **special)
 
 

@@ -6,6 +6,8 @@ The result depends on PyTorch and Python, so both are part of the name under whi
 from __future__ import annotations
 
 import hashlib
+import importlib
+import logging
 import shutil
 import sysconfig
 from collections.abc import Sequence
@@ -13,11 +15,29 @@ from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
-from torch.utils import cpp_extension
 
 from anabranch import _toolchain
+
+
+def _where_pytorch_is() -> Any:
+    """``torch.utils.cpp_extension``. Where a build for CUDA finds a toolkit and no GPU, importing it logs a warning
+    that is nothing to someone who runs on the CPU."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return "No CUDA runtime is found" not in record.getMessage()
+
+    logger.addFilter(is_wanted)
+    try:
+        return importlib.import_module("torch.utils.cpp_extension")
+    finally:
+        logger.removeFilter(is_wanted)
+
+
+cpp_extension = _where_pytorch_is()
 
 
 def flags(name: str) -> list[str]:

@@ -20,6 +20,7 @@ from anabranch.runtime._compile import check_options, compile_graph
 from anabranch.runtime._compile import compile as compile_engine
 from anabranch.runtime._fragment import Fragment
 from anabranch.runtime._given import backend_for, check_gpu
+from anabranch.runtime._ranges import Place
 from anabranch.runtime._recompiles import past_limit, watch_limits
 
 #: Options of :func:`anabranch.compile` that ``torch.compile(..., options={...})`` takes.
@@ -43,8 +44,8 @@ def backend(
 
     Called by ``torch.compile``. ``options``: as in :func:`anabranch.compile`. What the function does in a call is in
     :class:`~anabranch.runtime._fragment.Fragment`: any number of threads may call it on any streams. A graph that an
-    engine cannot be for (it changes an input in place, its sizes vary) runs by PyTorch's operators, with eager's
-    results; :func:`summary` says which and why.
+    engine cannot be for (it changes an input in place) runs by PyTorch's operators, with eager's results;
+    :func:`summary` says which and why. Of one with symbols, an engine serves all their values.
 
     The function raises :class:`~anabranch.errors.InputError` where an option is not known, and where grad is enabled
     and a result requires it.
@@ -60,11 +61,11 @@ def backend(
 
         return refuse
 
-    def make_engine(model: torch.nn.Module, inputs: Sequence[Any]) -> Any:
-        return compile_graph(model, inputs, **options)
+    def make_engine(model: torch.nn.Module, inputs: Sequence[Any], free: frozenset[Place]) -> Any:
+        return compile_graph(model, inputs, free, **options)
 
     watch_limits(gm)
-    made = Fragment(gm, example_inputs, make_engine)
+    made = Fragment(gm, example_inputs, make_engine, dynamic=options.get("dynamic") is not False)
     _fragments.add(made)
     return made
 

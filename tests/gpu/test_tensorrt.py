@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib.util
 import threading
@@ -86,19 +87,55 @@ def test_eight_threads_on_eight_streams_get_their_own_outputs(
 def test_each_precision_is_as_exact_as_eager(gpu: Gpu, compiled: Make, dtype: torch.dtype) -> None:
     model, shape = convolutions(dtype)
     x = gpu.random(*shape, dtype=dtype)
-    engine = compiled(model, x, backend="tensorrt", require_full=True)
+    is_wide = dtype is torch.float32
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        engine = compiled(model, x, backend="tensorrt", require_full=not is_wide or library().keeps_float32)
+        y = engine(x)
+        text = engine.explain()
     exact = convolutions(torch.float32)[0].eval().cuda()
     exact.load_state_dict(model.float().state_dict())
-    # Convolutions in TF32, which PyTorch allows by default and TensorRT is not told to use, are not exact.
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = exact(x.float())
         eager = error(model.to(dtype)(x), expected)
-    y = engine(x)
     assert y.dtype == dtype
-    # Float32 is exact, unless the engine says that it may not be.
-    said = "may compute products and convolutions in TF32" in engine.explain()
-    assert said is (dtype is torch.float32 and not library().keeps_float32)
-    assert error(y, expected) <= max(2 * eager, 1e-5 if dtype is torch.float32 and not said else 1e-3)
+    for kind in ("products", "convolutions"):
+        assert (f"{kind} of float32 in TF32" in text) is (is_wide and not library().keeps_float32)
+    assert error(y, expected) <= max(2 * eager, 1e-5 if is_wide else 1e-3)
+
+
+@WAYS
+def test_each_kind_of_float32_operators_is_in_tf32_only_where_pytorch_allows_it(
+    gpu: Gpu, compiled: Make, graphs: bool | None
+) -> None:
+    """Products alone, which PyTorch has in float32 by default, beside convolutions, which it has in TF32."""
+    torch.manual_seed(7)
+    product = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)).eval().cuda()
+    x = gpu.random(256, 512)
+    expected = copy.deepcopy(product).double()(x.double())
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+    engine = compiled(product, x, backend="tensorrt", cuda_graphs=graphs)
+    assert error(engine(x), expected.float()) <= 1e-5
+    assert ("products of float32 in TF32" in engine.explain()) is not library().keeps_float32
+
+    convolution = nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval().cuda()
+    image = gpu.random(2, 32, 32, 32)
+    expected = copy.deepcopy(convolution).double()(image.double())
+    engine = compiled(convolution, image, backend="tensorrt", cuda_graphs=graphs, require_full=True)
+    assert error(engine(image), expected.float()) <= 1e-2
+    assert "in TF32" not in engine.explain()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(3, 2, 1), nn.AdaptiveMaxPool2d(4)], ids=["strided", "adaptive"])
+def test_max_pooling_keeps_nan(gpu: Gpu, compiled: Make, dtype: torch.dtype, pool: nn.Module) -> None:
+    x = gpu.random(2, 8, 16, 16, dtype=dtype)
+    x.view(-1)[::11] = float("nan")
+    x.view(-1)[5::17] = float("inf")
+    x.view(-1)[6::7] = -float("inf")
+    engine = compiled(nn.Sequential(pool, nn.ReLU()), x, backend="tensorrt", require_full=True)
+    expected = pool(x).relu()
+    assert bool(expected.isnan().any())
+    torch.testing.assert_close(engine(x), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @WAYS

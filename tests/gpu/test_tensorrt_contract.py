@@ -38,14 +38,16 @@ def backend() -> str:
 
 
 @pytest.fixture(autouse=True)
-def with_tensorrt(gpu_probe: str | None, request: pytest.FixtureRequest) -> None:
+def with_tensorrt(gpu_probe: str | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests compile for TensorRT, and build execution contexts ahead."""
     if gpu_probe is not None:
         return  # tests/conftest.py skips, or fails
     try:
-        library()
+        found = library()
     except BuildError as e:
         pytest.skip(f"TensorRT cannot be imported: {e}")
+    # The clauses' models have float32 products. These are to be in engines here, in TF32 or not.
+    monkeypatch.setattr(type(found), "keeps_float32", True)
     rig: Gpu = request.getfixturevalue("rig")
     rig.defaults = {"backend": "tensorrt"}
     # An execution context loads its kernels' code when it is made, and that waits for streams that a latch holds.

@@ -31,6 +31,12 @@ CAUGHT = {
 }
 
 INTERNAL = {
+    "src/anabranch/calibrate/_operator.py": [
+        ("half precision has other bits than float32", "caught where it is computed: that operator is in float32 then"),
+    ],
+    "src/anabranch/calibrate/_reference.py": [
+        ("float64 has other bits than float32", "caught where it is computed: that operator is in float32 then"),
+    ],
     "src/anabranch/_entry_point.py": [("has no attribute", "Python's own text")],
     "src/anabranch/__init__.py": [("has no attribute", "Python's own text")],
     "src/anabranch/backends/tensorrt/_cache.py": [
@@ -217,7 +223,8 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "src/anabranch/calibrate/_calibrate.py": [
         ("the model returns no floating-point tensors", "expected some whose error can be measured"),
-        ("a result of the model has no finite element in float32", "give samples on which it is right"),
+        ("a result of the model has no finite element in {reference.name}", "give samples on which it is right"),
+        ("reference={reference} given", "expected torch.float32 or torch.float64"),
     ],
     "src/anabranch/calibrate/_samples.py": [
         ("{data} gives a {", "expected a tensor, a tuple of positional inputs"),

@@ -268,7 +268,7 @@ def test_the_command_writes_a_file_that_compile_takes(tmp_path: Path) -> None:
         main, [*words, "--device", "cpu", "--out", str(out), "--svg", str(svg)], standalone_mode=False
     )
     assert result.exception is None, result.output
-    assert "test_calibrate:network in float16, worst first" in result.output
+    assert "test_calibrate:network in float16 beside float32, worst first" in result.output
     assert "100.0% of floating-point operations in float16" in result.output
     content = json.loads(out.read_text(encoding="utf-8"))
     assert content["samples"] == 3
@@ -280,6 +280,52 @@ def test_the_command_writes_a_file_that_compile_takes(tmp_path: Path) -> None:
     engine = anabranch.compile(model, [x], backend="eager", runtime="python", precision=str(out))
     with torch.no_grad():
         assert 0 < error(engine(x), model(x)) <= 0.003
+
+
+class _Sums(nn.Module):
+    """Of numbers that float32 has no digits for, beside a product; with types that are named, and made of bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        large = torch.full_like(x, 3e7, dtype=torch.float32)
+        signs = (x.view(torch.int32) >> 31).to(torch.float32)
+        return ((x + large) - large) * 1e-2 + signs, self.layer(x).to(torch.float32)
+
+
+def test_float64_is_a_reference_beside_which_float32_has_an_error() -> None:
+    model, x = _Sums().eval().requires_grad_(False), torch.rand(4, 8) + 0.3
+    narrow = calibrate(model, samples(x), budget=1e-2)
+    wide = calibrate(model, samples(x), budget=1e-2, reference=torch.float64)
+    assert (narrow.reference, wide.reference) == ("float32", "float64")
+    assert narrow.data()["reference"] == "float32"
+    assert by_place(narrow).keys() == by_place(wide).keys()
+    # The digits that float32 loses are no error beside itself.
+    assert narrow.error < 1e-2
+    exact = x.double() * 1e-2
+    assert wide.error == pytest.approx(error(model(x)[0], exact), rel=1e-6)
+    assert wide.error > 0.1
+    # What half precision does to an operator is the same beside both, but for float32's rounding.
+    product = "layer:aten.linear#0"
+    assert by_place(wide)[product].error == pytest.approx(by_place(narrow)[product].error, rel=0.05)
+    assert 0 < by_place(wide)[product].error < 1e-2
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_guilty_operator_is_first_beside_float64_too(name: str) -> None:
+    model, make = NETWORKS[name]()
+    found = calibrate(model, samples(make()), budget=1e-2, reference=torch.float64)
+    worst = found.operators[0]
+    assert worst.place.rpartition(":")[2].partition("#")[0] == GUILTY[name]
+    assert worst.starts
+    assert 0 < found.error <= 1e-2
+
+
+def test_other_references_are_refused() -> None:
+    with pytest.raises(InputError, match=r"reference=torch\.float16 given; expected torch\.float32 or torch\.float64"):
+        calibrate(nn.Linear(2, 2), samples(torch.rand(1, 2)), reference=torch.float16)
 
 
 def test_the_command_says_in_a_line_what_it_cannot_do() -> None:

@@ -289,7 +289,8 @@ def test_with_and_without_a_generator() -> None:
 @pytest.mark.parametrize(
     ("make", "more", "words"),
     [
-        (lambda: Held(1), 0, r"a torch\.Generator of its own \(aten\.rand\.generator \(draws\.py:\d+\)\)"),
+        # Before or after what it says, with the line: PyTorch 2.11 refuses it itself.
+        (lambda: Held(1), 0, r"(?=.*a torch\.Generator of its own)(?=.*\(draws\.py:\d+\))"),
         (Given, 1, r"is given a torch\.Generator.* torch\.manual_seed"),
     ],
     ids=["held", "given"],

@@ -356,3 +356,22 @@ def test_threads_call_with_many_sizes_at_once(runtime: str) -> None:  # noqa: F8
     on_threads(8, work)
     assert engine.stats().specializations == 3
     assert engine.stats().calls == 480
+
+
+class Numbers(nn.Module):
+    """Returns numbers that Python computes of sizes, beside what kernels compute."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        n, t = x.shape
+        y = torch.cat([x, x[:1]]) * n
+        return y, n, n * t - 3, n / 3 + t, n % 4 == 1, y.shape, (n // 2, "text"), max(n, t), x
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_numbers_of_sizes_are_returned(runtime: str, backend: str) -> None:  # noqa: F811
+    given = Input((Dim("batch", 2, 64), Dim("length", 2, 64)))
+    engine = anabranch.compile(Numbers(), [given], backend=backend, runtime=runtime)
+    for n, t in ((5, 9), (2, 2), (9, 5), (33, 64), (4, 4)):
+        check(engine, Numbers(), drawn(n, t, seed=n))
+    assert engine.stats().specializations == 1
+    engine.close()

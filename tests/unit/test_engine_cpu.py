@@ -411,7 +411,7 @@ assert engine(x).shape == (2, 4)
 assert engine(torch.randn(5, 3)).shape == (5, 4)
 torch.backends.cudnn.conv.fp32_precision = "tf32"
 flags = Flags("cuda")
-assert flags.tf32 and flags.unchanged()
+assert flags.tf32.products and flags.tf32.convolutions and flags.unchanged()
 torch.backends.cuda.matmul.fp32_precision = "ieee"
 assert not flags.unchanged() and "cuda.matmul.fp32_precision was 'tf32' at compile" in flags.changes()
 """

@@ -87,11 +87,6 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         anabranch.InputError,
         ["input 1", "object", "expected tensors, numbers", "register_pytree_node"],
     ),
-    "dtype as input": (
-        lambda: (torch.randn(2, 3), torch.float16),
-        anabranch.InputError,
-        ["input 1", "dtype", "expected tensors, numbers"],
-    ),
     "a set": (lambda: (torch.randn(2, 3), {1, 2}), anabranch.InputError, ["input 1", "set"]),
     "wrong shape": (
         lambda: (torch.randn(2, 7),),

@@ -101,6 +101,15 @@ def test_true_sizes_need_no_memory_to_be_known(programs: dict[str, Any], name: s
     assert counts[5] - counts[3] == 2 * (counts[3] - counts[2]) > 10**8
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_small_one_has_the_kinds_of_the_true_one(programs: dict[str, Any], name: str) -> None:
+    """The same modules, and the same kind of rotary embedding: else what runs small says nothing of the true one."""
+    made = [programs["seven"].make(name, small=small, device="meta", layers=2).whole for small in (True, False)]
+    assert len({frozenset(type(m) for m in model.modules()) for model in made}) == 1
+    texts = [model.config.get_text_config().rope_parameters for model in made]
+    assert len({(p["rope_type"], frozenset(p)) for p in texts}) == 1
+
+
 def test_what_a_tower_sees_and_hears_matters(programs: dict[str, Any]) -> None:
     for name in READERS:
         model, (prompt, other, *_), _ = made(programs, name)

@@ -21,6 +21,7 @@ from torch import nn
 
 import anabranch
 from anabranch import models
+from anabranch.backends import TF32
 from anabranch.backends.tensorrt import Target, compile_program, library
 from anabranch.backends.tensorrt import _builder as builder
 from anabranch.backends.tensorrt import _compiler as compiler
@@ -34,7 +35,7 @@ from anabranch.errors import BuildError, InputError
 from anabranch.export import export_program
 
 _NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
-_ADA = Target((8, 9), ahead=True)
+_ADA = Target((8, 9), ahead=True, tf32=TF32(products=True, convolutions=True, recurrent=True))
 
 
 class Mixed(nn.Module):
@@ -88,16 +89,37 @@ def test_a_network_becomes_one_engine(cache: Cache, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tf32", "said"),
+    ("dtype", "tf32", "wide"),
     [(torch.float32, False, True), (torch.float32, True, False), (torch.float16, False, False)],
 )
-def test_what_may_not_be_computed_in_float32_is_told(cache: Cache, dtype: torch.dtype, tf32: bool, said: bool) -> None:
-    target = dataclasses.replace(_ADA, tf32=tf32)
-    for model, has in ((nn.Linear(8, 8), True), (nn.GELU(), False)):
+def test_what_would_be_computed_in_tf32_runs_elsewhere_and_is_told(
+    cache: Cache, dtype: torch.dtype, tf32: bool, wide: bool
+) -> None:
+    target = dataclasses.replace(_ADA, tf32=TF32(products=tf32))
+    for model, has in ((nn.Sequential(nn.Linear(8, 8), nn.ReLU()), True), (nn.GELU(), False)):
         program = export_program(model.to(dtype).eval(), (torch.rand(4, 8, dtype=dtype),), {})
-        made = compile_program(library(), program, target, require_full=True, cache=cache)
-        told = any("may compute products and convolutions in TF32" in x for x in made.report())
-        assert told is (said and has and not library().keeps_float32)
+        made = compile_program(library(), program, target, require_full=False, cache=cache)
+        out = wide and has and not library().keeps_float32
+        assert len(made.engines) == (0 if out else 1)
+        text = "\n".join(made.report())
+        assert ("aten.linear.default" in text and "products of float32 in TF32" in text) is out
+        again = compile_program(library(), program, target, require_full=False, cache=cache)
+        assert again.report()[1:] == made.report()[1:]
+        assert again.reused == len(made.engines)
+        if out:
+            assert "aten.relu.default" in text
+            with pytest.raises(BuildError, match=r"require_full=True.*set_float32_matmul_precision\('high'\)"):
+                compile_program(library(), program, target, require_full=True, cache=cache)
+
+
+def test_convolutions_and_products_are_allowed_each_by_itself(cache: Cache) -> None:
+    model = nn.Sequential(nn.Conv1d(8, 8, 1), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+    program = export_program(model.eval(), (torch.rand(2, 8, 8),), {})
+    target = dataclasses.replace(_ADA, tf32=TF32(convolutions=True))
+    made = compile_program(library(), program, target, require_full=False, cache=cache)
+    whole = library().keeps_float32
+    assert [f.op for f in made.fallbacks] == ([] if whole else ["aten.linear.default", "aten.relu.default"])
+    assert [len(s.nodes) for s in made.partition.segments.values()] == [4 if whole else 2]
 
 
 class Residual(nn.Module):
@@ -288,6 +310,7 @@ _ATTEND = nn.functional.scaled_dot_product_attention
 _AS_PYTORCH = {
     "maximum of NaN": (lambda _, x: torch.maximum(x, x.flip(0)), torch.tensor([1.0, _NAN, 3.0, 4.0])),
     "minimum of NaN": (lambda _, x: torch.minimum(x, x.flip(0)), torch.tensor([1.0, _NAN, 3.0, 4.0])),
+    "max pooling of NaN": (lambda _, x: nn.functional.max_pool1d(x, 2), torch.tensor([[1.0, _NAN, 3.0, 4.0]])),
     "sign of NaN": (lambda _, x: torch.sign(x), torch.tensor([-2.0, _NAN, 0.0, 4.0])),
     "amax of all": (lambda _, x: x.amax() - x.amin(), torch.rand(2, 3)),
     "sum in float16": (lambda _, x: x.sum() + 1, torch.full((8,), 100.0).half()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import shutil
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 import anabranch
 from anabranch import models
+from anabranch.backends import TF32
 from anabranch.backends.tensorrt import Target, compile_program, library
 from anabranch.backends.tensorrt import _compiler as compiler
 from anabranch.backends.tensorrt._cache import Cache
@@ -116,6 +118,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], torch.dtype, bo
 }
 
 
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Products of float32 are for TensorRT-RTX only where they may be in TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=pytest.mark.slow if "branches" in case else ()) for case in CASES]
 )
@@ -158,12 +170,12 @@ def test_results_of_an_engine_for_another_order_get_the_strides_of_the_model(ord
 
 
 def test_a_key_has_all_that_an_engine_depends_on_and_no_more(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def key(x: torch.Tensor, capability: tuple[int, int] = (8, 9), tf32: bool = False) -> dict[str, object]:
+    def key(x: torch.Tensor, capability: tuple[int, int] = (8, 9), tf32: TF32 | None = None) -> dict[str, object]:
         model = nn.Conv2d(3, 4, 3).eval().requires_grad_(False)
         for p in model.parameters():
             p.fill_(0.5)
         program = export_program(model, (x,), {})
-        return compiler._key(library(), program, Target(capability, ahead=True, tf32=tf32))
+        return compiler._key(library(), program, Target(capability, ahead=True, tf32=tf32 or TF32()))
 
     x = torch.rand(1, 3, 8, 8)
     base = key(x)
@@ -171,7 +183,7 @@ def test_a_key_has_all_that_an_engine_depends_on_and_no_more(cache: Path, monkey
         key(torch.rand(2, 3, 8, 8)),
         key(x.contiguous(memory_format=torch.channels_last)),
         key(x, capability=(8, 6)),
-        key(x, tf32=True),
+        key(x, tf32=TF32(convolutions=True)),
     ]
     assert key(torch.rand(1, 3, 8, 8)) == base
     assert all(other != base for other in others)
@@ -193,8 +205,10 @@ def test_tf32_is_read_from_the_flags_as_compile_reads_them(cache: Path, no_build
     for arguments in ([], ["--tf32"]):
         result = CliRunner().invoke(command, ["relu", "--compute-capability", "8.9", "--cache", str(cache), *arguments])
         assert result.exit_code == 1, result.output
-    assert [t.tf32 for t in seen] == [False, True]
-    assert not Flags("cuda").tf32
+    everything = TF32(products=True, convolutions=True, recurrent=True)
+    # By default PyTorch allows it in convolutions and recurrent layers.
+    assert [t.tf32 for t in seen] == [dataclasses.replace(everything, products=False), everything]
+    assert Flags("cuda").tf32 == seen[0].tf32
 
 
 def test_the_cache_of_one_machine_serves_another(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +259,7 @@ def test_no_weights_are_kept_when_all_is_built(cache: Path) -> None:
     assert not [t for t in tensors if not t.is_sparse and t.layout is torch.strided and t.data_ptr() in addresses]
 
 
+@pytest.mark.usefixtures("tf32")
 def test_precision_and_keyword_inputs_are_those_of_compile(cache: Path) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:

@@ -16,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from anabranch import Dim
+from anabranch.backends import TF32
 from anabranch.backends.tensorrt import Target, _onnx, compile_program, library
 from anabranch.backends.tensorrt import _compiler as compiler
 from anabranch.backends.tensorrt._builder import Rejected
@@ -26,7 +27,7 @@ from anabranch.backends.tensorrt._partition import partition
 from anabranch.backends.tensorrt._profile import Profile
 from anabranch.export import Program, export_program
 
-_ADA = Target((8, 9), ahead=True)
+_ADA = Target((8, 9), ahead=True, tf32=TF32(products=True, convolutions=True, recurrent=True))
 
 Place = tuple[int, int]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import threading
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import anabranch
 from anabranch._judge import Rounding, differences
@@ -245,6 +247,58 @@ def test_a_size_that_depends_on_data() -> None:
         given, wanted = engine(x), fn(x)
         assert given == wanted
         assert [type(v) for v in given] == [type(v) for v in wanted]
+
+
+class Reduction(enum.Enum):
+    SUM, MEAN = "sum", "mean"
+
+
+class Reduces(nn.Module):
+    def forward(self, x: torch.Tensor, how: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+        y = x.sum(1) if how is Reduction.SUM else x.mean(1)
+        return y.to(dtype=dtype, **options), how, dtype
+
+
+def test_dtypes_devices_and_members_of_enumerations_are_inputs(runtime: str) -> None:
+    x = torch.randn(5, 4)
+    model = Reduces()
+    engine = anabranch.compile(model, [x, Reduction.SUM], backend="eager", runtime=runtime)
+    calls: list[tuple[list[Any], dict[str, Any]]] = [
+        ([Reduction.SUM], {}),
+        ([Reduction.MEAN], {}),
+        ([Reduction.MEAN, torch.float64], {"device": torch.device("cpu")}),
+        ([Reduction.SUM], {"dtype": torch.int32, "memory_format": torch.preserve_format}),
+    ]
+    for _ in range(2):
+        for rest, options in calls:
+            y = torch.randn(5, 4) * 9
+            assert not differences(engine(y, *rest, **options), model(y, *rest, **options), inputs=[y])
+    assert engine.stats().specializations == len(calls)
+
+
+def test_they_are_inputs_of_models_in_fragments_too() -> None:
+    def branches(x: torch.Tensor, how: Reduction, dtype: torch.dtype) -> Any:
+        y = x if x.sum() > 0 else x * 2
+        return (y.sum(1) if how is Reduction.SUM else y.mean(1)).to(dtype), x.shape
+
+    engine = build(branches, torch.randn(5, 4), Reduction.SUM, torch.float64)
+    for how in Reduction:
+        for x in (torch.rand(5, 4), -torch.rand(5, 4)):
+            assert not differences(engine(x, how, torch.float64), branches(x, how, torch.float64), inputs=[x])
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["as it is", "bfloat16"])
+def test_a_size_as_an_input_stays_one(precision: torch.dtype | None, runtime: str) -> None:
+    def resized(x: torch.Tensor, options: dict[str, Any]) -> Any:
+        size = options["size"]
+        return functional.interpolate(x, size=size[-2:]) * size.numel(), size, options
+
+    x, sizes = torch.randn(1, 2, 4, 6), [torch.Size([1, 8, 6]), torch.Size([3, 2, 9]), torch.Size([1, 5, 5])]
+    engine = build(resized, x, {"size": sizes[0]}, runtime=runtime, precision=precision)
+    for size in sizes:
+        given, wanted = engine(x, {"size": size}), resized(x.to(precision or x.dtype), {"size": size})
+        assert not differences(given, (wanted[0].float(), *wanted[1:]) if precision else wanted, inputs=[x])
+        assert [type(y) for y in given] == [torch.Tensor, torch.Size, dict]
 
 
 # -- keywords ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from anabranch.backends import BACKENDS, RESULTS_ONLY
 from anabranch.devices import get_device
@@ -26,7 +25,9 @@ from anabranch.export import (
     export_program,
     flatten_call,
     leaf_key,
+    map_leaves,
     precision_of,
+    unflatten,
 )
 from anabranch.runtime._flags import Flags
 from anabranch.runtime._given import given_model, inputs_of
@@ -168,7 +169,7 @@ def _export(
             )
         return dataclasses.replace(x, device=None).empty(device) if isinstance(x, Input) else x
 
-    args, kwargs = pytree.tree_map(tensor, (args, kwargs), is_leaf=lambda x: isinstance(x, Input))
+    args, kwargs = map_leaves(tensor, (args, kwargs), lambda x: isinstance(x, Input))
     leaves, structure = flatten_call(args, kwargs)
     signature = Signature.of(leaves, structure)
     leaves = signature.examples(device)
@@ -177,7 +178,7 @@ def _export(
     with neutral(seam, seam.index(device)):
         snapshot = Snapshot.of(model)
         cast = cast_of(snapshot, precision_of(precision))
-        args, kwargs = pytree.tree_unflatten(leaves, structure)
+        args, kwargs = unflatten(leaves, structure)
         return signature, export_program(snapshot, args, kwargs, cast)
 
 

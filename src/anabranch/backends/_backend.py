@@ -80,11 +80,20 @@ class Stateful(ABC):
 
 
 @dataclass(frozen=True)
+class TF32:
+    """Which operators of float32 may be computed in TF32 on a GPU, by PyTorch's flags."""
+
+    products: bool = False
+    convolutions: bool = False
+    recurrent: bool = False
+
+
+@dataclass(frozen=True)
 class Options:
-    """What :func:`~anabranch.compile` was asked for. ``tf32``: whether float32 may be computed in TF32."""
+    """What :func:`~anabranch.compile` was asked for."""
 
     require_full: bool = False
-    tf32: bool = False
+    tf32: TF32 = TF32()
 
 
 class Backend(Protocol):

@@ -6,14 +6,19 @@ the graph that Inductor gets; the plan shows the model's own.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import fx
 
 from anabranch.backends._steps import Steps
+from anabranch.export import shape_at
 
 _aten = torch.ops.aten
+_POWERS = (_aten.pow.Tensor_Scalar, _aten.float_power.Tensor_Scalar)
+#: Powers that eager has operators of their own for.
+_ROOTS = {0.5: _aten.sqrt.default, -0.5: _aten.rsqrt.default, -1.0: _aten.reciprocal.default}
 
 
 def avoid(module: fx.GraphModule) -> None:
@@ -28,6 +33,16 @@ def avoid(module: fx.GraphModule) -> None:
             _floor_divide(_Steps(node, value))
         elif node.target in (_aten.remainder.Tensor, _aten.remainder.Scalar):
             _remainder(_Steps(node, value))
+        elif node.target is _aten.gelu.default and value.device.type == "cpu":
+            _gelu(node, value)
+        elif node.target is _aten.logit.default and value.device.type == "cpu":
+            _logit(node, value)
+        elif node.target in (_aten.fmod.Tensor, _aten.fmod.Scalar) and value.device.type == "cpu":
+            _fmod(_Steps(node, value))
+        elif node.target is _aten.softshrink.default:
+            _softshrink(Steps(node, value))
+        elif node.target in _POWERS and node.args[1] in _ROOTS:
+            _root(Steps(node, value))
     module.graph.lint()
     module.recompile()
 
@@ -56,6 +71,24 @@ class _Steps(Steps):
         value = x.meta["val"] if isinstance(x, fx.Node) else None
         return self(_aten.to.dtype, x, dtype) if isinstance(value, torch.Tensor) and value.dtype != dtype else x
 
+    def round_number(self) -> None:
+        """As eager's kernels on the CPU do, and Inductor does not (pytorch#186875)."""
+        value = self.a.meta["val"]
+        if not isinstance(self.b, fx.Node) and value.device.type == "cpu":
+            self.b = torch.tensor(self.b, dtype=value.dtype).item()
+
+    def overflowing(self, left: fx.Node) -> fx.Node:
+        """``left``, what is left over, and NaN where the quotient is too large for a number, if eager's vectors make it
+        of that, which depends on the dtype."""
+        a, b = self.a, self.b
+        value = a.meta["val"]
+        few = [torch.full((64,), x, dtype=value.dtype) for x in (torch.finfo(value.dtype).max, 1e-3)]
+        if value.device.type != "cpu" or not bool(torch.fmod(*few).isnan().any()):
+            return left
+        finite = self(_aten.lt.Scalar, self(_aten.abs.default, a), float("inf"))
+        too_large = self(_aten.logical_and.default, self(_aten.isinf.default, self(_aten.div.Tensor, a, b)), finite)
+        return self(_aten.masked_fill.Scalar, left, too_large, math.nan)
+
     def left_over(self) -> tuple[fx.Node, fx.Node]:
         """fmod(a, b), and where it is not zero and has not the sign of b."""
         b, number = self.b, not isinstance(self.b, fx.Node)
@@ -71,12 +104,16 @@ class _Steps(Steps):
 
 def _remainder(step: _Steps) -> None:
     """Inductor's vectors compute a - b * floor(a / b), which is far off where a / b has lost its last digits. Eager
-    uses fmod (pytorch#198057). On the CPU it rounds a number b to float16 or bfloat16 first (pytorch#186875)."""
-    value = step.a.meta["val"]
-    if not isinstance(step.b, fx.Node) and value.device.type == "cpu":
-        step.b = torch.tensor(step.b, dtype=value.dtype).item()
+    uses fmod (pytorch#198057)."""
+    step.round_number()
     left, off = step.left_over()
-    step.replace(step(_aten.where.self, off, step(_aten.add.Tensor, left, step.b), left))
+    result = step(_aten.where.self, off, step(_aten.add.Tensor, left, step.b), left)
+    step.replace(step.overflowing(result))
+
+
+def _fmod(step: _Steps) -> None:
+    step.round_number()
+    step.replace(step.overflowing(step(step.node.target, step.a, step.b)))
 
 
 def _floor_divide(step: _Steps) -> None:
@@ -99,3 +136,64 @@ def _floor_divide(step: _Steps) -> None:
     if isinstance(b, fx.Node):
         whole = step(_aten.where.self, step(_aten.eq.Scalar, b, 0), plain, whole)
     step.replace(plain if not isinstance(b, fx.Node) and b == 0 else whole)
+
+
+def _gelu(node: fx.Node, value: torch.Tensor) -> None:
+    """Eager has two kernels on the CPU. Inductor computes as one of them does. The other, oneDNN's, is for contiguous
+    tensors of types that the machine has instructions for; it halves last, so that more than half of the largest number
+    overflows, and makes NaN of infinity. Which of these a kernel does is seen by running it."""
+    if node.kwargs.get("approximate", "none") != "none":
+        return
+    x = node.args[0]
+    given = x.meta["val"]  # type: ignore[union-attr]
+    layout = torch.empty_strided(shape_at(given.shape), shape_at(given.stride()), dtype=value.dtype, device="meta")
+    # As many as fill vectors; of those that are not contiguous each second one.
+    step = 1 if layout.is_contiguous() and layout.numel() > 1 else 2
+    large, infinite = (
+        torch.nn.functional.gelu(torch.full((256,), v, dtype=value.dtype)[::step])
+        for v in (0.75 * torch.finfo(value.dtype).max, math.inf)
+    )
+    halves_last, makes_nan = bool(large.isinf().all()), bool(infinite.isnan().all())
+    if not (halves_last or makes_nan):
+        return
+    steps = Steps(node, value)
+    wide = steps(_aten.to.dtype, x, torch.float32) if value.dtype is not torch.float32 else x
+    # From 0 to 2, as Inductor computes it.
+    twice = steps(_aten.add.Tensor, steps(_aten.erf.default, steps(_aten.mul.Tensor, wide, math.sqrt(0.5))), 1)
+    if halves_last:
+        y = steps(_aten.mul.Tensor, steps(_aten.mul.Tensor, wide, twice), 0.5)
+    else:
+        y = steps(_aten.mul.Tensor, steps(_aten.mul.Tensor, wide, 0.5), twice)
+    if makes_nan:
+        y = steps(_aten.masked_fill.Scalar, y, steps(_aten.eq.Scalar, wide, math.inf), math.nan)
+    steps.replace(y if value.dtype is torch.float32 else steps(_aten.to.dtype, y, value.dtype))
+
+
+def _softshrink(step: Steps) -> None:
+    """Inductor makes 0 of NaN."""
+    x = step.node.args[0]
+    step.replace(step(_aten.where.self, step(_aten.isnan.default, x), x, step(step.node.target, *step.node.args)))
+
+
+def _root(step: Steps) -> None:
+    """That of minus infinity is NaN in eager, but for float16 on the CPU, where eager takes the power of C: that is
+    infinity or 0. Inductor takes the root for 0.5, and the power of C for the others, whatever eager does."""
+    x: Any = step.node.args[0]
+    value, exponent = step.node.meta["val"], float(step.node.args[1])  # type: ignore[arg-type]
+    if value.device.type == "cpu" and not bool((torch.full((64,), -math.inf, dtype=value.dtype) ** -0.5).isnan().all()):
+        if exponent == 0.5:
+            below = step(_aten.eq.Scalar, x, -math.inf)
+            step.replace(step(_aten.masked_fill.Scalar, step(_aten.sqrt.default, x), below, math.inf))
+        return
+    x = step(_aten.to.dtype, x, value.dtype) if x.meta["val"].dtype != value.dtype else x
+    step.replace(step(_ROOTS[exponent], x))
+
+
+def _logit(node: fx.Node, value: torch.Tensor) -> None:
+    """Eager's kernel on the CPU rounds the bounds to half precision: 1 - 1e-6 is 1 there, whose logit is infinite."""
+    eps = node.args[1] if len(node.args) > 1 else node.kwargs.get("eps")
+    if eps is None or value.dtype not in (torch.float16, torch.bfloat16):
+        return
+    step, low = Steps(node, value), torch.tensor(eps, dtype=value.dtype)
+    inside = step(_aten.clamp.default, node.args[0], low.item(), (1 - low).item())
+    step.replace(step(_aten.logit.default, inside))

@@ -52,6 +52,7 @@ class _Inductor:
                 # Fused kernels keep in float32 what eager rounds after each operator: there infinities come of numbers
                 # that overflow on their way. On GPUs that has not been measured; explain() says what differs.
                 settings["emulate_precision_casts"] = True
+            emulates = "emulate_precision_casts" in settings
             if is_cuda:
                 # A buffer that is written in place, or again, may be a result in the end: a call then has to tell each
                 # kernel that writes to it where its result lies. In a CUDA graph the allocator re-uses memory as well.
@@ -63,6 +64,7 @@ class _Inductor:
             with (
                 config.patch(settings),
                 _without_caches(program.sizes is not None),
+                _rounding_kept() if emulates else contextlib.nullcontext(),
                 undisturbed(),
                 _noting_wrappers(wrappers),
             ):
@@ -162,6 +164,28 @@ def _without_caches(is_so: bool) -> Iterator[None]:
             yield
     finally:
         logger.removeFilter(is_wanted)
+
+
+@contextlib.contextmanager
+def _rounding_kept() -> Iterator[None]:
+    """Have kernels for the CPU round where that is written. PyTorch 2.11 remembers what a rounded number was made of,
+    and takes that where the number is read in the same kernel (pytorch#185337).
+
+    Other threads compile as ever; and what they keep in caches is another entry.
+    """
+    cpp: Any = importlib.import_module("torch._inductor.codegen.cpp")
+    config: Any = torch.compiler.config
+    here, before = threading.get_ident(), cpp.CppKernel.cache_dtype_convert
+
+    def of_others(kernel: Any, *conversion: Any) -> None:
+        if threading.get_ident() != here:
+            before(kernel, *conversion)
+
+    with (
+        replaced(cpp.CppKernel, "cache_dtype_convert", of_others),
+        config.patch(cache_key_tag=f"{config.cache_key_tag}, rounding is kept"),
+    ):
+        yield
 
 
 def _of_many_sizes(module: fx.GraphModule) -> list[Any]:

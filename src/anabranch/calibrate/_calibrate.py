@@ -1,4 +1,5 @@
-"""Runs samples through a model in float32 and beside it in half precision, and proposes which operators stay out of it.
+"""Runs samples through a model in float32, or float64, and beside it in half precision, and proposes which operators
+stay out of it.
 
 Errors are relative to the norm of each result. Effects of operators are taken to be independent: their squares add up.
 What is proposed is run, and tightened until it keeps the budget, so that this is a guess about the order only.
@@ -17,7 +18,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from anabranch._version import __version__
-from anabranch.calibrate._operator import Finding, InHalf, Progress, relative_error, widened
+from anabranch.calibrate._operator import Finding, InHalf, Progress, relative_error
+from anabranch.calibrate._reference import Reference, Values
 from anabranch.calibrate._samples import Sample
 from anabranch.errors import InputError
 from anabranch.export import (
@@ -44,6 +46,7 @@ _MOST_GUESSES = 16
 @dataclass
 class Calibration:
     """What was found. ``operators``: worst first; ``error``: of the proposal, relative, on the worst sample.
+    ``reference``: what errors are of, ``"float32"`` or ``"float64"``.
 
     ``plain``, ``proposed``: the error at each operator's result, by its place, where everything is in half precision,
     and as proposed.
@@ -55,6 +58,7 @@ class Calibration:
     #: The part of the floating-point operations in half precision, from 0 to 1.
     share_half: float
     samples: int
+    reference: str
     operators: list[Finding]
     plain: dict[str, float] = field(default_factory=dict)
     proposed: dict[str, float] = field(default_factory=dict)
@@ -74,6 +78,7 @@ class Calibration:
             "error": plain(self.error),
             "share_half": self.share_half,
             "samples": self.samples,
+            "reference": self.reference,
             "operators": [{k: plain(v) for k, v in asdict(f).items()} for f in self.operators],
         }
 
@@ -84,31 +89,38 @@ def calibrate(
     *,
     dtype: torch.dtype = torch.float16,
     budget: float = 1e-3,
+    reference: torch.dtype = torch.float32,
     progress: Progress = lambda done, total: None,
 ) -> Calibration:
     """Measure ``model``, in float32, on samples of one shape, and propose a :class:`~anabranch.Mixed` of ``dtype``.
 
+    ``reference``: ``torch.float32``, or ``torch.float64``: then errors are those beside the same model with all that is
+    float32 in float64, and float32's own rounding counts, too. (An operator that knows no float64 is in float32.)
     The proposal has the most floating-point operations in ``dtype`` that keep the relative error of every floating
     result within ``budget``, on the worst sample. Raises :class:`~anabranch.errors.InputError` where there is nothing
     to measure, and what :func:`anabranch.compile` raises of a model that cannot be exported.
     """
-    return _Calibrator(model, samples, dtype, budget).run(progress)
+    if reference not in (torch.float32, torch.float64):
+        raise InputError(f"reference={reference} given; expected torch.float32 or torch.float64")
+    return _Calibrator(model, samples, dtype, budget, Reference(reference)).run(progress)
 
 
 class _Calibrator:
-    def __init__(self, model: Any, samples: Sequence[Sample], dtype: torch.dtype, budget: float) -> None:
-        self._samples, self._dtype, self._budget = samples, dtype, budget
+    def __init__(
+        self, model: Any, samples: Sequence[Sample], dtype: torch.dtype, budget: float, reference: Reference
+    ) -> None:
+        self._samples, self._dtype, self._budget, self._reference = samples, dtype, budget, reference
         with torch.no_grad():
             self._snapshot = Snapshot.of(model)
             self._program = self._export(None)
-            self._expected = [self._results(self._program, s) for s in samples]
+            self._expected = [_floats(self._values(s).kept[self._program.module.graph.output_node()]) for s in samples]
         if not any(self._expected):
             raise InputError("the model returns no floating-point tensors; expected some whose error can be measured")
         if any(not bool(x.isfinite().any()) for results in self._expected for x in results if x.numel()):
             raise InputError(
-                "a result of the model has no finite element in float32; give samples on which it is right"
+                f"a result of the model has no finite element in {reference.name}; give samples on which it is right"
             )
-        self._half = InHalf(dtype)
+        self._half = InHalf(dtype, reference)
         graph = self._program.module.graph
         self._places = {n: str(p) for n, p in places(graph).items()}
         self._flops = {n: count or 0 for n in graph.nodes if (count := flops_of(graph).get(n.name)) is not None}
@@ -125,7 +137,9 @@ class _Calibrator:
             f.half = f.place in in_half
         share = sum(f.flops for f in findings.values() if f.half) / total if total else 0.0
         operators = sorted(findings.values(), key=lambda f: f.rank)
-        return Calibration(mixed, self._budget, error, share, len(self._samples), operators, plain, proposed)
+        return Calibration(
+            mixed, self._budget, error, share, len(self._samples), self._reference.name, operators, plain, proposed
+        )
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -139,6 +153,12 @@ class _Calibrator:
         values = [*program.weights, *tensors, *(s.initial for s in program.state)]
         return dict(zip(program.module.graph.find_nodes(op="placeholder"), values, strict=True))
 
+    def _values(self, sample: Sample) -> Values:
+        """Of every node, as the reference has them."""
+        values = Values(self._program.module, self._reference)
+        values.on(self._reference.given(self._given(self._program, sample)))
+        return values
+
     def _results(self, program: Program, sample: Sample) -> list[torch.Tensor]:
         return _floats(Run(program.module).on(self._given(program, sample)))
 
@@ -148,8 +168,7 @@ class _Calibrator:
         nodes = [n for n in self._places if _is_measured(n)]
         findings = {n: Finding(self._places[n], i, source_of(n), self._flops.get(n, 0)) for i, n in enumerate(nodes)}
         for turn, sample in enumerate(self._samples):
-            values = _Values(self._program.module)
-            values.on(self._given(self._program, sample))
+            values = self._values(sample)
             for i, node in enumerate(nodes):
                 self._measure_one(findings[node], node, values, self._expected[turn])
                 progress(turn * len(nodes) + i + 1, len(nodes) * len(self._samples))
@@ -158,7 +177,7 @@ class _Calibrator:
             f.share = f.effect**2 / squares if math.isfinite(f.effect) and squares else float(f.effect > 0)
         return findings
 
-    def _measure_one(self, finding: Finding, node: fx.Node, values: _Values, expected: list[torch.Tensor]) -> None:
+    def _measure_one(self, finding: Finding, node: fx.Node, values: Values, expected: list[torch.Tensor]) -> None:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values.kept[n])
         try:
             actual = self._half.compute(node, args, kwargs)
@@ -202,56 +221,28 @@ class _Calibrator:
     def _depths(self, program: Program | None) -> dict[str, float]:
         """The error at each operator's result, on the first sample: all in half precision, or as ``program`` is."""
         sample = self._samples[0]
-        values = _Values(self._program.module)
-        values.on(self._given(self._program, sample))
+        values = self._values(sample)
         if program is None:
-            run: _Values = _AllInHalf(self._program.module, self._half)
+            run: Values = _AllInHalf(self._program.module, self._reference, self._half)
             found = self._places
+            run.on(self._reference.given(self._given(self._program, sample)))
         else:
-            run = _Values(program.module)
+            run = Values(program.module, Reference(torch.float32))
             found = {n: str(p) for n, p in places(program.module.graph).items()}
-        run.on(self._given(program or self._program, sample))
+            run.on(self._given(program, sample))
         actual = {place: run.kept[n] for n, place in found.items() if n in run.kept}
         return {
-            place: relative_error(_floats(widened(actual[place])), _floats(values.kept[n]))
+            place: relative_error(_floats(actual[place]), _floats(values.kept[n]))
             for n, place in self._places.items()
             if _is_measured(n) and place in actual
         }
 
 
-class _Values(Run):
-    """Keeps the value of every node."""
+class _AllInHalf(Values):
+    """Everything in half precision; in the reference's only what half precision cannot compute."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm)
-        self.garbage_collect_values = False
-        self.kept: dict[fx.Node, Any] = {}
-
-    def seen(self, node: fx.Node, value: Any) -> Any:
-        self.kept[node] = value
-        return value
-
-    def behind(self, node: fx.Node, value: Any) -> Any:
-        """What the graph returns if the value of ``node`` is ``value``: only what depends on it is computed again."""
-        other: dict[fx.Node, Any] = {node: value}
-        for n in self.graph.nodes:
-            if n is node or not any(i in other for i in n.all_input_nodes):
-                continue
-            args, kwargs = fx.map_arg((n.args, n.kwargs), lambda i: other[i] if i in other else self.kept[i])
-            if n.op == "output":
-                return args[0]
-            if n.target is torch.ops.aten.copy_.default:
-                other[n] = args[0]
-            else:
-                other[n] = n.target(*args, **kwargs) if n.op == "call_function" else self.kept[n]
-        return self.kept[self.graph.output_node()]
-
-
-class _AllInHalf(_Values):
-    """Everything in half precision; in float32 only what half precision cannot compute."""
-
-    def __init__(self, gm: fx.GraphModule, half: InHalf) -> None:
-        super().__init__(gm)
+    def __init__(self, gm: fx.GraphModule, reference: Reference, half: InHalf) -> None:
+        super().__init__(gm, reference)
         self._half = half
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -28,6 +28,7 @@ def run(
     data: str,
     budget: float,
     dtype: str,
+    reference: str,
     samples: int,
     device: str | None,
     out: Path,
@@ -52,11 +53,12 @@ def run(
                 given,
                 dtype=getattr(torch, dtype),
                 budget=budget,
+                reference=getattr(torch, reference),
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     except AnabranchError as e:
         refuse(_NAME, e)
-    console.print(_table(found, f"{subject.name} in {dtype}, worst first", rows))
+    console.print(_table(found, f"{subject.name} in {dtype} beside {reference}, worst first", rows))
     console.print(f"plain {dtype}: error {_figure(_last(found))} at the end", highlight=False)
     console.print(
         f"proposed: {found.share_half:.1%} of floating-point operations in {dtype}, error {found.error:.1e} on the"

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from anabranch.calibrate._reference import OF_BITS, Reference
 from anabranch.export import BATCH_NORMS, packet
 
 
@@ -25,12 +26,12 @@ class Finding:
     source: str
     flops: int = 0
     elements: int = 0
-    #: Infinite in half, and finite in float32.
+    #: Infinite in half, and finite in the reference.
     overflow: int = 0
     nan: int = 0
-    #: Infinite in float32 as well.
+    #: Infinite in the reference as well.
     infinite: int = 0
-    #: Zero in half and not in float32; and those that are left with fewer digits.
+    #: Zero in half and not in the reference; and those that are left with fewer digits.
     flushed: int = 0
     subnormal: int = 0
     #: Whether its operands were in range: what it does to the range is its own doing.
@@ -59,24 +60,34 @@ class Finding:
 
 
 class InHalf:
-    """Computes operators in half precision on float32 operands."""
+    """Computes operators in half precision on a reference's operands."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: torch.dtype, reference: Reference) -> None:
+        self._dtype, self._reference = dtype, reference
         self._limits = torch.finfo(dtype)
 
     def compute(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        """What comes of it, in float32 again. Raises what the operator raises where it knows no half precision."""
-        if packet(node) in BATCH_NORMS:
-            args = (self._rounded(args[0]), *args[1:])
-        else:
-            args, kwargs = self._rounded((args, kwargs))
+        """What comes of it, as the reference's again. Raises what an operator raises that knows no half precision."""
+        if node.target in OF_BITS:
+            raise TypeError("half precision has other bits than float32")
+        norms = packet(node) in BATCH_NORMS  # whose statistics stay in float32
+        args = [self._rounded(n, x, not norms or i == 0) for i, (n, x) in enumerate(zip(node.args, args, strict=True))]
+        kwargs = {k: self._rounded(node.kwargs[k], x, not norms) for k, x in kwargs.items()}
         target: Any = node.target
-        return widened(target(*args, **kwargs))
+        return self._reference.widened(target(*args, **kwargs))
 
-    def _rounded(self, values: Any) -> Any:
+    def _rounded(self, argument: Any, value: Any, to_half: bool) -> Any:
+        """``value`` of a node's ``argument``: what the model has in float32 in half precision, or in float32."""
+        dtype = self._dtype if to_half else torch.float32
+        if not isinstance(argument, fx.Node):
+            if isinstance(argument, list | tuple):
+                return type(value)(self._rounded(n, x, to_half) for n, x in zip(argument, value, strict=True))
+            return value
+        known = argument.meta.get("val")
+        if isinstance(known, torch.Tensor) and known.dtype is not torch.float32:
+            return value
         return pytree.tree_map_only(
-            torch.Tensor, lambda x: x.to(self._dtype) if x.dtype is torch.float32 else x, values
+            torch.Tensor, lambda x: x.to(dtype) if x.dtype is self._reference.dtype else x, value
         )
 
     def compare(self, finding: Finding, operands: list[torch.Tensor], actual: Any, expected: Any) -> None:
@@ -84,7 +95,7 @@ class InHalf:
         pairs = [
             (a, e)
             for a, e in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True)
-            if isinstance(e, torch.Tensor) and e.dtype is torch.float32 and e.numel()
+            if isinstance(e, torch.Tensor) and e.dtype is self._reference.dtype and e.numel()
         ]
         before = finding.leaves_the_range
         for a, e in pairs:
@@ -98,14 +109,10 @@ class InHalf:
         finding.error = max(finding.error, relative_error([a for a, _ in pairs], [e for _, e in pairs]))
         if finding.leaves_the_range and not before:
             finding.starts = not any(
-                bool((x.isfinite() & ~x.to(self._dtype).isfinite()).any()) for x in operands if x.dtype is torch.float32
+                bool((x.isfinite() & ~x.to(self._dtype).isfinite()).any())
+                for x in operands
+                if x.dtype is self._reference.dtype
             )
-
-
-def widened(values: Any) -> Any:
-    """Half precision tensors as float32 ones."""
-    halves = (torch.float16, torch.bfloat16)
-    return pytree.tree_map_only(torch.Tensor, lambda x: x.float() if x.dtype in halves else x, values)
 
 
 def relative_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

@@ -25,6 +25,13 @@ import click
     help="The most that a result may be off, relative to its norm.",
 )
 @click.option("--dtype", default="float16", show_default=True, type=click.Choice(["float16", "bfloat16"]))
+@click.option(
+    "--reference",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "float64"]),
+    help="What errors are measured against: the model as it is, or computed in float64.",
+)
 @click.option("--samples", default=8, show_default=True, type=click.IntRange(1), help="Use so many of them.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Default: cuda where there is a GPU, else cpu.")
 @click.option(
@@ -40,9 +47,9 @@ def command(**given: Any) -> None:
     """Find out which operators of MODEL can be in half precision, on samples.
 
     MODEL is relu, upscaler or branches (built in), module:callable, or a .pt2 file; a float32 one. Each operator is
-    computed in half precision beside float32, and the rest of the model goes on from its result: so the table tells
-    where values leave the range, and whose rounding costs what. The proposal has the most floating-point operations
-    in half precision that keep the budget.
+    computed in half precision beside the reference, and the rest of the model goes on from its result: so the table
+    tells where values leave the range, and whose rounding costs what. The proposal has the most floating-point
+    operations in half precision that keep the budget.
 
     Exit status: 0 the proposal is written, 2 the model could not be measured, 130 interrupted.
     """

@@ -30,7 +30,7 @@ def sources() -> list[Path]:
 
 def include_paths() -> list[Path]:
     """Where ``anabranch/engine.h`` is, and then PyTorch's headers."""
-    from torch.utils import cpp_extension
+    from anabranch._extension import cpp_extension
 
     return [_PACKAGE / "include", *map(Path, cpp_extension.include_paths())]
 
@@ -46,7 +46,7 @@ def compile_flags() -> list[str]:
 
 def link_flags() -> list[str]:
     """For the linker: this PyTorch's libraries, and where they are found at run time. None of them is Python's."""
-    from torch.utils import cpp_extension
+    from anabranch._extension import cpp_extension
 
     folder = cpp_extension.TORCH_LIB_PATH
     # Nothing refers to libtorch by name, and it is what brings libtorch_cuda along. That in turn needs CUDA's own

@@ -144,7 +144,7 @@ def _result(output: Any, position: int, program: Program, flat: FlatProgram) -> 
             )
         return flat.results[output.index]
     if not isinstance(output, AliasOutput):
-        value = output.value if isinstance(output, ConstantOutput) else "a torch.Size that depends on data"
+        value = output.value if isinstance(output, ConstantOutput) else "a number or a torch.Size that varies"
         raise UnsupportedModel(f"output {position} is {value!r}; in C++ results are tensors.{_HINT}")
     if output.view is not None:
         whose = "an input" if output.weight is None else "a parameter"

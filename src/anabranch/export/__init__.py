@@ -13,12 +13,20 @@ from anabranch.export._mixing import Choices, Mixing, cast_of
 from anabranch.export._narrow import BATCH_NORMS, EXACT, PRODUCTS, packet
 from anabranch.export._number_tensors import tensorize
 from anabranch.export._numbers import NotCarried, Numbers
-from anabranch.export._outputs import AliasOutput, ComputedOutput, ConstantOutput, SizeOutput, finisher
+from anabranch.export._outputs import (
+    AliasOutput,
+    ComputedOutput,
+    ConstantOutput,
+    NumberOutput,
+    SizeOutput,
+    finisher,
+)
 from anabranch.export._pieces import Cut, Piece, cut
 from anabranch.export._places import written_by
 from anabranch.export._precision import Cast
 from anabranch.export._program import Program, export_program
 from anabranch.export._proof import same_computation
+from anabranch.export._quantized import NARROW, is_dequantized, is_quantization, quantized_lines
 from anabranch.export._random import is_random
 from anabranch.export._ranges import Run
 from anabranch.export._room import Room, rooms
@@ -35,12 +43,14 @@ from anabranch.export._signature import (
 from anabranch.export._sizes import SPECIAL, Dim, Sizes, shape_at, size_at
 from anabranch.export._snapshot import Fresh, Snapshot, alias
 from anabranch.export._state import State, held_beside, writes_of
+from anabranch.export._tree import map_leaves, map_tensors, unflatten
 from anabranch.export._trial import changed_between, rehearse, state_of, written
 from anabranch.export._uncaptured import READS_ON_HOST, Uncaptured, source_of
 
 __all__ = [
     "BATCH_NORMS",
     "EXACT",
+    "NARROW",
     "PRODUCTS",
     "READS_ON_HOST",
     "SPECIAL",
@@ -58,6 +68,7 @@ __all__ = [
     "Mixing",
     "NotCarried",
     "NotExported",
+    "NumberOutput",
     "Numbers",
     "Piece",
     "Place",
@@ -85,15 +96,20 @@ __all__ = [
     "generators_kept",
     "held_beside",
     "hooks_of",
+    "is_dequantized",
     "is_integer",
+    "is_quantization",
     "is_random",
     "keyword_order_matters",
     "layouts_of",
     "leaf_key",
+    "map_leaves",
+    "map_tensors",
     "name_of",
     "packet",
     "places",
     "precision_of",
+    "quantized_lines",
     "register_containers",
     "rehearse",
     "replaced",
@@ -108,6 +124,7 @@ __all__ = [
     "storage",
     "tensorize",
     "undisturbed",
+    "unflatten",
     "valid_integer",
     "writes_of",
     "written",

@@ -21,13 +21,21 @@ _NOT_A_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 #: (words in an error's text, what to do)
 _ADVICE = (
     (
-        ("functorch", "vmapped", "tensorwrapper", "that doesn't have storage", "has no attribute 'constant'"),
+        (
+            *("functorch", "vmapped", "tensorwrapper", "that doesn't have storage", "has no attribute 'constant'"),
+            "expected faketensor, got <class 'torch.tensor'>",  # PyTorch 2.11, of what a transform has wrapped
+        ),
         "It uses a transform of torch.func (vmap, grad, jacrev, ...) that torch.export does not know; write that step"
         " without it, or leave it out of the engine.",
     ),
     (
         ("require grad", "requires grad", "autograd", "backward"),
         "It computes gradients of its inputs or parameters; engines run inference. Compute them outside of the engine.",
+    ),
+    (
+        ("torch._c.generator",),  # PyTorch 2.11; later ones take it for a constant
+        "It draws from a torch.Generator of its own, which is no part of a graph. In one graph it must draw from"
+        " PyTorch's default generator, which torch.manual_seed seeds.",
     ),
     (
         ("torchscript", "scriptfunction", "scriptmodule"),

@@ -27,9 +27,10 @@ from anabranch.export._isolation import run_in_eager
 from anabranch.export._leaks import Watch
 from anabranch.export._numbers import NotCarried
 from anabranch.export._recurrent import weights_apart
-from anabranch.export._signature import TensorSpec
+from anabranch.export._signature import CONSTANTS, TensorSpec
 from anabranch.export._sizes import noting_lines
 from anabranch.export._snapshot import Fresh, Snapshot
+from anabranch.export._tree import has_sizes, map_tensors
 from anabranch.export._trial import Trial, needs_trial, try_out
 from anabranch.export._uncaptured import source_of
 from anabranch.export._writes import Recorded
@@ -99,8 +100,8 @@ class Exporter:
 
     def _trace(self, traced: Fresh, options: Any, decompose: bool) -> tuple[ExportedProgram, Seen]:
         rest, tensors = None, list[torch.Tensor]()
-        if self._free:
-            leaves, structure = pytree.tree_flatten((self._args, self._kwargs))
+        leaves, structure = pytree.tree_flatten((self._args, self._kwargs))
+        if self._free or has_sizes(structure) or any(isinstance(x, CONSTANTS) for x in leaves):
             tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
             rest = [TENSOR if isinstance(x, torch.Tensor) else x for x in leaves], structure
         forward = Forward(traced.module, self.specs, *options, numbers=self._numbers, rest=rest)
@@ -110,7 +111,8 @@ class Exporter:
                 exported = _export(forward, self._args, self._kwargs, self._given, *known, decompose)
             else:
                 with noting_lines(self.lines):
-                    exported = _export(forward, tensors, {}, None, *known, decompose, self._free)
+                    given = None if self._free else self._given
+                    exported = _export(forward, tensors, {}, given, *known, decompose, self._free)
         finally:
             if forward.seen.recorder is not None:
                 forward.seen.recorder.is_over = True
@@ -133,7 +135,7 @@ class Exporter:
             return copy_of(spec.in_memory(x)) if x.device.type == "cpu" else spec.synthesize(x.device)
 
         def attempt() -> Trial:
-            args, kwargs = pytree.tree_map_only(torch.Tensor, made, self._given)
+            args, kwargs = map_tensors(made, self._given)
             return try_out(functools.partial(forward, *args, **kwargs), traced)
 
         result = [Trial(False)]

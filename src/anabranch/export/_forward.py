@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from anabranch.export import _rotary
 from anabranch.export._assignments import Assignments
 from anabranch.export._isolation import Traced
 from anabranch.export._layout import LayoutWatch
@@ -19,6 +20,7 @@ from anabranch.export._precision import HalfPrecision
 from anabranch.export._signature import TensorSpec
 from anabranch.export._spellings import Spellings
 from anabranch.export._stand_ins import Recorder, TakesNumbers
+from anabranch.export._tree import map_tensors, unflatten
 from anabranch.export._writes import Writes
 
 #: Stands for a tensor. The tensors themselves would live for as long as what export leaves behind.
@@ -106,11 +108,11 @@ class Forward(torch.nn.Module):
         if self._rest is not None:
             tensors, (leaves, structure) = iter(args), self._rest
             whole = [next(tensors) if x is TENSOR else x for x in leaves]
-            args, kwargs = pytree.tree_unflatten(whole, structure)
+            args, kwargs = unflatten(whole, structure)
         self.seen.watch = Watch(pytree.tree_leaves((args, kwargs)))
         if any(spec.is_lazy for spec in self._specs):
             specs = iter(self._specs)
-            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: next(specs).in_memory(x), (args, kwargs))
+            args, kwargs = map_tensors(lambda x: next(specs).in_memory(x), (args, kwargs))
         assignments = Assignments(self.model, pytree.tree_leaves((args, kwargs)))
         spellings: AbstractContextManager[Any] = nullcontext()
         apart: AbstractContextManager[Any] = nullcontext()
@@ -126,20 +128,20 @@ class Forward(torch.nn.Module):
 
         originals: dict[int, torch.Tensor] = {}
 
-        def enter(x: Any) -> Any:
-            if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype is self._precision:
+        def enter(x: torch.Tensor) -> torch.Tensor:
+            if not x.is_floating_point() or x.dtype is self._precision:
                 return x
             cast = x.to(self._precision)
             originals[id(cast)] = x
             return cast
 
-        args, kwargs = pytree.tree_map(enter, (args, kwargs))
+        args, kwargs = map_tensors(enter, (args, kwargs))
         with apart, watch, _GradientWatch(self.seen), HalfPrecision(self._precision), spellings:
             result = self._call_model(args, kwargs)
         if self.seen.assignments is None:
             assignments.keep_types()
         # An input that is handed back is the caller's own, not a rounded copy.
-        result = pytree.tree_map(lambda y: originals.get(id(y), y), result)
+        result = map_tensors(lambda y: originals.get(id(y), y), result)
         return tuple(
             x.to(d) if isinstance(x, torch.Tensor) and d else x
             for x, d in zip(self._note(result, watch), self._dtypes, strict=True)
@@ -148,9 +150,10 @@ class Forward(torch.nn.Module):
     def _call_model(self, args: Any, kwargs: Any) -> Any:
         recorder = self.seen.recorder
         if recorder is None:
-            return self.model(*args, **kwargs)
+            with _rotary.without_questions(self.model):
+                return self.model(*args, **kwargs)
         try:
-            with TakesNumbers():
+            with TakesNumbers(), _rotary.without_questions(self.model):
                 result = self.model(*args, **kwargs)
             recorder.check()
             recorder.check_result(result)

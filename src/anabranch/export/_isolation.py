@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from anabranch.export._assignments import storage as place
 from anabranch.export._diagnosis import copy_of
 from anabranch.export._snapshot import Snapshot, alias, lying_in
+from anabranch.export._tree import map_tensors
 
 #: By these the memory of a tensor gets to where no operator is needed to write it.
 _HAND_OUT = (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__)
@@ -96,7 +97,7 @@ def run_on_zeros(
 
 def _run(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], made: _Made) -> None:
     """``made``: what stands for an input."""
-    given, named = pytree.tree_map_only(torch.Tensor, made, (tuple(args), dict(kwargs)))
+    given, named = map_tensors(made, (tuple(args), dict(kwargs)))
     model(*given, **named)
 
 

@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from anabranch.errors import UnsupportedModel
 from anabranch.export._assignments import storage
 from anabranch.export._containers import register_containers
+from anabranch.export._numbers import Expression
+from anabranch.export._sizes import integer_of, is_of_data, plain_size
 
 _aten = torch.ops.aten
 
@@ -70,13 +72,26 @@ class ConstantOutput:
 
 
 @dataclass(frozen=True)
+class NumberOutput:
+    """A number that is computed of sizes of the inputs, by Python as in eager. Kernels have no part in it."""
+
+    expression: Expression
+    #: Input and dimension of each size that it is computed of.
+    places: tuple[tuple[int, int], ...]
+
+    def of(self, inputs: Sequence[torch.Tensor]) -> Any:
+        """Its value in a call."""
+        return self.expression.of([inputs[i].shape[d] for i, d in self.places])
+
+
+@dataclass(frozen=True)
 class SizeOutput:
-    """A ``torch.Size`` of numbers of which some depend on data."""
+    """A ``torch.Size`` of numbers of which some vary."""
 
-    parts: tuple[ComputedOutput | ConstantOutput, ...]
+    parts: tuple[ComputedOutput | NumberOutput | ConstantOutput, ...]
 
 
-Output = ComputedOutput | AliasOutput | ConstantOutput | SizeOutput
+Output = ComputedOutput | AliasOutput | NumberOutput | ConstantOutput | SizeOutput
 
 #: What nobody can change, so that all calls may return the same object.
 _CONSTANTS: tuple[type, ...] = (
@@ -195,6 +210,10 @@ def classify(
             result.append(ConstantOutput(value))
             continue
         _check_plain(value, where(value))
+        number = _number(value, inputs)
+        if number is not None:
+            result.append(number)
+            continue
         root = value if value in weights or value in inputs else _root(value, roots.get(storage_of(value), []))
         if root is None:
             node, conj, neg = _in_memory(gm.graph, value)
@@ -209,6 +228,40 @@ def classify(
             result.append(AliasOutput(inputs.index(root), None, view))
     output.args = (tuple(computed),)
     return result
+
+
+def _number(value: fx.Node, inputs: Sequence[fx.Node]) -> NumberOutput | None:
+    """A result as what Python computes of the inputs' sizes; None where it is no such number."""
+    if not isinstance(value.meta.get("val"), _SYMBOLS) or is_of_data(value.meta["val"]):
+        return None
+    where: dict[Any, tuple[int, int]] = {}
+    for i, node in enumerate(inputs):
+        for d, n in enumerate(getattr(node.meta.get("val"), "shape", ())):
+            where.setdefault(plain_size(n), (i, d))
+    used: dict[Any, int] = {}
+    found = _of_sizes(value, where, used)
+    return NumberOutput(found, tuple(where[symbol] for symbol in used)) if isinstance(found, Expression) else None
+
+
+def _of_sizes(value: Any, where: Mapping[Any, tuple[int, int]], used: dict[Any, int]) -> Any:
+    """``value`` as an expression of sizes, or the number that it is; None: it is neither. ``used``: their order."""
+    if not isinstance(value, fx.Node):
+        return value
+    number = value.meta.get("val")
+    if isinstance(number, torch.SymInt):
+        size = plain_size(number)
+        if isinstance(size, int):
+            return Expression(int, (size,), int)
+        symbols = sorted(size.free_symbols, key=str)
+        if any(symbol not in where for symbol in symbols):
+            return None
+        places = [Expression(None, (used.setdefault(symbol, len(used)),), int) for symbol in symbols]
+        return Expression(integer_of(size, symbols), tuple(places), int)
+    if not isinstance(number, _SYMBOLS) or value.op != "call_function" or value.kwargs:
+        return None
+    parts = [_of_sizes(x, where, used) for x in value.args]
+    kind = float if isinstance(number, torch.SymFloat) else bool
+    return None if any(x is None for x in parts) else Expression(value.target, tuple(parts), kind)  # type: ignore[arg-type]
 
 
 def _root(value: fx.Node, candidates: Sequence[fx.Node]) -> fx.Node | None:
@@ -312,7 +365,7 @@ def finisher(outputs: Sequence[Output], structure: pytree.TreeSpec) -> Any:
             if output not in lazy:  # one that is returned twice is one object
                 lazy[output] = output.of(results[output.index])
             return lazy[output]
-        if isinstance(output, AliasOutput):
+        if isinstance(output, AliasOutput | NumberOutput):
             return output.of(inputs)
         if isinstance(output, SizeOutput):
             return torch.Size([int(leaf(part, inputs, results, lazy)) for part in output.parts])

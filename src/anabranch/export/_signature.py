@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import inspect
 import itertools
@@ -233,6 +234,10 @@ def _extent(x: torch.Tensor) -> int:
     return x.element_size() * (last + 1)
 
 
+#: Inputs of these kinds are a part of what is compiled, as strings are, and ``torch.export`` does not see them.
+CONSTANTS: tuple[type, ...] = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum, bytes)
+
+
 @functools.cache
 def _ordinary_keys(device: str) -> frozenset[int]:
     """Dispatch keys of ordinary dense tensors, made in and out of inference mode."""
@@ -280,13 +285,14 @@ def leaf_key(x: Any, position: int, device: torch.device, on_cpu: bool = False) 
         raise InputError(f"input {position} is a {kind.__name__}; expected a plain torch.Tensor")
     if kind is float or kind is complex:
         return (kind, repr(x))  # as values, 0.0 equals -0.0 and nan does not equal itself
-    if x is None or kind in (int, bool, str):
+    if x is None or kind in (int, bool, str) or isinstance(x, CONSTANTS):
         return (kind, x)
     if isinstance(x, torch.Generator):
         return (kind,)  # no graph takes one: whatever is compiled for it is given each call's own
     raise InputError(
-        f"input {position} is a {kind.__name__}; expected tensors, numbers, strings, None, or containers of them."
-        " Register other containers with torch.utils._pytree.register_pytree_node."
+        f"input {position} is a {kind.__name__}; expected tensors, numbers, strings, dtypes, devices, members of an"
+        " enumeration, None, or containers of them. Register other containers with"
+        " torch.utils._pytree.register_pytree_node."
     )
 
 

@@ -248,17 +248,28 @@ def _symbols(expr: Any) -> list[Any]:
 
 
 def function_of(expr: Any, symbols: Sequence[Any]) -> Callable[..., Any]:
-    """``expr`` as a function of the values of ``symbols``."""
+    """A condition that is ``expr`` as a function of the values of ``symbols``."""
+    # One that has other symbols never holds.
+    return _printed(expr, symbols) or (
+        lambda *values: expr.xreplace(dict(zip(symbols, values, strict=True))) == True  # noqa: E712
+    )
+
+
+def integer_of(expr: Any, symbols: Sequence[Any]) -> Callable[..., int]:
+    """An integer that is ``expr`` as a function of the values of ``symbols``, which are all that it has."""
+    return _printed(expr, symbols) or (lambda *values: int(expr.xreplace(dict(zip(symbols, values, strict=True)))))
+
+
+def _printed(expr: Any, symbols: Sequence[Any]) -> Callable[..., Any] | None:
+    """A function of ours of what a compiler's printer makes of ``expr``, of arithmetic alone; None where that fails."""
     from torch.utils._sympy.printers import PythonPrinter
 
     try:
         code = f"lambda {', '.join(map(str, symbols))}: {PythonPrinter().doprint(expr)}"
-        # Made by a compiler's own printer, of arithmetic alone.
         made: Callable[..., Any] = eval(code, {"math": math, "torch": torch, "abs": abs, "max": max, "min": min})
         made(*(7 for _ in symbols))
     except Exception:
-        # One that has other symbols never holds.
-        return lambda *values: expr.xreplace(dict(zip(symbols, values, strict=True))) == True  # noqa: E712
+        return None
     return made
 
 

@@ -27,6 +27,7 @@ from anabranch.export import _operators
 from anabranch.export._diagnosis import line_on
 from anabranch.export._numbers import Expression, NotCarried
 from anabranch.export._operators import NAMESPACE
+from anabranch.export._tree import unflatten
 
 _aten = torch.ops.aten
 _TORCH = str(Path(torch.__file__).parent)
@@ -59,7 +60,7 @@ class Recorder:
         self.given = {p: leaves[p] for p in self.positions}
         for p in self.positions:
             leaves[p] = self.stand_in(Expression(None, (p,), type(leaves[p])), leaves[p])
-        return pytree.tree_unflatten(leaves, structure)
+        return unflatten(leaves, structure)
 
     def stand_in(self, expression: Expression, value: Any) -> Any:
         """A stand-in for an expression, which has this value in the call that is traced."""

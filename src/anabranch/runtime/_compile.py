@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from anabranch.backends import BACKENDS
 from anabranch.devices import get_device
 from anabranch.errors import InputError, NotCapturable
-from anabranch.export import Mixed, precision_of
+from anabranch.export import Mixed, precision_of, unflatten
 from anabranch.runtime._engine import Engine
 from anabranch.runtime._flags import Flags
 from anabranch.runtime._given import (
@@ -32,6 +31,7 @@ from anabranch.runtime._given import (
 from anabranch.runtime._padding import Padding
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import process
+from anabranch.runtime._ranges import Place
 from anabranch.runtime._settings import DEFAULT_MAX_CONTEXTS, Settings
 from anabranch.runtime._specialization import Specialization
 
@@ -117,10 +117,16 @@ def compile(
     )
 
 
-def compile_graph(model: torch.nn.Module, inputs: Sequence[Any], **options: Any) -> Engine:
-    """As :func:`compile`, for a graph that Dynamo has made: what ``torch.export`` refuses is not traced once more."""
+def compile_graph(model: torch.nn.Module, inputs: Sequence[Any], free: frozenset[Place], **options: Any) -> Engine:
+    """As :func:`compile`, for a graph that Dynamo has made: what ``torch.export`` refuses is not traced once more.
+
+    ``free``: the sizes that vary from call to call, by input and dimension. Where there are any, the engine serves
+    ranges of them alone, and raises :class:`~anabranch.runtime._ranges.NotInRange` where there are none.
+    """
     defaults = {n: p.default for n, p in inspect.signature(compile).parameters.items() if n not in ("model", "inputs")}
-    return _compile(model, inputs, **{**defaults, "dynamic": False, **options}, in_fragments=False)
+    if not free:
+        defaults["dynamic"] = False  # Dynamo looks at the other sizes itself
+    return _compile(model, inputs, **{**defaults, **options}, in_fragments=False, free=free)
 
 
 def _compile(
@@ -137,8 +143,10 @@ def _compile(
     require_full: bool,
     dynamic: bool | None,
     in_fragments: bool,
+    free: frozenset[Place] = frozenset(),
 ) -> Engine:
-    """``in_fragments``: whether Dynamo takes a model apart that ``torch.export`` refuses."""
+    """``in_fragments``: whether Dynamo takes a model apart that ``torch.export`` refuses. ``free``: see
+    :func:`compile_graph`."""
     check_options(backend, runtime, precision, max_contexts, memory_limit)
     name, model = given_model(model)
     args, keywords = inputs_of(model, inputs, kwargs)
@@ -168,6 +176,7 @@ def _compile(
         engine = kind(settings, placed, wanted, limits, in_fragments and not require_full, dynamic)
         engine._table.keep_on_cpu(args, keywords)
         engine._table.declare(args, keywords, dims)
+        engine._table.vary(args, free)
         if seam.has_streams:
             # Parameters that were written just before are there for the lane that warms up, and for every later caller.
             with seam.relaxed():
@@ -175,7 +184,7 @@ def _compile(
         if in_fragments and have_values(given):
             engine._compiler.measure_on(args, keywords)  # type: ignore[union-attr]
         made = engine._specialization(args, keywords, clock)
-        if made is not None and not dims:
+        if made is not None and not dims and not free:
             made = engine._of_one_shape(args, keywords, made)  # for inputs that were given, it is made at once
         engine._table.primary = made
         if any(dim.pad_to for own in dims for dim in own[1].values()):
@@ -190,12 +199,14 @@ def _pad(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Round declared sizes up from now on. With the build lock held. Raises where that is not right."""
     table, compiler = engine._table, engine._compiler
     leaves, key = table.key(args, kwargs)
+    if engine._guarded is not None:
+        table.ranges.check_declared(key, f"pad_to is for models in one graph, and {engine._guarded.why}")
     structure = table.flatten(args, kwargs)[1]
     padding = Padding(table.ranges.declared(key))
     assert compiler is not None
 
     def serve(given: Sequence[Any]) -> Specialization | None:
-        arguments: Any = pytree.tree_unflatten(given, structure)
+        arguments: Any = unflatten(given, structure)
         return engine._specialization(*arguments)
 
     padding.prove(leaves, serve, compiler.aside)

@@ -43,11 +43,12 @@ from anabranch.export import (
     same_computation,
     source_of,
     tensorize,
+    unflatten,
 )
 from anabranch.runtime._calls import Runtime
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import neutral, process
-from anabranch.runtime._ranges import Place
+from anabranch.runtime._ranges import NotInRange, Place
 from anabranch.runtime._settings import Settings
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._table import Table
@@ -103,8 +104,13 @@ class Compiler:
         free = self._table.ranges.to_free(key)
         made: Any = self._compile_range(key, signature, given, leaves, free, clock) if free else ""
         if isinstance(made, str):
-            if made and not len(self._table):
+            if made and not len(self._table) and self._table.ranges.is_declared(key):
+                with self._compiling():
+                    self._export(signature, given, clock)  # raises where the model is refused whatever its sizes
                 self._table.ranges.check_declared(key, made)
+            if self._table.ranges.is_strict:
+                self._table.ranges.add(key, None, made)
+                raise NotInRange(made or "a size means more than a number, or inputs are not dense")
             alone = self._compile(key, signature, given, leaves, clock)
             self._table.ranges.add(key, None, made)
             return alone
@@ -278,7 +284,7 @@ class Compiler:
     ) -> Program:
         # Not on the caller's own tensors: one that is passed twice, or two that share memory, would be taken for one
         # input by this call and by all later ones.
-        args, kwargs = pytree.tree_unflatten(signature.examples(self._torch_device), signature.structure)
+        args, kwargs = unflatten(signature.examples(self._torch_device), signature.structure)
         with clock.phase("export"):
             state = frozenset(self.initial)
             program = export_program(self.snapshot, args, kwargs, self.cast, given, self.aside, numbers, free, state)

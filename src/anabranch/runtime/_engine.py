@@ -27,6 +27,7 @@ from anabranch.runtime._phases import Clock
 from anabranch.runtime._pool import Limits
 from anabranch.runtime._process import is_neutral, neutral, process
 from anabranch.runtime._python import PythonCalls
+from anabranch.runtime._ranges import Place
 from anabranch.runtime._session import Session, refuse_without_session
 from anabranch.runtime._settings import DEFAULT_MAX_CONTEXTS, Settings
 from anabranch.runtime._shapes import Shapes
@@ -153,36 +154,36 @@ class Engine:
         assert self._compiler is not None
         mine = weakref.ref(self)
 
-        def make_engine(model: torch.nn.Module, inputs: Sequence[Any]) -> Engine:
+        def make_engine(model: torch.nn.Module, inputs: Sequence[Any], free: frozenset[Place]) -> Engine:
             engine = mine()
             if engine is None:
                 raise EngineClosed("the engine that this graph was a part of is gone; compile a new one")
-            return engine._of_fragment(model, inputs)
+            return engine._of_fragment(model, inputs, free)
 
-        check_error = self._device.check_error
-        guarded = Guarded(self._compiler.snapshot, why, make_engine, self._torch_device, check_error)
+        about = self._torch_device, self._device.check_error, self._table.ranges.may_vary
+        guarded = Guarded(self._compiler.snapshot, why, make_engine, *about)
         device, index = self._device, self._index
         with neutral(device, index), device.relaxed():
             if device.has_streams:
                 device.current_stream(index).synchronize()  # inputs that were written just before
-            self._compiler.aside(lambda: guarded.prepare(args, kwargs), lasting=True)
+            given = args, kwargs, self._table.declared_others(args, kwargs)
+            self._compiler.aside(lambda: guarded.prepare(*given), lasting=True)
         self._guarded = guarded
 
-    def _of_fragment(self, model: torch.nn.Module, inputs: Sequence[Any]) -> Engine:
-        """An engine for one graph of a model that is taken apart.
+    def _of_fragment(self, model: torch.nn.Module, inputs: Sequence[Any], free: frozenset[Place]) -> Engine:
+        """An engine for one graph of a model that is taken apart, of which these sizes vary.
 
         Limits that the user gave are for all graphs together. The default is for each: a call takes a context of every
         graph in turn, and as many calls are to be in flight as of a model in one.
         """
-        device = device_of(model, (inputs, {}))
-        if device != self._torch_device:
+        if (device := device_of(model, (inputs, {}))) != self._torch_device:
             raise InputError(f"its tensors are on {device}, and the engine is on {self._torch_device}")
         settings = replace(self._settings, name=f"{self._settings.name}, a graph")
-        limits = self._limits
-        if limits.memory_limit is None and limits.max_contexts == DEFAULT_MAX_CONTEXTS:
+        if (limits := self._limits).memory_limit is None and limits.max_contexts == DEFAULT_MAX_CONTEXTS:
             limits = self._runtime.make_limits(limits.max_contexts, None)
-        engine = type(self)(settings, model, self._precision, limits, False, False)
+        engine = type(self)(settings, model, self._precision, limits, False, None if free else False)
         engine._table.keep_on_cpu(tuple(inputs), {})
+        engine._table.vary(inputs, free)
         engine._table.primary = engine._specialization(tuple(inputs), {})
         return engine
 
@@ -278,8 +279,7 @@ class Engine:
             if self._guarded is not None:
                 return sum(engine.warm(contexts=contexts, captures=captures) for engine in self._guarded.engines())
             return self._first().warm(contexts, captures)
-        args, keywords = inputs_of(None, inputs, kwargs)
-        args, keywords = tensors_for((args, keywords), self._torch_device)
+        args, keywords = tensors_for(inputs_of(None, inputs, kwargs), self._torch_device)
         leaves, key = self._table.key(args, keywords)
         specialization = self._table.find(key, leaves) or self._specialization(args, keywords)
         if specialization is None:
@@ -446,5 +446,5 @@ class Engine:
         return stats
 
     def __repr__(self) -> str:
-        name, backend = self._settings.name, self._settings.backend
-        return f"<anabranch engine {name} on {self._torch_device}, {backend}, {self.runtime}>"
+        about = self._settings
+        return f"<anabranch engine {about.name} on {self._torch_device}, {about.backend}, {self.runtime}>"

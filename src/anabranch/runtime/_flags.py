@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from anabranch.backends import TF32
 from anabranch.errors import FlagsChanged
 
 _Getter = Callable[[], Any]
@@ -70,8 +71,12 @@ _EXPORT: dict[str, _Getter] = {
 }
 
 
-#: Ends of the names of the flags that say how float32 products and convolutions are computed on a GPU.
-_TF32 = ("cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision")
+#: Of the flags that say how float32 is computed on a GPU, what each is about.
+_TF32 = {
+    "products": "torch.backends.cuda.matmul.fp32_precision",
+    "convolutions": "torch.backends.cudnn.conv.fp32_precision",
+    "recurrent": "torch.backends.cudnn.rnn.fp32_precision",
+}
 
 
 class Flags:
@@ -109,10 +114,10 @@ class Flags:
         return [x for x in zip(self._names, self._values, now, strict=True) if plain(x[1]) != plain(x[2])]
 
     @property
-    def tf32(self) -> bool:
-        """Whether both products and convolutions of float32 may be computed in TF32."""
-        allowed = [v for n, v in zip(self._names, self._values, strict=True) if n.endswith(_TF32)]
-        return bool(allowed) and all(v == "tf32" for v in allowed)
+    def tf32(self) -> TF32:
+        """What may be computed in TF32; nothing on devices that have none."""
+        values = dict(zip(self._names, self._values, strict=True))
+        return TF32(**{kind: values.get(name) == "tf32" for kind, name in _TF32.items()})
 
     def __getitem__(self, name: str) -> Any:
         return self._values[self._names.index(name)]

@@ -25,7 +25,9 @@ from anabranch.errors import (
     InputError,
     NotCapturable,
 )
+from anabranch.runtime._integers import Integers, picker
 from anabranch.runtime._process import process
+from anabranch.runtime._ranges import NotInRange, Place
 from anabranch.runtime._unit import CannotWrite
 
 _log = logging.getLogger("anabranch")
@@ -56,34 +58,38 @@ class _Engine(Protocol):
 class _Graph(torch.nn.Module):
     """A fragment's graph as a model: parameters and buffers are its own, the other inputs are those of its calls."""
 
-    def __init__(self, gm: fx.GraphModule, frozen: dict[int, Any], autocasts: Sequence[Any]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, own: Mapping[int, Any], integers: Integers, autocasts: Sequence[Any]
+    ) -> None:
+        """``own``: inputs of the graph that are no inputs of the model, by position."""
         super().__init__()
         self.graph_module = gm
-        self._autocasts = tuple(autocasts)
+        self._integers, self._autocasts = integers, tuple(autocasts)
         placeholders = [n.name.strip("_") for n in gm.graph.find_nodes(op="placeholder")]
-        self._names = [(position, placeholders[position]) for position in sorted(frozen)]
-        for position, name in self._names:
-            value = frozen[position]
+        self._names = {position: placeholders[position] for position in sorted(own)}
+        for position, name in self._names.items():
+            value = own[position]
             if isinstance(value, torch.nn.Parameter):
                 self.register_parameter(name, value)
             elif isinstance(value, torch.Tensor):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
+        self._given = [i for i in range(len(placeholders)) if i not in own and i not in integers.read]
         self.eval()
 
     def forward(self, *given: Any) -> Any:
-        everything = list(given)
-        for position, name in self._names:  # in ascending order
-            everything.insert(position, getattr(self, name))
+        everything = {position: getattr(self, name) for position, name in self._names.items()}
+        everything.update(zip(self._given, given, strict=False))
+        everything.update(self._integers.of(given))
         with contextlib.ExitStack() as modes:
             for autocast in self._autocasts:
                 modes.enter_context(torch.autocast(**autocast))
-            return self.graph_module(*everything)
+            return self.graph_module(*(everything[position] for position in range(len(everything))))
 
 
 class _Frozen:
-    """An engine with the parameters that it was made of, which it does not keep from being freed, and the sizes."""
+    """An engine with the parameters that it was made of, which it does not keep from being freed, and the numbers."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], numbers: Sequence[Any], engine: _Engine) -> None:
         self._references = [weakref.ref(t) for t in tensors]
@@ -98,6 +104,70 @@ class _Frozen:
         return all(ref() is not None for ref in self._references)
 
 
+class _Trying(threading.local):
+    """Whether the calling thread calls to have engines made: with other values each time, but not with other sizes."""
+
+    is_on = False
+    #: Whether engines may be made.
+    makes = True
+
+
+_trying = _Trying()
+
+
+@contextlib.contextmanager
+def trying(makes: bool = True) -> Iterator[None]:
+    """Calls in here are by whoever builds, and few of them show that sizes do not depend on data. ``makes``: whether
+    they may make engines."""
+    before = _trying.is_on, _trying.makes
+    _trying.is_on, _trying.makes = True, makes
+    try:
+        yield
+    finally:
+        _trying.is_on, _trying.makes = before
+
+
+@_sync.atomics("last", "row", "why_none")
+class _Way:
+    """Engines of a fragment, of which each takes some of its numbers as they were when it was made."""
+
+    def __init__(self, fixed: Sequence[int], integers: Integers, needed: int = 1, needed_trying: int = 1) -> None:
+        """``fixed``: positions of numbers that an engine is for; ``integers``: the others. ``needed``: at the how
+        manieth call in a row with the same fixed ones an engine is made; ``needed_trying``: of who builds."""
+        self.fixed, self.integers = fixed, integers
+        self._needed, self._needed_trying = needed, needed_trying
+        self.numbers_of = picker(fixed)
+        #: How many calls in a row had the same numbers, and these.
+        self.row: tuple[int, Sequence[Any]] = (0, ())
+        self.made: list[_Frozen] = _sync.list_("made")
+        self.last: _Frozen | None = None
+        #: Why there can be no engine of this kind, or nothing.
+        self.why_none = ""
+
+    def find(self, frozen: Sequence[torch.Tensor], numbers: Sequence[Any]) -> _Frozen | None:
+        for made in list(self.made):
+            if made.is_of(frozen, numbers):
+                self.last = made
+                return made
+        return None
+
+    def is_due(self, numbers: Sequence[Any]) -> bool:
+        """Whether an engine is to be made in this call, which has none."""
+        times, last = self.row  # several threads at once may count too few
+        times = times + 1 if numbers == last else 1
+        self.row = times, numbers
+        return _trying.makes and times >= (self._needed_trying if _trying.is_on else self._needed)
+
+    def add(self, found: _Frozen) -> None:
+        # The oldest is dropped, and with it those whose parameters are gone; calls under way keep theirs.
+        self.made[:] = [*[m for m in self.made if m.is_alive][-MOST_SETS + 1 :], found]
+        self.last = found
+
+    def clear(self) -> None:
+        self.made[:] = []
+        self.last = None
+
+
 class NotAccepted(Exception):
     """An operator of a graph did not take what it was given."""
 
@@ -106,26 +176,7 @@ class NotAccepted(Exception):
         self.error = error
 
 
-class _Trying(threading.local):
-    """Whether the calling thread calls to have engines made: with other values each time, but not with other sizes."""
-
-    is_on = False
-
-
-_trying = _Trying()
-
-
-@contextlib.contextmanager
-def trying() -> Iterator[None]:
-    """Calls in here are by whoever builds, and few of them show that sizes do not depend on data."""
-    before, _trying.is_on = _trying.is_on, True
-    try:
-        yield
-    finally:
-        _trying.is_on = before
-
-
-@_sync.atomics("_last", "_ran", "_row", "was_by_operators", "why_operators")
+@_sync.atomics("_ran", "was_by_operators", "why_operators")
 class Fragment:
     """Called with what Dynamo's generated code passes: the graph's inputs, parameters and buffers among them.
 
@@ -138,16 +189,20 @@ class Fragment:
         self,
         gm: fx.GraphModule,
         examples: Sequence[Any],
-        make_engine: Callable[[torch.nn.Module, Sequence[Any]], _Engine],
+        make_engine: Callable[[torch.nn.Module, Sequence[Any], frozenset[Place]], _Engine],
         *,
         first: int = 1,
-        names_errors: bool = False,
+        in_engine: bool = False,
+        dynamic: bool = True,
     ) -> None:
         """Called by Dynamo, in the middle of a trace: nothing is compiled here.
 
-        ``make_engine``: raises :class:`~anabranch.errors.AnabranchError` where there can be none. ``first``: at the
-        how manieth call an engine is made; operators run the calls before. ``names_errors``: what they raise is raised
-        as :class:`NotAccepted`.
+        ``make_engine``: of a model, its inputs, and which sizes of these vary; raises
+        :class:`~anabranch.errors.AnabranchError` where there can be none, and :class:`NotInRange` where there can be
+        none for sizes that vary. ``first``: at the how manieth call an engine is made; operators run the calls before.
+        ``in_engine``: calls come by an engine, with grad off but where the model turns it on; what operators raise is
+        raised as :class:`NotAccepted`. ``dynamic``: whether an engine may be for many sizes, where Dynamo has made
+        symbols of them.
         """
         self._gm = gm
         self._make_engine = make_engine
@@ -155,15 +210,18 @@ class Fragment:
         frozen = [i for i, (n, x) in enumerate(zip(placeholders, examples, strict=True)) if _is_frozen(n, x)]
         numbers = [i for i, n in enumerate(placeholders) if _is_number(n.meta.get("example_value"))]
         others = [i for i in range(len(placeholders)) if i not in frozen and i not in numbers]
-        self._frozen_of, self._others_of = _picker(frozen), _picker(others)
-        self._numbers_of = _picker(numbers)
-        self._baked = [*frozen, *numbers]
-        self._names_errors = names_errors
-        self._first, self._steady = first, max(first, STEADY if numbers else 0)
-        #: How many calls in a row had the same numbers, and these.
-        self._row: tuple[int, Sequence[Any]] = (0, ())
+        self._frozen, self._frozen_of = frozen, picker(frozen)
+        self._in_engine = in_engine
+        #: How engines are found for a call, in this order: for all its sizes, and then for its very numbers.
+        self._ways = [_Way(numbers, Integers(others), max(first, STEADY if numbers else 0), first)]
+        integers = Integers.among(placeholders, others)
+        if dynamic and integers.free:
+            fixed = [i for i in numbers if i not in integers.read]
+            self._ways.insert(0, _Way(fixed, integers))
         #: Why PyTorch's operators run it, or nothing.
         self.why_operators = _why_operators(gm, [examples[i] for i in others])
+        if in_engine or not torch.is_grad_enabled():
+            self.why_operators = self.why_operators or _why_autograd(gm)
         #: Where Dynamo's graph ended, and why; None where the function ended there.
         self.cut: Cut | None = _cut(gm)
         #: Microseconds of Python from its end to the next graph's begin, where they were measured.
@@ -179,32 +237,37 @@ class Fragment:
         #: Whether operators ran calls of users'.
         self.was_by_operators = False
         self._ran = False
-        self._made: list[_Frozen] = _sync.list_("made")
-        self._last: _Frozen | None = None
 
     def __call__(self, *given: Any) -> Any:
-        if torch.is_grad_enabled() and self._needs_grad(given):
+        needs_grad = torch.is_grad_enabled() and self._needs_grad(given)
+        if needs_grad and not self._in_engine:
             raise InputError(
                 "grad is enabled, and results of this function require it (its parameters or inputs do); engines run"
                 " inference. Call it under torch.no_grad() or torch.inference_mode(), call"
                 " model.requires_grad_(False), or train with another backend."
             )
-        if self.why_operators:
+        if needs_grad or self.why_operators:
             return self._by_operators(given)
-        frozen, numbers = self._frozen_of(given), self._numbers_of(given)
-        last = self._last
-        if last is None or not last.is_of(frozen, numbers):
-            last = self._find(frozen, numbers, given)
-            if last is None:
-                self.was_by_operators = self.was_by_operators or not _trying.is_on
+        frozen = self._frozen_of(given)
+        for way in self._ways:
+            if way.why_none or (others := way.integers.inputs(given)) is None:
+                continue
+            numbers = way.numbers_of(given)
+            last = way.last
+            if last is None or not last.is_of(frozen, numbers):
+                last = self._find(way, frozen, numbers, others)
+                if last is None:
+                    continue
+            try:
+                if any(isinstance(x, torch.Tensor) and x.requires_grad for x in others):
+                    return self._without_grad(last.engine, others)
+                return last.engine(*others)
+            except NotInRange:  # nothing was queued
+                continue
+            except CannotWrite:  # nothing was queued, and operators do with it what eager does
                 return self._by_operators(given)
-        others = self._others_of(given)
-        try:
-            if any(isinstance(x, torch.Tensor) and x.requires_grad for x in others):
-                return self._without_grad(last.engine, others)
-            return last.engine(*others)
-        except CannotWrite:  # nothing was queued, and operators do with it what eager does
-            return self._by_operators(given)
+        self.was_by_operators = self.was_by_operators or not _trying.is_on
+        return self._by_operators(given)
 
     def _needs_grad(self, given: Sequence[Any]) -> bool:
         """Whether a result requires grad, with grad enabled."""
@@ -220,7 +283,7 @@ class Fragment:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, IndexError) as e:
-            if not self._names_errors:
+            if not self._in_engine:
                 raise
             raise NotAccepted(e) from e
 
@@ -230,32 +293,36 @@ class Fragment:
         back = {id(p): x for p, x in zip(plain, given, strict=True)}
         return tuple(back.get(id(y), y) for y in engine(*plain))
 
-    def _find(self, frozen: Sequence[torch.Tensor], numbers: Sequence[Any], given: Sequence[Any]) -> _Frozen | None:
-        """The engine for these parameters and sizes, made if need be; None: operators run this call."""
-        for made in list(self._made):
-            if made.is_of(frozen, numbers):
-                self._last = made
-                return made
-        times, last = self._row  # several threads at once may count too few
-        times = times + 1 if numbers == last else 1
-        self._row = times, numbers
-        if times < (self._first if _trying.is_on else self._steady) or torch._C._len_torch_dispatch_stack():
+    def _find(
+        self, way: _Way, frozen: Sequence[torch.Tensor], numbers: Sequence[Any], others: Sequence[Any]
+    ) -> _Frozen | None:
+        """The engine for these parameters and numbers, made if need be; None: there is none for this call."""
+        found = way.find(frozen, numbers)
+        if found is not None:
+            return found
+        if not way.is_due(numbers) or torch._C._len_torch_dispatch_stack():
             return None  # and where the caller traces or counts operators, those are what it is to see
         with process.alone(), _activity.building():
-            for made in self._made:
-                if made.is_of(frozen, numbers):
-                    return made
-            if self.why_operators or len({made.numbers for made in self._made} - {numbers}) >= MOST_SIZES:
+            found = way.find(frozen, numbers)
+            if found is not None:
+                return found
+            if self.why_operators or way.why_none or len({m.numbers for m in way.made} - {numbers}) >= MOST_SIZES:
                 return None
-            return self._make(frozen, numbers, given)
+            return self._make(way, frozen, numbers, others)
 
-    def _make(self, frozen: Sequence[torch.Tensor], numbers: Sequence[Any], given: Sequence[Any]) -> _Frozen | None:
-        others = [x.detach() if isinstance(x, torch.Tensor) else x for x in self._others_of(given)]
-        baked = dict(zip(self._baked, (*frozen, *numbers), strict=True))
+    def _make(
+        self, way: _Way, frozen: Sequence[torch.Tensor], numbers: Sequence[Any], others: Sequence[Any]
+    ) -> _Frozen | None:
+        given = [x.detach() if isinstance(x, torch.Tensor) else x for x in others]
+        own = dict(zip((*self._frozen, *way.fixed), (*frozen, *numbers), strict=True))
         try:
-            engine = self._make_engine(_Graph(self._gm, baked, self._autocasts), others)
+            engine = self._make_engine(_Graph(self._gm, own, way.integers, self._autocasts), given, way.integers.free)
         except (DeviceLost, NotCapturable, FlagsChanged):
             raise
+        except NotInRange as e:
+            way.why_none = str(e)
+            _log.info("a graph of torch.compile's has no engine for many sizes: %s", e)
+            return None
         except AnabranchError as e:
             self.why_operators = str(e)
             _log.info("a graph of torch.compile's runs by PyTorch's operators: %s", e)
@@ -265,37 +332,39 @@ class Fragment:
             engine.close()
             self.why_operators = f"it writes a buffer of its module's: {written}"
             return None
-        found = _Frozen(frozen, numbers, engine)
-        # The oldest is dropped, and with it those whose parameters are gone; calls under way keep theirs.
-        self._made[:] = [*[m for m in self._made if m.is_alive][-MOST_SETS + 1 :], found]
-        self._last = found
-        return found
+        made = _Frozen(frozen, numbers, engine)
+        way.add(made)
+        return made
 
     def give_up(self) -> None:
         """Its model is gone: so are its engines, and nothing will call it."""
-        self._made[:] = []
-        self._last = None
+        for way in self._ways:
+            way.clear()
 
     @property
     def is_used(self) -> bool:
         """Whether it was ever called."""
-        return bool(self._made) or self._ran
+        return self._ran or any(way.made for way in self._ways)
 
     @property
     def engines(self) -> list[_Engine]:
         """Those that there are now; None of a fragment that runs by operators."""
-        return [m.engine for m in list(self._made)]
+        return [m.engine for way in self._ways for m in list(way.made)]
 
     def summary(self) -> dict[str, Any]:
         """What it consists of, as plain data: see :meth:`anabranch.Engine.summary`."""
         return {
             "operators": self.operators,
-            "by_operators": self.why_operators
-            or ("" if self._made else "its sizes have not been the same often enough"),
+            "by_operators": self.why_operators or ("" if self.engines else self._why_none()),
             "ends": self.cut.data() if self.cut is not None else None,
             "python_us": self.python_us,
             "engines": [e.summary() for e in self.engines],
         }
+
+    def _why_none(self) -> str:
+        """Why it has no engine so far."""
+        why = next((f" ({way.why_none})" for way in self._ways if way.why_none), "")
+        return f"its sizes have not been the same often enough{why}"
 
 
 class Cut:
@@ -326,16 +395,6 @@ def _cut(gm: fx.GraphModule) -> Cut | None:
     return Cut(branch if reason.startswith("generic_jump") else reason, line)
 
 
-def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """What takes these items of a sequence."""
-    if not positions:
-        return lambda given: ()
-    if len(positions) == 1:
-        only = positions[0]
-        return lambda given: (given[only],)
-    return operator.itemgetter(*positions)
-
-
 def _is_frozen(node: fx.Node, example: Any) -> bool:
     """Whether an input is a parameter or a buffer of the module, which Dynamo does not guard."""
     if not isinstance(example, torch.Tensor):
@@ -358,6 +417,15 @@ def _why_operators(gm: fx.GraphModule, others: Sequence[Any]) -> str:
     if any(not isinstance(x, torch.Tensor) for x in others):
         return "it takes what is no tensor"
     return ""
+
+
+def _why_autograd(gm: fx.GraphModule) -> str:
+    """Why there can be no engine, or nothing, where the caller has grad off, and the model has turned it on."""
+    given: Any = gm.graph.output_node().args[0]
+    computed = [n.meta.get("example_value") for n in given if isinstance(n, fx.Node) and n.op != "placeholder"]
+    if not any(map(_requires_grad, computed)):
+        return ""
+    return "the model may ask for gradients of its results, which it computes with grad enabled"
 
 
 def _results(gm: fx.GraphModule) -> list[Any]:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from anabranch.devices import Device, get_device
 from anabranch.errors import EngineClosed, InputError
-from anabranch.export import Dim, Input, register_containers
+from anabranch.export import Dim, Input, map_leaves, register_containers
 from anabranch.runtime._process import process
 
 #: What can be done where there is no GPU.
@@ -71,7 +71,7 @@ def tensors_for(inputs: Any, device: torch.device, fixed: Mapping[str, int] = Ma
     for name, dim in _dims_in(inputs).items():
         if name not in sizes:
             sizes[name] = dim.example(sizes.values())  # ones that differ: equal ones might be taken for one
-    return pytree.tree_map(lambda x: x.empty(device, sizes).zero_() if _is_input(x) else x, inputs, is_leaf=_is_input)
+    return map_leaves(lambda x: x.empty(device, sizes).zero_() if _is_input(x) else x, inputs, _is_input)
 
 
 def _dims_in(inputs: Any) -> dict[str, Dim]:

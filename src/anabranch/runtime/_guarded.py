@@ -31,11 +31,13 @@ from anabranch.export import (
     first_line,
     generators_kept,
     held_beside,
+    map_tensors,
     rehearse,
     state_of,
     storage,
 )
 from anabranch.runtime._fragment import Fragment, NotAccepted, trying
+from anabranch.runtime._ranges import Place
 from anabranch.runtime._recompiles import past_limit, watch_limits
 
 _log = logging.getLogger("anabranch")
@@ -95,15 +97,15 @@ class _Patches(threading.local):
 class _DynamoSettings:
     """A context manager: Dynamo's settings while a model in fragments is called, and may be traced.
 
-    A number that varies from call to call is a part of what a graph is for. Dynamo would make a symbol of it, which
-    many operators do not take, so that it cuts there.
+    A float that varies from call to call is a part of what a graph is for. Dynamo would make a symbol of it, which many
+    operators do not take, so that it cuts there. An integer may be a size that the model has kept over a cut.
 
     Where PyTorch keeps settings by thread, they are this thread's. Where it keeps them by process, they hold from the
     first of the calls under way until the last one's end.
     """
 
     _WANTED: ClassVar[dict[str, Any]] = {
-        "specialize_int": True,
+        "specialize_int": False,
         "specialize_float": True,
         "recompile_limit": MOST_GRAPHS,
         "accumulated_recompile_limit": 8 * MOST_GRAPHS,
@@ -200,22 +202,29 @@ class Guarded:
         self,
         snapshot: Snapshot,
         why: NotExported,
-        make_engine: Callable[[torch.nn.Module, Sequence[Any]], Any],
+        make_engine: Callable[[torch.nn.Module, Sequence[Any], frozenset[Place]], Any],
         device: torch.device,
         check_error: Callable[[Exception], None],
+        dynamic: bool,
     ) -> None:
-        """``why``: what ``torch.export`` had against it. ``make_engine``: of a fragment's graph and its inputs.
+        """``why``: what ``torch.export`` had against it. ``make_engine``, ``dynamic``: see :class:`Fragment`.
         ``check_error``: raises where the device is lost."""
+        self._dynamic = dynamic
         self._device, self._check_error = device, check_error
         self._snapshot, self._why, self._make_engine = snapshot, why, make_engine
-        self._own = _OwnCode()
-        self._fresh = self._copy()
         self._meter = _Meter()
         self._fragments: list[Fragment] = _sync.list_("fragments")
         self._kinds: set[Any] = _sync.set_("kinds of inputs")
-        self._run = self._compiled()
+        self._begin()
         # Dynamo keeps the code that it has made, and with it fragments, in places that outlive the model.
         weakref.finalize(self, _give_up, self._fragments)
+
+    def _begin(self) -> None:
+        """Nothing is traced so far."""
+        self._own = _OwnCode()
+        self._fresh = self._copy()
+        self._fragments[:] = []
+        self._run = self._compiled()
         module = self._fresh.module
         tensors = (*module.parameters(), *module.buffers())
         self._originals = {id(t): self._fresh.original(t) for t in tensors}
@@ -248,7 +257,7 @@ class Guarded:
 
     def _fragment(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         watch_limits(gm)
-        fragment = Fragment(gm, examples, self._make_engine, first=FIRST, names_errors=True)
+        fragment = Fragment(gm, examples, self._make_engine, first=FIRST, in_engine=True, dynamic=self._dynamic)
         self._fragments.append(fragment)
         return _Timed(fragment, self._meter)
 
@@ -259,7 +268,7 @@ class Guarded:
                 results = self._run(self._fresh.module, args, kwargs)
         except Exception as e:
             self._raise(e, args, kwargs)
-        return pytree.tree_map_only(torch.nn.Parameter, self._given_back, results)
+        return map_tensors(self._given_back, results)
 
     def _raise(self, error: Exception, args: Sequence[Any], kwargs: dict[str, Any]) -> NoReturn:
         """Raise what a caller is to see of an error in a call."""
@@ -280,14 +289,17 @@ class Guarded:
 
     def _given_back(self, tensor: torch.Tensor) -> torch.Tensor:
         """The user's own parameter, where the model returns one."""
+        if not isinstance(tensor, torch.nn.Parameter):
+            return tensor
         original = self._originals.get(id(tensor))
         found = original() if original is not None else None
         return tensor if found is None else found
 
     # -- building -----------------------------------------------------------------------------------------------
 
-    def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Call the model until its graphs for such inputs have engines. Blocks the calling thread only.
+    def prepare(self, args: Sequence[Any], kwargs: dict[str, Any], others: Sequence[tuple[Any, Any]]) -> None:
+        """Call the model until its graphs for such inputs have engines. Blocks the calling thread only. ``others``:
+        inputs with other sizes, which calls are to have too.
 
         It is rehearsed first, and what would write weights is refused. Then a copy is called, whose graphs run by
         operators: what counts in Python's state is refused. Where the rehearsal cannot tell what is written, that copy
@@ -301,7 +313,7 @@ class Guarded:
             tensors = {n: (t, t._version) for n, t in (*copy.module.named_parameters(), *copy.module.named_buffers())}
             versions = [x._version for x in held]
             before = state_of(copy)
-            self._try(copy, args, kwargs, attempt)
+            self._try(copy, args, kwargs, attempt, makes=False)
             written = [n for n, (t, version) in tensors.items() if t._version != version]
             if written or any(x._version != version for x, version in zip(held, versions, strict=True)):
                 self._refuse_write(written)
@@ -311,13 +323,21 @@ class Guarded:
                     f"the model changes {', '.join(changed)} in each call, and torch.export refuses it ({self._why})."
                     " An engine keeps no state of Python's. Make it an input."
                 )
+        if others:
+            # Dynamo makes a symbol of a size once it has met two values, and remembers that by the place of the code:
+            # traced anew, no graph is for a single size but for those that are special.
+            for given in others:
+                self._try(copy, *given, FIRST, makes=False)
+            self._begin()
         # Graphs are for classes, and some copies have classes of their own.
         same = all(type(a) is type(b) for a, b in zip(copy.module.modules(), self._fresh.module.modules(), strict=True))
-        for attempt in range(FIRST - 1 if same else 0, FIRST + 1):
-            self._try(self._fresh, args, kwargs, attempt)
+        more = 0 if same else 1
+        for given in ((args, kwargs), *others):
+            for attempt in range(FIRST + more):
+                self._try(self._fresh, *given, FIRST + attempt)
         self._meter.last, self._meter.is_on = None, True
         try:
-            self._try(self._fresh, args, kwargs, FIRST + 1)
+            self._try(self._fresh, args, kwargs, 2 * FIRST)
         finally:
             self._meter.last, self._meter.is_on = None, False
 
@@ -358,12 +378,13 @@ class Guarded:
                 y = y * (1 - 0.2 * noise) + 0.05 * noise
             return y
 
-        return pytree.tree_map_only(torch.Tensor, made, (tuple(args), kwargs))
+        return map_tensors(made, (tuple(args), kwargs))
 
-    def _try(self, copy: Fresh, args: Sequence[Any], kwargs: dict[str, Any], attempt: int) -> None:
+    def _try(self, copy: Fresh, args: Sequence[Any], kwargs: dict[str, Any], attempt: int, makes: bool = True) -> None:
+        """Call it on such inputs. ``makes``: whether graphs may get engines."""
         given = self._given(args, kwargs, attempt)
         try:
-            with trying(), generators_kept(copy.module, given, self._device), _settings:
+            with trying(makes), generators_kept(copy.module, given, self._device), _settings:
                 self._run(copy.module, *given)
         except (AnabranchError, torch.OutOfMemoryError):
             raise
@@ -373,6 +394,11 @@ class Guarded:
             _log.info("a trial on other values ended with %s: %s", type(e).__name__, str(e))
 
     # -- looking ------------------------------------------------------------------------------------------------
+
+    @property
+    def why(self) -> str:
+        """What ``torch.export`` had against the model."""
+        return str(self._why)
 
     @property
     def fragments(self) -> list[Fragment]:
@@ -398,7 +424,7 @@ class Guarded:
     def summary(self) -> dict[str, Any]:
         """As plain data: see :meth:`anabranch.Engine.summary`."""
         return {
-            "why": str(self._why),
+            "why": self.why,
             "graphs": [f.summary() for f in self.fragments],
             "past_limit": past_limit(),
         }

@@ -12,10 +12,20 @@ from torch.utils import _pytree as pytree
 
 from anabranch import _judge
 from anabranch.errors import UnsupportedModel
-from anabranch.export import SPECIAL, AliasOutput, ComputedOutput, Dim, Program, valid_integer
+from anabranch.export import (
+    SPECIAL,
+    AliasOutput,
+    ComputedOutput,
+    Dim,
+    NumberOutput,
+    Program,
+    SizeOutput,
+    unflatten,
+    valid_integer,
+)
 from anabranch.export._sizes import plain_size, size_of
 from anabranch.runtime._process import neutral
-from anabranch.runtime._ranges import Place
+from anabranch.runtime._ranges import Place, resized
 from anabranch.runtime._specialization import Specialization
 
 #: What padding of floating inputs holds while it is looked whether results depend on it. Calls have zeros there. No
@@ -67,12 +77,12 @@ class Padding:
         levels = max(len(dim.pad_to) for dim in self._dims.values())
         for level in range(levels):
             tops = {dim.name: dim.pad_to[min(level, len(dim.pad_to) - 1)] for dim in self._dims.values() if dim.pad_to}
-            found = serve(self._resized(leaves, tops))
+            found = serve(resized(leaves, self._dims, tops))
             if found is None:
                 _reject(self._dims, "torch.export does not take the model as a whole")
             if not found.is_range:
                 continue  # this size is none of many: nothing is padded to it
-            calls = [self._resized(leaves, sizes) for sizes in self._tried(tops)]
+            calls = [resized(leaves, self._dims, sizes) for sizes in self._tried(tops)]
             why = _why_never(found.program) or self._why_not(found, calls, aside)
             if why:
                 _reject(self._dims, why)
@@ -100,16 +110,6 @@ class Padding:
             for name in ends if len(ends) > 1 else ():
                 yield {**tops, name: ends[name]}
             yield ends
-
-    def _resized(self, leaves: Sequence[Any], sizes: Mapping[str, int]) -> list[Any]:
-        """Leaves like these, where the sizes of these names are others; without values."""
-        made = list(leaves)
-        for (i, d), dim in self._dims.items():
-            if dim.name in sizes:
-                shape = list(made[i].shape)
-                shape[d] = sizes[dim.name]
-                made[i] = made[i].new_zeros(shape)
-        return made
 
     def _changes(self, found: Specialization, leaves: Sequence[Any]) -> str:
         """How padding a call of these shapes changes its results, or nothing."""
@@ -185,7 +185,7 @@ class Padded:
 
     def call(self, structure: pytree.TreeSpec) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keywords of the larger call."""
-        args, kwargs = pytree.tree_unflatten(self.leaves(), structure)
+        args, kwargs = unflatten(self.leaves(), structure)
         return args, kwargs
 
     def cut(self, result: Any) -> Any:
@@ -269,7 +269,8 @@ def _why_never(program: Program) -> str:
     if any(isinstance(o, AliasOutput) and o.weight is None for o in program.outputs):
         return "it hands back an input, or a view of one"
     results: Any = program.module.graph.output_node().args[0]
-    if not all(isinstance(node.meta.get("val"), torch.Tensor) for node in results):
+    numbers = any(isinstance(o, NumberOutput | SizeOutput) for o in program.outputs)
+    if numbers or not all(isinstance(node.meta.get("val"), torch.Tensor) for node in results):
         return "sizes are among its results"
     return ""
 

@@ -24,6 +24,10 @@ _MOST_KNOWN = 4096
 Place = tuple[int, int]
 
 
+class NotInRange(UnsupportedModel):
+    """There is no range for a call's sizes, and there is to be no specialization for them alone. Nothing was queued."""
+
+
 @dataclass
 class _Alike:
     """Calls that differ in the sizes of their inputs alone. Written with the build lock held; read without."""
@@ -57,6 +61,8 @@ class Ranges:
     def __init__(self, dynamic: bool | None) -> None:
         """``dynamic``: whether sizes may vary at all; True: all do, from the first call on."""
         self._dynamic = dynamic
+        #: Whether calls that no range is right for are refused.
+        self.is_strict = False
         self._alike: dict[Any, _Alike] = _sync.dict_("sizes that vary")
         self._known: dict[Any, Any] = _sync.dict_("shapes of ranges")
 
@@ -65,6 +71,18 @@ class Ranges:
         loose = _loose(key)
         if loose is not None and dims:
             self._alike[loose] = _Alike(shapes_in(key), frozenset(dims), dict(dims))
+
+    def vary(self, key: Any, places: frozenset[Place]) -> None:
+        """These sizes of calls like ``key`` vary. What no range serves raises :class:`NotInRange` from now on."""
+        self.is_strict = True
+        loose = _loose(key)
+        if loose is not None:
+            self._alike[loose] = _Alike(shapes_in(key), places)
+
+    @property
+    def may_vary(self) -> bool:
+        """Whether sizes may vary at all."""
+        return self._dynamic is not False
 
     def declared(self, key: Any) -> Mapping[Place, Dim]:
         """The sizes of calls like this one that were declared."""
@@ -86,7 +104,8 @@ class Ranges:
     def find(self, key: Any, leaves: Sequence[Any]) -> Any | None:
         """What serves a call of these sizes among others, if it is there.
 
-        Raises :class:`~anabranch.errors.InputError` where sizes are not as they were declared.
+        Raises :class:`~anabranch.errors.InputError` where sizes are not as they were declared, and :class:`NotInRange`
+        where nothing ever will serve it.
         """
         if not self._alike:
             return None
@@ -100,6 +119,8 @@ class Ranges:
             shapes = list(shapes_in(key).values())
             found = next((m for m in alike.made if not m.program.sizes.refuses(shapes)), None)
             if found is None:
+                if self.is_strict and (alike.why_none or layouts_of(leaves) is not None):
+                    raise NotInRange(alike.why_none or "inputs are not dense")
                 return None
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
@@ -168,6 +189,17 @@ class Ranges:
                     f"sizes vary ({_describe(alike)}), and of some one is compiled by itself: {alike.why_failed}"
                 )
         return lines
+
+
+def resized(leaves: Sequence[Any], dims: Mapping[Place, Dim], sizes: Mapping[str, int]) -> list[Any]:
+    """Leaves like these, where the sizes of these names are others; without values."""
+    made = list(leaves)
+    for (i, d), dim in dims.items():
+        if dim.name in sizes:
+            shape = list(made[i].shape)
+            shape[d] = sizes[dim.name]
+            made[i] = made[i].new_zeros(shape)
+    return made
 
 
 def shapes_in(key: Any) -> dict[int, tuple[int, ...]]:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from anabranch import _activity, _sync
 from anabranch.backends import Stateful, exceptions
-from anabranch.export import AliasOutput, Program, Room, Signature, rooms
+from anabranch.export import AliasOutput, Program, Room, Signature, quantized_lines, rooms
 from anabranch.plan import Plan
 from anabranch.plan._join import join_plans
 from anabranch.plan._planner import Planned, called, plan_program
@@ -299,6 +299,7 @@ class Specialization:
                 f"  at the ends of the range, other than eager: {text}"
                 for text in exceptions(program.module.graph, device.kind)
             ]
+        lines += [f"  {line}" for line in quantized_lines(program.module.graph, choice.backend)]
         if program.choices is not None:
             share = self._share_in_half
             told = f"  {share:.1%} of floating-point operations in half precision" if share is not None else ""

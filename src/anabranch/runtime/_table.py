@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from anabranch import _sync
 from anabranch.export import Dim, Signature, flatten_call, layouts_of, leaf_key
 from anabranch.runtime._padding import Padded, Padding
-from anabranch.runtime._ranges import Ranges
+from anabranch.runtime._ranges import Place, Ranges, resized
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._varying import Varying, has_numbers, used
 
@@ -58,6 +58,25 @@ class Table:
         self.ranges.declare(
             key, {(i, d): dim for i, x in enumerate(leaves) for y, own in dims if x is y for d, dim in own.items()}
         )
+
+    def declared_others(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
+        """Calls like this one with other sizes, as they were declared: ordinary ones first, and where one size varies
+        and may be 1, that."""
+        leaves, key = self.key(args, kwargs)
+        dims = {dim.name: dim for dim in self.ranges.declared(key).values()}
+        taken = {n for x in leaves if isinstance(x, torch.Tensor) for n in x.shape}
+        sizes: dict[str, int] = {}
+        for name, dim in dims.items():
+            sizes[name] = dim.example((*taken, *sizes.values()))
+        ones = {name: 1 for name, dim in dims.items() if len(dims) == 1 and dim.takes(1)}
+        structure = self.flatten(args, kwargs)[1]
+        made = [resized(leaves, self.ranges.declared(key), given) for given in (sizes, ones) if given]
+        return [pytree.tree_unflatten(given, structure) for given in made]
+
+    def vary(self, tensors: Sequence[torch.Tensor], places: frozenset[Place]) -> None:
+        """These sizes of such inputs vary; see :meth:`Ranges.vary`."""
+        if places:
+            self.ranges.vary(self.key(tuple(tensors), {})[1], places)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
         """Leaves and structure of a call."""

@@ -6,7 +6,6 @@ refuses runs as PyTorch operators in between.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -28,8 +27,6 @@ class _TensorRT:
         device = examples[0].device if examples else program.weights[0].device
         target = Target(torch.cuda.get_device_capability(device), ahead=False, tf32=options.tf32)
         compiled = compile_program(library(), program, target, require_full=options.require_full)
-        if compiled.inexact_float32:
-            warnings.warn(compiled.inexact_float32, UserWarning, stacklevel=2)
         try:
             return TensorRTKernels(compiled, program, device)
         except Rejected as e:

@@ -9,7 +9,7 @@ import textwrap
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from anabranch.backends._backend import TF32
 from anabranch.backends.tensorrt._layout import Layout
 from anabranch.backends.tensorrt._library import Library
 from anabranch.errors import BuildError, InputError
@@ -32,8 +33,8 @@ class Target:
 
     compute_capability: tuple[int, int]
     ahead: bool
-    #: Whether float32 may be computed in TF32.
-    tf32: bool = False
+    #: What may be computed in TF32.
+    tf32: TF32 = field(default_factory=TF32)
 
 
 def check_target(library: Library, target: Target) -> None:
@@ -96,7 +97,9 @@ def build(
         if target.ahead:
             config.num_compute_capabilities = 1
             config.set_compute_capability(_member(library, target.compute_capability), 0)
-        (config.set_flag if target.tf32 else config.clear_flag)(api.BuilderFlag.TF32)
+        # One flag for all of an engine.
+        allowed = target.tf32.products and target.tf32.convolutions
+        (config.set_flag if allowed else config.clear_flag)(api.BuilderFlag.TF32)
         # Without it 0 * x is 0 and x - x is 0, also where x is NaN or infinite and PyTorch's result is NaN.
         if hasattr(api.BuilderFlag, "STRICT_NANS"):
             config.set_flag(api.BuilderFlag.STRICT_NANS)

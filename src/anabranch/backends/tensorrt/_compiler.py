@@ -11,7 +11,7 @@ import re
 import sysconfig
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,17 +33,23 @@ from anabranch.backends.tensorrt._partition import (
     counted,
     fallback,
     flops,
-    is_quantization,
     missing_owners,
     partition,
     why_not,
 )
 from anabranch.backends.tensorrt._profile import Profile
+from anabranch.backends.tensorrt._tf32 import in_tf32
 from anabranch.errors import BuildError
-from anabranch.export import Program, source_of
+from anabranch.export import Program, is_quantization, source_of
 from anabranch.export._sizes import plain_size
 
 _log = logging.getLogger("anabranch.tensorrt")
+
+#: Why an operator that TensorRT has is not in an engine: where a run needs a product to be one, and where it does not.
+_ALONE = {
+    True: "no product or convolution around it runs in TensorRT",
+    False: "nothing around it runs in TensorRT",
+}
 
 
 @dataclass
@@ -60,8 +66,6 @@ class Compiled:
     operators: tuple[int, int]
     #: Floating-point operations of products and convolutions: in engines, and in all.
     flops: tuple[int, int]
-    #: Whether products or convolutions of float32 are in engines that are to compute them in float32.
-    float32: bool
     #: Engines that were in the cache.
     reused: int = 0
     cache: Cache = field(default_factory=Cache)
@@ -79,19 +83,7 @@ class Compiled:
         ]
         if self.profile is not None:
             lines.append(f"  one optimization profile: {self.profile}")
-        if self.inexact_float32:
-            lines.append(f"  {self.inexact_float32}")
         return lines + [f"  not in TensorRT: {line}" for line in by_reason(self.fallbacks)]
-
-    @property
-    def inexact_float32(self) -> str:
-        """What is to be known of float32 in these engines, or nothing."""
-        if not self.float32 or self.library.keeps_float32:
-            return ""
-        return (
-            f"float32: {self.library.name} may compute products and convolutions in TF32, which is not allowed here:"
-            " off by 1e-3 of the largest value. backend='inductor' computes in float32"
-        )
 
 
 def compile_program(
@@ -121,8 +113,16 @@ def compile_program(
     if known is not None:
         found = json.loads(known)
         excluded, orders = found["excluded"], found["orders"]
+    everything = counted(program)
+    work = {n: flops(n) for n in everything}
     while True:
-        cut = partition(program, excluded)
+        worth = None
+        if not library.keeps_float32:
+            wide = in_tf32(program.module.graph, target.tf32, excluded)
+            excluded = {**wide, **excluded}
+            # Between products that run elsewhere, an engine of a few pointwise operators costs more than it saves.
+            worth = {n.name for n in everything if work[n]} if wide else None
+        cut = partition(program, excluded, worth)
         for name, segment in cut.segments.items():
             _lay_out(segment, orders.get(name))
         engines: dict[str, bytes] = {}
@@ -150,10 +150,9 @@ def compile_program(
     chosen = {"excluded": excluded, "orders": {name: _orders(segment) for name, segment in cut.segments.items()}}
     if (content := json.dumps(chosen, sort_keys=True).encode()) != known:
         cache.store("partition", base, content)
-    everything = counted(program)
     inside = {name for s in cut.segments.values() for name in s.nodes}
     fallbacks = [
-        fallback(program, n.name, excluded.get(n.name) or "nothing around it runs in TensorRT")
+        fallback(program, n.name, excluded.get(n.name) or _ALONE[worth is not None])
         for n in everything
         if n.name not in inside
     ]
@@ -164,7 +163,6 @@ def compile_program(
             f" {library.name} {library.version}: {listed}. Change the model, or let another backend run them:"
             " require_full=False."
         )
-    work = {n: flops(n) for n in everything}
     within = [n for n in everything if n.name in inside]
     return Compiled(
         library,
@@ -174,7 +172,6 @@ def compile_program(
         fallbacks,
         (len(within), len(everything)),
         (sum(work[n] for n in within), sum(work.values())),
-        not target.tf32 and any(work[n] and getattr(n.meta["val"], "dtype", None) is torch.float32 for n in within),
         reused,
         cache,
         profile,
@@ -351,7 +348,7 @@ def _key(library: Library, program: Program, target: Target, profile: Profile | 
         "model": _model_hash(program, profile),
         "library": f"{library.name} {library.version}",
         "compute_capability": list(target.compute_capability),
-        "tf32": target.tf32,
+        "tf32": asdict(target.tf32),
         "platform": sysconfig.get_platform(),
         "versions": versions,
         "conversion": _conversion(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from anabranch.backends.tensorrt._layout import Layout
 from anabranch.backends.tensorrt._rewrite import quantized_with_rounding, saturates
-from anabranch.export import Program, is_random, shape_at, source_of
+from anabranch.export import NARROW, Program, is_random, shape_at, source_of
 from anabranch.export._sizes import is_of_data, plain_size
 
 #: What a TensorRT engine computes with as PyTorch does. Its parser takes float64 too, and computes in float32.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool)
-#: What values between a quantization and its inverse may have on top.
-_QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 _DEPENDS_ON_MEMORY = ("as_strided", "set_", "resize_")
 
 
@@ -98,9 +96,9 @@ def why_not(node: fx.Node) -> str:
     if (reason := _other_result(node)) is not None:
         return reason
     quantizes = node.target.namespace == "quantized_decomposed" or node.target.name() == "aten::_to_copy"
-    quantizes |= not _computes(node)
+    quantizes |= not computes(node)
     for value in (*_used(node), *(v for n in node.all_input_nodes for v in _used(n))):
-        if value.dtype not in _DTYPES and not (quantizes and value.dtype in _QUANTIZED):
+        if value.dtype not in _DTYPES and not (quantizes and value.dtype in NARROW):
             return f"TensorRT has no {str(value.dtype).removeprefix('torch.')}"
         if any(map(is_of_data, value.shape)):
             return "its shapes depend on data"
@@ -135,17 +133,11 @@ def _given(node: fx.Node) -> list[Any]:
     return [v for n in node.all_input_nodes for v in _tensors(n)]
 
 
-def is_quantization(node: fx.Node) -> bool:
-    """Whether it goes to int8 or fp8, or back, or does both."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    if node.target.namespace == "quantized_decomposed" or node.target.name().startswith("aten::fake_quantize"):
-        return True
-    return any(v.dtype in _QUANTIZED for v in (*_tensors(node), *_given(node)))
+def partition(program: Program, excluded: Mapping[str, str], worth: Collection[str] | None = None) -> Partition:
+    """Cut the graph of ``program`` into segments of all nodes but those named in ``excluded``.
 
-
-def partition(program: Program, excluded: Mapping[str, str]) -> Partition:
-    """Cut the graph of ``program`` into segments of all nodes but those named in ``excluded``."""
+    ``worth``: names; a run of operators that has none of them is not worth an engine, and is no segment.
+    """
     graph_module = fx.GraphModule(program.module, _copy(program.module.graph))
     graph = graph_module.graph
     owner_names = {symbol: node.name for symbol, node in _sizes_first(graph).items()}
@@ -157,7 +149,9 @@ def partition(program: Program, excluded: Mapping[str, str]) -> Partition:
             return node.op == "call_function" and node.name not in excluded and not is_number
 
     partitioner = CapabilityBasedPartitioner(graph_module, Support(), allows_single_node_partition=True)
-    runs = [p for p in partitioner.propose_partitions() if any(_computes(n) for n in p.nodes)]
+    runs = [p for p in partitioner.propose_partitions() if any(computes(n) for n in p.nodes)]
+    if worth is not None:
+        runs = [p for p in runs if any(n.name in worth for n in p.nodes)]
     members = [[n.name for n in p.nodes] for p in runs]
     values = {n.name: n.meta.get("val") for n in graph.nodes}
     top = partitioner.fuse_partitions(runs, prefix="tensorrt_")
@@ -298,7 +292,7 @@ def flops(node: fx.Node) -> int:
 
 def counted(program: Program) -> list[fx.Node]:
     """The operators that compute something: no views, and no picking of a result out of several."""
-    return [n for n in program.module.graph.nodes if n.op == "call_function" and _computes(n)]
+    return [n for n in program.module.graph.nodes if n.op == "call_function" and computes(n)]
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:
@@ -325,7 +319,8 @@ def _used(node: fx.Node) -> list[Any]:
     return _tensors(node)
 
 
-def _computes(node: fx.Node) -> bool:
+def computes(node: fx.Node) -> bool:
+    """Whether it makes a tensor of its own, and is no view."""
     if not isinstance(node.target, torch._ops.OpOverload) or not _tensors(node):
         return False
     return not any(r.alias_info is not None for r in node.target._schema.returns)
@@ -335,7 +330,7 @@ def _trailing_views(graph: fx.Graph) -> list[str]:
     """Views that only lead to results: they cost nothing, and results that share memory in PyTorch still do so."""
     trailing: list[str] = []
     for node in reversed(list(graph.nodes)):
-        if node.op != "call_function" or _computes(node) or node.target is operator.getitem:
+        if node.op != "call_function" or computes(node) or node.target is operator.getitem:
             continue
         if all(u.op == "output" or u.name in trailing for u in node.users):
             trailing.append(node.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,14 @@ _WIDE = (
 )
 #: TensorRT's parser takes these in float16 and float32.
 _WIDE_FOR_BFLOAT16 = (_aten.hardswish.default, _aten.mish.default)
+_MAX_POOLS_OF_TWO = (
+    *(_aten.max_pool2d_with_indices.default, _aten.max_pool3d_with_indices.default),
+    *(_aten.adaptive_max_pool2d.default, _aten.adaptive_max_pool3d.default),
+)
+_MAX_POOLS = (
+    *(_aten.max_pool1d.default, _aten.max_pool2d.default, _aten.max_pool3d.default),
+    *_MAX_POOLS_OF_TWO,
+)
 _HALVES = (torch.float16, torch.bfloat16)
 _FP8 = torch.float8_e4m3fn
 #: The largest number of ``float8_e4m3fn``.
@@ -50,7 +59,9 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     copied = fx.GraphModule(module, graph)
-    for change in (_quantize_fp8, _quantize_int8, _compute_in_float32, _reduce_all, _empty_rows, _fold_norms):
+    for change in (
+        *(_quantize_fp8, _quantize_int8, _compute_in_float32, _reduce_all, _empty_rows, _pool_nan, _fold_norms),
+    ):
         change(copied)
     graph.eliminate_dead_code()
     copied.recompile()
@@ -178,6 +189,36 @@ def _empty_rows(module: fx.GraphModule) -> None:
         with graph.inserting_after(some):
             result = graph.call_function(_aten.where.ScalarOther, (some, node, 0.0))
         node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+
+
+def _pool_nan(module: fx.GraphModule) -> None:
+    """TensorRT's max pooling takes the largest of the other elements where one is NaN. Which are is pooled, too."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target not in _MAX_POOLS or not _may_be_nan(module, node.args[0]):
+            continue
+        x: Any = node.args[0]
+        largest = [node]
+        if node.target in _MAX_POOLS_OF_TWO:  # the other are places
+            largest = [n for n in node.users if n.target is operator.getitem and n.args[1] == 0]
+        with graph.inserting_before(node):
+            is_nan = graph.call_function(_aten.isnan.default, (x,))
+            marks = graph.call_function(_CAST, (is_nan,), {"dtype": _dtype(module, x)})
+            pooled = graph.call_function(node.target, (marks, *node.args[1:]), dict(node.kwargs))
+            if node.target in _MAX_POOLS_OF_TWO:
+                pooled = graph.call_function(operator.getitem, (pooled, 0))
+            found = graph.call_function(_aten.gt.Scalar, (pooled, 0))
+        for y in largest:
+            with graph.inserting_after(y):
+                result = graph.call_function(_aten.masked_fill.Scalar, (y, found, math.nan))
+            y.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+
+
+def _may_be_nan(module: fx.GraphModule, node: Any) -> bool:
+    dtype = _dtype(module, node)
+    if isinstance(node, fx.Node) and "::dequantize_per" in str(getattr(node.target, "name", str)()):
+        return torch.int8 not in node.args
+    return dtype is not None and dtype.is_floating_point
 
 
 # -- quantization: QuantizeLinear and DequantizeLinear around an operator make an int8 or fp8 kernel of it ----------

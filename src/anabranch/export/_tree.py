@@ -1,0 +1,39 @@
+"""Arguments and results as trees: what ``torch.utils._pytree`` does, where a ``torch.Size`` stays one.
+
+PyTorch takes a size apart into its numbers, and puts a tuple in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+def has_sizes(structure: pytree.TreeSpec) -> bool:
+    """Whether there is a ``torch.Size`` in it."""
+    return structure.type is torch.Size or any(map(has_sizes, structure.children()))
+
+
+def unflatten(leaves: Sequence[Any], structure: pytree.TreeSpec) -> Any:
+    """The tree of these leaves."""
+    if not has_sizes(structure):
+        return pytree.tree_unflatten(leaves, structure)
+    if structure.type is torch.Size:
+        return torch.Size(leaves)
+    rest = iter(leaves)
+    parts = [unflatten([next(rest) for _ in range(child.num_leaves)], child) for child in structure.children()]
+    return pytree.SUPPORTED_NODES[structure.type].unflatten_fn(parts, structure.context)
+
+
+def map_leaves(fn: Callable[[Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """``tree`` with ``fn`` of each leaf in its place. ``is_leaf``: what else is taken as one."""
+    leaves, structure = pytree.tree_flatten(tree, is_leaf)
+    return unflatten(list(map(fn, leaves)), structure)
+
+
+def map_tensors(fn: Callable[[torch.Tensor], Any], tree: Any) -> Any:
+    """``tree`` with ``fn`` of each tensor in its place."""
+    return map_leaves(lambda x: fn(x) if isinstance(x, torch.Tensor) else x, tree)
