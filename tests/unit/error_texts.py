@@ -444,8 +444,8 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     "src/anabranch/export/_exporter.py": [
         (
             "depend on state of Python's: a call {",
-            "An engine would repeat what it was",
-            "Make it an input, or draw with",
+            "An engine would repeat what it",
+            "or call the model once before",
         ),
         ("sets the state of a random generator ({first.seeds})", "which is no part of a graph", "Seed before the call"),
     ],
@@ -638,7 +638,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "src/anabranch/runtime/_guarded.py": [
         ("inside a CUDA graph capture", "Python runs between the graphs", "Call the engine outside the capture"),
-        ("the model changes {written[0]} in place", "an engine is immutable", "Make it an output"),
+        ("the model changes {names[0]} in place", "an engine is immutable", "Make it an output"),
         ("the model changes a tensor in place that it holds", "an engine is immutable", "Register it with"),
         ("the model changes {', '.join(changed)} in each call", "keeps no state of Python's", "Make it an input"),
     ],

@@ -261,6 +261,7 @@ def test_the_librarys_exportable_module() -> None:
                     made.append(int(logits[0, -1].argmax()))
             assert made == given.expected[i]
         assert sum(name.startswith("cumulative_length") for name in session.state) == 2, "its counters are state, too"
+        assert "puts tensors into" not in engine.explain(), "it keeps none: nodes of the engine's own graph do"
 
 
 def _static_cache(model: Any, length: int = LENGTH) -> t.StaticCache:

@@ -13,6 +13,7 @@ from torch import nn
 
 import anabranch
 from anabranch._judge import Rounding, differences
+from anabranch.export import Snapshot
 from contract.support import Fn
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -371,9 +372,9 @@ def test_weights_of_another_kind_are_refused_by_name() -> None:
 
 def test_mixed_types_that_fake_tensors_let_pass_are_the_inputs_fault() -> None:
     # On a GPU the model is tried on fake tensors, whose products take any types.
-    from anabranch.export._diagnosis import run_on_zeros
+    from anabranch.export._isolation import run_on_zeros
 
-    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU()).eval()
+    model = Snapshot.of(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU()).eval())
     assert run_on_zeros(model, (torch.ones(2, 8),), {}) is None
     error = run_on_zeros(model, (torch.ones(2, 8, dtype=torch.float64),), {})
     assert error is not None

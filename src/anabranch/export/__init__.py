@@ -1,11 +1,13 @@
 """From a model to a flat graph: signatures of inputs, ``torch.export``, and what each output really is."""
 
+from anabranch.export._assignments import storage
 from anabranch.export._bystanders import replaced, undisturbed
 from anabranch.export._containers import register_containers
-from anabranch.export._diagnosis import NotExported, copy_of, describe, first_line, run_in_eager
+from anabranch.export._diagnosis import NotExported, copy_of, describe, first_line
 from anabranch.export._generators import generators_kept
 from anabranch.export._hooks import about_hooks, hooks_of, name_of
 from anabranch.export._indices import is_integer, valid_integer
+from anabranch.export._isolation import Copies, run_in_eager
 from anabranch.export._mixed import Mixed, Place, places, precision_of
 from anabranch.export._mixing import Choices, Mixing, cast_of
 from anabranch.export._narrow import BATCH_NORMS, EXACT, PRODUCTS, packet
@@ -42,7 +44,7 @@ from anabranch.export._sizes import SPECIAL, Dim, Sizes, shape_at, size_at
 from anabranch.export._snapshot import Fresh, Snapshot, alias
 from anabranch.export._state import State, held_beside, writes_of
 from anabranch.export._tree import map_leaves, map_tensors, unflatten
-from anabranch.export._trial import changed_between, state_of, written
+from anabranch.export._trial import changed_between, rehearse, state_of, written
 from anabranch.export._uncaptured import READS_ON_HOST, Uncaptured, source_of
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "Choices",
     "ComputedOutput",
     "ConstantOutput",
+    "Copies",
     "Cut",
     "Dim",
     "Fresh",
@@ -108,6 +111,7 @@ __all__ = [
     "precision_of",
     "quantized_lines",
     "register_containers",
+    "rehearse",
     "replaced",
     "rooms",
     "run_in_eager",
@@ -117,6 +121,7 @@ __all__ = [
     "size_at",
     "source_of",
     "state_of",
+    "storage",
     "tensorize",
     "undisturbed",
     "unflatten",

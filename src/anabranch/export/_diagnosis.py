@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from anabranch.errors import AnabranchError, InputError, UnsupportedModel
-from anabranch.export._tree import map_tensors
 
 #: Frames in here are nobody's model.
 _NOT_A_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
@@ -136,11 +135,16 @@ def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 
 
 def diagnose(
-    error: Exception, model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], line: str = ""
+    error: Exception,
+    run: Callable[[], Exception | None],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    line: str = "",
 ) -> NoReturn:
-    """Raise what says why ``torch.export`` of ``model`` on these inputs ended with ``error``.
+    """Raise what says why ``torch.export`` of a model on these inputs ended with ``error``.
 
-    ``line``: the model's line that is suspected if the error does not say.
+    ``run``: runs the model on them by PyTorch's operators; returns what that raises. ``line``: the model's line that is
+    suspected if the error does not say.
     """
     text, line = first_line(error), line_of(error) or line
     where = f" ({line})" if line else ""
@@ -159,8 +163,7 @@ def diagnose(
             f"the model does not accept inputs on several devices ({describe(args, kwargs)}){where}: {text}. Expected"
             " inputs on one device; or have the model move them to one."
         ) from error
-    refused = run_in_eager(model, args, kwargs)
-    if refused is not None:
+    if run() is not None:
         raise InputError(
             f"the model does not accept these inputs ({describe(args, kwargs)}): {type(error).__name__}: {text}."
             " Expected inputs that model(*inputs) runs on; try that first."
@@ -180,47 +183,3 @@ def copy_of(x: torch.Tensor) -> torch.Tensor:
     for d in once:
         own = own.narrow(d, 0, 1)
     return torch.empty_strided(own.shape, own.stride(), dtype=x.dtype, device=x.device).copy_(own).expand(x.shape)
-
-
-def run_on_zeros(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
-    """Run the model on the CPU, with zeros for its weights, buffers and inputs; returns what it raises, if anything.
-
-    Kernels refuse mixed types that fake tensors let pass. What the CPU alone cannot do counts as nothing.
-    """
-
-    def zeros(x: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(x.shape, dtype=x.dtype)
-
-    state = {name: zeros(x) for name, x in (*model.named_parameters(), *model.named_buffers())}
-    args, keywords = map_tensors(zeros, (tuple(args), dict(kwargs)))
-    try:
-        with torch.random.fork_rng(()), torch.no_grad():
-            torch.func.functional_call(model, state, args, keywords)
-    except Exception as e:
-        of_the_cpu = isinstance(e, NotImplementedError) or any(w in str(e) for w in ("not implemented", "device"))
-        return None if of_the_cpu else e
-    return None
-
-
-def run_in_eager(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
-    """Run the model as it is, on copies of these inputs and of its buffers; returns what it raises, if anything.
-
-    On a device with streams it runs on zeros on the CPU: nothing is queued there.
-    """
-    tensors = [x for x in (*pytree.tree_leaves((args, kwargs)), *model.parameters()) if isinstance(x, torch.Tensor)]
-    try:
-        if any(x.device.type not in ("cpu", "meta") for x in tensors):
-            return run_on_zeros(model, args, kwargs)
-        args, keywords = map_tensors(copy_of, (tuple(args), dict(kwargs)))
-        buffers = {name: copy_of(x) for name, x in model.named_buffers()}
-        with torch.random.fork_rng(()):
-            try:
-                with torch.no_grad():
-                    torch.func.functional_call(model, buffers, args, keywords)
-            except Exception:
-                # A model that takes derivatives runs in no other way.
-                with torch.enable_grad():
-                    torch.func.functional_call(model, buffers, args, keywords)
-    except Exception as e:
-        return e
-    return None

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
@@ -23,6 +23,7 @@ from anabranch.export._bystanders import undisturbed
 from anabranch.export._diagnosis import NotExported, copy_of, diagnose, first_line
 from anabranch.export._forward import TENSOR, Forward, Seen
 from anabranch.export._generators import generators_kept
+from anabranch.export._isolation import run_in_eager
 from anabranch.export._leaks import Watch
 from anabranch.export._numbers import NotCarried
 from anabranch.export._recurrent import weights_apart
@@ -80,6 +81,11 @@ class Exporter:
         # What the first call changes may be a cache that it fills.
         later = self._try(traced, options) if first.changes else first
         exported, seen = self._trace(traced, options, decompose)
+        if first.finished and first.changes and first.written:
+            # The first call did not write what it said by its changes to have written.
+            begun = self._trace_begun(snapshot, options, decompose)
+            if begun is not None and not _alike(begun, exported):
+                _refuse_state(first.changes)
         state = [*first.draws, *later.changes]
         if state:
             # Does it matter? What was drawn is drawn anew by another copy; what is counted goes on.
@@ -88,10 +94,7 @@ class Exporter:
                 self._try(other, options)
             again, _ = self._trace(other, options, decompose)
             if not _alike(exported, again):
-                raise UnsupportedModel(
-                    f"the model's results depend on state of Python's: a call {', '.join(state)}. An engine would"
-                    " repeat what it was at compile. Make it an input, or draw with torch.rand and the like."
-                )
+                _refuse_state(state)
             self._state.update(dict.fromkeys(state))
         return exported, traced, seen
 
@@ -115,6 +118,13 @@ class Exporter:
                 forward.seen.recorder.is_over = True
         self._watches.append(forward.seen.watch)
         return exported, forward.seen
+
+    def _trace_begun(self, snapshot: Snapshot, options: Any, decompose: bool) -> ExportedProgram | None:
+        """As the model's very first call is; None where that cannot be traced."""
+        try:
+            return self._trace(snapshot.fresh(), options, decompose)[0]
+        except NotExported:
+            return None
 
     def _try(self, traced: Fresh, options: Any) -> Trial:
         """One real call on inputs like these, with made-up values; on the CPU with the values that were given."""
@@ -144,6 +154,14 @@ class Exporter:
         if cleared:
             notes.append(f"the model puts tensors into {', '.join(cleared)}; calls do not")
         return tuple(notes)
+
+
+def _refuse_state(state: Sequence[str]) -> NoReturn:
+    raise UnsupportedModel(
+        f"the model's results depend on state of Python's: a call {', '.join(state)}. An engine would repeat what it"
+        " was at compile. Make it an input, or draw with torch.rand and the like; or call the model once before"
+        " compile, if only the first call is another."
+    )
 
 
 def _alike(a: ExportedProgram, b: ExportedProgram) -> bool:
@@ -211,7 +229,8 @@ def _export(
         if refusal or given is None:
             raise UnsupportedModel(refusal or first_line(e)) from e
         with generators_kept(module.model, given):  # it may be run, to find out
-            diagnose(e, module.of_whole_calls(), given[0], given[1], _transform(exported))
+            run = functools.partial(run_in_eager, traced.snapshot, given[0], given[1], module.around)
+            diagnose(e, run, given[0], given[1], _transform(exported))
     if module.seen.returned.refusal:
         raise UnsupportedModel(module.seen.returned.refusal)
     return exported

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from anabranch.export import _rotary
 from anabranch.export._assignments import Assignments
+from anabranch.export._isolation import Traced
 from anabranch.export._layout import LayoutWatch
 from anabranch.export._leaks import Watch
 from anabranch.export._outputs import Returned
@@ -99,6 +100,10 @@ class Forward(torch.nn.Module):
         self._dtypes = dtypes
         self._rest = rest
 
+    def around(self, model: torch.nn.Module) -> Forward:
+        """The same for another copy of the model, to run and not to trace."""
+        return Forward(model, self._specs, self._precision, self._dtypes)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._rest is not None:
             tensors, (leaves, structure) = iter(args), self._rest
@@ -110,13 +115,14 @@ class Forward(torch.nn.Module):
             args, kwargs = map_tensors(lambda x: next(specs).in_memory(x), (args, kwargs))
         assignments = Assignments(self.model, pytree.tree_leaves((args, kwargs)))
         spellings: AbstractContextManager[Any] = nullcontext()
+        apart: AbstractContextManager[Any] = nullcontext()
         if is_traced():
-            self.seen.assignments, spellings = assignments, Spellings(assignments)
+            self.seen.assignments, spellings, apart = assignments, Spellings(assignments), Traced()
         watch = LayoutWatch(pytree.tree_leaves((args, kwargs)))
         if self.seen.recorder is not None:
             args, kwargs = self.seen.recorder.enter((args, kwargs))
         if self._precision is None:
-            with watch, _GradientWatch(self.seen), spellings:
+            with apart, watch, _GradientWatch(self.seen), spellings:
                 result = self._call_model(args, kwargs)
             return tuple(self._note(result, watch))
 
@@ -130,7 +136,7 @@ class Forward(torch.nn.Module):
             return cast
 
         args, kwargs = map_tensors(enter, (args, kwargs))
-        with watch, _GradientWatch(self.seen), HalfPrecision(self._precision), spellings:
+        with apart, watch, _GradientWatch(self.seen), HalfPrecision(self._precision), spellings:
             result = self._call_model(args, kwargs)
         if self.seen.assignments is None:
             assignments.keep_types()
@@ -140,10 +146,6 @@ class Forward(torch.nn.Module):
             x.to(d) if isinstance(x, torch.Tensor) and d else x
             for x, d in zip(self._note(result, watch), self._dtypes, strict=True)
         )
-
-    def of_whole_calls(self) -> Forward:
-        """It, given all leaves of a call."""
-        return self if self._rest is None else Forward(self.model, self._specs, self._precision, self._dtypes)
 
     def _call_model(self, args: Any, kwargs: Any) -> Any:
         recorder = self.seen.recorder

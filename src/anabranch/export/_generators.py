@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from anabranch.export._bystanders import draws_stay_drawn
-from anabranch.export._snapshot import generators_in
+from anabranch.export._snapshot import Copier
 
 
 @contextlib.contextmanager
@@ -58,9 +58,11 @@ def _exchanged(generator: torch.Generator) -> Any:
 def _generators_of(module: torch.nn.Module, inputs: Any, device: torch.device | None) -> list[torch.Generator]:
     names = {type(part).__module__ for part in module.modules()}
     spaces = [vars(sys.modules[name]) for name in names if not name.startswith("torch.") and name in sys.modules]
+    copier = Copier()
+    copier(module)
     found = [
         *pytree.tree_leaves(inputs),
-        *generators_in(module),
+        *copier.torch_generators,
         *(x for space in spaces for x in list(space.values())),
     ]
     default = [torch.default_generator]

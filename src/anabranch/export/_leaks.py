@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
+from torch import fx
 
 from anabranch.errors import UnsupportedModel
 
@@ -82,6 +83,8 @@ def _take_out(x: Any, ours: set[int], cleared: dict[str, None], depth: int = 0) 
             cache = _cache_of(holder)
             cache.cache_clear()
             cleared[f"the cache of {getattr(cache, '__qualname__', cache)}()"] = None
+        elif isinstance(holder, dict | list) and _is_of_a_node(holder):
+            continue  # the graph is ours, and says of a value what it looks like
         elif isinstance(holder, dict):
             owner = _namespace(holder)
             if owner is not None:
@@ -136,6 +139,14 @@ def _kept(where: str) -> NoReturn:
 def _is_pytorchs(x: Any) -> bool:
     """Whether an object is one that PyTorch traces with."""
     return type(x).__module__.startswith("torch.") and not isinstance(x, torch.nn.Module)
+
+
+def _is_of_a_node(container: dict[Any, Any] | list[Any]) -> bool:
+    """Whether it is what a node of a graph notes of its value, or a list there."""
+    owners = gc.get_referrers(container)
+    if isinstance(container, list):
+        return any(isinstance(owner, dict) and _is_of_a_node(owner) for owner in owners)
+    return any(isinstance(owner, fx.Node) and owner.meta is container for owner in owners)
 
 
 def _namespace(space: dict[str, Any]) -> str | None:

@@ -14,7 +14,6 @@ import copyreg
 import enum
 import functools
 import io
-import sys
 import threading
 import types
 import warnings
@@ -28,11 +27,11 @@ from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
 from anabranch.errors import UnsupportedModel
+from anabranch.export._classes import derived, global_names, is_handle, variables_with_tensors
 from anabranch.export._diagnosis import check_parts
 from anabranch.export._hooks import HOOKS
 from anabranch.export._recurrent import keep_weights_in_place
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 #: Copied as they are: nothing in them can change, or they stand for something that there is once.
 _SHARED: tuple[type, ...] = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type(...), type(NotImplemented), object),
@@ -41,10 +40,6 @@ _SHARED: tuple[type, ...] = (
 )
 _SHARED_IF_DERIVED = (type, enum.Enum, io.IOBase, threading.Thread, torch.Generator, torch.jit.ScriptModule)
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
-#: Of Python's own classes, those that hold a program's data. All others are taken for handles.
-_STANDARD_DATA = frozenset(
-    {"collections", "itertools", "array", "types", "argparse", "dataclasses", "enum", "builtins"}
-)
 _METHODS_IN_C = (types.BuiltinMethodType, types.MethodWrapperType)
 
 
@@ -68,20 +63,20 @@ class Snapshot:
         """
         module = model.module() if isinstance(model, ExportedProgram) else model
         check_parts(module, values=values)
-        copier = _Copier()
+        copier = Copier()
         copied: torch.nn.Module = copier(module)
         return cls(copied, {id(new): weakref.ref(old) for old, new in copier.tensors if new is not old})
 
-    def fresh(self) -> Fresh:
-        """A copy of the module, to run and to trace."""
-        copier = _Copier()
+    def fresh(self, made: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Fresh:
+        """A copy of the module, to run and to trace. ``made``: what stands in it for a tensor, in other memory."""
+        copier = Copier(made=made or alias)
         module = copier(self.module)
         keep_weights_in_place(module)
         return Fresh(module, self, copier.tensors, copier.generators)
 
     def replacing(self, parameters: Mapping[int, torch.nn.Parameter]) -> Snapshot:
         """Another snapshot, with other parameters in the place of those with these ids."""
-        copier = _Copier(parameters)
+        copier = Copier(parameters)
         module = copier(self.module)
         kept = {id(new): self._originals[id(old)] for old, new in copier.tensors if id(old) in self._originals}
         return Snapshot(module, kept)
@@ -102,7 +97,7 @@ class Fresh:
         generators: list[Any],
     ) -> None:
         """``tensors``: of the snapshot, each with its copy."""
-        self.module = module
+        self.module, self.snapshot = module, snapshot
         #: The model's buffers as they were at compile, by name, whatever a call of the copy has put in their place.
         self.buffers = dict(snapshot.module.named_buffers(remove_duplicate=False))
         #: NumPy's random generators that the model holds. They are the user's own.
@@ -111,11 +106,6 @@ class Fresh:
         self.sources = {id(new): old for old, new in tensors}
         self.tensors = tensors  # they keep their ids
         self._originals = snapshot._originals
-
-    def storages(self) -> set[int]:
-        """Identities of the memory that the user's model shares."""
-        plain = (t for t in self.sources.values() if t.layout is torch.strided and type(t) in _PLAIN)
-        return {t.untyped_storage()._cdata for t in plain}
 
     def source(self, tensor: torch.Tensor) -> torch.Tensor:
         """The snapshot's tensor that one of the copy stands for; itself if it stands for none."""
@@ -126,13 +116,6 @@ class Fresh:
         return self._originals.get(id(self.source(tensor)))
 
 
-def generators_in(module: torch.nn.Module) -> list[torch.Generator]:
-    """PyTorch's random generators that a module holds, in whatever it holds."""
-    copier = _Copier()
-    copier(module)
-    return copier.torch_generators
-
-
 def alias(x: torch.Tensor) -> torch.Tensor:
     """An ordinary tensor of its own over the memory of ``x``: no history, no inference mode.
 
@@ -141,18 +124,28 @@ def alias(x: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False), torch.no_grad():
         if not x.is_inference() or x.layout is not torch.strided:
             return x.detach()
-        made = torch.empty(0, dtype=x.dtype, device=x.device)  # detach() would make another inference tensor
-        made.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
-        if x.is_conj():
-            made = made.conj()
-        return torch._neg_view(made) if x.is_neg() else made
+        return lying_in(x.untyped_storage(), x)  # detach() would make another inference tensor
 
 
-class _Copier:
+def lying_in(storage: torch.UntypedStorage, x: torch.Tensor) -> torch.Tensor:
+    """A tensor that lies in ``storage`` as ``x`` does in its own."""
+    made = torch.empty(0, dtype=x.dtype, device=x.device)
+    made.set_(storage, x.storage_offset(), x.size(), x.stride())
+    if x.is_conj():
+        made = made.conj()
+    return torch._neg_view(made) if x.is_neg() else made
+
+
+class Copier:
     """Copies what a model consists of, each object once, so that what is the same in the model is so in the copy."""
 
-    def __init__(self, parameters: Mapping[int, torch.nn.Parameter] | None = None) -> None:
-        """``parameters``: what to take in the place of objects with these ids."""
+    def __init__(
+        self,
+        parameters: Mapping[int, torch.nn.Parameter] | None = None,
+        made: Callable[[torch.Tensor], torch.Tensor] = alias,
+    ) -> None:
+        """``parameters``: what to take in the place of objects with these ids; ``made``: in that of a tensor."""
+        self._alias = made
         #: By id: the object, which keeps the id its own, and its copy.
         self._made: dict[int, tuple[Any, Any]] = {i: (None, p) for i, p in (parameters or {}).items()}
         self.tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -160,6 +153,8 @@ class _Copier:
         self.torch_generators: list[torch.Generator] = []
         #: Whether functions get global variables of their own: in hooks.
         self._isolated = False
+        #: Of modules: their copies'. Their own, where a class and what is around its methods hold no tensors.
+        self._classes: dict[type, type] = {}
         self._globals: dict[int, dict[str, Any]] = {}
 
     def __call__(self, x: Any) -> Any:
@@ -208,7 +203,7 @@ class _Copier:
 
         if isinstance(x, FakeTensor):
             return self._done(x, x)
-        made = alias(x)
+        made = self._alias(x)
         if isinstance(x, torch.nn.Parameter):
             needs_grad = x.requires_grad and (made.is_floating_point() or made.is_complex())
             if type(x) is torch.nn.Parameter or type(made) is not torch.Tensor:
@@ -234,11 +229,23 @@ class _Copier:
             self._done(x.graph, x.graph)  # what runs is the class's forward()
         elif parametrize.is_parametrized(x):
             kind = type(kind.__name__, kind.__bases__, own)
+        else:
+            kind = self._class(kind)
+            if id(x) in self._made:  # a variable of the class leads to it
+                return self._made[id(x)][1]
         made = self._done(x, object.__new__(kind))
         for name, value in list(x.__dict__.items()):
             made.__dict__[name] = self._hooks(value) if name in HOOKS else self._copy(value)
         self._slots(x, made)
         return made
+
+    def _class(self, kind: type) -> type:
+        if kind not in self._classes:
+            variables = variables_with_tensors(kind)
+            own = self._classes[kind] = derived(kind) if variables else kind
+            for name, value in variables.items() if own is not kind else ():
+                setattr(own, name, self._copy(value))
+        return self._classes[kind]
 
     def _hooks(self, hooks: Any) -> Any:
         """Hooks write into what they refer to: into a copy of it, not into the user's own."""
@@ -296,7 +303,7 @@ class _Copier:
         defaults, keywords = self._copy(x.__defaults__), self._copy(x.__kwdefaults__)
         if id(x) in self._made:
             return self._made[id(x)][1]
-        names = _global_names(x.__code__) & x.__globals__.keys() if isolated else set()
+        names = global_names(x.__code__) & x.__globals__.keys() if isolated else set()
         same = defaults is x.__defaults__ and (keywords or None) == (x.__kwdefaults__ or None)
         if not x.__closure__ and not names and same:
             return self._done(x, x)
@@ -353,7 +360,7 @@ class _Copier:
 
     def _object(self, x: Any) -> Any:
         kind = type(x)
-        if _is_handle(kind):
+        if is_handle(kind):
             return x
         if not (getattr(x, "__dict__", None) or isinstance(x, dict | list | set | tuple) or _has_slots(kind)):
             return self._leaf(x)
@@ -404,7 +411,7 @@ class _Copier:
                 return x
         return x
 
-    _MAKERS: ClassVar[dict[type, Callable[[_Copier, Any], Any]]] = {
+    _MAKERS: ClassVar[dict[type, Callable[[Copier, Any], Any]]] = {
         list: _list,
         tuple: _tuple,
         dict: _dict,
@@ -426,25 +433,5 @@ def _referent(proxy: Any) -> Any:
         return None
 
 
-def _is_handle(kind: type) -> bool:
-    """Whether its objects stand for something outside: a file, a thread, a device, a logger, an engine."""
-    root = (kind.__module__ or "").partition(".")[0]
-    if root == "torch":
-        return (
-            not isinstance(kind, type) or kind.__module__ in ("torch", "torch._C") or "distributed" in kind.__module__
-        )
-    if root == "anabranch":
-        return True
-    return root in sys.stdlib_module_names and root not in _STANDARD_DATA and root != "__main__"
-
-
 def _has_slots(kind: type) -> bool:
     return bool(copyreg._slotnames(kind))  # type: ignore[attr-defined]
-
-
-def _global_names(code: types.CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= _global_names(constant)
-    return names

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anabranch.export._hooks import HOOKS, OF_MODULES, hooks_of
 from anabranch.export._indices import has_mask, is_indexing
+from anabranch.export._isolation import Withheld
 from anabranch.export._random import draws
 from anabranch.export._snapshot import Fresh
 
@@ -43,6 +44,7 @@ _SETS_STATE = frozenset(("manual_seed", "seed", "set_state", "set_offset", "grap
 #: Functions of PyTorch's that set those of several devices, one after another.
 _SEEDS_ALL = frozenset((torch.random.__file__, name) for name in ("manual_seed", "seed"))
 _NUMPY = "NumPy's"
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _ATOMIC = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -62,6 +64,8 @@ class Trial:
     changes: list[str] = field(default_factory=list)
     #: Where it was about to set the state of one of PyTorch's generators: the model's line.
     seeds: str = ""
+    #: Tensors of the model that it would have written.
+    written: list[torch.Tensor] = field(default_factory=list)
 
 
 def needs_trial(module: torch.nn.Module) -> bool:
@@ -90,8 +94,9 @@ def try_out(call: Callable[[], Any], traced: Fresh) -> Trial:
     used: dict[str, None] = {}
     seeds: list[str] = []
     finished = False
+    harmless = _Harmless(traced)
     try:
-        with torch.no_grad(), _watch_python(used, seeds), _Harmless(traced.storages()):
+        with torch.no_grad(), _watch_python(used, seeds), harmless, harmless.withheld:
             call()
         finished = True
     except Exception:
@@ -100,14 +105,50 @@ def try_out(call: Callable[[], Any], traced: Fresh) -> Trial:
     changed = changed_between(before, after)
     drawn = [f"draws from {name}" for name in changed if name.startswith(_NUMPY)]
     changes = [f"changes {name}" for name in changed if not name.startswith(_NUMPY)]
-    return Trial(finished, [*used, *drawn], changes, "".join(seeds[:1]))
+    return Trial(finished, [*used, *drawn], changes, "".join(seeds[:1]), harmless.written())
+
+
+def rehearse(call: Callable[[], Any], traced: Fresh) -> Trial:
+    """Make one call of a model on values that it may be called with: what would it write of what it holds?
+
+    Nothing of it is written. The random generators, and what is in the globals of its code, are used as in any call.
+    Not finished: it raised, or it does what is not possible while it is watched.
+    """
+    if sys.getprofile() is not None:
+        return Trial(False)
+
+    def profile(frame: types.FrameType, event: str, function: Any) -> None:
+        if event == "call" and (frame.f_code.co_filename, frame.f_code.co_name) == _COMPILES:
+            raise _StopTrial("compiles")
+
+    harmless, finished = _Harmless(traced, made_up=False), False
+    sys.setprofile(profile)
+    try:
+        with torch.no_grad(), harmless, harmless.withheld:
+            call()
+        finished = True
+    except Exception:
+        pass
+    finally:
+        sys.setprofile(None)
+    return Trial(finished, written=harmless.written())
 
 
 class _Harmless(TorchDispatchMode):
-    def __init__(self, storages: set[int]) -> None:
+    def __init__(self, traced: Fresh, *, made_up: bool = True) -> None:
+        """``made_up``: the values are. What depends on them then may go wrong."""
         super().__init__()
-        self._storages = storages
+        plain = [t for t in traced.sources.values() if t.layout is torch.strided and type(t) in _PLAIN]
+        #: Identities of the memory that the user's model shares.
+        self._storages = {t.untyped_storage()._cdata for t in plain}
+        self.withheld = Withheld(self._is_weight)
+        self._made_up = made_up
+        self._written: dict[int, torch.Tensor] = {}
         self._looks = 0
+
+    def written(self) -> list[torch.Tensor]:
+        """What would have been written, of the model's."""
+        return [*self._written.values(), *self.withheld.written()]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -117,7 +158,10 @@ class _Harmless(TorchDispatchMode):
                 raise _StopTrial("looks at values again and again")
         weights = [x for x in written(func, args, kwargs) if self._is_weight(x)]
         if weights:
+            self._written.update((id(x), x) for x in weights)
             return self._unwritten(func, args, kwargs, weights)
+        if not self._made_up:
+            return func(*args, **kwargs)
         if draws(func, args, kwargs):
             return _zeros(func, args, kwargs)
         if isinstance(func, torch._ops.OpOverload) and any(_has_streams(x) for x in pytree.tree_leaves((args, kwargs))):

@@ -335,9 +335,9 @@ class Compiler:
             device.release_scratch(scratch)
 
     def _runs_in_eager(self, given: Any) -> bool:
-        module = (self.cast.snapshot if self.cast is not None else self.snapshot).fresh().module
-        with neutral(self._device, self._index), generators_kept(module, given):
-            return run_in_eager(module, *given) is None
+        snapshot = self.cast.snapshot if self.cast is not None else self.snapshot
+        with neutral(self._device, self._index), generators_kept(snapshot.module, given):
+            return run_in_eager(snapshot, *given) is None
 
     def _check_flags(self) -> None:
         """Raises :class:`~anabranch.errors.FlagsChanged` where what is compiled now would not be as what is there."""

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from anabranch import _sync
 from anabranch.errors import AnabranchError, InputError, NotCapturable, UnsupportedModel
 from anabranch.export import (
+    Copies,
     Fresh,
     NotExported,
     Snapshot,
@@ -31,7 +32,9 @@ from anabranch.export import (
     generators_kept,
     held_beside,
     map_tensors,
+    rehearse,
     state_of,
+    storage,
 )
 from anabranch.runtime._fragment import Fragment, NotAccepted, trying
 from anabranch.runtime._ranges import Place
@@ -226,8 +229,8 @@ class Guarded:
         tensors = (*module.parameters(), *module.buffers())
         self._originals = {id(t): self._fresh.original(t) for t in tensors}
 
-    def _copy(self) -> Fresh:
-        fresh = self._snapshot.fresh()
+    def _copy(self, made: Copies | None = None) -> Fresh:
+        fresh = self._snapshot.fresh(made)
         for part in fresh.module.modules():
             self._own.give(part)
         return fresh
@@ -298,36 +301,22 @@ class Guarded:
         """Call the model until its graphs for such inputs have engines. Blocks the calling thread only. ``others``:
         inputs with other sizes, which calls are to have too.
 
-        First a copy with buffers of its own, whose graphs run by operators: what writes weights or counts in Python's
-        state is refused. Raises :class:`~anabranch.errors.UnsupportedModel`, or what the model raises.
+        It is rehearsed first, and what would write weights is refused. Then a copy is called, whose graphs run by
+        operators: what counts in Python's state is refused. Where the rehearsal cannot tell what is written, that copy
+        has memory of its own. Raises :class:`~anabranch.errors.UnsupportedModel`, or what the model raises.
         """
         self._kinds.add(_kinds(args, kwargs))
-        copy = self._copy()
-        own = {id(b): copy_of(b) for b in copy.module.buffers()}
-        for part in copy.module.modules():
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    part._buffers[name] = own[id(buffer)]
+        is_known = self._rehearse(args, kwargs)
+        copy = self._copy() if is_known else self._copy(Copies())
         held = held_beside(copy)
-        for x in held:
-            x.data = copy_of(x)  # the same tensor to who holds it, in memory that is not the user's
         for attempt in range(FIRST - 1):
             tensors = {n: (t, t._version) for n, t in (*copy.module.named_parameters(), *copy.module.named_buffers())}
             versions = [x._version for x in held]
             before = state_of(copy)
             self._try(copy, args, kwargs, attempt, makes=False)
             written = [n for n, (t, version) in tensors.items() if t._version != version]
-            if written:
-                raise UnsupportedModel(
-                    f"the model changes {written[0]!r} in place, and torch.export refuses it ({self._why}); an engine"
-                    " is immutable and cannot keep that change from graph to graph. Make it an output of the model"
-                    " instead. Call model.eval() first?"
-                )
-            if any(x._version != version for x, version in zip(held, versions, strict=True)):
-                raise UnsupportedModel(
-                    "the model changes a tensor in place that it holds and that is no buffer of its modules; an engine"
-                    " is immutable and cannot keep that change. Register it with register_buffer(), and it is state."
-                )
+            if written or any(x._version != version for x, version in zip(held, versions, strict=True)):
+                self._refuse_write(written)
             changed = changed_between(before, state_of(copy))
             if changed and attempt:  # what the first call changes may be a cache that it fills
                 raise UnsupportedModel(
@@ -340,8 +329,11 @@ class Guarded:
             for given in others:
                 self._try(copy, *given, FIRST, makes=False)
             self._begin()
+        # Graphs are for classes, and some copies have classes of their own.
+        same = all(type(a) is type(b) for a, b in zip(copy.module.modules(), self._fresh.module.modules(), strict=True))
+        more = 0 if same else 1
         for given in ((args, kwargs), *others):
-            for attempt in range(FIRST):
+            for attempt in range(FIRST + more):
                 self._try(self._fresh, *given, FIRST + attempt)
         self._meter.last, self._meter.is_on = None, True
         try:
@@ -349,9 +341,34 @@ class Guarded:
         finally:
             self._meter.last, self._meter.is_on = None, False
 
-    def _try(self, copy: Fresh, args: Sequence[Any], kwargs: dict[str, Any], attempt: int, makes: bool = True) -> None:
-        """Call it on copies of these inputs: as they are at first, then with other floating-point values. ``makes``:
-        whether graphs may get engines."""
+    def _rehearse(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Refuse what would write weights in the calls to come; returns whether that is known of all of them."""
+        copy, is_known = self._snapshot.fresh(), True
+        names = {storage(x): n for n, x in (*copy.module.named_parameters(), *copy.module.named_buffers())}
+        for attempt in range(FIRST + 2):
+            given = self._given(args, kwargs, attempt)
+            with generators_kept(copy.module, given, self._device):
+                trial = rehearse(lambda given=given: copy.module(*given[0], **given[1]), copy)  # type: ignore[misc]
+            is_known = is_known and trial.finished
+            if trial.written:
+                self._refuse_write([names[place] for place in map(storage, trial.written) if place in names])
+        return is_known
+
+    def _refuse_write(self, names: Sequence[str]) -> NoReturn:
+        """``names``: of the parameters and buffers that are written; none: it is another tensor."""
+        if names:
+            raise UnsupportedModel(
+                f"the model changes {names[0]!r} in place, and torch.export refuses it ({self._why}); an engine"
+                " is immutable and cannot keep that change from graph to graph. Make it an output of the model"
+                " instead. Call model.eval() first?"
+            )
+        raise UnsupportedModel(
+            "the model changes a tensor in place that it holds and that is no buffer of its modules; an engine"
+            " is immutable and cannot keep that change. Register it with register_buffer(), and it is state."
+        )
+
+    def _given(self, args: Sequence[Any], kwargs: dict[str, Any], attempt: int) -> Any:
+        """Copies of these inputs: as they are at first, then with other floating-point values."""
         generator = torch.Generator().manual_seed(attempt)
 
         def made(x: torch.Tensor) -> torch.Tensor:
@@ -361,7 +378,11 @@ class Guarded:
                 y = y * (1 - 0.2 * noise) + 0.05 * noise
             return y
 
-        given = map_tensors(made, (tuple(args), kwargs))
+        return map_tensors(made, (tuple(args), kwargs))
+
+    def _try(self, copy: Fresh, args: Sequence[Any], kwargs: dict[str, Any], attempt: int, makes: bool = True) -> None:
+        """Call it on such inputs. ``makes``: whether graphs may get engines."""
+        given = self._given(args, kwargs, attempt)
         try:
             with trying(makes), generators_kept(copy.module, given, self._device), _settings:
                 self._run(copy.module, *given)
