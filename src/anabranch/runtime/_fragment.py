@@ -18,13 +18,7 @@ import torch
 from torch import fx
 
 from anabranch import _activity, _sync
-from anabranch.errors import (
-    AnabranchError,
-    DeviceLost,
-    FlagsChanged,
-    InputError,
-    NotCapturable,
-)
+from anabranch.errors import AnabranchError, DeviceLost, FlagsChanged, InputError, NotCapturable
 from anabranch.runtime._integers import Integers, picker
 from anabranch.runtime._process import process
 from anabranch.runtime._ranges import NotInRange, Place

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
-import importlib
 import inspect
 import logging
 import threading
@@ -12,7 +10,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import fx
@@ -36,6 +34,7 @@ from anabranch.export import (
     state_of,
     storage,
 )
+from anabranch.runtime._dynamo_settings import MOST_GRAPHS, dynamo_settings
 from anabranch.runtime._fragment import Fragment, NotAccepted, trying
 from anabranch.runtime._ranges import Place
 from anabranch.runtime._recompiles import past_limit, watch_limits
@@ -45,8 +44,6 @@ _log = logging.getLogger("anabranch")
 #: At which call a fragment gets an engine. Sizes that depend on data are not the same three times, and by then Dynamo
 #: has made symbols of them.
 FIRST = 3
-#: So many graphs a function may have, where PyTorch lets one say so.
-MOST_GRAPHS = 64
 
 
 class _Meter(threading.local):
@@ -88,65 +85,6 @@ def _not_accepted(args: Sequence[Any], kwargs: dict[str, Any], error: BaseExcept
     )
 
 
-class _Patches(threading.local):
-    """Of the calling thread: the settings that it has entered, the last one last."""
-
-    entered: tuple[Any, ...] = ()
-
-
-class _DynamoSettings:
-    """A context manager: Dynamo's settings while a model in fragments is called, and may be traced.
-
-    A float that varies from call to call is a part of what a graph is for. Dynamo would make a symbol of it, which many
-    operators do not take, so that it cuts there. An integer may be a size that the model has kept over a cut.
-
-    Where PyTorch keeps settings by thread, they are this thread's. Where it keeps them by process, they hold from the
-    first of the calls under way until the last one's end.
-    """
-
-    _WANTED: ClassVar[dict[str, Any]] = {
-        "specialize_int": False,
-        "specialize_float": True,
-        "recompile_limit": MOST_GRAPHS,
-        "accumulated_recompile_limit": 8 * MOST_GRAPHS,
-    }
-
-    def __init__(self) -> None:
-        self._lock = _sync.lock("dynamo settings")
-        self._inside = 0
-        self._patch: Any = None
-        self._own = _Patches()
-
-    def __enter__(self) -> None:
-        config: Any = importlib.import_module("torch._dynamo.config")
-        entry = config._config["specialize_int"].user_override
-        if isinstance(entry, contextvars.ContextVar):
-            patch = config.patch(self._WANTED)
-            patch.__enter__()
-            self._own.entered = (*self._own.entered, patch)
-            return
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._patch = config.patch(self._WANTED)
-                self._patch.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        if self._own.entered:
-            *before, patch = self._own.entered
-            self._own.entered = tuple(before)
-            patch.__exit__(*exc)
-            return
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._patch.__exit__(*exc)
-                self._patch = None
-
-
-_settings = _DynamoSettings()
-
-
 class _OwnCode:
     """Gives modules methods with code of their own.
 
@@ -183,6 +121,24 @@ def _with_own_code(method: types.FunctionType) -> types.FunctionType:
     made.__dict__.update(method.__dict__)
     made.__module__, made.__doc__, made.__annotations__ = method.__module__, method.__doc__, method.__annotations__
     return made
+
+
+class _Traced(NamedTuple):
+    """What calls use: they read it once, and a begin replaces it as a whole."""
+
+    #: Runs a copy of the model, by the graphs that Dynamo has traced for it.
+    run: Callable[..., Any]
+    fresh: Fresh
+    #: Of the copy's parameters and buffers, by identity, a reference to the user's own.
+    originals: dict[int, Callable[[], torch.Tensor | None] | None]
+
+    def given_back(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The user's own parameter, where the model returns one."""
+        if not isinstance(tensor, torch.nn.Parameter):
+            return tensor
+        original = self.originals.get(id(tensor))
+        found = original() if original is not None else None
+        return tensor if found is None else found
 
 
 def _give_up(fragments: list[Fragment]) -> None:
@@ -222,12 +178,11 @@ class Guarded:
     def _begin(self) -> None:
         """Nothing is traced so far."""
         self._own = _OwnCode()
-        self._fresh = self._copy()
+        fresh = self._copy()
+        tensors = (*fresh.module.parameters(), *fresh.module.buffers())
+        originals = {id(t): fresh.original(t) for t in tensors}
         self._fragments[:] = []
-        self._run = self._compiled()
-        module = self._fresh.module
-        tensors = (*module.parameters(), *module.buffers())
-        self._originals = {id(t): self._fresh.original(t) for t in tensors}
+        self._traced = _Traced(self._compiled(), fresh, originals)
 
     def _copy(self, made: Copies | None = None) -> Fresh:
         fresh = self._snapshot.fresh(made)
@@ -263,12 +218,13 @@ class Guarded:
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one call on the calling thread's current stream, with autograd off."""
+        traced = self._traced
         try:
-            with _settings:
-                results = self._run(self._fresh.module, args, kwargs)
+            with dynamo_settings:
+                results = traced.run(traced.fresh.module, args, kwargs)
         except Exception as e:
             self._raise(e, args, kwargs)
-        return map_tensors(self._given_back, results)
+        return map_tensors(traced.given_back, results)
 
     def _raise(self, error: Exception, args: Sequence[Any], kwargs: dict[str, Any]) -> NoReturn:
         """Raise what a caller is to see of an error in a call."""
@@ -286,14 +242,6 @@ class Guarded:
         if of_operator:
             raise _not_accepted(args, kwargs, cause.__cause__ or cause) from cause
         raise cause
-
-    def _given_back(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The user's own parameter, where the model returns one."""
-        if not isinstance(tensor, torch.nn.Parameter):
-            return tensor
-        original = self._originals.get(id(tensor))
-        found = original() if original is not None else None
-        return tensor if found is None else found
 
     # -- building -----------------------------------------------------------------------------------------------
 
@@ -329,15 +277,16 @@ class Guarded:
             for given in others:
                 self._try(copy, *given, FIRST, makes=False)
             self._begin()
+        fresh = self._traced.fresh
         # Graphs are for classes, and some copies have classes of their own.
-        same = all(type(a) is type(b) for a, b in zip(copy.module.modules(), self._fresh.module.modules(), strict=True))
+        same = all(type(a) is type(b) for a, b in zip(copy.module.modules(), fresh.module.modules(), strict=True))
         more = 0 if same else 1
         for given in ((args, kwargs), *others):
             for attempt in range(FIRST + more):
-                self._try(self._fresh, *given, FIRST + attempt)
+                self._try(fresh, *given, FIRST + attempt)
         self._meter.last, self._meter.is_on = None, True
         try:
-            self._try(self._fresh, args, kwargs, 2 * FIRST)
+            self._try(fresh, args, kwargs, 2 * FIRST)
         finally:
             self._meter.last, self._meter.is_on = None, False
 
@@ -384,8 +333,8 @@ class Guarded:
         """Call it on such inputs. ``makes``: whether graphs may get engines."""
         given = self._given(args, kwargs, attempt)
         try:
-            with trying(makes), generators_kept(copy.module, given, self._device), _settings:
-                self._run(copy.module, *given)
+            with trying(makes), generators_kept(copy.module, given, self._device), dynamo_settings:
+                self._traced.run(copy.module, *given)
         except (AnabranchError, torch.OutOfMemoryError):
             raise
         except Exception as e:
