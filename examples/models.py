@@ -84,8 +84,8 @@ class Run:
         self.took("make", began)
 
     def took(self, what: str, began: float) -> None:
-        self.seconds[what] = round(time.monotonic() - began, 2)
-        click.echo(f"{self.model.name}: {what} took {self.seconds[what]} s", err=True)
+        self.seconds[what] = round(time.monotonic() - began, 4)
+        click.echo(f"{self.model.name}: {what} took {self.seconds[what]:.2f} s", err=True)
 
     def ask(self, sessions: int, count: int) -> tuple[Parts, list[Any], list[Answer]]:
         """Engines, a prompt for each session, and PyTorch's own answers."""

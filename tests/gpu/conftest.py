@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 # As `anabranch check` does: a held stream must not hold others through a hardware queue that they share.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -36,6 +37,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     yield gpu
     gpu.open_all()
     gc.collect()
+    # PyTorch keeps 64 MiB for each pair of a thread and a stream that a product ran on, for as long as the process
+    # lives: ten workers fill a GPU with them.
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 @pytest.fixture
