@@ -170,6 +170,8 @@ def speed(name: str, rounds: int) -> dict[str, Any]:
         if precision is not None
     }
     ways: dict[str, Callable[[torch.Tensor], Any]] = dict(engines)
+    # PyTorch 2.11's cache does not tell autocast to bfloat16 from that to float16.
+    torch._functorch.config.enable_autograd_cache = False
     compiled = torch.compile(model)
     for key, dtype in {"float16": torch.float16, "bfloat16": torch.bfloat16}.items():
         ways[f"autocast {key}"] = _under(dtype, model)

@@ -254,3 +254,20 @@ def test_a_shape_of_a_range_has_to_run_before_it_is_captured(rig: Rig, compiled:
     graph.replay()
     rig.module.synchronize()
     assert_same(y2, expected)
+
+
+@PATHS
+def test_kernels_with_a_fault_are_found_and_operators_run_instead(
+    rig: Rig, compiled: Make, graphs: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = stateful._Hold.__call__
+    monkeypatch.setattr(stateful._Hold, "__call__", lambda hold, x: held(hold, x) * 1.5)
+    model = Mlp()
+    x = rig.random(4, 256)
+    engine = compiled(model, x, cuda_graphs=graphs)
+    assert "a fault of 'stateful'. PyTorch's operators run the model instead" in caplog.text
+    assert engine.summary()["signatures"][0]["backend"] == "eager"
+    expected = compiled(model, x, backend="eager", cuda_graphs=graphs)(x)
+    assert_same(engine(x), expected)
+    with pytest.raises(anabranch.BuildError, match=r"a fault of 'stateful'"):
+        compiled(model, x, cuda_graphs=graphs, require_full=True)

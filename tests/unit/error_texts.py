@@ -587,6 +587,9 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "Update the NVIDIA driver",
         ),
     ],
+    "src/anabranch/runtime/_contexts.py": [
+        ("this model cannot be captured: {type(e).__name__}", "cuda_graphs=True given", "Leave cuda_graphs out"),
+    ],
     "src/anabranch/runtime/_builder.py": [
         ("does not run this model: {choice.why_eager}", "require_full=True given", "Leave require_full out"),
         ("and {why}: a fault of {choice.backend}", "require_full=True given", "Leave require_full out"),

@@ -307,6 +307,9 @@ _NAN = float("nan")
 _MASK = torch.tensor([[True, False, True], [False] * 3, [True] * 3])
 _ATTEND = nn.functional.scaled_dot_product_attention
 
+_SPECIAL = torch.tensor([_NAN, float("inf"), -float("inf"), 0.5, -4.0, 7.0])
+_POOLED = torch.tensor([[*[-float("inf")] * 4, 1.0, _NAN, *[-float("inf")] * 3, -3e38, float("inf")]])
+
 _AS_PYTORCH = {
     "maximum of NaN": (lambda _, x: torch.maximum(x, x.flip(0)), torch.tensor([1.0, _NAN, 3.0, 4.0])),
     "minimum of NaN": (lambda _, x: torch.minimum(x, x.flip(0)), torch.tensor([1.0, _NAN, 3.0, 4.0])),
@@ -335,6 +338,9 @@ _AS_PYTORCH = {
     "64-bit integers": (lambda _, i: i * 3 + 1, torch.tensor([2**40, -(2**35)])),
     "float to integer": (lambda _, x: x.to(torch.int32), torch.tensor([-2.7, -0.5, 1.5, 2.7])),
     "a scalar in, and out": (lambda _, x: x * 2, torch.tensor(3.0)),
+    "NaN stays": (lambda _, x: (nn.functional.hardsigmoid(x), nn.functional.hardswish(x)), _SPECIAL),
+    "the root of minus infinity": (lambda _, x: x**-0.5, _SPECIAL),
+    "the largest of minus infinities": (lambda _, x: nn.functional.max_pool1d(x, 3, 2, 1), _POOLED),
 }
 
 
@@ -358,6 +364,10 @@ def test_onnx_computes_as_pytorch_does(tmp_path: Path, name: str) -> None:
         (lambda _, x: torch.atan2(x, x), "turns NaN into 0"),
         (lambda _, x: (x / 0.1).to(torch.float8_e4m3fn).float(), "without clamp"),
         (lambda _, x: x.to(torch.int8).float(), "int8 in torch.ops.quantized_decomposed only"),
+        (lambda _, x: nn.functional.avg_pool2d(x, 2), "divides before it adds"),
+        (lambda _, x: x.topk(2)[0], "leaves NaN out"),
+        (lambda _, x: nn.functional.interpolate(x, scale_factor=2, mode="bilinear"), "infinities whose weight is 0"),
+        (lambda _, x: nn.functional.interpolate(x, scale_factor=2, mode="bicubic"), "infinities whose weight is 0"),
     ],
 )
 def test_what_would_be_another_result_is_not_given_to_tensorrt(function: Any, reason: str) -> None:
@@ -516,6 +526,13 @@ def _fake(m: Any, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.conv2d(x, weight)
 
 
+def _computed(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """With zero points that the model makes itself, of some of the channels' scales."""
+    x = torch.fake_quantize_per_tensor_affine(x, 0.01, 0, -128, 127)
+    weight = torch.fake_quantize_per_channel_affine(m.float_weight, m.scales[:8], m.zeros.int(), 0, -127, 127)
+    return nn.functional.conv2d(x, weight)
+
+
 def _float8(m: Any, x: torch.Tensor) -> torch.Tensor:
     y = (x / 0.05).clamp(-448, 448).to(_FP8).to(x.dtype) * 0.05
     return nn.functional.linear(y, m.weight8.to(x.dtype) * 0.01)
@@ -549,6 +566,7 @@ def quantizes_ahead() -> None:
         (_pairs, ["QuantizeLinear", *["DequantizeLinear"] * 2, "Conv", "Relu", "QuantizeLinear", "DequantizeLinear"]),
         (_narrow, ["Clip", "QuantizeLinear", *["DequantizeLinear"] * 2, "Conv"]),
         (_fake, ["Clip", "QuantizeLinear", *["DequantizeLinear"] * 2, "Conv"]),
+        (_computed, ["QuantizeLinear", *["DequantizeLinear"] * 2, "Conv"]),
         (_float8, ["QuantizeLinear", *["DequantizeLinear"] * 2, "Gemm"]),
     ],
 )

@@ -60,13 +60,6 @@ EXCEPTIONS = (
 )
 
 
-#: On devices other than the CPU; there kernels round as eager does.
-FUSED = (
-    "float16 numbers that overflow between two operators of one kernel, and are in range at its end: eager inf or NaN,"
-    " compiled numbers"
-)
-
-
 def has_float16(graph: fx.Graph) -> bool:
     """Whether a graph computes in float16."""
     values = (n.meta.get("val") for n in graph.nodes if n.op == "call_function")
@@ -76,7 +69,4 @@ def has_float16(graph: fx.Graph) -> bool:
 def exceptions(graph: fx.Graph, device: str) -> list[str]:
     """The texts of those that a graph meets on a kind of device."""
     packets = {getattr(n.target, "overloadpacket", None) for n in graph.nodes if n.op == "call_function"}
-    found = [] if device == "cpu" or not has_float16(graph) else [FUSED]
-    return found + [
-        e.text for e in EXCEPTIONS if packets.intersection(e.operators) and (not e.devices or device in e.devices)
-    ]
+    return [e.text for e in EXCEPTIONS if packets.intersection(e.operators) and (not e.devices or device in e.devices)]

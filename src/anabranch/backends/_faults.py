@@ -38,8 +38,10 @@ def avoid(module: fx.GraphModule) -> None:
             _gelu(node, value)
         elif node.target is _aten.logit.default and value.device.type == "cpu":
             _logit(node, value)
-        elif node.target in (_aten.fmod.Tensor, _aten.fmod.Scalar) and value.device.type == "cpu":
+        elif node.target in (_aten.fmod.Tensor, _aten.fmod.Scalar):
             _fmod(_Steps(node, value))
+        elif node.target is _aten.fake_quantize_per_channel_affine.default and value.device.type != "cpu":
+            _fake_quantize(Steps(node, value))
         elif node.target is _aten.softshrink.default:
             _softshrink(Steps(node, value))
         elif node.target in _POWERS and node.args[1] in _ROOTS:
@@ -73,10 +75,9 @@ class _Steps(Steps):
         return self(_aten.to.dtype, x, dtype) if isinstance(value, torch.Tensor) and value.dtype != dtype else x
 
     def round_number(self) -> None:
-        """As eager's kernels on the CPU do, and Inductor does not (pytorch#186875)."""
-        value = self.a.meta["val"]
-        if not isinstance(self.b, fx.Node) and value.device.type == "cpu":
-            self.b = torch.tensor(self.b, dtype=value.dtype).item()
+        """As eager's kernels do, and Inductor does not (pytorch#186875)."""
+        if not isinstance(self.b, fx.Node):
+            self.b = torch.tensor(self.b, dtype=self.a.meta["val"].dtype).item()
 
     def overflowing(self, left: fx.Node) -> fx.Node:
         """``left``, what is left over, and NaN where the quotient is too large for a number, if eager's vectors make it
@@ -177,6 +178,20 @@ def _gelu(node: fx.Node, value: torch.Tensor) -> None:
     if makes_nan:
         y = steps(_aten.masked_fill.Scalar, y, steps(_aten.eq.Scalar, wide, math.inf), math.nan)
     steps.replace(y if value.dtype is torch.float32 else steps(_aten.to.dtype, y, value.dtype))
+
+
+def _fake_quantize(step: Steps) -> None:
+    """Inductor has PyTorch's own operator run it, which looks at the zero points on the host: no graph can be captured
+    around that. These are its kernel's steps."""
+    x, scale, zero, axis, low, high = step.node.args
+    value: torch.Tensor = x.meta["val"]  # type: ignore[union-attr]
+    shape = [-1 if d == axis else 1 for d in range(value.dim())]
+    scale, zero = (step(_aten.to.dtype, step(_aten.view.default, s, shape), torch.float32) for s in (scale, zero))
+    wide = step(_aten.to.dtype, x, torch.float32) if value.dtype is not torch.float32 else x
+    steps = step(_aten.round.default, step(_aten.mul.Tensor, wide, step(_aten.reciprocal.default, scale)))
+    steps = step(_aten.clamp.default, step(_aten.add.Tensor, steps, zero), low, high)
+    result = step(_aten.mul.Tensor, step(_aten.sub.Tensor, steps, zero), scale)
+    step.replace(step(_aten.to.dtype, result, value.dtype) if value.dtype is not torch.float32 else result)
 
 
 def _softshrink(step: Steps) -> None:

@@ -70,15 +70,18 @@ def draws_stay_drawn() -> Iterator[None]:
 
 
 @contextmanager
-def replaced(module: Any, name: str, value: bool | Callable[..., Any]) -> Iterator[None]:
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
     """Have another value under a name of a module or a class; nothing where there is no such name."""
     missing = object()
-    before = getattr(module, name, missing)
-    if before is missing:
+    if not hasattr(module, name):
         yield
         return
+    before = vars(module).get(name, missing)  # as it is written there: a class method is bound to no class yet
     setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(module, name, before)
+        if before is missing:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)

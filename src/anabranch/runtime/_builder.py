@@ -220,7 +220,7 @@ class Builder:
         """Have PyTorch's operators run the model where compiled kernels give other results; returns what runs."""
         choice, settings = self._choice, self._settings
         # In a forked child operators may wait for ever for OpenMP's threads, which are its parent's.
-        if choice.backend == "eager" or isinstance(choice.kernels, Stateful) or process.generation or self._lowered:
+        if choice.backend == "eager" or process.generation or self._lowered:
             return run
         try:
             with self._clock.phase("warm-up"):

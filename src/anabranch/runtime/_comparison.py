@@ -21,12 +21,14 @@ from torch.utils import _pytree as pytree
 
 from anabranch import _judge
 from anabranch.backends import Instance, Kernels, Options, get_backend
-from anabranch.export import Program, writes_of
+from anabranch.export import Program, is_quantization, writes_of
 
 #: How far results may differ before anybody asks why, relative to the largest value of a tensor. Wide: these are faults
 #: that are looked for, not digits.
 _BOUNDS = {torch.float16: 5e-2, torch.bfloat16: 0.25, torch.float32: 1e-2, torch.float64: 1e-4}
 _BOUNDS |= {torch.complex32: 5e-2, torch.complex64: 1e-2, torch.complex128: 1e-4}
+#: Of models that quantize: one that is rounded to the next step is no fault.
+_OF_STEPS = 0.25
 #: How many times farther than the operators from what float64 gives.
 _FACTOR = 8
 _WIDE = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
@@ -58,8 +60,10 @@ def _off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> str
     operators: Any = get_backend("eager").lower(program, [], Options())
     got, wanted = kernels(inputs), operators(_to_write(program, inputs))
     places = [i for i, e in enumerate(wanted) if e.dtype in _BOUNDS]
+    least = _OF_STEPS if any(map(is_quantization, program.module.graph.nodes)) else 0.0
+    bounds = {i: max(_BOUNDS[wanted[i].dtype], least) for i in places}
     far = {i: _error(got[i], wanted[i], wanted[i].dtype) for i in places}
-    if all(far[i] <= _BOUNDS[wanted[i].dtype] for i in places):
+    if all(far[i] <= bounds[i] for i in places):
         return ""
     figures = f"off by {max(far.values()):.1e} of the largest value, of made-up inputs"
     exact = _in_float64(program, _to_write(program, inputs))
@@ -69,7 +73,7 @@ def _off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> str
         dtype = wanted[i].dtype
         own, theirs = (_error(results[i], exact[i], dtype) for results in (wanted, got))
         # Where nothing is left of it in this dtype anyway, nobody can tell.
-        if own < _LOST and not theirs <= max(_FACTOR * own, _BOUNDS[dtype]):
+        if own < _LOST and not theirs <= max(_FACTOR * own, bounds[i]):
             return f"compiled kernels are {figures}, and farther from what float64 gives than PyTorch's operators"
     return ""
 

@@ -12,6 +12,8 @@ from anabranch import _activity
 from anabranch.backends import Kernels, Stateful
 from anabranch.devices import Scratch
 from anabranch.devices._turns import DeviceBusy, at_once
+from anabranch.errors import AnabranchError, BuildError
+from anabranch.export import first_line
 from anabranch.runtime._context import Context
 from anabranch.runtime._last_uses import LastUses
 from anabranch.runtime._pool import Reservation
@@ -86,8 +88,13 @@ class Contexts:
             return "a context did not fit into the device's memory"
         except Exception as e:
             self._device.check_error(e)
-            if unit.settings.cuda_graphs:
+            if unit.settings.cuda_graphs and isinstance(e, AnabranchError):
                 raise
+            if unit.settings.cuda_graphs:
+                raise BuildError(
+                    f"cuda_graphs=True given, and this model cannot be captured: {type(e).__name__}: {first_line(e)}."
+                    " Leave cuda_graphs out."
+                ) from e
             return f"capture failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
         if context is None:
             return f"a context exceeds memory_limit ({unit.limits.memory_limit} bytes)"

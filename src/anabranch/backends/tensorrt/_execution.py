@@ -7,6 +7,7 @@ import math
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,6 +61,9 @@ class Engine:
             for side in (self.inputs, self.outputs)
         ]
         self.workspace_bytes = int(parts.engine.device_memory_size_v2)
+        #: Held while a context is made and while one runs on shapes for the first time: both may compile kernels, and
+        #: TensorRT-RTX 1.4 does not bear that on two threads. It crashed in two of two runs of the GPU's tests.
+        self.compiling = _sync.lock("TensorRT's kernels")
         self.may_start_early = torch.cuda.get_device_capability(device) >= _STARTS_EARLY
         # Kernels that are compiled for this very GPU when the first execution context is made, and kept for later ones.
         self._key = {**compiled.keys[name], "gpu": _gpu(device)}
@@ -95,7 +99,7 @@ class Engine:
 
     def context(self) -> Any:
         """A new ``IExecutionContext`` without memory."""
-        with self.library.complaints() as complaints:
+        with self.compiling, self.library.complaints() as complaints:
             how = self._parts.config or self.api.ExecutionContextAllocationStrategy.USER_MANAGED
             made = self._parts.engine.create_execution_context(how)
         if made is None:
@@ -109,7 +113,8 @@ class Engine:
         """Store what was compiled for this GPU, if anything was."""
         if self._parts.cache is None:
             return
-        now = bytes(self._parts.cache.serialize())
+        with self.compiling:
+            now = bytes(self._parts.cache.serialize())
         if hashlib.sha256(now).digest() != hashlib.sha256(self._cached).digest():
             self._cached = now
             self._compiled.cache.store("kernels", self._key, now)
@@ -127,6 +132,8 @@ class _Call:
         self._whole: dict[Any, Any] = {}
         #: What the execution context was told of, and what it said of its results.
         self._shapes: list[tuple[int, ...]] | None = None
+        #: Those of its last run.
+        self._ran_on: list[tuple[int, ...]] | None = None
         self._results: list[tuple[int, ...]] = [layout.physical for layout in engine.outputs]
         #: The only reference to the execution context, which may outlive this, but not the engine.
         self._contexts = [engine.context()]
@@ -299,11 +306,13 @@ class _Call:
             stream.wait_event(self._join)
 
     def _execute(self, stream: Stream) -> None:
-        with self.engine.library.complaints() as complaints:
+        is_first = self._ran_on is None or self._ran_on is not self._shapes
+        with self.engine.compiling if is_first else nullcontext(), self.engine.library.complaints() as complaints:
             if not self.context.execute_async_v3(handle(stream)):
                 raise AnabranchError(
                     f"TensorRT could not run the engine: {said(complaints)}. Compile it again, or with another backend."
                 )
+        self._ran_on = self._shapes
 
 
 class Instance:

@@ -21,6 +21,7 @@ from anabranch.export._sizes import is_of_data, plain_size
 #: What a TensorRT engine computes with as PyTorch does. Its parser takes float64 too, and computes in float32.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool)
 _DEPENDS_ON_MEMORY = ("as_strided", "set_", "resize_")
+_LINEAR = tuple(f"aten::upsample_{kind}" for kind in ("linear1d", "bilinear2d", "trilinear3d", "bicubic2d"))
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,11 @@ def why_not(node: fx.Node) -> str:
     return ""
 
 
+def _dtype_of(node: fx.Node) -> torch.dtype | None:
+    """Of its first result, if that is a floating one."""
+    return next((v.dtype for v in _tensors(node) if v.dtype.is_floating_point), None)
+
+
 def _other_result(node: fx.Node) -> str | None:
     """Why TensorRT would take it and compute something else, or nothing."""
     name = node.target.name()  # type: ignore[union-attr]
@@ -117,6 +123,12 @@ def _other_result(node: fx.Node) -> str | None:
         return "its ONNX turns NaN into 0"
     if name.startswith("aten::avg_pool") and len(node.args) > 6 and node.args[6] is not None:
         return "its ONNX ignores divisor_override"
+    if name.startswith("aten::avg_pool") and _dtype_of(node) in (torch.float32, torch.bfloat16):
+        return "TensorRT divides before it adds: numbers whose sum overflows in eager do not there"
+    if name.startswith(_LINEAR) and _dtype_of(node) is not None:
+        return "its ONNX leaves out infinities whose weight is 0, of which eager makes NaN"
+    if name == "aten::topk" and _dtype_of(node) is not None:
+        return "TensorRT's leaves NaN out"
     if quantized_with_rounding(node):
         return (
             "PyTorch rounds to whole numbers before float8 there; a division, clamp(-448, 448) and"

@@ -13,6 +13,7 @@ from torch import fx
 from torch._decomp import get_decompositions
 from torch.export import ExportedProgram
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils import _pytree as pytree
 
 _aten = torch.ops.aten
 
@@ -60,7 +61,8 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(module.graph, {}))
     copied = fx.GraphModule(module, graph)
     for change in (
-        *(_quantize_fp8, _quantize_int8, _compute_in_float32, _reduce_all, _empty_rows, _pool_nan, _fold_norms),
+        *(_quantize_fp8, _quantize_int8, _roots, _keep_nan, _compute_in_float32),
+        *(_reduce_all, _empty_rows, _pool_nan, _fold_norms),
     ):
         change(copied)
     graph.eliminate_dead_code()
@@ -191,8 +193,30 @@ def _empty_rows(module: fx.GraphModule) -> None:
         node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
 
 
+def _roots(module: fx.GraphModule) -> None:
+    """TensorRT's power of minus infinity is 0; the root of it is NaN, as in eager."""
+    for node in module.graph.find_nodes(op="call_function", target=_aten.pow.Tensor_Scalar):
+        if node.args[1] == -0.5:
+            node.target, node.args = _aten.rsqrt.default, node.args[:1]
+
+
+def _keep_nan(module: fx.GraphModule) -> None:
+    """TensorRT makes numbers of NaN there."""
+    graph = module.graph
+    for target in (_aten.hardsigmoid.default, _aten.hardswish.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            x: Any = node.args[0]
+            with graph.inserting_after(node):
+                is_nan = graph.call_function(_aten.isnan.default, (x,))
+            with graph.inserting_after(is_nan):
+                result = graph.call_function(_aten.where.self, (is_nan, x, node))
+            result.meta["val"] = node.meta.get("val")
+            node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+
+
 def _pool_nan(module: fx.GraphModule) -> None:
-    """TensorRT's max pooling takes the largest of the other elements where one is NaN. Which are is pooled, too."""
+    """TensorRT's max pooling takes the largest of the other elements where one is NaN, and the smallest finite number
+    where all are minus infinity. Of what kind elements are is pooled, too: 2 of NaN, 0 of minus infinity."""
     graph = module.graph
     for node in list(graph.nodes):
         if node.target not in _MAX_POOLS or not _may_be_nan(module, node.args[0]):
@@ -202,16 +226,25 @@ def _pool_nan(module: fx.GraphModule) -> None:
         if node.target in _MAX_POOLS_OF_TWO:  # the other are places
             largest = [n for n in node.users if n.target is operator.getitem and n.args[1] == 0]
         with graph.inserting_before(node):
-            is_nan = graph.call_function(_aten.isnan.default, (x,))
-            marks = graph.call_function(_CAST, (is_nan,), {"dtype": _dtype(module, x)})
+            kinds = [
+                graph.call_function(_aten.isnan.default, (x,)),
+                graph.call_function(_aten.ne.Scalar, (x, -math.inf)),
+            ]
+            marks = graph.call_function(
+                _aten.add.Tensor,
+                tuple(graph.call_function(_CAST, (kind,), {"dtype": _dtype(module, x)}) for kind in kinds),
+            )
             pooled = graph.call_function(node.target, (marks, *node.args[1:]), dict(node.kwargs))
             if node.target in _MAX_POOLS_OF_TWO:
                 pooled = graph.call_function(operator.getitem, (pooled, 0))
-            found = graph.call_function(_aten.gt.Scalar, (pooled, 0))
+            has_nan = graph.call_function(_aten.gt.Scalar, (pooled, 1))
+            is_lowest = graph.call_function(_aten.lt.Scalar, (pooled, 1))
         for y in largest:
             with graph.inserting_after(y):
-                result = graph.call_function(_aten.masked_fill.Scalar, (y, found, math.nan))
-            y.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+                lowered = graph.call_function(_aten.masked_fill.Scalar, (y, is_lowest, -math.inf))
+            with graph.inserting_after(lowered):
+                result = graph.call_function(_aten.masked_fill.Scalar, (lowered, has_nan, math.nan))
+            y.replace_all_uses_with(result, delete_user_cb=lambda user, lowered=lowered: user is not lowered)
 
 
 def _may_be_nan(module: fx.GraphModule, node: Any) -> bool:
@@ -247,7 +280,7 @@ def _quantize_int8(module: fx.GraphModule) -> None:
             continue
         if node.args[-1] is not torch.int8:
             continue
-        arguments = [getattr(module, str(a.target)) if _is_constant(a) else a for a in node.args]
+        arguments = [_known(module, a) for a in node.args]
         if not any(isinstance(a, fx.Node) for a in arguments):
             with graph.inserting_before(node):
                 node.replace_all_uses_with(_constant(module, f"{node.name}_ahead", node.target(*arguments)))
@@ -334,6 +367,17 @@ def _quantized_ops() -> Any:
 
 def _is_constant(value: Any) -> bool:
     return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def _known(module: fx.GraphModule, value: Any) -> Any:
+    """What a node of constants gives, or a constant; any other value as it is."""
+    if _is_constant(value):
+        return getattr(module, value.target)
+    if not isinstance(value, fx.Node) or not isinstance(value.target, torch._ops.OpOverload):
+        return value
+    args, kwargs = fx.node.map_arg((value.args, value.kwargs), lambda n: _known(module, n))
+    known = not any(isinstance(a, fx.Node) for a in pytree.tree_leaves((args, kwargs)))
+    return value.target(*args, **kwargs) if known and value.all_input_nodes else value
 
 
 def _constant(module: fx.GraphModule, name: str, value: torch.Tensor) -> fx.Node:
