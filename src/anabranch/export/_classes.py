@@ -14,6 +14,11 @@ import torch
 _STANDARD_DATA = frozenset(
     {"collections", "itertools", "array", "types", "argparse", "dataclasses", "enum", "builtins"}
 )
+#: Modules of Python's whose objects are of several threads or processes at once. Locks are elsewhere: many objects that
+#: nobody else works with have one.
+_CONCURRENT = frozenset(
+    {"threading", "queue", "_queue", "concurrent", "multiprocessing", "asyncio", "subprocess", "socket"}
+)
 #: So much of a container is looked at.
 _MOST = 1000
 _DEPTH = 3
@@ -47,6 +52,8 @@ def _reaches_tensors(x: Any, depth: int) -> bool:
     try:
         if isinstance(x, torch.Tensor | torch.nn.Module):
             return True
+        if works_with_threads(x):
+            return False
         if depth > _DEPTH or isinstance(x, type | types.ModuleType | property | staticmethod | classmethod):
             return False
         inside: Iterable[Any] = ()
@@ -83,6 +90,21 @@ def is_handle(kind: type) -> bool:
     if root == "anabranch":
         return True
     return root in sys.stdlib_module_names and root not in _STANDARD_DATA and root != "__main__"
+
+
+def works_with_threads(x: Any) -> bool:
+    """Whether an object has threads, events or queues of its own: others work with it, and who waits for them on a copy
+    of it waits for ever."""
+    space = getattr(x, "__dict__", None)
+    if not isinstance(space, dict):
+        return False
+    held = list(space.values())
+    for v in list(held):
+        if type(v) in (list, tuple, set):
+            held += itertools.islice(list(v), _MOST)
+        elif type(v) is dict:
+            held += itertools.islice(list(v.values()), _MOST)
+    return any((type(v).__module__ or "").partition(".")[0] in _CONCURRENT for v in held)
 
 
 def global_names(code: types.CodeType) -> set[str]:

@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
 from anabranch.errors import UnsupportedModel
-from anabranch.export._classes import derived, global_names, is_handle, variables_with_tensors
+from anabranch.export._classes import derived, global_names, is_handle, variables_with_tensors, works_with_threads
 from anabranch.export._diagnosis import check_parts
 from anabranch.export._hooks import HOOKS
 from anabranch.export._recurrent import keep_weights_in_place
@@ -360,7 +360,7 @@ class Copier:
 
     def _object(self, x: Any) -> Any:
         kind = type(x)
-        if is_handle(kind):
+        if is_handle(kind) or works_with_threads(x):
             return x
         if not (getattr(x, "__dict__", None) or isinstance(x, dict | list | set | tuple) or _has_slots(kind)):
             return self._leaf(x)
