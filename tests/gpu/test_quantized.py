@@ -71,7 +71,20 @@ class Fake(nn.Module):
         return F.linear(x, weight)
 
 
+class Mean(nn.Module):
+    """Of a picture; TensorRT-RTX 1.4 has made zeros of what follows, in int8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = Fake(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.fake(x.mean((2, 3)))
+        return result
+
+
 MODELS: dict[str, Any] = {
+    "fake of a mean": (Mean, (4, 16, 10, 10)),
     "pairs": (lambda: Pairs(32, 16), (4, 16, 12, 12)),
     "pairs of odd sizes": (lambda: Pairs(24, 10), (3, 16, 11, 7)),
     "fake": (lambda: Fake(64, 32), (8, 64)),
