@@ -22,6 +22,8 @@ _CONCURRENT = frozenset(
 #: So much of a container is looked at.
 _MOST = 1000
 _DEPTH = 3
+#: So many objects, all together.
+_MOST_IN_ALL = 20_000
 
 
 def derived(kind: type) -> type:
@@ -45,18 +47,40 @@ def variables_with_tensors(kind: type) -> dict[str, Any]:
         for name, value in list(vars(base).items()):
             if name not in found and isinstance(value, types.FunctionType | torch.Tensor):
                 found[name] = value
-    return {name: value for name, value in found.items() if _reaches_tensors(value, 0)}
+    return {name: value for name, value in found.items() if _reaches_tensors(value)}
 
 
-def _reaches_tensors(x: Any, depth: int) -> bool:
+def _reaches_tensors(x: Any) -> bool:
+    """Whether it is a tensor or a module, or leads to one in a few steps."""
+    seen: dict[int, Any] = {}
+    found = [x]
+    for _ in range(_DEPTH + 1):
+        reached: list[Any] = []
+        for value in found:
+            if _is_sought(value):
+                return True
+            if id(value) not in seen:
+                seen[id(value)] = value
+                reached += _inside(value)
+        if len(seen) > _MOST_IN_ALL:
+            return True  # nobody knows, and to copy it is right in any case
+        found = reached
+    return any(map(_is_sought, found))
+
+
+def _is_sought(x: Any) -> bool:
     try:
-        if isinstance(x, torch.Tensor | torch.nn.Module):
-            return True
-        if works_with_threads(x):
-            return False
-        if depth > _DEPTH or isinstance(x, type | types.ModuleType | property | staticmethod | classmethod):
-            return False
-        inside: Iterable[Any] = ()
+        return isinstance(x, torch.Tensor | torch.nn.Module)
+    except Exception:  # an object that does not let itself be looked at
+        return False
+
+
+def _inside(x: Any) -> list[Any]:
+    """What an object holds, as far as it is looked at."""
+    inside: Iterable[Any] = ()
+    try:
+        if isinstance(x, type | types.ModuleType | property | staticmethod | classmethod) or works_with_threads(x):
+            return []
         if isinstance(x, types.FunctionType):
             inside = (*_contents(x), *(x.__defaults__ or ()))
         elif isinstance(x, Mapping):
@@ -65,9 +89,9 @@ def _reaches_tensors(x: Any, depth: int) -> bool:
             inside = x
         elif isinstance(getattr(x, "__dict__", None), dict):
             inside = vars(x).values()
-        return any(_reaches_tensors(v, depth + 1) for v in list(itertools.islice(inside, _MOST)))
-    except Exception:  # an object that does not let itself be looked at
-        return False
+        return list(itertools.islice(inside, _MOST))
+    except Exception:
+        return []
 
 
 def _contents(function: types.FunctionType) -> list[Any]:
