@@ -27,6 +27,10 @@ def _slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+#: Where one context is waited for, PyTorch 2.11 has fewer schedules that differ: it keeps Dynamo's settings by process.
+_OF_2_11 = torch.__version__ < (2, 12)
+
+
 # How many schedules are not equivalent; see `test_runtime.py`. Each takes 0.1 to 0.15 s of CPU time: a process with
 # Dynamo in it is forked.
 @pytest.mark.parametrize(
@@ -38,11 +42,11 @@ def _slow(*values: Any) -> Any:
             for r in ("python", "native")
             for n in (1, 2)
         ),
-        ("broken_threads2_calls1", "python", 1, 7),
-        ("broken_threads2_calls1", "native", 1, 17),
+        ("broken_threads2_calls1", "python", 1, 4 if _OF_2_11 else 7),
+        ("broken_threads2_calls1", "native", 1, 8 if _OF_2_11 else 17),
         ("broken_threads2_calls1", "python", 2, 20),
         _slow("broken_threads2_calls1", "native", 2, 52),
-        ("broken_threads2_calls2", "python", 1, 67),
+        ("broken_threads2_calls2", "python", 1, 28 if _OF_2_11 else 67),
         _slow("broken_threads2_calls2", "python", 2, 643),
         _slow("recursive_threads2_calls1", "python", 1, 80),
     ],
