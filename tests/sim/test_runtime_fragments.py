@@ -27,7 +27,7 @@ def _slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-#: Where one context is waited for, PyTorch 2.11 has fewer schedules that differ: it keeps Dynamo's settings by process.
+#: Where one context is waited for, PyTorch 2.11 has fewer schedules that differ; all of them are run there, too.
 _OF_2_11 = torch.__version__ < (2, 12)
 
 
