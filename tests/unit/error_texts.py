@@ -448,6 +448,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
             "or call the model once before",
         ),
         ("sets the state of a random generator ({first.seeds})", "which is no part of a graph", "Seed before the call"),
+        ("changes a tensor in place that it holds", "expected state in buffers", "Register it with register_buffer()"),
     ],
     "src/anabranch/export/_program.py": [
         ("and was given one that is not dense", "the memory of input {position} past its shape", "Pass x.contiguous()"),

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from anabranch.errors import UnsupportedModel
 from anabranch.export import _functional, _packed
+from anabranch.export._assignments import storage
 from anabranch.export._bystanders import undisturbed
 from anabranch.export._diagnosis import NotExported, copy_of, diagnose, first_line
 from anabranch.export._forward import TENSOR, Forward, Seen
@@ -80,7 +81,11 @@ class Exporter:
             traced = snapshot.fresh()  # the call may have left it in any state
         # What the first call changes may be a cache that it fills.
         later = self._try(traced, options) if first.changes else first
-        exported, seen = self._trace(traced, options, decompose)
+        try:
+            exported, seen = self._trace(traced, options, decompose)
+        except NotExported as e:
+            _advise(e, traced, first.written)
+            raise
         if first.finished and first.changes and first.written:
             # The first call did not write what it said by its changes to have written.
             begun = self._trace_begun(snapshot, options, decompose)
@@ -154,6 +159,16 @@ class Exporter:
         if cleared:
             notes.append(f"the model puts tensors into {', '.join(cleared)}; calls do not")
         return tuple(notes)
+
+
+def _advise(error: NotExported, traced: Fresh, written: Sequence[torch.Tensor]) -> None:
+    """Raise ``error`` with what to do, where the model writes tensors that are no state: PyTorch's words vary."""
+    known = {storage(x) for x in (*traced.module.parameters(), *traced.module.buffers())}
+    if any(storage(x) not in known for x in written):
+        raise NotExported(
+            "the model changes a tensor in place that it holds and that is no buffer of its modules; expected state in"
+            f" buffers. Register it with register_buffer(), and it is state ({error})."
+        ) from error
 
 
 def _refuse_state(state: Sequence[str]) -> NoReturn:
