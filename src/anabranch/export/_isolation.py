@@ -133,6 +133,8 @@ class Traced(Withheld):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():  # the branches of torch.cond: Dynamo looks into no function from here
+            return func(*args, **kwargs)
         found = [x for x in pytree.tree_leaves((args, kwargs)) if _is_real(x)] if _writes(func, kwargs) else []
         if not found:
             return super().__torch_function__(func, types, args, kwargs)
