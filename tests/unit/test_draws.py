@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -283,7 +284,8 @@ def test_with_and_without_a_generator() -> None:
         assert not differences(got, expected)
         graphs.append(len(engine.summary()["fragments"]["graphs"]))
     assert len(set(graphs)) == 1
-    assert engine.summary()["fragments"]["past_limit"] == {}
+    past = engine.summary()["fragments"]["past_limit"]  # of the process: other tests' functions may be among them
+    assert not [function for function in past if Path(__file__).name in function]
 
 
 @pytest.mark.parametrize(

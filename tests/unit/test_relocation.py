@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass, replace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anabranch.devices.cuda._relocation import (
@@ -690,6 +690,7 @@ def programs(draw: st.DrawFn) -> tuple[int, list[int], list[int], list[int], lis
     return inputs, sizes, blocks, starts, words, outputs  # type: ignore[return-value]
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine the first draw takes seconds
 @given(programs(), st.permutations(range(8)), st.permutations(range(8)))
 def test_what_is_found_is_what_is_true(drawn: tuple, in_a: list[int], in_b: list[int]) -> None:  # type: ignore[type-arg]
     inputs, sizes, blocks, first_steps, words, outputs = drawn
