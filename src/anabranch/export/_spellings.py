@@ -2,8 +2,8 @@
 
 ``x.data`` is a tensor that it does not know; ``x.detach()`` is the same memory. For ``x[:, i] = y`` with a tensor ``i``
 of no dimensions it asks for the number, which depends on data; one index in a list writes the same elements.
-``torch.istft`` asks for a value only to refuse it: see :mod:`anabranch.export._istft`. ``masked_select`` is taken to have
-no more results than its tensor has elements, which is wrong where a larger mask is given.
+``torch.istft`` asks for a value only to refuse it: see :mod:`anabranch.export._istft`. ``masked_select`` is taken to
+have no more results than its tensor has elements, which is wrong where a larger mask is given.
 """
 
 from __future__ import annotations
