@@ -298,6 +298,27 @@ def test_a_model_that_torch_export_refuses_runs_in_fragments_or_is_refused_with_
         assert differences(engine(x), fn(x), rounding=Rounding() if name == "numpy" else None) == []
 
 
+#: Of an input, as large or where another one says.
+VIEWS_BY_VALUE: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "cut to the longest": lambda x, n: x[:, : n.max()],
+    "cut to a number": lambda x, n: (x[: int(n[0])], x.sum()),
+    "split": lambda x, n: x.tensor_split(n, 1),
+    "selected": lambda x, n: x.select(1, n[0]),
+    "indexed": lambda x, n: x[n[1] - 1],
+    "of a constant": lambda x, n: (TABLE[: n.max()], x * 2),
+}
+TABLE = torch.randn(9, 2)
+
+
+@pytest.mark.parametrize("name", VIEWS_BY_VALUE)
+def test_a_result_that_is_a_view_by_values_is_that_view(name: str) -> None:
+    fn = VIEWS_BY_VALUE[name]
+    x, lengths = torch.randn(3, 9), torch.tensor([2, 3])
+    engine = build(fn, x, lengths)
+    for given in (lengths, torch.tensor([1, 1]), torch.tensor([3, 2])):
+        assert not differences(engine(x, given), fn(x, given), inputs=(x, given))
+
+
 def test_inputs_are_blamed_where_eager_refuses_them_only() -> None:
     def fn(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         if x.shape[1] != 4:

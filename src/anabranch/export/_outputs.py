@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from anabranch.errors import UnsupportedModel
 from anabranch.export._assignments import storage
 from anabranch.export._containers import register_containers
+from anabranch.export._diagnosis import NotExported
 from anabranch.export._numbers import Expression
 from anabranch.export._sizes import integer_of, is_of_data, plain_size
 
@@ -328,7 +329,7 @@ def _view_chain(value: fx.Node, root: fx.Node) -> fx.GraphModule:
         return copied[node]
 
     if any(n.op == "placeholder" and n is not root for n in _ancestors(value, root)):
-        raise UnsupportedModel(
+        raise NotExported(
             f"output {value.name!r} is a view of {root.name!r} whose shape depends on another tensor; return a copy"
         )
     graph.output(clone(value))

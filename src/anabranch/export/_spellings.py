@@ -2,6 +2,8 @@
 
 ``x.data`` is a tensor that it does not know; ``x.detach()`` is the same memory. For ``x[:, i] = y`` with a tensor ``i``
 of no dimensions it asks for the number, which depends on data; one index in a list writes the same elements.
+``torch.istft`` asks for a value only to refuse it: see :mod:`anabranch.export._istft`. ``masked_select`` is taken to
+have no more results than its tensor has elements, which is wrong where a larger mask is given.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from anabranch.export import _istft
 from anabranch.export._assignments import Assignments
 
 _DATA: Any = torch.Tensor.data
+_MASKED_SELECT = (torch.masked_select, torch.Tensor.masked_select, torch.ops.aten.masked_select.default)
 _NO_NUMBERS = (torch.bool, torch.uint8)
 
 
@@ -39,7 +43,16 @@ class Spellings(TorchFunctionMode):
             if found is not None:
                 view, index, value = found
                 return func(view, index, value)
+        if _istft.is_istft(func):
+            return _istft.spelled_out(*args, **kwargs)
+        if func in _MASKED_SELECT:
+            return _as_large_as_mask(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _as_large_as_mask(input: torch.Tensor, mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """``torch.masked_select`` of what ``input`` is broadcast to."""
+    return torch.masked_select(input.expand(torch.broadcast_shapes(input.shape, mask.shape)), mask, **kwargs)
 
 
 def _in_a_list(x: torch.Tensor, given: Any, value: Any) -> tuple[torch.Tensor, Any, Any] | None:
