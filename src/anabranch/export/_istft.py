@@ -7,20 +7,14 @@ own.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
 _aten = torch.ops.aten
 #: The last one is how an exported program calls it.
-_FUNCTIONS = (torch.istft, torch.Tensor.istft, _aten.istft.default)
+FUNCTIONS = (torch.istft, torch.Tensor.istft, _aten.istft.default)
 #: How an inverse transform is scaled: by the root of the number of its points, or by the number.
 _BY_ROOT, _BY_NUMBER = 1, 2
-
-
-def is_istft(function: Any) -> bool:
-    return function in _FUNCTIONS
 
 
 def spelled_out(

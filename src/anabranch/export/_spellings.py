@@ -43,7 +43,9 @@ class Spellings(TorchFunctionMode):
             if found is not None:
                 view, index, value = found
                 return func(view, index, value)
-        if _istft.is_istft(func):
+        if (
+            func in _istft.FUNCTIONS
+        ):  # Dynamo, in torch.cond, looks into no function from elsewhere
             return _istft.spelled_out(*args, **kwargs)
         if func in _MASKED_SELECT:
             return _as_large_as_mask(*args, **kwargs)
