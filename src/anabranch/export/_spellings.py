@@ -43,9 +43,7 @@ class Spellings(TorchFunctionMode):
             if found is not None:
                 view, index, value = found
                 return func(view, index, value)
-        if (
-            func in _istft.FUNCTIONS
-        ):  # Dynamo, in torch.cond, looks into no function from elsewhere
+        if func in _istft.FUNCTIONS:  # Dynamo, in torch.cond, looks into no function from elsewhere
             return _istft.spelled_out(*args, **kwargs)
         if func in _MASKED_SELECT:
             return _as_large_as_mask(*args, **kwargs)
