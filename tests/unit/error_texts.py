@@ -654,7 +654,11 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("the model and its inputs are on the CPU", "expected them on a CUDA device", "anabranch build MODEL"),
         ("backend={given} given", "expected one of {"),
         ("inputs is a single {type(inputs).__name__}", "expected a list: inputs=[x]"),
-        ("model is a {type(model).__name__}", "expected an nn.Module, an exported program or the path"),
+        (
+            "model is a {type(model).__name__}",
+            "expected an nn.Module, an exported program or the path",
+            "Call a function in the forward()",
+        ),
         ("inputs on several devices given ({", "an engine runs on one", "Move them to one device"),
         ("{path}: cannot be loaded as an exported program", "Expected a file written by torch.export.save"),
         ("the model's {name} is on {t.device}", "its inputs are on {device}", "call model.to("),

@@ -116,7 +116,8 @@ def given_model(model: Any) -> tuple[str, torch.nn.Module | ExportedProgram]:
         name, model = Path(model).stem, load_exported(Path(model))
     if not isinstance(model, torch.nn.Module | ExportedProgram):
         raise InputError(
-            f"model is a {type(model).__name__}; expected an nn.Module, an exported program or the path of a .pt2 file"
+            f"model is a {type(model).__name__}; expected an nn.Module, an exported program or the path of a .pt2 file."
+            " Call a function in the forward() of an nn.Module, which holds the modules that it uses."
         )
     return name, model
 
