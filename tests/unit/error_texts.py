@@ -575,6 +575,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "src/anabranch/race/_detector.py": [("{error}", "expected an event of plain JSON data")],
     "src/anabranch/runtime/_process.py": [
+        ("was to be copied or pickled", "belongs to this process", "Compile the model where it is needed"),
         (
             "this process was forked while another thread of its parent compiled",
             "What was compiled before still runs",

@@ -3,8 +3,10 @@ stays usable."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -253,3 +255,15 @@ def test_every_error_is_an_anabranch_error_and_every_warning_a_users() -> None:
         assert issubclass(error, UserWarning if name == "RecompileLimit" else anabranch.AnabranchError)
         assert inspect.getdoc(error)
     assert issubclass(anabranch.InputError, ValueError), "so that callers may catch what Python would raise"
+
+
+@pytest.mark.parametrize("made", [pickle.dumps, copy.copy, copy.deepcopy], ids=lambda f: f.__name__)
+def test_an_engine_is_not_copied(made: Any, runtime: str) -> None:
+    holder = nn.Linear(2, 2).eval()
+    engine = anabranch.compile(holder, [torch.ones(1, 2)], backend="eager", runtime=runtime)
+    with pytest.raises(anabranch.InputError, match=r"was to be copied or pickled.*torch\.export\.save\(\)"):
+        made(engine)
+    holder.engine = engine
+    with pytest.raises(anabranch.InputError, match="was to be copied or pickled"):
+        copy.deepcopy(holder)
+    assert torch.equal(engine(torch.ones(1, 2)), holder(torch.ones(1, 2)))

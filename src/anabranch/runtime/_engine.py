@@ -25,7 +25,7 @@ from anabranch.runtime._given import check_modes, device_of, inputs_of, tensors_
 from anabranch.runtime._guarded import Guarded
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._pool import Limits
-from anabranch.runtime._process import is_neutral, neutral, process
+from anabranch.runtime._process import OfOneProcess, is_neutral, neutral, process
 from anabranch.runtime._python import PythonCalls
 from anabranch.runtime._ranges import Place
 from anabranch.runtime._session import Session, refuse_without_session
@@ -39,7 +39,7 @@ _log = logging.getLogger("anabranch")
 
 
 @_sync.atomics("_closed", "_guarded")
-class Engine:
+class Engine(OfOneProcess):
     """A compiled model. Made by :func:`anabranch.compile`; immutable to its callers.
 
     Threads: any number may call it at once. Streams: each call is ordered on the calling thread's current stream of

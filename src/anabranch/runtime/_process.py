@@ -13,13 +13,13 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from anabranch import _activity, _sync
 from anabranch.devices import Device
-from anabranch.errors import EngineClosed
+from anabranch.errors import EngineClosed, InputError
 
 
 class _Forked(Protocol):
@@ -27,6 +27,16 @@ class _Forked(Protocol):
 
     def after_fork(self) -> None:
         """In the child, on its only thread. Other threads of the parent may have held its locks."""
+
+
+class OfOneProcess:
+    """What has threads, memory and streams of its process: no copy can be made of it, and no other process have it."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise InputError(
+            f"{self!r} was to be copied or pickled, and it belongs to this process. Compile the model where it is"
+            " needed; torch.export.save() keeps one in a file, which compile() takes."
+        )
 
 
 @_sync.atomics("is_exiting")
