@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from anabranch._judge import Rounding
+from anabranch.check._boundary import special_inputs
 
 #: Each of an input of shape (2, 3, 8). None of them is random, and none needs an order of sums.
 OPERATORS: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -113,6 +114,19 @@ class Operators(nn.Module):
 
     def forward(self, x: torch.Tensor) -> dict[str, Any]:
         return {name: OPERATORS[name](x) for name in self.names}
+
+
+def found(engine: Callable[[torch.Tensor], Any], model: Operators, x: torch.Tensor) -> dict[str, set[str]]:
+    """How the results of operators differ from eager's on inputs like ``x`` with special values, by operator."""
+    result: dict[str, set[str]] = {}
+    tried = list(special_inputs(x))
+    assert len(tried) == 24
+    for _, special in tried:
+        actual, expected = engine(special), model(special)
+        for name in model.names:
+            if how := differing(actual[name], expected[name]):
+                result.setdefault(name, set()).add(how)
+    return result
 
 
 def differing(actual: Any, expected: Any) -> str:

@@ -11,25 +11,11 @@ import pytest
 import torch
 
 import anabranch
-from anabranch.check._boundary import special_inputs
-from contract.boundary import OPERATORS, Operators, differing
+from contract.boundary import OPERATORS, Operators, found
 from contract.support import PATHS, Make
 from gpu.support import Gpu
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-
-
-def found(engine: anabranch.Engine, model: Operators, x: torch.Tensor) -> dict[str, set[str]]:
-    """How the results of operators differ from eager's, by operator."""
-    result: dict[str, set[str]] = {}
-    tried = list(special_inputs(x))
-    assert len(tried) == 24
-    for _, special in tried:
-        actual, expected = engine(special), model(special)
-        for name in model.names:
-            if how := differing(actual[name], expected[name]):
-                result.setdefault(name, set()).add(how)
-    return result
 
 
 @functools.cache

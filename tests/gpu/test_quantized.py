@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -11,26 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import anabranch
+from contract.quantized import quantized_ops, through
 from contract.support import PATHS, Make, on_threads
 from gpu.support import Gpu
 
-_INT8 = (-127, 127, torch.int8)
+_WEIGHTS = (-127, 127, torch.int8)
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(2991)
-
-
-def _qd() -> Any:
-    importlib.import_module("torch.ao.quantization.fx._decomposed")  # registers them
-    return torch.ops.quantized_decomposed
-
-
-def _through(x: torch.Tensor, scale: float) -> torch.Tensor:
-    y: torch.Tensor = _qd().quantize_per_tensor(x, scale, 0, -128, 127, torch.int8)
-    result: torch.Tensor = _qd().dequantize_per_tensor(y, scale, 0, -128, 127, torch.int8)
-    return result
 
 
 class Pairs(nn.Module):
@@ -42,18 +31,18 @@ class Pairs(nn.Module):
         for name, value in (("weight", weight), ("last", last)):
             scales = value.flatten(1).abs().amax(1) / 127
             zeros = torch.zeros(len(value), dtype=torch.int64)
-            self.register_buffer(name, _qd().quantize_per_channel(value, scales, zeros, 0, *_INT8))
+            self.register_buffer(name, quantized_ops().quantize_per_channel(value, scales, zeros, 0, *_WEIGHTS))
             self.register_buffer(f"{name}_scales", scales)
             self.register_buffer(f"{name}_zeros", zeros)
 
     def _wide(self, name: str) -> torch.Tensor:
         given = (getattr(self, f"{name}{end}") for end in ("", "_scales", "_zeros"))
-        result: torch.Tensor = _qd().dequantize_per_channel(*given, 0, *_INT8)
+        result: torch.Tensor = quantized_ops().dequantize_per_channel(*given, 0, *_WEIGHTS)
         return result
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.relu(F.conv2d(_through(x, 0.03), self._wide("weight"), padding=1))
-        return F.linear(_through(y, 0.05).mean((2, 3)), self._wide("last"))
+        y = F.relu(F.conv2d(through(x, 0.03), self._wide("weight"), padding=1))
+        return F.linear(through(y, 0.05).mean((2, 3)), self._wide("last"))
 
 
 class Fake(nn.Module):

@@ -593,13 +593,12 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "src/anabranch/runtime/_contexts.py": [
-        ("this model cannot be captured: {type(e).__name__}", "cuda_graphs=True given", "Leave cuda_graphs out"),
+        ("this model cannot be captured: {why}", "cuda_graphs=True given", "Leave cuda_graphs out"),
     ],
     "src/anabranch/runtime/_builder.py": [
         ("does not run this model: {choice.why_eager}", "require_full=True given", "Leave require_full out"),
         ("and {why}: a fault of {choice.backend}", "require_full=True given", "Leave require_full out"),
         ("does not run on inputs like these ({", "Expected inputs that model(*inputs) runs on", "try that first"),
-        ("this model cannot be captured: {reason}", "cuda_graphs=True given", "Leave cuda_graphs out"),
     ],
     "src/anabranch/runtime/_compiler.py": [
         ("flags changed since compile: {", "cannot be compiled under the engine's flags", "Set them back"),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -12,23 +9,12 @@ from torch.nn import functional as F
 
 import anabranch
 from anabranch.export import export_program, quantized_lines
+from contract.quantized import INT8, quantized_ops, through
 from contract.support import on_threads
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
-_INT8 = (-128, 127, torch.int8)
 _UINT8 = (0, 255, torch.uint8)
-
-
-def _qd() -> Any:
-    importlib.import_module("torch.ao.quantization.fx._decomposed")  # registers them
-    return torch.ops.quantized_decomposed
-
-
-def _through(x: torch.Tensor, scale: float, zero: int, limits: Any) -> torch.Tensor:
-    y: torch.Tensor = _qd().quantize_per_tensor(x, scale, zero, *limits)
-    result: torch.Tensor = _qd().dequantize_per_tensor(y, scale, zero, *limits)
-    return result
 
 
 class Quantized(nn.Module):
@@ -40,15 +26,17 @@ class Quantized(nn.Module):
         weight = torch.randn(16, 8, 3, 3) * 0.1
         zeros = torch.zeros(16, dtype=torch.int64)
         scales = weight.abs().amax((1, 2, 3)) / 127
-        self.register_buffer("weight", _qd().quantize_per_channel(weight, scales, zeros, 0, -127, 127, torch.int8))
+        self.register_buffer(
+            "weight", quantized_ops().quantize_per_channel(weight, scales, zeros, 0, -127, 127, torch.int8)
+        )
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", zeros)
         self.last = nn.Parameter(torch.randn(10, 16) * 0.1, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = _qd().dequantize_per_channel(self.weight, self.scales, self.zeros, 0, -127, 127, torch.int8)
-        y = F.relu(F.conv2d(_through(x, 0.02, 3, _INT8), weight))
-        y = _through(y, 0.03, 5, _UINT8).mean((2, 3))
+        weight = quantized_ops().dequantize_per_channel(self.weight, self.scales, self.zeros, 0, -127, 127, torch.int8)
+        y = F.relu(F.conv2d(through(x, 0.02, 3, INT8), weight))
+        y = through(y, 0.03, 5, _UINT8).mean((2, 3))
         y = torch.fake_quantize_per_tensor_affine(y, 0.01, 0, -128, 127)
         last = torch.fake_quantize_per_channel_affine(self.last, self.scales[:10], self.zeros[:10].int(), 0, -127, 127)
         return F.linear(y, last)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import logging
 import os
 import re
@@ -33,6 +32,7 @@ from anabranch.backends.tensorrt._partition import partition, why_not
 from anabranch.backends.tensorrt._rewrite import rewrite
 from anabranch.errors import BuildError, InputError
 from anabranch.export import export_program
+from contract.quantized import INT8, quantized_ops
 
 _NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 _ADA = Target((8, 9), ahead=True, tf32=TF32(products=True, convolutions=True, recurrent=True))
@@ -493,12 +493,6 @@ def test_models_of_every_day_are_one_engine(cache: Cache, name: str, dtype: torc
 # -- quantized models -----------------------------------------------------------------------------------------------
 
 _FP8 = torch.float8_e4m3fn
-_INT8 = (-128, 127, torch.int8)
-
-
-def quantized_ops() -> Any:
-    importlib.import_module("torch.ao.quantization.fx._decomposed")
-    return torch.ops.quantized_decomposed
 
 
 def _weights(m: Any) -> torch.Tensor:
@@ -508,9 +502,9 @@ def _weights(m: Any) -> torch.Tensor:
 def _pairs(m: Any, x: torch.Tensor) -> torch.Tensor:
     """As PT2E quantization writes it: pairs around what is to be int8, weights quantized ahead."""
     q = quantized_ops()
-    x = q.dequantize_per_tensor(q.quantize_per_tensor(x, 0.01, 0, *_INT8), 0.01, 0, *_INT8)
+    x = q.dequantize_per_tensor(q.quantize_per_tensor(x, 0.01, 0, *INT8), 0.01, 0, *INT8)
     y = torch.relu(nn.functional.conv2d(x, _weights(m)))
-    return q.dequantize_per_tensor(q.quantize_per_tensor(y, 0.02, 0, *_INT8), 0.02, 0, *_INT8)
+    return q.dequantize_per_tensor(q.quantize_per_tensor(y, 0.02, 0, *INT8), 0.02, 0, *INT8)
 
 
 def _narrow(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -586,8 +580,8 @@ def test_a_quantized_model_is_one_engine_with_its_quantizations(
 
 def _int8_linear(m: Any, x: torch.Tensor) -> torch.Tensor:
     q, half = quantized_ops(), {"out_dtype": torch.float16}
-    x = q.dequantize_per_tensor(q.quantize_per_tensor(x, 0.01, 0, *_INT8), 0.01, 0, *_INT8, **half)
-    weight = q.dequantize_per_tensor(m.weight, 0.01, 0, *_INT8, **half)
+    x = q.dequantize_per_tensor(q.quantize_per_tensor(x, 0.01, 0, *INT8), 0.01, 0, *INT8, **half)
+    weight = q.dequantize_per_tensor(m.weight, 0.01, 0, *INT8, **half)
     return nn.functional.linear(x, weight)
 
 
@@ -620,7 +614,7 @@ def test_quantizations_are_left_out_first_where_they_and_the_rest_do_not_go_toge
 
 def test_a_zero_point_that_is_not_zero_is_named(cache: Cache) -> None:
     q = quantized_ops()
-    function = lambda _, x: q.dequantize_per_tensor(q.quantize_per_tensor(x, 0.1, 3, *_INT8), 0.1, 3, *_INT8)  # noqa: E731
+    function = lambda _, x: q.dequantize_per_tensor(q.quantize_per_tensor(x, 0.1, 3, *INT8), 0.1, 3, *INT8)  # noqa: E731
     made = build(Function(function), torch.rand(2, 8), cache=cache)
     assert all("Non-zero zero point is not supported" in f.reason for f in made.fallbacks)
     assert len(made.fallbacks) == 2

@@ -60,12 +60,6 @@ EXCEPTIONS = (
 )
 
 
-def has_float16(graph: fx.Graph) -> bool:
-    """Whether a graph computes in float16."""
-    values = (n.meta.get("val") for n in graph.nodes if n.op == "call_function")
-    return any(isinstance(v, torch.Tensor) and v.dtype is torch.float16 for v in values)
-
-
 def exceptions(graph: fx.Graph, device: str) -> list[str]:
     """The texts of those that a graph meets on a kind of device."""
     packets = {getattr(n.target, "overloadpacket", None) for n in graph.nodes if n.op == "call_function"}

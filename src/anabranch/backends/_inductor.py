@@ -14,7 +14,6 @@ import torch
 from torch import fx
 
 from anabranch.backends._backend import Kernels, Options, Wrapped
-from anabranch.backends._exceptions import has_float16
 from anabranch.backends._faults import avoid
 from anabranch.backends._layouts import keep_layouts, keeping_strides
 from anabranch.backends._single_query import reduce_single_queries
@@ -49,7 +48,7 @@ class _Inductor:
             }
             is_cuda = any(x.is_cuda for x in (*weights, *examples))
             rounding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-            if has_float16(program.module.graph):
+            if _has_float16(program.module.graph):
                 # Fused kernels keep in float32 what eager rounds after each operator: there infinities come of numbers
                 # that overflow on their way.
                 settings["emulate_precision_casts"] = True
@@ -109,6 +108,12 @@ class _Inductor:
         if program.sizes is None or len(wrappers) != 1:
             return made
         return Wrapped(made, wrappers[0], weights)
+
+
+def _has_float16(graph: fx.Graph) -> bool:
+    """Whether a graph computes in float16."""
+    values = (n.meta.get("val") for n in graph.nodes if n.op == "call_function")
+    return any(isinstance(v, torch.Tensor) and v.dtype is torch.float16 for v in values)
 
 
 def _is_better_channels_last(program: Program) -> bool:

@@ -123,11 +123,7 @@ def works_with_threads(x: Any) -> bool:
     if not isinstance(space, dict):
         return False
     held = list(space.values())
-    for v in list(held):
-        if type(v) in (list, tuple, set):
-            held += itertools.islice(list(v), _MOST)
-        elif type(v) is dict:
-            held += itertools.islice(list(v.values()), _MOST)
+    held += [inside for v in held if type(v) in (list, tuple, set, dict) for inside in _inside(v)]
     return any((type(v).__module__ or "").partition(".")[0] in _CONCURRENT for v in held)
 
 

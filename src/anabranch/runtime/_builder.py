@@ -18,6 +18,7 @@ from anabranch.export import Program, is_random, shape_at
 from anabranch.runtime._calls import Calls
 from anabranch.runtime._comparison import why_off
 from anabranch.runtime._context import Context
+from anabranch.runtime._contexts import refuse_graphs
 from anabranch.runtime._cost import measure
 from anabranch.runtime._instances import Instances
 from anabranch.runtime._phases import Clock
@@ -139,9 +140,7 @@ class Builder:
             if not reason and isinstance(self._choice.kernels, Stateful):
                 reason = run.why_not_captured(lane.stream)
                 if reason and settings.cuda_graphs:
-                    raise BuildError(
-                        f"cuda_graphs=True given, and this model cannot be captured: {reason}. Leave cuda_graphs out."
-                    )
+                    refuse_graphs(reason)
             if reason:
                 return False, reason
             with self._clock.phase("capture"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -27,6 +27,13 @@ _AT_ONCE = (False,)
 #: ``capture(kernels, fresh, forget, scratch)``: a new context. ``fresh``: in memory that nothing used before;
 #: ``forget``: called when it goes; ``scratch``: the build's, if it has one.
 Capture = Callable[[Kernels | Stateful, bool, Callable[[], None], Scratch | None], Context]
+
+
+def refuse_graphs(why: str, cause: Exception | None = None) -> NoReturn:
+    """Raise, where graphs were asked for, why there can be none."""
+    raise BuildError(
+        f"cuda_graphs=True given, and this model cannot be captured: {why}. Leave cuda_graphs out."
+    ) from cause
 
 
 class Pool(Protocol):
@@ -88,13 +95,10 @@ class Contexts:
             return "a context did not fit into the device's memory"
         except Exception as e:
             self._device.check_error(e)
-            if unit.settings.cuda_graphs and isinstance(e, AnabranchError):
-                raise
             if unit.settings.cuda_graphs:
-                raise BuildError(
-                    f"cuda_graphs=True given, and this model cannot be captured: {type(e).__name__}: {first_line(e)}."
-                    " Leave cuda_graphs out."
-                ) from e
+                if isinstance(e, AnabranchError):
+                    raise
+                refuse_graphs(f"{type(e).__name__}: {first_line(e)}", e)
             return f"capture failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
         if context is None:
             return f"a context exceeds memory_limit ({unit.limits.memory_limit} bytes)"

@@ -132,7 +132,7 @@ class _Call:
         self._whole: dict[Any, Any] = {}
         #: What the execution context was told of, and what it said of its results.
         self._shapes: list[tuple[int, ...]] | None = None
-        #: Those of its last run.
+        #: Those of its last run: the very list, for each change of shapes makes another.
         self._ran_on: list[tuple[int, ...]] | None = None
         self._results: list[tuple[int, ...]] = [layout.physical for layout in engine.outputs]
         #: The only reference to the execution context, which may outlive this, but not the engine.
@@ -306,7 +306,7 @@ class _Call:
             stream.wait_event(self._join)
 
     def _execute(self, stream: Stream) -> None:
-        is_first = self._ran_on is None or self._ran_on is not self._shapes
+        is_first = self._ran_on is not self._shapes
         with self.engine.compiling if is_first else nullcontext(), self.engine.library.complaints() as complaints:
             if not self.context.execute_async_v3(handle(stream)):
                 raise AnabranchError(

@@ -190,7 +190,7 @@ def _empty_rows(module: fx.GraphModule) -> None:
             some = graph.call_function(_aten.any.dim, (attended, -1, True))
         with graph.inserting_after(some):
             result = graph.call_function(_aten.where.ScalarOther, (some, node, 0.0))
-        node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+        _replace(node, result, result)
 
 
 def _roots(module: fx.GraphModule) -> None:
@@ -211,7 +211,7 @@ def _keep_nan(module: fx.GraphModule) -> None:
             with graph.inserting_after(is_nan):
                 result = graph.call_function(_aten.where.self, (is_nan, x, node))
             result.meta["val"] = node.meta.get("val")
-            node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+            _replace(node, result, result)
 
 
 def _pool_nan(module: fx.GraphModule) -> None:
@@ -244,7 +244,7 @@ def _pool_nan(module: fx.GraphModule) -> None:
                 lowered = graph.call_function(_aten.masked_fill.Scalar, (y, is_lowest, -math.inf))
             with graph.inserting_after(lowered):
                 result = graph.call_function(_aten.masked_fill.Scalar, (lowered, has_nan, math.nan))
-            y.replace_all_uses_with(result, delete_user_cb=lambda user, lowered=lowered: user is not lowered)
+            _replace(y, result, lowered)
 
 
 def _may_be_nan(module: fx.GraphModule, node: Any) -> bool:
@@ -363,6 +363,11 @@ def _quantized_ops() -> Any:
 
 
 # -- nodes --------------------------------------------------------------------------------------------------------
+
+
+def _replace(node: fx.Node, result: fx.Node, reader: fx.Node) -> None:
+    """Have ``result`` in the place of ``node`` but for ``reader``, by which it is made of it."""
+    node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not reader)
 
 
 def _is_constant(value: Any) -> bool:
