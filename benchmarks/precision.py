@@ -187,15 +187,16 @@ def speed(name: str, rounds: int) -> dict[str, Any]:
                 result = call(x).double()
                 finite[key] &= bool(result.isfinite().all())
                 errors[key] = max(errors[key], float((result - expected).norm() / expected.norm()))
-        for turn in range(rounds + 3):
-            x = draw()
-            for key, call in ways.items():
-                synchronize()
-                start = time.perf_counter()
-                call(x)
-                synchronize()
-                if turn >= 3:  # the first ones warm up
-                    times[key].append(time.perf_counter() - start)
+        with jobs.measuring():
+            for turn in range(rounds + 3):
+                x = draw()
+                for key, call in ways.items():
+                    synchronize()
+                    start = time.perf_counter()
+                    call(x)
+                    synchronize()
+                    if turn >= 3:  # the first ones warm up
+                        times[key].append(time.perf_counter() - start)
     us = {key: 1e6 * statistics.median(t) for key, t in times.items()}
     told = {key: e.summary()["signatures"][0]["precision"] for key, e in engines.items()}
     return {
@@ -246,14 +247,15 @@ def threads(name: str, precision: str, calls: int) -> dict[str, Any]:
             barrier.abort()
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(THREADS)]
-    start = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if raised:
-        raise raised[0]
-    seconds = time.perf_counter() - start
+    with jobs.measuring():
+        start = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if raised:
+            raise raised[0]
+        seconds = time.perf_counter() - start
     captured = engine.summary()["signatures"][0]["captured"]
     made = {"calls": THREADS * calls, "wrong": int(sum(int(w) for w in wrong)), "captured": captured}
     engine.close()

@@ -88,6 +88,7 @@ def test_clause1_starts_after_the_callers_queued_work_in_fragments(
     engine = compiled(BrokenMlp(), source, cuda_graphs=graphs)
     rig.load_kernels(engine, source)
     expected = engine(source * 2)
+    rig.build_ahead(engine, contexts=2)  # one for each graph
     s = rig.stream()
     x = torch.full_like(source, float("nan"))
     rig.module.synchronize()

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import anabranch
 from anabranch import InputError, Mixed
+from contract.support import has_memory
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -387,6 +388,47 @@ def test_what_is_no_product_of_weights_is_not_rounded(name: str) -> None:
     made, given = model().eval(), inputs()
     with torch.no_grad():
         assert torch.equal(compiled(made, given)(given), made(given))
+
+
+class _Rotary(nn.Module):
+    """Angles of positions, and a line that is no graph before them."""
+
+    def __init__(self, way: str, is_whole: bool) -> None:
+        super().__init__()
+        self.way, self.is_whole, self.last = way, is_whole, nn.Linear(32, 8)
+        self.register_buffer("rates", 1.0 / 10000 ** (torch.arange(0, 32, 2) / 32))
+        self.rates: torch.Tensor
+
+    def angles(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.way == "autocast turned off":
+            with torch.autocast("cpu", enabled=False):
+                return (self.rates[None, :, None] @ (ids.float() + 0.25)[:, None]).transpose(1, 2)
+        if self.way == "whole numbers":
+            return (self.rates[None, :, None] @ ids[:, None].float()).transpose(1, 2)
+        return torch.einsum("i,j->ij", torch.arange(ids.shape[1], dtype=torch.float32), self.rates)[None]
+
+    def forward(self, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if not self.is_whole and not has_memory(x):
+            x = x + 1
+        angles = self.angles(ids)
+        y: torch.Tensor = self.last(x * torch.cat([angles.cos(), angles.sin()], -1))
+        return y
+
+
+@pytest.mark.parametrize("precision", ["mixed", "mixed-bf16"])
+@pytest.mark.parametrize("way", ["autocast turned off", "whole numbers", "a range"])
+@pytest.mark.parametrize("is_whole", [True, False], ids=["exported", "in fragments"])
+def test_angles_of_positions_keep_their_digits(is_whole: bool, way: str, precision: str) -> None:
+    """Half precision has few whole numbers: an angle of position 1,000 is off by half a turn where it is rounded."""
+    model = _Rotary(way, is_whole).eval()
+    engine = compiled(model, torch.arange(3, 1003)[None], torch.randn(1, 1000, 32), precision=precision)
+    assert (engine.summary()["fragments"] is None) == is_whole
+    ids, x = torch.arange(1005, 5, -1)[None], torch.randn(1, 1000, 32)
+    with torch.no_grad():
+        assert error(engine(ids, x), model(ids, x)) < (1e-3 if precision == "mixed" else 1e-2)
+    assert told(engine)["half"], "the linear layer's product"
+    why = " ".join(reasons(engine).values())
+    assert ("turns autocast off" if way == "autocast turned off" else "whole numbers") in why
 
 
 # -- files ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from anabranch.export._forward import TENSOR, Forward, Seen
 from anabranch.export._generators import generators_kept
 from anabranch.export._isolation import run_in_eager
 from anabranch.export._leaks import Watch
+from anabranch.export._modes import inline_modes
 from anabranch.export._numbers import NotCarried
 from anabranch.export._recurrent import weights_apart
 from anabranch.export._signature import CONSTANTS, TensorSpec
@@ -226,7 +226,7 @@ def _export(
                 exported = torch.export.export(module, tuple(args), dict(kwargs), dynamic_shapes=dynamic, strict=False)
                 if module.seen.returned.refusal:
                     raise UnsupportedModel(module.seen.returned.refusal)
-                _inline_grad_modes(exported)
+                inline_modes(exported)
                 recorded = Recorded(exported, module, module.seen.assignments)
                 module.seen.writes = recorded.writes(specs, traced)
                 if decompose:
@@ -287,50 +287,3 @@ def _transform(exported: ExportedProgram | None) -> str:
     """The model's line with the first transform of torch.func in a program that could not be decomposed."""
     nodes = exported.graph_module.graph.nodes if exported is not None else ()
     return next((source_of(n) for n in nodes if "functorch" in str(n.target)), "")
-
-
-def _inline_grad_modes(exported: ExportedProgram) -> None:
-    """Put what runs under ``torch.enable_grad()`` and the like into the graph itself.
-
-    torch.export makes a subgraph of it, which it cannot decompose. The mode makes no difference, because no tensor
-    requires grad here; but to transforms of torch.func that are still to be decomposed.
-    """
-    gm = exported.graph_module
-    modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
-    transforms = any("functorch" in str(n.target) for m in modules for n in m.graph.nodes)
-    with gm._set_replace_hook(exported.graph_signature.get_replace_hook()):
-        _inline(gm, transforms)
-
-
-def _inline(gm: fx.GraphModule, keep_mode: bool) -> None:
-    for node in list(gm.graph.nodes):
-        if node.op == "get_attr":
-            part = getattr(gm, str(node.target), None)
-            if isinstance(part, fx.GraphModule):
-                _inline(part, keep_mode)
-        if node.op != "call_function" or node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
-            continue
-        mode, piece, *given = node.args
-        part = getattr(gm, str(piece.target))
-        values: dict[fx.Node, fx.Node] = dict(zip(part.graph.find_nodes(op="placeholder"), given, strict=True))
-        with gm.graph.inserting_before(node):
-            if keep_mode:
-                gm.graph.call_function(torch._C._set_grad_enabled, (mode,))
-            for inner in part.graph.nodes:
-                if inner.op == "get_attr":
-                    name = f"{piece.target}_{inner.target}".replace(".", "_")
-                    setattr(gm, name, getattr(part, inner.target))
-                    values[inner] = gm.graph.get_attr(name)
-                elif inner.op not in ("placeholder", "output"):
-                    values[inner] = gm.graph.node_copy(inner, values.__getitem__)
-            if keep_mode:
-                gm.graph.call_function(torch._C._set_grad_enabled, (not mode,))
-        results = part.graph.output_node().args[0]
-        for user in list(node.users):
-            assert user.target is operator.getitem, user
-            user.replace_all_uses_with(values[results[user.args[1]]])
-            gm.graph.erase_node(user)
-        gm.graph.erase_node(node)
-        if not piece.users:
-            gm.graph.erase_node(piece)
-    gm.recompile()

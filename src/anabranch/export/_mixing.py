@@ -23,6 +23,7 @@ from anabranch.export import _narrow
 from anabranch.export._cast_tensors import CastTensors
 from anabranch.export._generators import generators_kept
 from anabranch.export._mixed import Mixed, Place, places
+from anabranch.export._modes import is_autocast_off
 from anabranch.export._narrow import ATTENTION, Followers, packet
 from anabranch.export._precision import Cast, unfit
 from anabranch.export._ranges import largest_values
@@ -143,6 +144,8 @@ class Mixing:
             return "listed in keep"
         kind = packet(node)
         asked = place.matches(self.mixed.half)
+        if is_autocast_off(node) and not asked:
+            return "the model turns autocast off there"
         if kind in _narrow.PRODUCTS or asked:
             if (why := self.measured.get(str(place))) is not None:
                 return why
@@ -151,6 +154,8 @@ class Mixing:
         if kind in _narrow.PRODUCTS:
             if graph.has_other_types(node):
                 return "takes operands of other types"
+            if any(map(_narrow.are_whole_numbers, _operands(node))):
+                return "takes whole numbers, such as positions: half precision has few of them"
             if not all(fits(n) for n in _operands(node) if n in data and graph.is_weight(n)):
                 return f"{_name(self.precision)} cannot hold its weights"
             if _narrow.are_scores(node, graph.is_weight):

@@ -35,6 +35,8 @@ ATTENTION = _packets("scaled_dot_product_attention")
 #: Products of which both operands may be computed, and which do not scale them.
 _BARE = _packets("mm", "bmm", "baddbmm", "matmul", "einsum")
 
+_CASTS = _packets("_to_copy", "to")
+
 #: These are exact: they give what is in memory already, or choose among it.
 VIEWS = _packets(
     *("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice"),
@@ -87,6 +89,20 @@ def packet(node: fx.Node) -> Any:
 def why_wide(node: fx.Node) -> str:
     """Why an operator that is neither a product nor a follower is computed in float32."""
     return next((why for packets, why in _WHY if packet(node) in packets), "not known to be safe in half precision")
+
+
+def are_whole_numbers(node: fx.Node) -> bool:
+    """Whether its elements were made of integers: of those half precision has all up to 2,048 (float16), or 256."""
+    while packet(node) in EXACT and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    if packet(node) is _aten.arange:
+        return True
+    given = node.all_input_nodes[0].meta.get("val") if packet(node) in _CASTS and node.all_input_nodes else None
+    return (
+        isinstance(given, torch.Tensor)
+        and not (given.is_floating_point() or given.is_complex())
+        and (given.dtype is not torch.bool)
+    )
 
 
 def are_scores(node: fx.Node, is_weight: Callable[[fx.Node], bool]) -> bool:

@@ -6,8 +6,8 @@ import hashlib
 import math
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,12 +31,20 @@ _ALIGNMENT = 256
 _capturing = _sync.lock("TensorRT's captures")
 #: Shapes of a range of which an instance keeps the work of direct calls, where kernels would start early.
 _MOST_SHAPES = 32
+#: Of each input, or of each result.
+_Shapes = list[tuple[int, ...]]
 #: Compute capability from which on a kernel may start before the one ahead of it has ended.
 _STARTS_EARLY = (9, 0)
 
 
 class Engine:
-    """One deserialized, immutable ``ICudaEngine`` with what execution contexts of it need. Any thread may make them."""
+    """One deserialized, immutable ``ICudaEngine`` with what execution contexts of it need. Any thread may make them.
+
+    Whoever calls something of TensorRT's that belongs to it holds :attr:`calling`: the engine, its execution contexts
+    and its cache of kernels have one thread at a time. The documentation allows a context for each thread; of
+    TensorRT-RTX the notes on version 1.3 say "thread-safe execution, up to one network per thread", and version 1.4
+    ended the process where one thread made a context, or ran one on new shapes, while another thread ran its own.
+    """
 
     def __init__(self, compiled: Compiled, name: str, device: torch.device) -> None:
         api = compiled.library.api
@@ -45,8 +53,9 @@ class Engine:
         self.seam: Any = get_device(device.type)
         self.inputs, self.outputs = segment.inputs, segment.outputs
         self._compiled, self.library = compiled, compiled.library
+        self.calling = _sync.lock("a TensorRT engine")
         parts = self._parts = SimpleNamespace(runtime=api.Runtime(compiled.library.logger), config=None, cache=None)
-        weakref.finalize(self, self.seam.defer_free_code, device.index, vars(parts).clear).atexit = False
+        self.free_later(self, vars(parts).clear)
         with compiled.library.complaints() as complaints:
             parts.engine = parts.runtime.deserialize_cuda_engine(compiled.engines[name])
         if parts.engine is None:
@@ -61,9 +70,6 @@ class Engine:
             for side in (self.inputs, self.outputs)
         ]
         self.workspace_bytes = int(parts.engine.device_memory_size_v2)
-        #: Held while a context is made and while one runs on shapes for the first time: both may compile kernels, and
-        #: TensorRT-RTX 1.4 does not bear that on two threads. It crashed in two of two runs of the GPU's tests.
-        self.compiling = _sync.lock("TensorRT's kernels")
         self.may_start_early = torch.cuda.get_device_capability(device) >= _STARTS_EARLY
         # Kernels that are compiled for this very GPU when the first execution context is made, and kept for later ones.
         self._key = {**compiled.keys[name], "gpu": _gpu(device)}
@@ -97,9 +103,14 @@ class Engine:
         """Shapes of its inputs, as they lie in memory, where the symbols have these values."""
         return [tuple(size_of(n, values) for n in x.physical_sizes) for x in self.inputs]
 
+    def free_later(self, owner: Any, free: Callable[[], None]) -> None:
+        """Have ``free`` called where the host may wait, some time after ``owner`` has gone."""
+        freed = partial(_free, self.calling, free)
+        weakref.finalize(owner, self.seam.defer_free_code, self.device.index, freed).atexit = False
+
     def context(self) -> Any:
         """A new ``IExecutionContext`` without memory."""
-        with self.compiling, self.library.complaints() as complaints:
+        with self.calling, self.library.complaints() as complaints:
             how = self._parts.config or self.api.ExecutionContextAllocationStrategy.USER_MANAGED
             made = self._parts.engine.create_execution_context(how)
         if made is None:
@@ -113,11 +124,16 @@ class Engine:
         """Store what was compiled for this GPU, if anything was."""
         if self._parts.cache is None:
             return
-        with self.compiling:
+        with self.calling:
             now = bytes(self._parts.cache.serialize())
         if hashlib.sha256(now).digest() != hashlib.sha256(self._cached).digest():
             self._cached = now
             self._compiled.cache.store("kernels", self._key, now)
+
+
+def _free(calling: Any, free: Callable[[], None]) -> None:
+    with calling:
+        free()
 
 
 class _Call:
@@ -127,17 +143,16 @@ class _Call:
         self.engine = engine
         self._own, self._fork, self._join = own, torch.Event("cuda"), torch.Event("cuda")
         #: For direct runs, where kernels would start early: memory for what the work reads and writes, as large as it
-        #: can get; and the work, by shapes, in the order of the last uses. None: nothing starts early there.
+        #: can get; and the work with the shapes of its results, by shapes, in the order of the last uses. None: nothing
+        #: starts early there.
         self._buffers: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
-        self._whole: dict[Any, Any] = {}
+        self._whole: dict[Any, tuple[Any, _Shapes]] = {}
         #: What the execution context was told of, and what it said of its results.
-        self._shapes: list[tuple[int, ...]] | None = None
-        #: Those of its last run: the very list, for each change of shapes makes another.
-        self._ran_on: list[tuple[int, ...]] | None = None
-        self._results: list[tuple[int, ...]] = [layout.physical for layout in engine.outputs]
+        self._shapes: _Shapes | None = None
+        self._results: _Shapes = [layout.physical for layout in engine.outputs]
         #: The only reference to the execution context, which may outlive this, but not the engine.
         self._contexts = [engine.context()]
-        weakref.finalize(self, engine.seam.defer_free_code, engine.device.index, self._contexts.clear).atexit = False
+        engine.free_later(self, self._contexts.clear)
         self._names = [(n, n in engine.used) for n in input_names(len(engine.inputs))]
         self._outputs = list(zip(output_names(len(engine.outputs)), engine.outputs, strict=True))
 
@@ -151,11 +166,13 @@ class _Call:
         if values is None or not engine.is_range:
             return engine.workspace_bytes
         self._set_shapes(engine.inputs_at(values))
-        return min(int(self.context.update_device_memory_size_for_shapes()), engine.workspace_bytes)
+        with engine.calling:
+            return min(int(self.context.update_device_memory_size_for_shapes()), engine.workspace_bytes)
 
     def set_workspace(self, workspace: torch.Tensor) -> None:
         """Any one that is as large as it needs."""
-        self.context.set_device_memory(workspace.data_ptr(), workspace.numel())
+        with self.engine.calling:
+            self.context.set_device_memory(workspace.data_ptr(), workspace.numel())
 
     def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         """Queue it on the current stream.
@@ -170,9 +187,9 @@ class _Call:
         is_capturing, shapes = engine.seam.is_capturing(stream), [tuple(x.shape) for x in entered]
         # The first run after a change of shapes may do what no capture takes.
         assert not is_capturing or not engine.is_range or shapes == self._shapes, "not run on these shapes before"
-        self._set_shapes(shapes)
-        results = None if is_capturing or self._buffers is None else self._run_whole(entered, stream)
+        results = None if is_capturing or self._buffers is None else self._run_whole(entered, shapes, stream)
         if results is None:
+            self._set_shapes(shapes)
             entered = [x.clone() if x.data_ptr() % _ALIGNMENT else x for x in entered]
             made = [y.empty(engine.device, n) for y, n in zip(engine.outputs, self._results, strict=True)]
             results = self._bind(entered, made)
@@ -202,35 +219,37 @@ class _Call:
         if whole is None and not engine.is_range:
             self._buffers = None
 
-    def _run_whole(self, inputs: Sequence[torch.Tensor], stream: Stream) -> list[torch.Tensor] | None:
-        """Run on copies of these inputs, of whose shapes the context knows; None: nothing would start early."""
-        shapes = self._shapes
-        assert shapes is not None
+    def _run_whole(self, inputs: Sequence[torch.Tensor], shapes: _Shapes, stream: Stream) -> list[torch.Tensor] | None:
+        """Run on copies of these inputs, which have these shapes; None: nothing would start early.
+
+        On shapes that it has run on, nothing of TensorRT's is called.
+        """
         key = tuple(shapes)
         if key not in self._whole:
             # The first run after a change of shapes may do more than later ones, which none has to in a capture.
+            self._set_shapes(shapes)
             read = self._of_buffers(0, shapes)
             for buffer, x in zip(read, inputs, strict=True):
                 buffer.copy_(x)
-            self._bind(read, self._written())
+            self._bind(read, self._written(self._results))
             self._queue(stream)
             assert self._own is not None  # see _execute_beside
             self._whole_of(shapes, self._own)
             self._forget_whole(stream)
-        whole = self._whole[key] = self._whole.pop(key)
+        whole, results = self._whole[key] = self._whole.pop(key)
         if whole is None:
             return None
         for buffer, x in zip(self._of_buffers(0, shapes), inputs, strict=True):
             buffer.copy_(x)
         whole.launch(stream)
-        return [y.clone() for _, y in self._written()]
+        return [y.clone() for _, y in self._written(results)]
 
-    def _whole_of(self, shapes: Sequence[tuple[int, ...]], stream: Stream) -> Any | None:
+    def _whole_of(self, shapes: _Shapes, stream: Stream) -> Any | None:
         """Capture the work on what the context was told of, which it has run on; ``stream`` is ours."""
-        self._bind(self._of_buffers(0, shapes), self._written())
+        self._bind(self._of_buffers(0, shapes), self._written(self._results))
         with _capturing:
             whole = self.engine.seam.whole_kernels(stream, self._execute)
-        made = self._whole[tuple(shapes)] = whole if whole.early else None
+        made, _ = self._whole[tuple(shapes)] = (whole if whole.early else None), self._results
         return made
 
     def _forget_whole(self, stream: Stream) -> None:
@@ -246,36 +265,37 @@ class _Call:
         assert self._buffers is not None
         return [x.view(-1)[: math.prod(n)].view(n) for x, n in zip(self._buffers[side], shapes, strict=True)]
 
-    def _written(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _written(self, shapes: _Shapes) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """As :meth:`Layout.empty`, in the memory for direct runs."""
-        made = self._of_buffers(1, self._results)
+        made = self._of_buffers(1, shapes)
         return [(y, y.permute(layout.inverse)) for layout, y in zip(self.engine.outputs, made, strict=True)]
 
-    def _set_shapes(self, shapes: list[tuple[int, ...]]) -> None:
+    def _set_shapes(self, shapes: _Shapes) -> None:
         """Tell the execution context what it is going to be run on. Work that this needs comes with the next run."""
         if shapes == self._shapes:
             return
         self._shapes = None
         if self.engine.is_range:
-            with self.engine.library.complaints() as complaints:
+            with self.engine.calling, self.engine.library.complaints() as complaints:
                 for (name, used), layout, shape in zip(self._names, self.engine.inputs, shapes, strict=True):
                     if used and -1 in layout.bound and not self.context.set_input_shape(name, shape):
                         raise AnabranchError(
                             f"TensorRT does not take shape {list(shape)} for {name} of an engine that was built for"
                             f" it: {said(complaints)}. Compile with dynamic=False, or with another backend."
                         )
-            self._results = [tuple(self.context.get_tensor_shape(name)) for name, _ in self._outputs]
+                self._results = [tuple(self.context.get_tensor_shape(name)) for name, _ in self._outputs]
         self._shapes = shapes
 
     def _bind(
         self, inputs: Sequence[torch.Tensor], results: Sequence[tuple[torch.Tensor, torch.Tensor]]
     ) -> list[torch.Tensor]:
         """Have it read and write these; ``results`` as of :meth:`Layout.empty`, of which the second are returned."""
-        for (name, used), x in zip(self._names, inputs, strict=True):
-            if used:
-                self.context.set_tensor_address(name, x.data_ptr())
-        for (name, _), (written, _) in zip(self._outputs, results, strict=True):
-            self.context.set_tensor_address(name, written.data_ptr())
+        with self.engine.calling:
+            for (name, used), x in zip(self._names, inputs, strict=True):
+                if used:
+                    self.context.set_tensor_address(name, x.data_ptr())
+            for (name, _), (written, _) in zip(self._outputs, results, strict=True):
+                self.context.set_tensor_address(name, written.data_ptr())
         return [result for _, result in results]
 
     def _capture(self, stream: Stream) -> None:
@@ -287,7 +307,8 @@ class _Call:
 
     def capturable(self, stream: Stream) -> bool:
         context = self.context
-        return not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(handle(stream))
+        with self.engine.calling:
+            return not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(handle(stream))
 
     def _queue(self, stream: Stream) -> None:
         (self._execute if handle(stream) else self._execute_beside)(stream)
@@ -306,13 +327,11 @@ class _Call:
             stream.wait_event(self._join)
 
     def _execute(self, stream: Stream) -> None:
-        is_first = self._ran_on is not self._shapes
-        with self.engine.compiling if is_first else nullcontext(), self.engine.library.complaints() as complaints:
+        with self.engine.calling, self.engine.library.complaints() as complaints:
             if not self.context.execute_async_v3(handle(stream)):
                 raise AnabranchError(
                     f"TensorRT could not run the engine: {said(complaints)}. Compile it again, or with another backend."
                 )
-        self._ran_on = self._shapes
 
 
 class Instance:
