@@ -12,13 +12,13 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from click.testing import CliRunner
-from overflowing import GUILTY, NETWORKS
 from torch import nn
 
 import anabranch
 from anabranch import InputError, Mixed
 from anabranch.calibrate import Calibration, Finding, calibrate, draw, load_samples
 from anabranch.cli import main
+from contract.overflowing import GUILTY, NETWORKS
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from overflowing import NETWORKS
 from test_precision import EXACT, MIXED
 from tiny_transformers import MODELS
 from torch import nn
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 import anabranch
 from anabranch import InputError, Mixed
+from contract.overflowing import NETWORKS
 from contract.support import has_memory
 
 pytestmark = pytest.mark.usefixtures("seeded")

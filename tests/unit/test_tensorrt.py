@@ -308,6 +308,8 @@ _MASK = torch.tensor([[True, False, True], [False] * 3, [True] * 3])
 _ATTEND = nn.functional.scaled_dot_product_attention
 
 _SPECIAL = torch.tensor([_NAN, float("inf"), -float("inf"), 0.5, -4.0, 7.0])
+#: Of float16: the ends, a subnormal, and what has few digits beside 1.
+_ENDS = torch.tensor([_NAN, float("inf"), 65504, -65504, 1.5e-5, -1.5e-5, 1e-3, -16, -float("inf")]).half()
 _POOLED = torch.tensor([[*[-float("inf")] * 4, 1.0, _NAN, *[-float("inf")] * 3, -3e38, float("inf")]])
 
 _AS_PYTORCH = {
@@ -339,7 +341,21 @@ _AS_PYTORCH = {
     "float to integer": (lambda _, x: x.to(torch.int32), torch.tensor([-2.7, -0.5, 1.5, 2.7])),
     "a scalar in, and out": (lambda _, x: x * 2, torch.tensor(3.0)),
     "NaN stays": (lambda _, x: (nn.functional.hardsigmoid(x), nn.functional.hardswish(x)), _SPECIAL),
-    "the root of minus infinity": (lambda _, x: x**-0.5, _SPECIAL),
+    "the roots of minus infinity": (lambda _, x: (x**-0.5, x**0.5), _SPECIAL),
+    "hardswish of the largest": (lambda _, x: nn.functional.hardswish(x), torch.tensor([3.4e38, -3.4e38, 5e37])),
+    "logarithms of nothing": (
+        lambda _, x: (x.log_softmax(0), x.log_softmax(1), nn.functional.logsigmoid(x)),
+        _ENDS.view(3, 3),
+    ),
+    "digits of small numbers": (lambda _, x: (x.log1p(), x.expm1()), _ENDS),
+    "elu and its kind": (
+        lambda _, x: (nn.functional.elu(x, 0.7), nn.functional.celu(x, 1.5), nn.functional.selu(x)),
+        _ENDS,
+    ),
+    "gelu of the largest": (
+        lambda _, x: (nn.functional.gelu(x), nn.functional.gelu(x, approximate="tanh")),
+        _ENDS[-torch.inf < _ENDS],  # the definition makes NaN of it
+    ),
     "the largest of minus infinities": (lambda _, x: nn.functional.max_pool1d(x, 3, 2, 1), _POOLED),
 }
 
@@ -365,7 +381,12 @@ def test_onnx_computes_as_pytorch_does(tmp_path: Path, name: str) -> None:
         (lambda _, x: (x / 0.1).to(torch.float8_e4m3fn).float(), "without clamp"),
         (lambda _, x: x.to(torch.int8).float(), "int8 in torch.ops.quantized_decomposed only"),
         (lambda _, x: nn.functional.avg_pool2d(x, 2), "divides before it adds"),
-        (lambda _, x: x.topk(2)[0], "leaves NaN out"),
+        *(
+            (f, "leaves NaN out")
+            for f in (lambda _, x: x.topk(2)[0], lambda _, x: x.argmax(-1), lambda _, x: x.sort()[0])
+        ),
+        *((f, "far apart") for f in (lambda _, x: x % 3, lambda _, x: torch.fmod(x, x.flip(0)))),
+        (lambda _, x: x.logit(1e-6), "infinity of NaN"),
         (lambda _, x: nn.functional.interpolate(x, scale_factor=2, mode="bilinear"), "infinities whose weight is 0"),
         (lambda _, x: nn.functional.interpolate(x, scale_factor=2, mode="bicubic"), "infinities whose weight is 0"),
     ],

@@ -294,7 +294,7 @@ class Specialization:
         if program.is_random:
             lines.append("  results differ from call to call: the model draws random numbers")
         lines += [f"  {note}" for note in program.notes]
-        if choice.backend == "inductor":
+        if choice.backend in ("inductor", "tensorrt"):
             lines += [
                 f"  at the ends of the range, other than eager: {text}"
                 for text in exceptions(program.module.graph, device.kind)

@@ -27,8 +27,6 @@ from anabranch.export._sizes import size_of
 
 #: Bytes that the addresses given to an execution context have to be a multiple of.
 _ALIGNMENT = 256
-#: Held while TensorRT's work is captured, and nothing else is taken meanwhile: one thread at a time.
-_capturing = _sync.lock("TensorRT's captures")
 #: Shapes of a range of which an instance keeps the work of direct calls, where kernels would start early.
 _MOST_SHAPES = 32
 #: Of each input, or of each result.
@@ -41,22 +39,23 @@ class Engine:
     """One deserialized, immutable ``ICudaEngine`` with what execution contexts of it need. Any thread may make them.
 
     Whoever calls something of TensorRT's that belongs to it holds :attr:`calling`: the engine, its execution contexts
-    and its cache of kernels have one thread at a time. The documentation allows a context for each thread; of
-    TensorRT-RTX the notes on version 1.3 say "thread-safe execution, up to one network per thread", and version 1.4
-    ended the process where one thread made a context, or ran one on new shapes, while another thread ran its own.
+    and its cache of kernels have one thread at a time. TensorRT's documentation allows a context for each thread; the
+    notes on TensorRT-RTX 1.3 speak of "thread-safe execution, up to one network per thread". What queues work, or loads
+    code, takes turns with captures, too (:meth:`CudaDevice.without_captures`).
     """
 
     def __init__(self, compiled: Compiled, name: str, device: torch.device) -> None:
         api = compiled.library.api
         segment = compiled.partition.segments[name]
         self.api, self.device = api, device
-        self.seam: Any = get_device(device.type)
+        seam: Any = get_device(device.type)
+        self.seam = seam
         self.inputs, self.outputs = segment.inputs, segment.outputs
         self._compiled, self.library = compiled, compiled.library
         self.calling = _sync.lock("a TensorRT engine")
         parts = self._parts = SimpleNamespace(runtime=api.Runtime(compiled.library.logger), config=None, cache=None)
         self.free_later(self, vars(parts).clear)
-        with compiled.library.complaints() as complaints:
+        with seam.without_captures(), compiled.library.complaints() as complaints:
             parts.engine = parts.runtime.deserialize_cuda_engine(compiled.engines[name])
         if parts.engine is None:
             raise Rejected(f"TensorRT does not load its own engine: {said(complaints)}")
@@ -105,12 +104,12 @@ class Engine:
 
     def free_later(self, owner: Any, free: Callable[[], None]) -> None:
         """Have ``free`` called where the host may wait, some time after ``owner`` has gone."""
-        freed = partial(_free, self.calling, free)
+        freed = partial(_free, self.seam, self.calling, free)
         weakref.finalize(owner, self.seam.defer_free_code, self.device.index, freed).atexit = False
 
     def context(self) -> Any:
         """A new ``IExecutionContext`` without memory."""
-        with self.calling, self.library.complaints() as complaints:
+        with self.seam.without_captures(), self.calling, self.library.complaints() as complaints:
             how = self._parts.config or self.api.ExecutionContextAllocationStrategy.USER_MANAGED
             made = self._parts.engine.create_execution_context(how)
         if made is None:
@@ -131,8 +130,8 @@ class Engine:
             self._compiled.cache.store("kernels", self._key, now)
 
 
-def _free(calling: Any, free: Callable[[], None]) -> None:
-    with calling:
+def _free(seam: Any, calling: Any, free: Callable[[], None]) -> None:
+    with seam.without_captures(), calling:
         free()
 
 
@@ -247,8 +246,7 @@ class _Call:
     def _whole_of(self, shapes: _Shapes, stream: Stream) -> Any | None:
         """Capture the work on what the context was told of, which it has run on; ``stream`` is ours."""
         self._bind(self._of_buffers(0, shapes), self._written(self._results))
-        with _capturing:
-            whole = self.engine.seam.whole_kernels(stream, self._execute)
+        whole = self.engine.seam.whole_kernels(stream, self._execute)
         made, _ = self._whole[tuple(shapes)] = (whole if whole.early else None), self._results
         return made
 
@@ -301,8 +299,7 @@ class _Call:
     def _capture(self, stream: Stream) -> None:
         graph = self.engine.seam.graph_under_capture(stream)
         others = set(graph_nodes(graph))
-        with _capturing:
-            self._execute(stream)
+        self._execute(stream)
         complete(graph, but=others)
 
     def capturable(self, stream: Stream) -> bool:
@@ -327,7 +324,8 @@ class _Call:
             stream.wait_event(self._join)
 
     def _execute(self, stream: Stream) -> None:
-        with self.engine.calling, self.engine.library.complaints() as complaints:
+        engine = self.engine
+        with engine.seam.without_captures(), engine.calling, engine.library.complaints() as complaints:
             if not self.context.execute_async_v3(handle(stream)):
                 raise AnabranchError(
                     f"TensorRT could not run the engine: {said(complaints)}. Compile it again, or with another backend."

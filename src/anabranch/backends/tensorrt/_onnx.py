@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from anabranch.backends.tensorrt._decompositions import decompose
 from anabranch.backends.tensorrt._layout import Layout
 from anabranch.backends.tensorrt._profile import Profile
-from anabranch.backends.tensorrt._rewrite import decompose, rewrite
+from anabranch.backends.tensorrt._rewrite import rewrite
 from anabranch.errors import BuildError
 from anabranch.export import undisturbed
 from anabranch.export._sizes import function_of, plain_size

@@ -21,6 +21,11 @@ from anabranch.export._sizes import is_of_data, plain_size
 #: What a TensorRT engine computes with as PyTorch does. Its parser takes float64 too, and computes in float32.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool)
 _DEPENDS_ON_MEMORY = ("as_strided", "set_", "resize_")
+_ORDERS = (
+    *("aten::topk", "aten::sort", "aten::sort.stable", "aten::argsort", "aten::argsort.stable"),
+    *("aten::argmax", "aten::argmin", "aten::max.dim", "aten::min.dim"),
+)
+_REMAINDERS = tuple(f"aten::{op}.{kind}" for op in ("fmod", "remainder") for kind in ("Scalar", "Tensor"))
 _LINEAR = tuple(f"aten::upsample_{kind}" for kind in ("linear1d", "bilinear2d", "trilinear3d", "bicubic2d"))
 
 
@@ -127,8 +132,12 @@ def _other_result(node: fx.Node) -> str | None:
         return "TensorRT divides before it adds: numbers whose sum overflows in eager do not there"
     if name.startswith(_LINEAR) and _dtype_of(node) is not None:
         return "its ONNX leaves out infinities whose weight is 0, of which eager makes NaN"
-    if name == "aten::topk" and _dtype_of(node) is not None:
+    if name in _ORDERS and any(v.dtype.is_floating_point for v in _given(node)):
         return "TensorRT's leaves NaN out"
+    if name in _REMAINDERS and _dtype_of(node) is not None:
+        return "TensorRT's has no remainder of, or by, numbers that are infinite or far apart"
+    if name == "aten::logit":
+        return "TensorRT makes infinity of NaN there"
     if quantized_with_rounding(node):
         return (
             "PyTorch rounds to whole numbers before float8 there; a division, clamp(-448, 448) and"

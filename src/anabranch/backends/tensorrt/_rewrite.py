@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
-from torch._decomp import get_decompositions
-from torch.export import ExportedProgram
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils import _pytree as pytree
 
@@ -50,6 +47,8 @@ _MAX_POOLS = (
     *_MAX_POOLS_OF_TWO,
 )
 _HALVES = (torch.float16, torch.bfloat16)
+#: From here on gelu is its input, in float32 as in half precision.
+_IDENTICAL = 16
 _FP8 = torch.float8_e4m3fn
 #: The largest number of ``float8_e4m3fn``.
 FP8_MAX = 448
@@ -61,46 +60,13 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(module.graph, {}))
     copied = fx.GraphModule(module, graph)
     for change in (
-        *(_quantize_fp8, _quantize_int8, _roots, _keep_nan, _compute_in_float32),
+        *(_quantize_fp8, _quantize_int8, _roots, _keep_ends, _compute_in_float32),
         *(_reduce_all, _empty_rows, _pool_nan, _fold_norms),
     ):
         change(copied)
     graph.eliminate_dead_code()
     copied.recompile()
     return copied
-
-
-def decompose(exported: ExportedProgram) -> ExportedProgram:
-    """Batch normalizations that are left compute in float32, as PyTorch's kernels do, and round their results once.
-
-    And what ONNX leaves open is written out: which of NaN and a number is larger, and what a sum of exponentials does
-    when one of them is too large.
-    """
-    table: dict[Any, Callable[..., Any]] = {
-        **get_decompositions([_NORM, _aten._native_batch_norm_legit.default, _aten.logsumexp.default]),
-        _aten.sign.default: _sign,
-        _aten.sgn.default: _sign,
-        _aten.maximum.default: _larger,
-        _aten.minimum.default: _smaller,
-    }
-    return exported.run_decompositions(table)
-
-
-def _sign(x: torch.Tensor) -> torch.Tensor:
-    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
-
-
-def _larger(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """NaN if either is. TensorRT's takes the one that is a number (https://github.com/NVIDIA/TensorRT/issues/4758)."""
-    if not torch.result_type(x, y).is_floating_point:
-        return NotImplemented
-    return torch.where((x > y) | torch.isnan(x), x, y)
-
-
-def _smaller(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    if not torch.result_type(x, y).is_floating_point:
-        return NotImplemented
-    return torch.where((x < y) | torch.isnan(x), x, y)
 
 
 # -- precision ----------------------------------------------------------------------------------------------------
@@ -194,24 +160,38 @@ def _empty_rows(module: fx.GraphModule) -> None:
 
 
 def _roots(module: fx.GraphModule) -> None:
-    """TensorRT's power of minus infinity is 0; the root of it is NaN, as in eager."""
+    """TensorRT's powers of minus infinity are 0 and infinity; roots of it are NaN, as in eager."""
+    roots = {0.5: _aten.sqrt.default, -0.5: _aten.rsqrt.default}
     for node in module.graph.find_nodes(op="call_function", target=_aten.pow.Tensor_Scalar):
-        if node.args[1] == -0.5:
-            node.target, node.args = _aten.rsqrt.default, node.args[:1]
+        if node.args[1] in roots:
+            node.target, node.args = roots[node.args[1]], node.args[:1]
 
 
-def _keep_nan(module: fx.GraphModule) -> None:
-    """TensorRT makes numbers of NaN there."""
-    graph = module.graph
-    for target in (_aten.hardsigmoid.default, _aten.hardswish.default):
-        for node in graph.find_nodes(op="call_function", target=target):
-            x: Any = node.args[0]
-            with graph.inserting_after(node):
-                is_nan = graph.call_function(_aten.isnan.default, (x,))
-            with graph.inserting_after(is_nan):
-                result = graph.call_function(_aten.where.self, (is_nan, x, node))
-            result.meta["val"] = node.meta.get("val")
-            _replace(node, result, result)
+def _keep_ends(module: fx.GraphModule) -> None:
+    """At the ends of the range the input is the result, or infinity is: TensorRT makes numbers of NaN and of what
+    overflows on its way in eager, and infinities where nothing overflows."""
+    for node in list(module.graph.nodes):
+        dtype, x = _dtype(module, node), node.args[0] if node.args else None
+        if node.target in (_aten.hardsigmoid.default, _aten.hardswish.default):
+            result = _where(node, _aten.isnan.default, (x,), x)
+            if node.target is _aten.hardswish.default and dtype in (torch.float32, torch.bfloat16):
+                # Eager multiplies by 6 first, in float32.
+                _where(result, _aten.gt.Scalar, (x, torch.finfo(torch.float32).max / 6), math.inf)
+        elif node.target is _aten.gelu.default:
+            _where(node, _aten.gt.Scalar, (x, _IDENTICAL), x)
+
+
+def _where(node: fx.Node, condition: Any, arguments: tuple[Any, ...], value: Any) -> fx.Node:
+    """Have ``value`` in the place of the elements of ``node`` for which ``condition`` holds."""
+    graph = node.graph
+    with graph.inserting_after(node):
+        chosen = graph.call_function(condition, arguments)
+    with graph.inserting_after(chosen):
+        choose = _aten.where.self if isinstance(value, fx.Node) else _aten.where.ScalarSelf
+        result = graph.call_function(choose, (chosen, value, node))
+    result.meta["val"] = node.meta.get("val")
+    _replace(node, result, result)
+    return result
 
 
 def _pool_nan(module: fx.GraphModule) -> None:

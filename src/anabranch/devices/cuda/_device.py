@@ -18,7 +18,7 @@ from anabranch.devices._turns import watch_pytorch
 from anabranch.devices.cuda._callers import CallerCaptures
 from anabranch.devices.cuda._calls import NOT_CAPTURING, RELAXED, STICKY, CudaCallError, checked, rt
 from anabranch.devices.cuda._driver import handle
-from anabranch.devices.cuda._graph import CudaGraph, WholeKernels, capture_on, capture_work, instantiated
+from anabranch.devices.cuda._graph import CudaGraph, WholeKernels, capture_on, capture_work, instantiated, making
 from anabranch.devices.cuda._lane import CudaLane, CudaLatch, new_stream
 from anabranch.devices.cuda._memory import CudaMemory, OrdinaryMemory
 from anabranch.errors import DeviceLost
@@ -126,7 +126,8 @@ class CudaDevice(StreamDevice):
             source, result = capture_work(stream, fn)
             captured = instantiated(source)
             try:
-                checked("cudaGraphUpload", rt.cudaGraphUpload(captured.executable, handle(stream)))
+                with making:
+                    checked("cudaGraphUpload", rt.cudaGraphUpload(captured.executable, handle(stream)))
             except BaseException:
                 captured.destroy()
                 raise
@@ -135,6 +136,10 @@ class CudaDevice(StreamDevice):
     def whole_kernels(self, stream: Stream, queue: Callable[[Stream], None]) -> WholeKernels:
         """A library's work so that no kernel starts before the one ahead of it has ended."""
         return WholeKernels(self, stream, queue)
+
+    def without_captures(self) -> AbstractContextManager[Any]:
+        """No graph of ours is made while the block runs, in any thread; nor another such block. It nests."""
+        return making
 
     def graph_under_capture(self, stream: Stream) -> int:
         """The handle of the graph that the capture on ``stream`` adds to."""

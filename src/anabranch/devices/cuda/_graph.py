@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from anabranch import _sync
 from anabranch.devices import _turns
 from anabranch.devices._device import Device
 from anabranch.devices._stream import Stream
@@ -58,12 +59,20 @@ def capture_on(stream: Stream) -> tuple[Any, Any]:
     return identity, graph
 
 
+#: Held while a graph is made, and while TensorRT does anything. An execution context records events of its own in each
+#: run, those that are captured too, and CUDA 13.0's driver ends the process now and then where one thread records such
+#: an event again while another captures: in cuEventRecord or cudaStreamEndCapture, or later. Of 14 runs of 100 s 12 did
+#: so; of 4 in which first runs on new shapes took turns with captures, 1; of 2 in which all runs did, none
+#: (benchmarks/results/captures_beside_tensorrt_h200.json).
+making = _sync.rlock("making graphs")
+
+
 def capture_work(stream: Stream, fn: Callable[[], Any]) -> tuple[Any, Any]:
     """What ``fn`` queues on the stream and its forks, as a graph that is the caller's to destroy, and its result.
 
     Nobody waits for the device meanwhile: see :mod:`anabranch.devices._turns`.
     """
-    with _turns.turns.capturing():
+    with _turns.turns.capturing(), making:
         return _capture(stream, fn)
 
 
@@ -84,7 +93,8 @@ def _capture(stream: Stream, fn: Callable[[], Any]) -> tuple[Any, Any]:
 def instantiated(graph: Any) -> CudaGraph:
     """With its source, which goes if this fails."""
     try:
-        return CudaGraph(checked("cudaGraphInstantiate", rt.cudaGraphInstantiate(graph, 0)), graph)
+        with making:
+            return CudaGraph(checked("cudaGraphInstantiate", rt.cudaGraphInstantiate(graph, 0)), graph)
     except BaseException:
         rt.cudaGraphDestroy(graph)
         raise
