@@ -404,7 +404,8 @@ def _filled(names: tuple[str, ...], rows: list[list[str]]) -> list[str]:
 
 
 def _text(text: str) -> str:
-    """Of an error, in a line of markdown."""
+    """Of an error, in a line of markdown, as far as one can read it."""
+    text = text if len(text) <= 400 else f"{text[:400]} [...]"
     return re.sub(r"([|<>*_`\[\]])", r"\\\1", text)
 
 

@@ -267,3 +267,17 @@ def test_an_engine_is_not_copied(made: Any, runtime: str) -> None:
     with pytest.raises(anabranch.InputError, match="was to be copied or pickled"):
         copy.deepcopy(holder)
     assert torch.equal(engine(torch.ones(1, 2)), holder(torch.ones(1, 2)))
+
+
+def test_what_pytorch_says_at_length_is_cut(runtime: str) -> None:
+    class Asks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if sum(n * n for n in x.tolist()) > 3 else -x
+
+    x = torch.arange(80)
+    with pytest.raises(anabranch.UnsupportedModel, match=r"Could not guard.* \[\.\.\.\]\. An engine needs") as raised:
+        anabranch.compile(Asks(), [x], backend="eager", runtime=runtime, require_full=True)
+    assert len(str(raised.value)) < 1000
+    engine = anabranch.compile(Asks(), [x], backend="eager", runtime=runtime)
+    assert max(map(len, engine.explain().splitlines())) < 1000
+    assert torch.equal(engine(x - 1), x - 1)

@@ -18,6 +18,8 @@ from anabranch.errors import AnabranchError, InputError, UnsupportedModel
 #: Frames in here are nobody's model.
 _NOT_A_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
 
+#: Characters of somebody else's error that are passed on.
+_MOST_READ = 400
 #: (words in an error's text, what to do)
 _ADVICE = (
     (
@@ -117,8 +119,10 @@ def line_on(frame: FrameType | None, others: tuple[str, ...] = ()) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Of its text; its type where it has none."""
-    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Of its text, or as much of it as one can read; its type where it has none."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    # PyTorch writes out expressions of hundreds of symbols.
+    return line.rstrip(".") if len(line) <= _MOST_READ else f"{line[:_MOST_READ]} [...]"
 
 
 def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
