@@ -26,6 +26,7 @@ from anabranch.export._generators import generators_kept
 from anabranch.export._isolation import run_in_eager
 from anabranch.export._leaks import Watch
 from anabranch.export._modes import inline_modes
+from anabranch.export._multihead import as_on_fast_paths
 from anabranch.export._numbers import NotCarried
 from anabranch.export._recurrent import weights_apart
 from anabranch.export._signature import CONSTANTS, TensorSpec
@@ -220,6 +221,7 @@ def _export(
                 _refusals_unsaid(),
                 weights_apart(module.model),
                 _packed.traced(module.model),
+                as_on_fast_paths(module.model),
             ):
                 sizes = ([{d: torch.export.Dim.AUTO for j, d in free if j == i} for i in range(len(args))],)
                 dynamic = tuple(map(tuple, sizes)) if free else None
