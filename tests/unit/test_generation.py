@@ -354,3 +354,31 @@ def test_what_tokens_and_samplers_refuse() -> None:
     for wrong in ({"temperature": 0.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}):
         with pytest.raises(ValueError, match="expected"):
             Sampler(**wrong)  # type: ignore[arg-type]
+
+
+_NARROW: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+ASKING: dict[str, Callable[[], Any]] = {
+    # Positions of the mask, which are cut where the text begins.
+    "opt": lambda: t.OPTForCausalLM(
+        t.OPTConfig(**_NARROW, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, init_std=0.3)
+    ),
+    # A mask of ones as long as the text.
+    "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(**_NARROW, initializer_range=0.3)),
+    "biogpt": lambda: t.BioGptForCausalLM(
+        t.BioGptConfig(**_NARROW, intermediate_size=64, max_position_embeddings=64, initializer_range=0.3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_models_that_ask_how_long_the_text_is_are_told(name: str) -> None:
+    torch.manual_seed(3)
+    model = ASKING[name]().eval().requires_grad_(False)
+    model.generation_config.eos_token_id = None
+    engine = anabranch.compile(Decoder(model, 32), [torch.randint(3, 90, (1, 7))], backend="eager")
+    for length in (7, 5):
+        prompt = torch.randint(3, 90, (1, length))
+        expected = model.generate(prompt, max_new_tokens=16, do_sample=False)[0, length:].tolist()
+        with engine.session() as session:
+            made = [int(token) for token in itertools.islice(tokens(session, prompt), 16)]
+        assert made == expected

@@ -325,6 +325,10 @@ _AS_PYTORCH = {
     "norm of large float16": (lambda _, x: x.norm(dim=1), torch.full((2, 8), 1000.0).half()),
     "logsumexp of large": (lambda _, x: x.logsumexp(1), torch.full((2, 8), 200.0)),
     "attention to nothing": (lambda m, x: _ATTEND(x, x, x, attn_mask=m.mask), torch.rand(1, 2, 3, 8)),
+    "attention of heads that share": (
+        lambda _, x: _ATTEND(x, x[:, ::2], x[:, 1::2] * 2, is_causal=True, enable_gqa=True),
+        torch.rand(2, 4, 3, 8),
+    ),
     "attention to -inf": (
         lambda m, x: _ATTEND(x, x, x, attn_mask=torch.zeros(3, 3).masked_fill(~m.mask, -torch.inf)),
         torch.rand(1, 2, 3, 8),

@@ -8,7 +8,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +25,7 @@ from anabranch.export._forward import TENSOR, Forward, Seen
 from anabranch.export._generators import generators_kept
 from anabranch.export._isolation import run_in_eager
 from anabranch.export._leaks import Watch
+from anabranch.export._masks import masks_as_in_eager
 from anabranch.export._modes import inline_modes
 from anabranch.export._multihead import as_on_fast_paths
 from anabranch.export._numbers import NotCarried
@@ -222,6 +223,7 @@ def _export(
                 weights_apart(module.model),
                 _packed.traced(module.model),
                 as_on_fast_paths(module.model),
+                nullcontext() if free else masks_as_in_eager(),
             ):
                 sizes = ([{d: torch.export.Dim.AUTO for j, d in free if j == i} for i in range(len(args))],)
                 dynamic = tuple(map(tuple, sizes)) if free else None

@@ -7,10 +7,12 @@ of the mask alone, so they are right however far the text goes beyond them.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -131,6 +133,8 @@ class Decoder(torch.nn.Module):
                     self.register_buffer(f"{prefix}{kind}_{i}", buffer, persistent=False)
         device = next(iter(self.buffers())).device
         self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        #: What the model is told besides, so that it does not read the length of the text so far.
+        self._told = () if self.encodes else self._needed()
 
     @torch.no_grad()
     def _made_by_one_token(self, source: torch.Tensor | None) -> Any:
@@ -142,6 +146,32 @@ class Decoder(torch.nn.Module):
         else:
             out = self.model(input_ids=first, use_cache=True, **self._options)
         return getattr(out, "past_key_values", None)
+
+    @torch.no_grad()
+    def _needed(self) -> tuple[str, ...]:
+        """The first of these with which a step does not ask how long the text is; nothing where all do."""
+        known = inspect.signature(self.model.forward).parameters
+        for told in ((), ("position_ids",), ("attention_mask",), ("position_ids", "attention_mask")):
+            # Fake tensors have no values that one could ask for.
+            with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):
+                if known.keys() >= {*told}:
+                    pairs = [map(torch.empty_like, self._buffers_of("", i)) for i in range(self._layers)]
+                    position = torch.empty_like(self.position)
+                    own = Cache(layers=[_Layer(keys, values, position) for keys, values in pairs])
+                    first = torch.zeros((self.batch, 3), dtype=torch.int64, device=position.device)
+                    also = self._also(told, 3, position)
+                    self.model(input_ids=first, past_key_values=own, use_cache=True, **self._options, **also)
+                    return told
+        return ()
+
+    def _also(self, told: tuple[str, ...], n: int, position: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What ``told`` names, of a call with ``n`` tokens."""
+        made = {}
+        if "position_ids" in told:
+            made["position_ids"] = (torch.arange(n, device=position.device) + position).expand(self.batch, -1)
+        if "attention_mask" in told:
+            made["attention_mask"] = torch.ones((self.batch, self.length), dtype=torch.int64, device=position.device)
+        return made
 
     def _buffers_of(self, prefix: str, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         return getattr(self, f"{prefix}keys_{i}"), getattr(self, f"{prefix}values_{i}")
@@ -158,7 +188,9 @@ class Decoder(torch.nn.Module):
         if self.encodes:
             out = self._decode(input_ids, own, **inputs)
         else:
-            out = self.model(input_ids=input_ids, past_key_values=own, use_cache=True, **self._options, **inputs)
+            also = self._also(self._told, tokens.shape[1], self.position)
+            given = {**self._options, **also, **inputs}
+            out = self.model(input_ids=input_ids, past_key_values=own, use_cache=True, **given)
         self.position.add_(tokens.shape[1])
         return out.logits[:, -1]
 

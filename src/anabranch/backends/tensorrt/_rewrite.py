@@ -61,7 +61,7 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     copied = fx.GraphModule(module, graph)
     for change in (
         *(_quantize_fp8, _quantize_int8, _roots, _keep_ends, _compute_in_float32),
-        *(_reduce_all, _empty_rows, _pool_nan, _fold_norms),
+        *(_reduce_all, _share_heads, _empty_rows, _pool_nan, _fold_norms),
     ):
         change(copied)
     graph.eliminate_dead_code()
@@ -137,6 +137,22 @@ def _reduce_all(module: fx.GraphModule) -> None:
             reduced = node.args[0]
             if isinstance(reduced.meta.get("val"), torch.Tensor):
                 node.args = (reduced, list(range(reduced.meta["val"].dim())), *node.args[2:])
+
+
+def _share_heads(module: fx.GraphModule) -> None:
+    """Keys and values of which several heads share one have no ONNX in PyTorch 2.11: each head gets its own."""
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=_ATTENTION):
+        values = [n.meta.get("val") for n in node.args[:3]]
+        heads = [v.shape[1] for v in values if isinstance(v, torch.Tensor) and isinstance(v.shape[1], int)]
+        if not node.kwargs.get("enable_gqa") or len(heads) < 3:
+            continue
+        with graph.inserting_before(node):
+            for i in (1, 2):
+                x = graph.call_function(_aten.unsqueeze.default, (node.args[i], 2))
+                x = graph.call_function(_aten.expand.default, (x, [-1, -1, heads[0] // heads[i], -1, -1]))
+                node.update_arg(i, graph.call_function(_aten.flatten.using_ints, (x, 1, 2)))
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "enable_gqa"}
 
 
 def _empty_rows(module: fx.GraphModule) -> None:
