@@ -19,6 +19,7 @@ from torch import fx
 
 from anabranch import _activity, _sync
 from anabranch.errors import AnabranchError, DeviceLost, FlagsChanged, InputError, NotCapturable
+from anabranch.runtime._graph_key import key_of
 from anabranch.runtime._integers import Integers, picker
 from anabranch.runtime._process import process
 from anabranch.runtime._ranges import NotInRange, Place
@@ -222,6 +223,8 @@ class Fragment:
         self.python_us: float | None = None
         self.operators = sum(n.op.startswith("call") and n.target not in _FREE for n in gm.graph.nodes)
         self._autocasts = _autocasts(examples)
+        #: Equal for graphs that are the same; None: nobody can tell.
+        self.key = key_of(gm, examples, self._autocasts)
         results = _results(gm)
         #: Which inputs required grad while grad was enabled, and whether a result then did. Not every version of Dynamo
         #: guards it.

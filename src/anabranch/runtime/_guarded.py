@@ -213,7 +213,11 @@ class Guarded:
     def _fragment(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         watch_limits(gm)
         fragment = Fragment(gm, examples, self._make_engine, first=FIRST, in_engine=True, dynamic=self._dynamic)
-        self._fragments.append(fragment)
+        same = next((f for f in list(self._fragments) if f.key is not None and f.key == fragment.key), None)
+        if same is None:
+            self._fragments.append(fragment)
+        else:
+            fragment = same  # another thread came upon it, too
         return _Timed(fragment, self._meter)
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
