@@ -21,6 +21,8 @@ _NAME = "_is_make_fx_tracing"
 class _Thread(threading.local):
     #: Of the layer that this thread calls, until it asks whether anybody overrides PyTorch's functions for it.
     query: Any = None
+    #: Whether it has asked that, and not yet whether it is traced.
+    has_asked = False
     #: Whether it has found nothing against its fast path but that it is traced.
     is_fast = False
 
@@ -33,21 +35,23 @@ def as_on_fast_paths(module: torch.nn.Module) -> Iterator[None]:
     """While ``module``, which this thread uses alone, is traced: results lie in memory as they do in eager calls."""
     kind = torch.nn.MultiheadAttention
     layers = [m for m in module.modules() if type(m).forward is kind.forward and "forward" not in m.__dict__]
-    if not layers:
+    before: Any = getattr(activation, _NAME, None)
+    if not layers or before is None:
         yield
         return
-    before: Any = getattr(activation, _NAME, None)
     overridden = torch.overrides.has_torch_function
 
     def is_overridden(tensors: Any) -> bool:
         if _thread.query is None or not any(x is _thread.query for x in tensors):
             return overridden(tensors)
-        _thread.query = None
+        _thread.query, _thread.has_asked = None, True
         return False  # by what traces it, and nobody else
 
     def is_traced() -> bool:  # the last thing that a layer asks
-        _thread.is_fast = bool(before())
-        return _thread.is_fast
+        if not _thread.has_asked:
+            return bool(before())
+        _thread.has_asked, _thread.is_fast = False, True
+        return True
 
     for layer in layers:
         layer.__dict__["forward"] = functools.partial(_forward, layer)
@@ -63,9 +67,9 @@ def as_on_fast_paths(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    _thread.query, _thread.is_fast = args[0] if args else kwargs.get("query"), False
+    _thread.query, _thread.has_asked, _thread.is_fast = args[0] if args else kwargs.get("query"), False, False
     try:
         results, weights = torch.nn.MultiheadAttention.forward(layer, *args, **kwargs)
     finally:
-        _thread.query = None
+        _thread.query, _thread.has_asked = None, False
     return (results.contiguous() if _thread.is_fast else results), weights
