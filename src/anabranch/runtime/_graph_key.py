@@ -47,5 +47,7 @@ def _kind(x: Any) -> Any:
     """Sizes by their text, which has the names of symbols."""
     if not isinstance(x, torch.Tensor):
         return type(x), repr(x)
-    layout = (str(tuple(x.shape)), str(x.stride()), str(x.storage_offset())) if x.layout is torch.strided else None
-    return isinstance(x, torch.nn.Parameter), x.dtype, x.device, x.layout, layout, x.requires_grad
+    if x.layout is not torch.strided:
+        return object()  # equal to no other
+    layout = str(tuple(x.shape)), str(x.stride()), str(x.storage_offset())
+    return isinstance(x, torch.nn.Parameter), x.dtype, x.device, layout, x.requires_grad

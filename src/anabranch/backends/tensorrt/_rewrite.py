@@ -140,7 +140,8 @@ def _reduce_all(module: fx.GraphModule) -> None:
 
 
 def _share_heads(module: fx.GraphModule) -> None:
-    """Keys and values of which several heads share one have no ONNX in PyTorch 2.11: each head gets its own."""
+    """Of keys and values that several heads share each head gets its own: nothing depends on what the exporter makes of
+    them."""
     graph = module.graph
     for node in graph.find_nodes(op="call_function", target=_ATTENTION):
         values = [n.meta.get("val") for n in node.args[:3]]
