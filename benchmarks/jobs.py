@@ -80,11 +80,9 @@ def run_together(program: str, names: list[str]) -> Iterator[tuple[str, dict[str
             for name, (process, out, err) in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
-                    yield (
-                        name,
-                        _result(process.returncode, out.read_text(), err.read_text(), time.perf_counter() - began),
-                    )
-            if sum(1 for p, _, _ in running.values() if (meeting / f"built-{p.pid}").exists()) == len(running):
+                    took = time.perf_counter() - began
+                    yield name, _result(process.returncode, out.read_text(), err.read_text(), took)
+            if all((meeting / f"built-{process.pid}").exists() for process, _, _ in running.values()):
                 (meeting / "all-built").touch()
 
 

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 import anabranch
+from anabranch.check._bench import on_threads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 THREADS, CALLS, VARIANTS = 8, 500, 16
@@ -228,33 +229,23 @@ def threads(name: str, precision: str, calls: int) -> dict[str, Any]:
     if all(torch.equal(expected[0], e) for e in expected[1:]):
         raise RuntimeError("all inputs have one result; a call that is mixed up with another would not show")
     wrong = [torch.zeros((), dtype=torch.int64, device=DEVICE) for _ in range(THREADS)]
-    raised: list[BaseException] = []
+    streams = [torch.cuda.Stream() if DEVICE == "cuda" else None for _ in range(THREADS)]
     barrier = threading.Barrier(THREADS)
 
     def work(i: int) -> None:
-        try:
-            stream = torch.cuda.Stream() if DEVICE == "cuda" else None
-            barrier.wait()
-            with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else nullcontext():
-                for call in range(calls):
-                    which = (5 * i + 3 * call) % VARIANTS
-                    result = engine(inputs[which].clone())
-                    wrong[i] += (result != expected[which]).any() | ~result.isfinite().all()
-                if stream is not None:
-                    stream.synchronize()
-        except BaseException as e:
-            raised.append(e)
-            barrier.abort()
+        stream = streams[i]
+        barrier.wait()
+        with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else nullcontext():
+            for call in range(calls):
+                which = (5 * i + 3 * call) % VARIANTS
+                result = engine(inputs[which].clone())
+                wrong[i] += (result != expected[which]).any() | ~result.isfinite().all()
+            if stream is not None:
+                stream.synchronize()
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(THREADS)]
     with jobs.measuring():
         start = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if raised:
-            raise raised[0]
+        on_threads(THREADS, work)
         seconds = time.perf_counter() - start
     captured = engine.summary()["signatures"][0]["captured"]
     made = {"calls": THREADS * calls, "wrong": int(sum(int(w) for w in wrong)), "captured": captured}

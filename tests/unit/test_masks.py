@@ -64,7 +64,7 @@ def test_no_mask_is_made_where_eager_makes_none(make: Any) -> None:
     program = export_program(model, (ids(),), {})
     attentions = program.module.graph.find_nodes(op="call_function", target=_ATTENTION)
     assert len(attentions) == 2
-    assert all(n.kwargs.get("attn_mask", (*n.args, None)[3] if len(n.args) > 3 else None) is None for n in attentions)
+    assert not any(mask is not None for n in attentions for mask in (*n.args[3:4], n.kwargs.get("attn_mask")))
     with anabranch.compile(model, [ids()], backend="eager") as engine:
         for _ in range(2):
             x = ids()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from anabranch.export._bystanders import replaced
+from anabranch.export._random import is_random
 
 _MODULE = "transformers.masking_utils"
 _EXPORTING, _PACKED = "is_torchdynamo_exporting", "find_packed_sequence_indices"
@@ -70,14 +71,10 @@ def _evaluated(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         return known[node]
     target: Any = node.target
     result = None
-    if isinstance(target, torch._ops.OpOverload) and not _is_impure(target):
+    if isinstance(target, torch._ops.OpOverload) and not (target._schema.is_mutable or is_random(node)):
         given = {n: _evaluated(n, known) for n in node.all_input_nodes}
         if all(v is not None for v in given.values()):
             here = {"device": torch.device("cpu")} if "device" in node.kwargs else {}
             result = target(*fx.map_arg(node.args, given.get), **{**fx.map_arg(node.kwargs, given.get), **here})
     known[node] = result
     return result
-
-
-def _is_impure(target: Callable[..., Any]) -> bool:
-    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags  # type: ignore[attr-defined]

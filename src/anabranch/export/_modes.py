@@ -52,7 +52,7 @@ def _inline(gm: fx.GraphModule, keep_grad_mode: bool, is_autocast: bool) -> None
             mode, piece, *given = node.args
             _put(gm, node, piece, given, mode if keep_grad_mode else None)
         elif node.target is wrap_with_autocast and not node.args[2] and not is_autocast:
-            _, _, _, _, piece, *given = node.args
+            piece, *given = node.args[4:]
             for inner in getattr(gm, str(piece.target)).graph.nodes:
                 inner.meta[_NOTES] = {**(inner.meta.get(_NOTES) or {}), _OFF: True}
             _put(gm, node, piece, given, None)

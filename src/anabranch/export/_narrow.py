@@ -35,8 +35,6 @@ ATTENTION = _packets("scaled_dot_product_attention")
 #: Products of which both operands may be computed, and which do not scale them.
 _BARE = _packets("mm", "bmm", "baddbmm", "matmul", "einsum")
 
-_CASTS = _packets("_to_copy", "to")
-
 #: These are exact: they give what is in memory already, or choose among it.
 VIEWS = _packets(
     *("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice"),
@@ -63,6 +61,8 @@ _SUMS = _packets("add", "sub")
 _SCALINGS = _packets("mul", "div")
 #: What only moves numbers.
 EXACT = VIEWS | _MOVES | {operator.getitem}
+#: These give what they are given in another type.
+_CASTS = _packets("_to_copy", "to")
 FOLLOWERS = VIEWS | _MOVES | _BOUNDED | BATCH_NORMS | _SUMS | _SCALINGS | {operator.getitem}
 
 _SOFTMAX = _packets("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp", "exp")
@@ -101,7 +101,7 @@ def are_whole_numbers(node: fx.Node) -> bool:
     return (
         isinstance(given, torch.Tensor)
         and not (given.is_floating_point() or given.is_complex())
-        and (given.dtype is not torch.bool)
+        and given.dtype is not torch.bool
     )
 
 

@@ -152,16 +152,17 @@ class Decoder(torch.nn.Module):
         """The first of these with which a step does not ask how long the text is; nothing where all do."""
         known = inspect.signature(self.model.forward).parameters
         for told in ((), ("position_ids",), ("attention_mask",), ("position_ids", "attention_mask")):
+            if not known.keys() >= {*told}:
+                continue
             # Fake tensors have no values that one could ask for.
             with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):
-                if known.keys() >= {*told}:
-                    pairs = [map(torch.empty_like, self._buffers_of("", i)) for i in range(self._layers)]
-                    position = torch.empty_like(self.position)
-                    own = Cache(layers=[_Layer(keys, values, position) for keys, values in pairs])
-                    first = torch.zeros((self.batch, 3), dtype=torch.int64, device=position.device)
-                    also = self._also(told, 3, position)
-                    self.model(input_ids=first, past_key_values=own, use_cache=True, **self._options, **also)
-                    return told
+                pairs = [map(torch.empty_like, self._buffers_of("", i)) for i in range(self._layers)]
+                position = torch.empty_like(self.position)
+                own = Cache(layers=[_Layer(keys, values, position) for keys, values in pairs])
+                first = torch.zeros((self.batch, 3), dtype=torch.int64, device=position.device)
+                also = self._also(told, 3, position)
+                self.model(input_ids=first, past_key_values=own, use_cache=True, **self._options, **also)
+                return told
         return ()
 
     def _also(self, told: tuple[str, ...], n: int, position: torch.Tensor) -> dict[str, torch.Tensor]:
