@@ -70,6 +70,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         gc.collect()
 
 
+# -- what tests leave --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_many_cores_as_before() -> Iterator[None]:
+    """Products of the files that come later in this process would be rounded in another way."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before, f"this file has left torch.set_num_threads({torch.get_num_threads()})"
+
+
 # -- what tests take ---------------------------------------------------------------------------------------------------
 
 

@@ -115,7 +115,7 @@ def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @pytest.fixture(scope="module")
-def programs(request: pytest.FixtureRequest) -> Any:
+def programs(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The module of ``programs/`` that a test file names in its ``PROGRAMS``, with its engines built."""
     # Engines of earlier tests may still be at work. Where they go between two schedules, these are not the same.
     for thread in threading.enumerate():
@@ -131,7 +131,11 @@ def programs(request: pytest.FixtureRequest) -> Any:
     folder = str(Path(__file__).parent / "programs")
     if folder not in sys.path:  # modules in there import each other
         sys.path.insert(0, folder)
-    return importlib.import_module(request.module.PROGRAMS)
+    # They may set how many threads operators use. MKL's products round by that, and other threads of this process do
+    # not learn of it before they ask.
+    cores = torch.get_num_threads()
+    yield importlib.import_module(request.module.PROGRAMS)
+    torch.set_num_threads(cores)
 
 
 @pytest.fixture(scope="module")
