@@ -92,7 +92,7 @@ def _filled_while_tracing(m: Any, x: torch.Tensor) -> torch.Tensor:
     key = type(x).__name__  # which no real call uses
     if key not in TABLES:
         TABLES[key] = x.new_ones(3), x * 0
-    return x + ramps(3, float(len(key)))[0] + TABLES[key][0]
+    return x + ramps(3, float(len(key)))[0] * 0 + TABLES[key][0]
 
 
 def test_a_key_first_used_while_tracing_is_taken_out_of_its_cache() -> None:
@@ -104,7 +104,7 @@ def test_a_key_first_used_while_tracing_is_taken_out_of_its_cache() -> None:
     assert f"{__name__}.TABLES" in line
     assert "the cache of ramps()" in line
     x = torch.randn(4, 3)
-    assert engine(x).shape == x.shape
+    assert torch.equal(engine(x), x + 1)
 
 
 def test_a_list_that_collects_gets_no_stand_ins() -> None:

@@ -1,7 +1,7 @@
 """From a model to a flat graph: signatures of inputs, ``torch.export``, and what each output really is."""
 
 from anabranch.export._assignments import storage
-from anabranch.export._bystanders import replaced, undisturbed
+from anabranch.export._bystanders import replaced, told_as_in_eager, undisturbed
 from anabranch.export._containers import register_containers
 from anabranch.export._diagnosis import NotExported, copy_of, describe, first_line
 from anabranch.export._generators import generators_kept
@@ -123,6 +123,7 @@ __all__ = [
     "state_of",
     "storage",
     "tensorize",
+    "told_as_in_eager",
     "undisturbed",
     "unflatten",
     "valid_integer",

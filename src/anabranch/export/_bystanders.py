@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,8 +24,8 @@ def undisturbed() -> Iterator[None]:
     - A function that ``torch.compile`` made refuses to run while any thread traces symbolically, unless somebody says
       that it is for a compiler. That is said here.
     - While any thread exports, ``torch.compile`` compiles nothing, and a function that is kept from Dynamo writes
-      itself into the notes of the trace under way, whoever's it is; two that do so at once raise ``KeyError``. Here
-      only this thread is told that it exports.
+      itself into the notes of the trace under way, whoever's it is; two that do so at once raise ``KeyError``. And code
+      that asks whether it is traced is told yes, in any thread. Here only this thread is.
     - Its default generators are set back, see :func:`draws_stay_drawn`.
 
     Where a PyTorch version lacks one of these hooks, that part does nothing. Called with the locks of
@@ -32,18 +33,76 @@ def undisturbed() -> Iterator[None]:
     """
     # Loads half of the compiler, so not at import.
     tracer = importlib.import_module("torch.export._trace")
-    here, is_exporting = threading.get_ident(), torch.compiler.is_exporting
+    here = _Here()
 
-    def is_exporting_here() -> bool:
-        return threading.get_ident() == here and is_exporting()
+    @contextmanager
+    def exporting() -> Iterator[None]:
+        with replaced(torch.compiler, "_is_exporting_flag", here):
+            yield
 
     with (
         replaced(tracer, "_ignore_backend_decomps", contextlib.nullcontext),
-        replaced(torch.compiler, "_is_compiling_flag", True),
-        replaced(torch.compiler, "is_exporting", is_exporting_here),
+        replaced(tracer, "_compiling_state_context", exporting),
+        replaced(torch.compiler, "_is_compiling_flag", here),
         draws_stay_drawn(),
     ):
         yield
+
+
+class _Here:
+    """A flag of the process that is true in the thread that made it.
+
+    PyTorch's functions hand it on as it is, whatever name a module has imported them under, and who asks looks whether
+    it is true, or computes with it.
+    """
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def __bool__(self) -> bool:
+        if sys._getframe(1).f_code is torch.fx._symbolic_trace.is_fx_symbolic_tracing.__code__:
+            return True  # the refusal to run while others trace, unless it is for a compiler
+        return threading.get_ident() == self._thread and not _asking.is_told_no
+
+    def __or__(self, other: Any) -> Any:
+        return bool(self) | other
+
+    def __and__(self, other: Any) -> Any:
+        return bool(self) & other
+
+    def __xor__(self, other: Any) -> Any:
+        return bool(self) ^ other
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    def __hash__(self) -> int:
+        return hash(bool(self))
+
+    def __int__(self) -> int:
+        return int(bool(self))
+
+    def __repr__(self) -> str:
+        return repr(bool(self))
+
+    __ror__, __rand__, __rxor__ = __or__, __and__, __xor__
+
+
+class _Asking(threading.local):
+    is_told_no = False
+
+
+_asking = _Asking()
+
+
+@contextmanager
+def told_as_in_eager() -> Iterator[None]:
+    """While it is on, code of this thread that asks whether it is traced or exported is told no, though it is."""
+    before, _asking.is_told_no = _asking.is_told_no, True
+    try:
+        yield
+    finally:
+        _asking.is_told_no = before
 
 
 @contextmanager

@@ -140,6 +140,10 @@ class Returned:
             made.leaves.append(tuple(map(of, leaf)) if depends else of(leaf))
         return made, values
 
+    def whole(self, values: Sequence[Any]) -> list[Any]:
+        """A value for each leaf. Of a torch.Size that depends on data: itself no more."""
+        return [values[x.index] if isinstance(x, _At) else getattr(x, "value", None) for x in self.leaves]
+
     def outputs(self, made: Sequence[Output]) -> list[Output]:
         """An output for each leaf; ``made``: one for each of the values."""
 

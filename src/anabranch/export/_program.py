@@ -26,6 +26,7 @@ from anabranch.export._diagnosis import NotExported
 from anabranch.export._exporter import Exporter
 from anabranch.export._forward import Seen, place
 from anabranch.export._hooks import check_global_hooks
+from anabranch.export._in_eager import ModelInEager
 from anabranch.export._layout import aliases, keep_copies
 from anabranch.export._mixing import Choices, Mixing
 from anabranch.export._numbers import NumberInput, Numbers
@@ -102,6 +103,8 @@ class Program:
     values: Mapping[Any, int] | None = None
     #: In mixed precision: which operators are in which, and why.
     choices: Choices | None = None
+    #: The model itself.
+    in_eager: ModelInEager | None = None
 
     def at(self, shapes: Sequence[Sequence[int]]) -> Program:
         """Of a program for many sizes: the same for these alone. It has the same graph, weights and kernels."""
@@ -192,12 +195,14 @@ def export_program(
     if isinstance(cast, Cast):
         exported, _, plain = exporter.export(snapshot, decompose=False)
         options = (cast.precision, _output_dtypes(exported))
-    exported, traced, seen = exporter.export(cast.snapshot if cast is not None else snapshot, *options)
+    snapshot = cast.snapshot if cast is not None else snapshot
+    exported, traced, seen = exporter.export(snapshot, *options)
     if isinstance(cast, Cast):
         check_cast(plain.writes, seen.writes, cast.precision)
     leaves = pytree.tree_leaves((args, kwargs))
     program = _flatten(exported, traced, cast, exporter.specs, seen, aside, leaves, state)
     program.reads_layout = seen.reads_layout
+    program.in_eager = ModelInEager(snapshot, exporter.specs, options, args, kwargs)
     if free:
         take_any_length(program.module)
         placeholders = program.module.graph.find_nodes(op="placeholder")[len(program.weights) :]

@@ -25,8 +25,8 @@ from anabranch.export import Program, is_quantization, writes_of
 
 #: How far results may differ before anybody asks why, relative to the largest value of a tensor. Wide: these are faults
 #: that are looked for, not digits.
-_BOUNDS = {torch.float16: 5e-2, torch.bfloat16: 0.25, torch.float32: 1e-2, torch.float64: 1e-4}
-_BOUNDS |= {torch.complex32: 5e-2, torch.complex64: 1e-2, torch.complex128: 1e-4}
+BOUNDS = {torch.float16: 5e-2, torch.bfloat16: 0.25, torch.float32: 1e-2, torch.float64: 1e-4}
+BOUNDS |= {torch.complex32: 5e-2, torch.complex64: 1e-2, torch.complex128: 1e-4}
 #: Of models that quantize: one that is rounded to the next step is no fault.
 _OF_STEPS = 0.25
 #: How many times farther than the operators from what float64 gives.
@@ -39,7 +39,7 @@ _LOST = 0.5
 #: So many roundings of a value near one are no fault, however small the results are.
 _ROUNDINGS = 4
 #: Of the values on which a fault has to show again.
-_SEEDS = (1, 2)
+SEEDS = (1, 2)
 
 _Tensors = Sequence[torch.Tensor]
 
@@ -51,17 +51,17 @@ def why_off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> 
     if program.written:
         program, kernels = _with_writes(program), _telling_writes(program, kernels)
     why = _off(program, kernels, inputs)
-    for seed in _SEEDS:
-        why = why and _off(program, kernels, _redrawn(inputs, seed))
+    for seed in SEEDS:
+        why = why and _off(program, kernels, redrawn(inputs, seed))
     return why
 
 
 def _off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> str:
     operators: Any = get_backend("eager").lower(program, [], Options())
     got, wanted = kernels(inputs), operators(_to_write(program, inputs))
-    places = [i for i, e in enumerate(wanted) if e.dtype in _BOUNDS]
+    places = [i for i, e in enumerate(wanted) if e.dtype in BOUNDS]
     least = _OF_STEPS if any(map(is_quantization, program.module.graph.nodes)) else 0.0
-    bounds = {i: max(_BOUNDS[wanted[i].dtype], least) for i in places}
+    bounds = {i: max(BOUNDS[wanted[i].dtype], least) for i in places}
     far = {i: _error(got[i], wanted[i], wanted[i].dtype) for i in places}
     if all(far[i] <= bounds[i] for i in places):
         return ""
@@ -108,15 +108,15 @@ def _telling_writes(program: Program, kernels: Kernels | Instance) -> Kernels:
 def _error(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
     """Relative to the largest value that is expected. Of results so small that values near one leave as much in this
     dtype when they cancel out, relative to that."""
-    return _judge.error(actual, expected, least=_ROUNDINGS * torch.finfo(dtype).eps / _BOUNDS[dtype])
+    return _judge.error(actual, expected, least=_ROUNDINGS * torch.finfo(dtype).eps / BOUNDS[dtype])
 
 
-def _redrawn(inputs: _Tensors, seed: int) -> list[torch.Tensor]:
+def redrawn(inputs: _Tensors, seed: int) -> list[torch.Tensor]:
     """Other values where they are floating; what may be indices stays."""
     made = []
     for x in inputs:
         if x.is_floating_point() and x.element_size() >= 2:
-            seed += len(_SEEDS)
+            seed += len(SEEDS)
             generator = torch.Generator(device=x.device).manual_seed(seed)
             x = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
             x.uniform_(0, 1, generator=generator)

@@ -28,6 +28,7 @@ from anabranch.export import (
     Mixed,
     Mixing,
     NotCarried,
+    NotExported,
     Program,
     Signature,
     Snapshot,
@@ -43,9 +44,11 @@ from anabranch.export import (
     same_computation,
     source_of,
     tensorize,
+    told_as_in_eager,
     unflatten,
 )
 from anabranch.runtime._calls import Runtime
+from anabranch.runtime._fidelity import ASKS, COMPUTE_THE_SAME, why_unlike
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import neutral, process
 from anabranch.runtime._ranges import NotInRange, Place
@@ -134,7 +137,15 @@ class Compiler:
             self._device.collect()
             with self._compiling():
                 program = self._export(signature, given, clock)
-                made = self._build(program, signature, leaves, clock)
+                unit = self._unit(program, signature)
+                if self._why_unlike(unit, leaves, clock):
+                    with told_as_in_eager():
+                        program = self._export(signature, given, clock)
+                    unit = self._unit(program, signature)
+                    if why := self._why_unlike(unit, leaves, clock):
+                        raise NotExported(f"{why}. {COMPUTE_THE_SAME}")
+                    program.notes = (*program.notes, ASKS)
+                made = self._build(unit, leaves, clock)
         except InputError as e:
             if program is not None and self._runs_in_eager(given):
                 raise BuildError(
@@ -172,7 +183,10 @@ class Compiler:
                 why = program.why_not_by_shape
                 if self._settings.cuda_graphs and self._device.has_streams and why:
                     return f"cuda_graphs=True was given, and no shape of a range can be captured: {why}"
-                made = self._build(program, signature.with_free(sizes.free), leaves, clock)
+                unit = self._unit(program, signature.with_free(sizes.free))
+                if why := self._why_unlike(unit, leaves, clock):
+                    return why
+                made = self._build(unit, leaves, clock)
         except (FlagsChanged, DeviceLost, EngineClosed, torch.OutOfMemoryError):
             raise
         except Exception as e:
@@ -189,8 +203,7 @@ class Compiler:
         self._device.collect()
         with _disable_current_modes(), neutral(self._device, self._index), self._device.relaxed():
             program = of_range.program.at([spec.shape for spec in signature.given])
-            unit = Unit(self._settings, program, signature, self._limits, self._counters)
-            return Specialization(unit, self._runtime.make_calls, (), Clock(), of_range)
+            return Specialization(self._unit(program, signature), self._runtime.make_calls, (), Clock(), of_range)
 
     def _compile_for_all(
         self, key: Any, signature: Signature, given: Any, leaves: Sequence[Any], clock: Clock
@@ -219,7 +232,7 @@ class Compiler:
                         return None
                     tensors = [x.spec for x in numbers.inputs if x.dtype is not None]
                     of_all = signature.with_numbers(numbers.positions, tensors)
-                    made = self._build(program, of_all, leaves, clock)
+                    made = self._build(self._unit(program, of_all), leaves, clock)
             except NotCarried as e:
                 known = {p: why for p, why in e.reasons.items() if p in positions}
                 self._varying.pin(key, known or dict.fromkeys(positions, str(e)))
@@ -310,10 +323,32 @@ class Compiler:
         begin = [replace(s, initial=self.initial[s.name], count=self.counts.get(s.name)) for s in program.state]
         return replace(program, state=tuple(begin))
 
-    def _build(self, program: Program, signature: Signature, leaves: Sequence[Any], clock: Clock) -> Specialization:
+    def _unit(self, program: Program, signature: Signature) -> Unit:
+        return Unit(self._settings, program, signature, self._limits, self._counters)
+
+    def _build(self, unit: Unit, leaves: Sequence[Any], clock: Clock) -> Specialization:
         given = () if self._device.has_streams else [x for x in leaves if isinstance(x, torch.Tensor)]
-        unit = Unit(self._settings, program, signature, self._limits, self._counters)
         return Specialization(unit, self._runtime.make_calls, given, clock)
+
+    def _why_unlike(self, unit: Unit, leaves: Sequence[Any], clock: Clock) -> str:
+        """Why a program is of another computation than the model, or nothing; nothing where that cannot be seen."""
+        # In a forked child operators may wait for ever for OpenMP's threads, which are its parent's.
+        if process.generation or (unit.program.data_dependent and self._device.has_streams):
+            return ""
+        found: list[str] = []
+
+        def compare() -> None:
+            depends = unit.program.data_dependent  # on values that are valid together
+            examples = [x.clone() for x in leaves if isinstance(x, torch.Tensor)] if depends else unit.examples()
+            found.append(why_unlike(unit.program, examples))
+
+        try:
+            with clock.phase("warm-up"):
+                self.aside(compare)
+        except Exception as e:  # made-up values may be at fault, or memory is short
+            self._device.check_error(e)
+            _log.info("%s: not compared with the model: %s: %s", self._settings.name, type(e).__name__, str(e))
+        return "".join(found)
 
     def aside(self, call: Callable[[], Any], lasting: bool = False) -> None:
         """Make a call on a stream of our own: the caller's may be held up. The host blocks until it is done.

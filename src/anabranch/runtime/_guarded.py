@@ -10,6 +10,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -35,6 +36,7 @@ from anabranch.export import (
     storage,
 )
 from anabranch.runtime._dynamo_settings import MOST_GRAPHS, dynamo_settings
+from anabranch.runtime._fidelity import COMPUTE_THE_SAME, COMPUTES_ELSE, unlike
 from anabranch.runtime._fragment import Fragment, NotAccepted, trying
 from anabranch.runtime._ranges import Place
 from anabranch.runtime._recompiles import past_limit, watch_limits
@@ -83,6 +85,16 @@ def _not_accepted(args: Sequence[Any], kwargs: dict[str, Any], error: BaseExcept
         f"the model does not accept these inputs ({describe(args, kwargs)}): {first_line(error)}. Expected inputs that"
         " model(*inputs) runs on; try that first."
     )
+
+
+def _unlike(results: Any, expected: Any) -> str:
+    """How results are unlike those in eager, or nothing; nothing where there are none."""
+    if results is None or expected is None:
+        return ""
+    actual, wanted = ([x for x in pytree.tree_leaves(r) if isinstance(x, torch.Tensor)] for r in (results, expected))
+    if len(actual) != len(wanted):
+        return f"{len(actual)} tensors where eager has {len(wanted)}"
+    return unlike(actual, wanted)
 
 
 class _OwnCode:
@@ -258,14 +270,16 @@ class Guarded:
         has memory of its own. Raises :class:`~anabranch.errors.UnsupportedModel`, or what the model raises.
         """
         self._kinds.add(_kinds(args, kwargs))
-        is_known = self._rehearse(args, kwargs)
+        is_known, expected = self._rehearse(args, kwargs)
+        differences: list[str] = []
         copy = self._copy() if is_known else self._copy(Copies())
         held = held_beside(copy)
         for attempt in range(FIRST - 1):
             tensors = {n: (t, t._version) for n, t in (*copy.module.named_parameters(), *copy.module.named_buffers())}
             versions = [x._version for x in held]
             before = state_of(copy)
-            self._try(copy, args, kwargs, attempt, makes=False)
+            results = self._try(copy, args, kwargs, attempt, makes=False)
+            differences.append(_unlike(results, expected.get(attempt)))
             written = [n for n, (t, version) in tensors.items() if t._version != version]
             if written or any(x._version != version for x, version in zip(held, versions, strict=True)):
                 self._refuse_write(written)
@@ -275,6 +289,10 @@ class Guarded:
                     f"the model changes {', '.join(changed)} in each call, and torch.export refuses it ({self._why})."
                     " An engine keeps no state of Python's. Make it an input."
                 )
+            del results
+        if all(differences) and not _unlike(self._rehearse(args, kwargs)[1].get(0), expected[0]):
+            raise UnsupportedModel(f"{COMPUTES_ELSE} ({differences[0]}). {COMPUTE_THE_SAME}")
+        expected.clear()
         if others:
             # Dynamo makes a symbol of a size once it has met two values, and remembers that by the place of the code:
             # traced anew, no graph is for a single size but for those that are special.
@@ -294,18 +312,23 @@ class Guarded:
         finally:
             self._meter.last, self._meter.is_on = None, False
 
-    def _rehearse(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        """Refuse what would write weights in the calls to come; returns whether that is known of all of them."""
+    def _rehearse(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[bool, dict[int, Any]]:
+        """Refuse what would write weights in the calls to come; returns whether that is known of all of them. And what
+        the first calls return, by attempt, where they came to their end."""
         copy, is_known = self._snapshot.fresh(), True
+        results: dict[int, Any] = {}
         names = {storage(x): n for n, x in (*copy.module.named_parameters(), *copy.module.named_buffers())}
         for attempt in range(FIRST + 2):
             given = self._given(args, kwargs, attempt)
             with generators_kept(copy.module, given, self._device):
-                trial = rehearse(lambda given=given: copy.module(*given[0], **given[1]), copy)  # type: ignore[misc]
+                call = partial(copy.module, *given[0], **given[1])
+                trial = rehearse(lambda call=call, n=attempt: results.update({n: call()}), copy)  # type: ignore[misc]
             is_known = is_known and trial.finished
+            if attempt >= FIRST - 1:
+                results.pop(attempt, None)
             if trial.written:
                 self._refuse_write([names[place] for place in map(storage, trial.written) if place in names])
-        return is_known
+        return is_known, results
 
     def _refuse_write(self, names: Sequence[str]) -> NoReturn:
         """``names``: of the parameters and buffers that are written; none: it is another tensor."""
@@ -333,18 +356,19 @@ class Guarded:
 
         return map_tensors(made, (tuple(args), kwargs))
 
-    def _try(self, copy: Fresh, args: Sequence[Any], kwargs: dict[str, Any], attempt: int, makes: bool = True) -> None:
-        """Call it on such inputs. ``makes``: whether graphs may get engines."""
+    def _try(self, copy: Fresh, args: Sequence[Any], kwargs: dict[str, Any], attempt: int, makes: bool = True) -> Any:
+        """Call it on such inputs; returns what it returns. ``makes``: whether graphs may get engines."""
         given = self._given(args, kwargs, attempt)
         try:
             with trying(makes), generators_kept(copy.module, given, self._device), dynamo_settings:
-                self._traced.run(copy.module, *given)
+                return self._traced.run(copy.module, *given)
         except (AnabranchError, torch.OutOfMemoryError):
             raise
         except Exception as e:
             if not attempt:
                 raise self._why from e
             _log.info("a trial on other values ended with %s: %s", type(e).__name__, str(e))
+            return None
 
     # -- looking ------------------------------------------------------------------------------------------------
 
