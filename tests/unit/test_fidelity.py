@@ -119,10 +119,12 @@ class Branches(Asks):
         return y + 1 if y.sum() > 100 else y
 
 
-def test_who_asks_dynamo_is_refused_by_name() -> None:
-    model = Branches(torch.compiler.is_compiling).eval()
-    with pytest.raises(UnsupportedModel, match=r"else than in eager \(a result is off by .*is_compiling"):
-        anabranch.compile(model, [torch.randn(3, 6)], backend="eager")
+def test_who_asks_dynamo_runs_as_it_is(runtime: str) -> None:
+    model, x = Branches(torch.compiler.is_compiling).eval(), torch.randn(3, 6)
+    with anabranch.compile(model, [x], backend="inductor", runtime=runtime) as engine:
+        assert "else than in eager (a result is off by" in engine.summary()["fragments"]["by_operators"]
+        assert "PyTorch's operators run it as it is" in engine.explain()
+        on_threads(3, lambda i: torch.testing.assert_close(engine(x * i), model(x * i), rtol=0, atol=0))
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------

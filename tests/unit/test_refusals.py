@@ -14,7 +14,7 @@ from torch import nn
 import anabranch
 from anabranch._judge import Rounding, differences
 from anabranch.export import Snapshot
-from contract.support import Fn
+from contract.support import Fn, on_threads
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -296,6 +296,84 @@ def test_a_model_that_torch_export_refuses_runs_in_fragments_or_is_refused_with_
         x = torch.randn(3, 4)
         # Dynamo has PyTorch's operators compute what NumPy does.
         assert differences(engine(x), fn(x), rounding=Rounding() if name == "numpy" else None) == []
+
+
+def _catches(x: torch.Tensor) -> torch.Tensor:
+    try:
+        return x.view(2, -1) @ torch.ones(5, 3)
+    except RuntimeError:
+        return x * 2
+
+
+def _catches_and_branches(x: torch.Tensor) -> torch.Tensor:
+    try:
+        y = torch.cat([x, x], dim=5)
+    except IndexError:
+        y = torch.cat([x, x])
+    return y + 1 if y.sum() > 0 else y
+
+
+@pytest.mark.parametrize("fn", [_catches, _catches_and_branches])
+def test_a_model_that_catches_what_operators_raise_runs_as_it_is(
+    fn: Callable[[torch.Tensor], torch.Tensor], runtime: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = build(fn, torch.randn(3, 4), backend="inductor", runtime=runtime)
+    assert "PyTorch's operators run the model as it is" in caplog.text
+    assert "PyTorch's operators run it as it is" in engine.explain()
+
+    def work(i: int) -> None:
+        for n in (3, 4, 5):
+            x = torch.randn(n, 4) + i - 1
+            assert torch.equal(engine(x), fn(x))
+
+    on_threads(3, work)
+    with pytest.raises(anabranch.UnsupportedModel):
+        build(fn, torch.randn(3, 4), require_full=True)
+
+
+def _appends(items: list[torch.Tensor]) -> torch.Tensor:
+    items.append(items[0] * 2)
+    return items[0] + items[-1]
+
+
+def _moves(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    named["new"] = named.pop("a") * 2
+    return named
+
+
+def _moves_inside(given: tuple[dict[str, list[torch.Tensor]], int]) -> torch.Tensor:
+    given[0]["a"][0] = given[0]["a"][0] * given[1]
+    return given[0]["a"][0] + 1
+
+
+@pytest.mark.parametrize(
+    ("fn", "make"),
+    [
+        (_appends, lambda x: [x, x + 1]),
+        (_moves, lambda x: {"a": x, "b": x + 1}),
+        (_moves_inside, lambda x: ({"a": [x]}, 3)),
+    ],
+)
+def test_containers_that_a_model_changes_are_the_callers(fn: Any, make: Any, runtime: str) -> None:
+    engine = build(fn, make(torch.randn(2, 3)), runtime=runtime)
+    assert "the model changes a list or a dict" in engine.explain()
+
+    def work(i: int) -> None:
+        for _ in range(4):
+            x = torch.randn(2, 3)
+            mine, eagers = make(x), make(x)
+            assert differences((engine(mine), mine), (fn(eagers), eagers)) == []
+
+    on_threads(3, work)
+    with pytest.raises(anabranch.UnsupportedModel, match="changes a list or a dict"):
+        build(fn, make(torch.randn(2, 3)), require_full=True)
+
+
+def test_a_complex_number_is_a_part_of_the_signature(runtime: str) -> None:
+    engine = build(lambda x, c: (x * c, c + 1), torch.randn(3), 1 + 2j, runtime=runtime, require_full=True)
+    for c in (1 + 2j, 0.5j, 1 + 2j):
+        x = torch.randn(3)
+        assert differences(engine(x, c), (x * c, c + 1)) == []
 
 
 #: Of an input, as large or where another one says.

@@ -43,6 +43,9 @@ warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning
 # Of recurrent layers: it replaces their list of weights while it traces, and takes that for a change by the model.
 warnings.filterwarnings("ignore", message=".*_flat_weights.* assigned during export", category=UserWarning)
 
+#: Inputs that ``torch.export`` does not take; each value is a part of the signature.
+_UNSEEN = (*CONSTANTS, complex)
+
 
 class Exporter:
     """Exports copies of a model for one signature."""
@@ -108,7 +111,7 @@ class Exporter:
     def _trace(self, traced: Fresh, options: Any, decompose: bool) -> tuple[ExportedProgram, Seen]:
         rest, tensors = None, list[torch.Tensor]()
         leaves, structure = pytree.tree_flatten((self._args, self._kwargs))
-        if self._free or has_sizes(structure) or any(isinstance(x, CONSTANTS) for x in leaves):
+        if self._free or has_sizes(structure) or any(isinstance(x, _UNSEEN) for x in leaves):
             tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
             rest = [TENSOR if isinstance(x, torch.Tensor) else x for x in leaves], structure
         forward = Forward(traced.module, self.specs, *options, numbers=self._numbers, rest=rest)
@@ -230,6 +233,11 @@ def _export(
                 exported = torch.export.export(module, tuple(args), dict(kwargs), dynamic_shapes=dynamic, strict=False)
                 if module.seen.returned.refusal:
                     raise UnsupportedModel(module.seen.returned.refusal)
+                if module.seen.changes_containers:
+                    raise NotExported(
+                        "the model changes a list or a dict that it is given, which no graph does. Have it return the"
+                        " new items instead."
+                    )
                 inline_modes(exported)
                 recorded = Recorded(exported, module, module.seen.assignments)
                 module.seen.writes = recorded.writes(specs, traced)

@@ -20,7 +20,7 @@ from anabranch.export._precision import HalfPrecision
 from anabranch.export._signature import TensorSpec
 from anabranch.export._spellings import Spellings
 from anabranch.export._stand_ins import Recorder, TakesNumbers
-from anabranch.export._tree import map_tensors, unflatten
+from anabranch.export._tree import Contents, map_tensors, unflatten
 from anabranch.export._writes import Writes
 
 #: Stands for a tensor. The tensors themselves would live for as long as what export leaves behind.
@@ -38,6 +38,8 @@ class Seen:
     watch: Watch | None = None
     #: What it did with the numbers that are inputs.
     recorder: Recorder | None = None
+    #: Whether it changed a list or a dict that it was given.
+    changes_containers = False
     #: What it assigned to attributes. None: it was not traced.
     assignments: Assignments | None = None
     #: What it writes.
@@ -148,6 +150,12 @@ class Forward(torch.nn.Module):
         )
 
     def _call_model(self, args: Any, kwargs: Any) -> Any:
+        contents = Contents((args, kwargs))
+        result = self._call_with_numbers(args, kwargs)
+        self.seen.changes_containers = contents.changed()
+        return result
+
+    def _call_with_numbers(self, args: Any, kwargs: Any) -> Any:
         recorder = self.seen.recorder
         if recorder is None:
             with _rotary.without_questions(self.model):

@@ -5,6 +5,7 @@ PyTorch takes a size apart into its numbers, and puts a tuple in its place.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,3 +38,28 @@ def map_leaves(fn: Callable[[Any], Any], tree: Any, is_leaf: Callable[[Any], boo
 def map_tensors(fn: Callable[[torch.Tensor], Any], tree: Any) -> Any:
     """``tree`` with ``fn`` of each tensor in its place."""
     return map_leaves(lambda x: fn(x) if isinstance(x, torch.Tensor) else x, tree)
+
+
+class Contents:
+    """What lists and dicts among arguments hold, to see whether a call changes that."""
+
+    def __init__(self, tree: Any) -> None:
+        self._held: list[tuple[Any, list[Any]]] = []
+        self._note(tree)
+
+    def _note(self, x: Any) -> None:
+        if type(x) in _MUTABLE:
+            self._held.append((x, _items(x)))
+        for item in _items(x) if type(x) in (*_MUTABLE, tuple) else ():
+            self._note(item)
+
+    def changed(self) -> bool:
+        """Whether one of them has lost, got or exchanged something since."""
+        return any(list(map(id, _items(x))) != list(map(id, items)) for x, items in self._held)
+
+
+_MUTABLE = (list, dict, collections.OrderedDict, collections.defaultdict, collections.deque)
+
+
+def _items(x: Any) -> list[Any]:
+    return [*x, *x.values()] if isinstance(x, dict) else list(x)

@@ -187,8 +187,9 @@ class Guarded:
         # Dynamo keeps the code that it has made, and with it fragments, in places that outlive the model.
         weakref.finalize(self, _give_up, self._fragments)
 
-    def _begin(self) -> None:
-        """Nothing is traced so far."""
+    def _begin(self, why_plain: str = "") -> None:
+        """Nothing is traced so far. ``why_plain``: why nothing will be."""
+        self._why_plain = why_plain
         self._own = _OwnCode()
         fresh = self._copy()
         tensors = (*fresh.module.parameters(), *fresh.module.buffers())
@@ -208,6 +209,8 @@ class Guarded:
         def run(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             return module(*args, **kwargs)
 
+        if self._why_plain:
+            return run
         # Dynamo keeps graphs with a function's code, and counts them there against its limit.
         own = types.FunctionType(run.__code__.replace(), globals(), "run")
         known = inspect.signature(torch.compile).parameters
@@ -278,8 +281,14 @@ class Guarded:
             tensors = {n: (t, t._version) for n, t in (*copy.module.named_parameters(), *copy.module.named_buffers())}
             versions = [x._version for x in held]
             before = state_of(copy)
-            results = self._try(copy, args, kwargs, attempt, makes=False)
-            differences.append(_unlike(results, expected.get(attempt)))
+            try:
+                results = self._try(copy, args, kwargs, attempt, makes=False)
+            except NotExported as e:
+                if 0 not in expected or self._why_plain:
+                    raise
+                # It runs in eager, and Dynamo cannot go where it goes: an error that the model catches, say.
+                return self._prepare_plain(first_line(e.__cause__ or e), args, kwargs, others)
+            differences.append("" if self._why_plain else _unlike(results, expected.get(attempt)))
             written = [n for n, (t, version) in tensors.items() if t._version != version]
             if written or any(x._version != version for x, version in zip(held, versions, strict=True)):
                 self._refuse_write(written)
@@ -291,14 +300,15 @@ class Guarded:
                 )
             del results
         if all(differences) and not _unlike(self._rehearse(args, kwargs)[1].get(0), expected[0]):
-            raise UnsupportedModel(f"{COMPUTES_ELSE} ({differences[0]}). {COMPUTE_THE_SAME}")
+            why = f"{COMPUTES_ELSE} ({differences[0]}). {COMPUTE_THE_SAME}"
+            return self._prepare_plain(why, args, kwargs, others)
         expected.clear()
         if others:
             # Dynamo makes a symbol of a size once it has met two values, and remembers that by the place of the code:
             # traced anew, no graph is for a single size but for those that are special.
             for given in others:
                 self._try(copy, *given, FIRST, makes=False)
-            self._begin()
+            self._begin(self._why_plain)
         fresh = self._traced.fresh
         # Graphs are for classes, and some copies have classes of their own.
         same = all(type(a) is type(b) for a, b in zip(copy.module.modules(), fresh.module.modules(), strict=True))
@@ -311,6 +321,12 @@ class Guarded:
             self._try(fresh, args, kwargs, 2 * FIRST)
         finally:
             self._meter.last, self._meter.is_on = None, False
+
+    def _prepare_plain(self, why: str, args: Any, kwargs: Any, others: Any) -> None:
+        """Have PyTorch's operators run the model as it is: Dynamo has no graphs of it that are right."""
+        _log.warning("PyTorch's operators run the model as it is, without graphs: %s", why)
+        self._begin(why)
+        self.prepare(args, kwargs, others)
 
     def _rehearse(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[bool, dict[int, Any]]:
         """Refuse what would write weights in the calls to come; returns whether that is known of all of them. And what
@@ -402,6 +418,7 @@ class Guarded:
         """As plain data: see :meth:`anabranch.Engine.summary`."""
         return {
             "why": self.why,
+            "by_operators": self._why_plain,
             "graphs": [f.summary() for f in self.fragments],
             "past_limit": past_limit(),
         }
@@ -410,6 +427,8 @@ class Guarded:
         """What runs as a graph and where it is cut, a line each."""
         fragments = self.fragments
         lines = [f"in {len(fragments)} graphs with Python between them: {self._why}"]
+        if self._why_plain:
+            lines.append(f"  PyTorch's operators run it as it is, since Dynamo does not: {self._why_plain}")
         for number, fragment in enumerate(fragments):
             what = fragment.summary()
             how = f"by PyTorch's operators: {what['by_operators']}" if what["by_operators"] else "an engine"
