@@ -18,9 +18,11 @@ SRC = Path(__file__).resolve().parents[2] / "src"
 
 def check(*args: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: the simulated device is a process's only accelerator."""
+    # Where compiled code is kept: all of it would be compiled again.
+    kept = {name: os.environ[name] for name in ("XDG_CACHE_HOME",) if name in os.environ}
     return subprocess.run(
         [sys.executable, "-m", "anabranch", "check", *args, "--device", "sim"],
-        env={"PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
+        env={"PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin", "HOME": str(Path.home()), **kept},
         capture_output=True,
         text=True,
         timeout=300,

@@ -84,7 +84,7 @@ def explored() -> Any:
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT / "src"),
-        "ANABRANCH_NATIVE_FLAGS": "-DANABRANCH_PLANTED",
+        "ANABRANCH_NATIVE_FLAGS": "-DANABRANCH_PLANTED -O0",
     }
     asked = json.dumps([(planted, program) for planted, program, _ in MUTANTS.values()])
     command = [sys.executable, "-c", _FIND, asked]

@@ -136,8 +136,9 @@ def _tanh_for_relu(gm: Any) -> None:
 
 
 def _row_for_column(gm: Any) -> None:
-    for node in gm.graph.find_nodes(op="call_function", target=_aten.softmax.int):
-        node.args = (node.args[0], 0, *node.args[2:])
+    for target in (_aten.softmax.int, _aten._softmax.default):
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            node.args = (node.args[0], 0, *node.args[2:])
 
 
 def _forgets_a_write(gm: Any) -> None:
