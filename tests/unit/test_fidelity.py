@@ -14,7 +14,7 @@ from torch.compiler import is_compiling  # under a name of this module's own
 import anabranch
 from anabranch.errors import UnsupportedModel
 from anabranch.export import _program as programs
-from contract.support import on_threads
+from contract.support import Fn, on_threads
 
 _aten = torch.ops.aten
 
@@ -75,6 +75,17 @@ def test_who_asks_whether_it_is_traced_is_told_no(kind: str, backend: str, runti
                 torch.testing.assert_close(engine(x), y)
 
         on_threads(3, work)
+
+
+def test_what_depends_on_data_is_compared_on_the_inputs_given(runtime: str) -> None:
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        y = x[x > 100]
+        return y * 2 if torch.compiler.is_compiling() else y * 3
+
+    model, x = Fn(chosen).eval(), torch.tensor([1.0, 101.0, 102.0])  # made-up values are below 1
+    with anabranch.compile(model, [x], backend="eager", runtime=runtime, require_full=True) as engine:
+        assert "the model asks whether it is traced" in engine.explain()
+        assert torch.equal(engine(x * 2), model(x * 2))
 
 
 @pytest.mark.parametrize("kind", list(ASKING))

@@ -40,7 +40,9 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
     commit(pytester, gpu=tier(2, 0), unit=tier(2, 2))
     pytester.makeini("[pytest]\ntestpaths = tests\nmarkers =\n  gpu\n  slow\naddopts = --strict-markers -ra")
     stub = pytester.mkdir("stub")
-    (stub / "torch.py").write_text("class version: cuda = '13.0'\nclass cuda:\n    is_available = staticmethod(bool)\n")
+    (stub / "torch.py").write_text(
+        "class version: cuda = '13.0'\nclass cuda:\n    is_available = staticmethod(bool)\nget_num_threads = int\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(stub))
     return pytester
 

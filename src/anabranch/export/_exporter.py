@@ -21,13 +21,13 @@ from anabranch.export import _functional, _packed
 from anabranch.export._assignments import storage
 from anabranch.export._bystanders import undisturbed
 from anabranch.export._diagnosis import NotExported, copy_of, diagnose, first_line
+from anabranch.export._fast_paths import as_on_fast_paths
 from anabranch.export._forward import TENSOR, Forward, Seen
 from anabranch.export._generators import generators_kept
 from anabranch.export._isolation import run_in_eager
 from anabranch.export._leaks import Watch
 from anabranch.export._masks import masks_as_in_eager
 from anabranch.export._modes import inline_modes
-from anabranch.export._multihead import as_on_fast_paths
 from anabranch.export._numbers import NotCarried
 from anabranch.export._recurrent import weights_apart
 from anabranch.export._signature import CONSTANTS, TensorSpec

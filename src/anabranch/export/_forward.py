@@ -106,15 +106,30 @@ class Forward(torch.nn.Module):
         """The same for another copy of the model, to run and not to trace."""
         return Forward(model, self._specs, self._precision, self._dtypes)
 
+    def in_eager(self, *args: Any, **kwargs: Any) -> Sequence[Any]:
+        """What it returns when the model is called as users do, under no modes: layers have fast paths that they do not
+        take under any. In half precision there is one all the same."""
+        if self._precision is not None:
+            values: Sequence[Any] = self(*args, **kwargs)
+            return values
+        args, kwargs = self._as_given(args, kwargs)
+        self.seen.returned, values = Returned.of(self.model(*args, **kwargs))
+        return values
+
+    def _as_given(self, args: Any, kwargs: Any) -> Any:
+        """What lies in memory of arguments, with the lazy bits on it that they are given with."""
+        if not any(spec.is_lazy for spec in self._specs):
+            return args, kwargs
+        specs = iter(self._specs)
+        return map_tensors(lambda x: next(specs).in_memory(x), (args, kwargs))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._rest is not None:
             tensors, (leaves, structure) = iter(args), self._rest
             whole = [next(tensors) if x is TENSOR else x for x in leaves]
             args, kwargs = unflatten(whole, structure)
         self.seen.watch = Watch(pytree.tree_leaves((args, kwargs)))
-        if any(spec.is_lazy for spec in self._specs):
-            specs = iter(self._specs)
-            args, kwargs = map_tensors(lambda x: next(specs).in_memory(x), (args, kwargs))
+        args, kwargs = self._as_given(args, kwargs)
         assignments = Assignments(self.model, pytree.tree_leaves((args, kwargs)))
         spellings: AbstractContextManager[Any] = nullcontext()
         apart: AbstractContextManager[Any] = nullcontext()

@@ -124,6 +124,13 @@ def redrawn(inputs: _Tensors, seed: int) -> list[torch.Tensor]:
     return made
 
 
+def near(inputs: _Tensors, seed: int) -> list[torch.Tensor]:
+    """Other values near these where they are floating."""
+    share = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
+    factor, term = 1 - 0.2 * share, 0.05 * share
+    return [x * factor + term if x.is_floating_point() and x.element_size() >= 2 else x for x in inputs]
+
+
 def _in_float64(program: Program, inputs: _Tensors) -> _Tensors | None:
     """The program's results, each step computed in float64; None where that cannot be."""
     try:

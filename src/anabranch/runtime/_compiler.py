@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ from anabranch.export import (
     unflatten,
 )
 from anabranch.runtime._calls import Runtime
+from anabranch.runtime._comparison import near, redrawn
 from anabranch.runtime._fidelity import ASKS, COMPUTE_THE_SAME, why_unlike
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._process import neutral, process
@@ -333,14 +335,21 @@ class Compiler:
     def _why_unlike(self, unit: Unit, leaves: Sequence[Any], clock: Clock) -> str:
         """Why a program is of another computation than the model, or nothing; nothing where that cannot be seen."""
         # In a forked child operators may wait for ever for OpenMP's threads, which are its parent's.
-        if process.generation or (unit.program.data_dependent and self._device.has_streams):
+        if process.generation:
             return ""
         found: list[str] = []
+        depends = unit.program.data_dependent  # made-up values may be none that go together
+        if self._device.has_streams:
+            self._device.current_stream(self._index).synchronize()  # inputs may have been written just before
 
         def compare() -> None:
-            depends = unit.program.data_dependent  # on values that are valid together
-            examples = [x.clone() for x in leaves if isinstance(x, torch.Tensor)] if depends else unit.examples()
-            found.append(why_unlike(unit.program, examples))
+            tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+            given = [spec.in_memory(x) for spec, x in zip(unit.signature.given, tensors, strict=True)]
+            if not depends and not any(bool(x.any()) for x in given):  # which tell of shapes only
+                examples = unit.examples()
+                found.append(why_unlike(unit.program, examples, partial(redrawn, examples)))
+            else:
+                found.append(why_unlike(unit.program, given, lambda seed: None if depends else near(given, seed)))
 
         try:
             with clock.phase("warm-up"):

@@ -273,22 +273,25 @@ class Guarded:
         has memory of its own. Raises :class:`~anabranch.errors.UnsupportedModel`, or what the model raises.
         """
         self._kinds.add(_kinds(args, kwargs))
-        is_known, expected = self._rehearse(args, kwargs)
+        is_known = self._rehearse(args, kwargs)
         differences: list[str] = []
         copy = self._copy() if is_known else self._copy(Copies())
         held = held_beside(copy)
         for attempt in range(FIRST - 1):
+            expected = self._in_eager(args, kwargs, attempt) if is_known and not self._why_plain else None
             tensors = {n: (t, t._version) for n, t in (*copy.module.named_parameters(), *copy.module.named_buffers())}
             versions = [x._version for x in held]
             before = state_of(copy)
             try:
                 results = self._try(copy, args, kwargs, attempt, makes=False)
             except NotExported as e:
-                if 0 not in expected or self._why_plain:
+                if expected is None:
                     raise
                 # It runs in eager, and Dynamo cannot go where it goes: an error that the model catches, say.
                 return self._prepare_plain(first_line(e.__cause__ or e), args, kwargs, others)
-            differences.append("" if self._why_plain else _unlike(results, expected.get(attempt)))
+            differences.append(_unlike(results, expected))
+            if attempt == 0 and differences[0] and _unlike(self._in_eager(args, kwargs, 0), expected):
+                differences[0] = ""  # it is unlike itself, too
             written = [n for n, (t, version) in tensors.items() if t._version != version]
             if written or any(x._version != version for x, version in zip(held, versions, strict=True)):
                 self._refuse_write(written)
@@ -298,11 +301,10 @@ class Guarded:
                     f"the model changes {', '.join(changed)} in each call, and torch.export refuses it ({self._why})."
                     " An engine keeps no state of Python's. Make it an input."
                 )
-            del results
-        if all(differences) and not _unlike(self._rehearse(args, kwargs)[1].get(0), expected[0]):
+            del results, expected
+        if all(differences):
             why = f"{COMPUTES_ELSE} ({differences[0]}). {COMPUTE_THE_SAME}"
             return self._prepare_plain(why, args, kwargs, others)
-        expected.clear()
         if others:
             # Dynamo makes a symbol of a size once it has met two values, and remembers that by the place of the code:
             # traced anew, no graph is for a single size but for those that are special.
@@ -328,23 +330,27 @@ class Guarded:
         self._begin(why)
         self.prepare(args, kwargs, others)
 
-    def _rehearse(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[bool, dict[int, Any]]:
-        """Refuse what would write weights in the calls to come; returns whether that is known of all of them. And what
-        the first calls return, by attempt, where they came to their end."""
+    def _rehearse(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Refuse what would write weights in the calls to come; returns whether that is known of all of them."""
         copy, is_known = self._snapshot.fresh(), True
-        results: dict[int, Any] = {}
         names = {storage(x): n for n, x in (*copy.module.named_parameters(), *copy.module.named_buffers())}
         for attempt in range(FIRST + 2):
             given = self._given(args, kwargs, attempt)
             with generators_kept(copy.module, given, self._device):
-                call = partial(copy.module, *given[0], **given[1])
-                trial = rehearse(lambda call=call, n=attempt: results.update({n: call()}), copy)  # type: ignore[misc]
+                trial = rehearse(partial(copy.module, *given[0], **given[1]), copy)
             is_known = is_known and trial.finished
-            if attempt >= FIRST - 1:
-                results.pop(attempt, None)
             if trial.written:
                 self._refuse_write([names[place] for place in map(storage, trial.written) if place in names])
-        return is_known, results
+        return is_known
+
+    def _in_eager(self, args: Sequence[Any], kwargs: dict[str, Any], attempt: int) -> Any:
+        """What a call of the model returns, which was rehearsed and writes nothing that it holds; None if it raises."""
+        copy, given = self._snapshot.fresh(), self._given(args, kwargs, attempt)
+        try:
+            with generators_kept(copy.module, given, self._device), torch.no_grad():
+                return copy.module(*given[0], **given[1])
+        except Exception:
+            return None
 
     def _refuse_write(self, names: Sequence[str]) -> NoReturn:
         """``names``: of the parameters and buffers that are written; none: it is another tensor."""
