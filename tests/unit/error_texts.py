@@ -656,7 +656,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("inputs is a single {type(inputs).__name__}", "expected a list: inputs=[x]"),
         (
             "model is a {type(model).__name__}",
-            "expected an nn.Module, an exported program or the path",
+            "expected an nn.Module, a method of one, an exported program or the",
             "Call a function in the forward()",
         ),
         ("inputs on several devices given ({", "an engine runs on one", "Move them to one device"),

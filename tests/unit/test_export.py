@@ -718,6 +718,40 @@ def test_what_wraps_a_model_is_taken_off(wrap: Any) -> None:
     assert "Sequential" in repr(engine)
 
 
+class Encodes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 2)
+        self.register_buffer("calls", torch.zeros(5))
+
+    @torch.no_grad()
+    def encode(self, x: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+        return self.first(x).tanh() * scale
+
+    def count(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.first(x) + self.calls
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.encode(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_method_is_a_model(backend: str, runtime: str) -> None:
+    model = Encodes().eval()
+    options: dict[str, Any] = {"backend": backend, "runtime": runtime, "require_full": True}
+    engine = anabranch.compile(model.encode, [torch.randn(3, 6)], kwargs={"scale": 2.0}, **options)
+    assert "Encodes.encode" in repr(engine)
+    for n, scale in ((3, 2.0), (3, 0.5), (4, 0.25)):
+        x = torch.randn(n, 6)
+        torch.testing.assert_close(engine(x, scale=scale), model.encode(x, scale=scale))
+    x, counting = torch.randn(3, 6), anabranch.compile(model.count, [torch.randn(3, 6)], **options).session()
+    for n in (1, 2):
+        torch.testing.assert_close(counting(x), (model.first(x) + n).detach())
+    assert list(counting.state) == ["owner.calls"]
+    assert not model.calls.any()
+
+
 def test_an_exported_program_defaults_to_its_own_example_inputs() -> None:
     net = small_net()
     exported = torch.export.export(net, (torch.randn(3, 6),))

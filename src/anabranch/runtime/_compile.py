@@ -56,8 +56,9 @@ def compile(
 ) -> Engine:
     """Compile ``model`` for inference and return an engine that any thread may call on any stream.
 
-    :param model: a module in ``eval()`` mode on the device of the inputs, an exported program, or the path of a
-        ``.pt2`` file (which is read with ``torch.export.load``: load only files that you trust). What
+    :param model: a module in ``eval()`` mode on the device of the inputs, a method of one (``model.encode_image``), an
+        exported program, or the path of a ``.pt2`` file (which is read with ``torch.export.load``: load only files that
+        you trust). What
         ``nn.DataParallel`` or ``torch.compile`` made is taken for the module that it wraps. The engine is what
         the model is now, whatever becomes of it later; it shares the memory of its weights. Other threads may call the
         model meanwhile. ``docs/contract.md`` says what is copied, what is shared and what is refused.

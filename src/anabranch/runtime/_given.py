@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -114,12 +115,26 @@ def given_model(model: Any) -> tuple[str, torch.nn.Module | ExportedProgram]:
     name = type(model).__name__
     if isinstance(model, str | os.PathLike):
         name, model = Path(model).stem, load_exported(Path(model))
+    if isinstance(model, types.MethodType) and isinstance(model.__self__, torch.nn.Module):
+        name, model = f"{type(model.__self__).__name__}.{model.__name__}", _Method(model)
     if not isinstance(model, torch.nn.Module | ExportedProgram):
         raise InputError(
-            f"model is a {type(model).__name__}; expected an nn.Module, an exported program or the path of a .pt2 file."
-            " Call a function in the forward() of an nn.Module, which holds the modules that it uses."
+            f"model is a {type(model).__name__}; expected an nn.Module, a method of one, an exported program or the"
+            " path of a .pt2 file. Call a function in the forward() of an nn.Module, which holds the modules that it uses."
         )
     return name, model
+
+
+class _Method(torch.nn.Module):
+    """A method of a module as a model: ``encode_image`` of one that has it beside ``forward``."""
+
+    def __init__(self, method: types.MethodType) -> None:
+        super().__init__()
+        self.owner, self._name = method.__self__, method.__name__
+        self.training = self.owner.training  # type: ignore[attr-defined]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.owner, self._name)(*args, **kwargs)
 
 
 def _unwrapped(model: Any) -> Any:
