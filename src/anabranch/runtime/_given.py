@@ -120,7 +120,8 @@ def given_model(model: Any) -> tuple[str, torch.nn.Module | ExportedProgram]:
     if not isinstance(model, torch.nn.Module | ExportedProgram):
         raise InputError(
             f"model is a {type(model).__name__}; expected an nn.Module, a method of one, an exported program or the"
-            " path of a .pt2 file. Call a function in the forward() of an nn.Module, which holds the modules that it uses."
+            " path of a .pt2 file. Call a function in the forward() of an nn.Module, which holds the modules that it"
+            " uses."
         )
     return name, model
 
