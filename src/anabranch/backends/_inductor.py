@@ -182,17 +182,13 @@ def _rounding_kept() -> Iterator[None]:
     Other threads compile as ever; and what they keep in caches is another entry.
     """
     cpp: Any = importlib.import_module("torch._inductor.codegen.cpp")
-    config: Any = torch.compiler.config
     here, before = threading.get_ident(), cpp.CppKernel.cache_dtype_convert
 
     def of_others(kernel: Any, *conversion: Any) -> None:
         if threading.get_ident() != here:
             before(kernel, *conversion)
 
-    with (
-        replaced(cpp.CppKernel, "cache_dtype_convert", of_others),
-        config.patch(cache_key_tag=f"{config.cache_key_tag}, rounding is kept"),
-    ):
+    with replaced(cpp.CppKernel, "cache_dtype_convert", of_others), _kept_apart("rounding is kept"):
         yield
 
 
@@ -205,18 +201,22 @@ def _products_added_at_once() -> Iterator[None]:
     Other threads compile as ever; and what they keep in caches is another entry.
     """
     triton: Any = importlib.import_module("torch._inductor.codegen.triton")
-    config: Any = torch.compiler.config
     here, before = threading.get_ident(), triton.TritonKernel.triton_meta_common
 
     def common(cls: Any) -> Any:
         made = before.__func__(cls)
         return {**made, "enable_fp_fusion": True} if threading.get_ident() == here else made
 
-    with (
-        replaced(triton.TritonKernel, "triton_meta_common", classmethod(common)),
-        config.patch(cache_key_tag=f"{config.cache_key_tag}, products are added at once"),
-    ):
+    kernel, name = triton.TritonKernel, "triton_meta_common"
+    with replaced(kernel, name, classmethod(common)), _kept_apart("products are added at once"):
         yield
+
+
+def _kept_apart(tag: str) -> contextlib.AbstractContextManager[None]:
+    """While it is on, what is compiled is another entry of Inductor's caches."""
+    config: Any = torch.compiler.config
+    patch: contextlib.AbstractContextManager[None] = config.patch(cache_key_tag=f"{config.cache_key_tag}, {tag}")
+    return patch
 
 
 def _of_many_sizes(module: fx.GraphModule) -> list[Any]:
