@@ -7,7 +7,7 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -33,12 +33,11 @@ def undisturbed() -> Iterator[None]:
     """
     # Loads half of the compiler, so not at import.
     tracer = importlib.import_module("torch.export._trace")
-    here = _Here()
+    here, exports = _Here(), getattr(tracer, "_compiling_state_context", contextlib.nullcontext)
 
-    @contextmanager
-    def exporting() -> Iterator[None]:
-        with replaced(torch.compiler, "_is_exporting_flag", here):
-            yield
+    def exporting() -> AbstractContextManager[None]:
+        # Another thread may export, too: PyTorch does not mind.
+        return replaced(torch.compiler, "_is_exporting_flag", here) if here.is_here else exports()
 
     with (
         replaced(tracer, "_ignore_backend_decomps", contextlib.nullcontext),
@@ -59,10 +58,15 @@ class _Here:
     def __init__(self) -> None:
         self._thread = threading.get_ident()
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is that thread."""
+        return threading.get_ident() == self._thread
+
     def __bool__(self) -> bool:
         if sys._getframe(1).f_code is torch.fx._symbolic_trace.is_fx_symbolic_tracing.__code__:
             return True  # the refusal to run while others trace, unless it is for a compiler
-        return threading.get_ident() == self._thread and not _asking.is_told_no
+        return self.is_here and not _asking.is_told_no
 
     def __or__(self, other: Any) -> Any:
         return bool(self) | other
