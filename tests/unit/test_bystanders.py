@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import threading
 import time
 import weakref
@@ -136,8 +137,12 @@ def test_a_build_and_a_compile_in_another_thread_wait_for_each_other() -> None:
 
 
 def test_the_flags_of_a_trace_are_put_back() -> None:
+    tracer: Any = importlib.import_module("torch.export._trace")
+
     def flags() -> list[Any]:
-        return [torch.compiler.is_compiling(), torch.export._trace._ignore_backend_decomps, torch.compiler.is_exporting]
+        compiler: Any = torch.compiler
+        named = tracer._ignore_backend_decomps, tracer._compiling_state_context
+        return [compiler._is_compiling_flag, compiler._is_exporting_flag, *named]
 
     before = flags()
     anabranch.compile(Net(5).eval(), [torch.randn(2, 5)], backend="eager").close()
