@@ -445,6 +445,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
         ("precision={self.precision} given", "whose values it cannot hold", "scale the values, or leave precision out"),
     ],
     "src/anabranch/export/_exporter.py": [
+        ("the model changes a list or a dict that it is given", "no graph does", "return the new items instead"),
         (
             "depend on state of Python's: a call {",
             "An engine would repeat what it",
