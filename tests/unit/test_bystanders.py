@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -155,32 +153,3 @@ def test_the_flags_of_a_trace_are_put_back() -> None:
     with pytest.raises(anabranch.UnsupportedModel):
         anabranch.compile(Broken(), [torch.randn(2, 5)], backend="eager", require_full=True)
     assert flags() == before
-
-
-@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen by the user"])
-def test_collections_meanwhile_do_not_look_at_what_was_there(frozen: bool) -> None:
-    """They stop all threads for as long as that takes."""
-    counts: list[int] = []
-
-    class Counts(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            counts.append(gc.get_freeze_count())
-            return super().forward(x)
-
-    class Garbage:
-        def __init__(self) -> None:
-            self.me = self
-
-    gc.unfreeze()
-    if frozen:
-        gc.freeze()
-    garbage = weakref.ref(Garbage())
-    anabranch.compile(Counts(3, 2).eval(), [torch.randn(2, 3)], backend="eager").close()
-    assert min(counts) > 1000
-    assert (gc.get_freeze_count() > 1000) is frozen
-    gc.collect()
-    assert garbage() is None
-    with pytest.raises(anabranch.InputError):
-        anabranch.compile(Counts(3, 2).eval(), [torch.randn(2, 4)], backend="eager")
-    assert (gc.get_freeze_count() > 1000) is frozen
-    gc.unfreeze()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import gc
 import importlib
 import itertools
 import os
@@ -13,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -114,8 +113,7 @@ class _Process:
                 )
             before, self._compiling = self._compiling, threading.get_ident()
             try:
-                with _old_objects_aside() if before is None else nullcontext():
-                    yield
+                yield
             finally:
                 self._compiling = before
 
@@ -165,23 +163,6 @@ class _Process:
         frames = sys._current_frames().items()
         python = any(_activity.calls_on(frame) for thread, frame in frames if thread not in settled)
         return python or any(under_way() for _, under_way in self._watched)
-
-
-@contextmanager
-def _old_objects_aside() -> Iterator[None]:
-    """Have garbage collections look at what is made meanwhile only.
-
-    Compilers make so much that Python looks through all objects of the process again and again, each time for up to a
-    second in which no other thread's call goes on. What was garbage before is found afterwards.
-    """
-    if gc.get_freeze_count():  # by the user, who wants to keep it so
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @functools.cache
