@@ -150,3 +150,85 @@ def test_where_nothing_is_left_in_half_nobody_can_tell() -> None:
 
     x = torch.rand(50, generator=torch.Generator().manual_seed(9)).half() * 0.2
     assert not _comparison.why_off(_program(Small()), lambda inputs: [inputs[0]], [x])
+
+
+# -- inputs that are mixed up ------------------------------------------------------------------------------------------
+
+
+class Exchanged(nn.Module):
+    """PyTorch 2.13's Inductor writes the first before it has read it for the second."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        a[:], b[:] = b.clone(), a.clone()
+        return a + b
+
+
+class ExchangedInPart(nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        kept = a.clone()
+        a.copy_(b * 2)
+        b.copy_(kept)
+        return a.sum()
+
+
+class PassedOn(nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        x, y, z = b.clone(), c.clone(), a.clone()
+        for tensor, new in ((a, x), (b, y), (c, z)):
+            tensor.copy_(new)
+        return a.sum()
+
+
+class Turns(nn.Module):
+    """The same with state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("first", torch.arange(4.0))
+        self.register_buffer("second", torch.arange(4.0) + 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.first.clone()
+        self.first.copy_(self.second)
+        self.second.copy_(first)
+        return x + self.first
+
+
+@pytest.mark.parametrize("model", [Exchanged(), ExchangedInPart(), PassedOn()], ids=lambda model: type(model).__name__)
+def test_inputs_that_are_exchanged_are_as_in_eager(model: nn.Module, runtime: str) -> None:
+    def inputs() -> list[torch.Tensor]:
+        return [torch.randn(4) for _ in range(3 if isinstance(model, PassedOn) else 2)]
+
+    with anabranch.compile(model, inputs(), backend="inductor", runtime=runtime) as engine:
+        for _ in range(2):
+            mine = inputs()
+            eagers = [x.clone() for x in mine]
+            torch.testing.assert_close(engine(*mine), model(*eagers))
+            assert all(map(torch.equal, mine, eagers))
+
+
+def test_state_that_is_exchanged_is_as_in_eager(runtime: str) -> None:
+    with anabranch.compile(Turns(), [torch.zeros(4)], backend="inductor", runtime=runtime) as engine:
+        session, model = engine.session(), Turns()
+        for _ in range(3):
+            x = torch.randn(4)
+            assert torch.equal(session(x), model(x))
+
+
+def test_kernels_that_take_one_input_for_another_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Minus(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a - b
+
+    backend: Any = get_backend("inductor")
+    lower = backend.lower
+
+    def lowered(self: Any, *given: Any) -> Any:
+        kernels = lower(*given)
+        return lambda inputs: kernels([inputs[1], inputs[0]])
+
+    monkeypatch.setattr(type(backend), "lower", lowered)
+    with anabranch.compile(Minus(), [torch.ones(4), torch.ones(4)], backend="inductor") as engine:
+        assert engine.summary()["signatures"][0]["backend"] == "eager"
+        x, y = torch.randn(4), torch.randn(4)
+        assert torch.equal(engine(x, y), x - y)

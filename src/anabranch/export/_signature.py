@@ -123,10 +123,11 @@ class TensorSpec:
         """An uninitialized tensor that the steps of an engine on ``device`` can read."""
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.place(device))
 
-    def synthesize(self, device: torch.device) -> torch.Tensor:
+    def synthesize(self, device: torch.device, seed: int = 0) -> torch.Tensor:
         """Values for warming up: in [0, 1) for floating point, ``integer`` for integers, zeros otherwise.
 
-        Drawn from a generator of its own: the caller's random state is left alone.
+        Drawn from a generator of its own: the caller's random state is left alone. ``seed``: another one for each
+        input; of two with the same values nobody sees that they were mixed up.
         """
         x = self.empty(device)
         if self.values is not None:
@@ -134,7 +135,7 @@ class TensorSpec:
         if not x.numel():
             return x
         if x.is_floating_point() and x.element_size() >= 2:
-            generator = torch.Generator(device=x.device).manual_seed(0)
+            generator = torch.Generator(device=x.device).manual_seed(seed)
             return x.uniform_(0, 1, generator=generator)
         is_integer = not x.is_floating_point() and not x.is_complex()
         return x.fill_(self.integer) if is_integer and self.integer else x.zero_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,7 +93,7 @@ class Builder:
         return choice
 
     def _build_on_cpu(self, given: Sequence[torch.Tensor]) -> None:
-        examples = self._unit.examples()
+        examples, renew = self._unit.examples(), self._unit.renew
         run = self._lower(examples, None)
         if not self._program.direct_only and not self._program.is_empty:
             try:
@@ -106,11 +106,17 @@ class Builder:
                 examples = [s.in_memory(x) for s, x in zip(signature.given, given, strict=True)]
                 examples += made_up[len(examples) : len(self._unit.specs) - len(signature.numbers)]
                 examples += self._unit.numbers(signature.values)
+                examples = examples if self._choice.backend == "eager" else self._unit.canonical(examples)
+                values = examples
                 # The caller's own are for the call to write into.
                 examples = [x.clone() if i in self._unit.written else x for i, x in enumerate(examples)]
-                examples = examples if self._choice.backend == "eager" else self._unit.canonical(examples)
                 self._warm_up(run, examples, times=1)
-            self._compare(run, examples)
+
+                def renew(inputs: Sequence[torch.Tensor]) -> None:
+                    for i in self._unit.written:
+                        inputs[i].copy_(values[i])
+
+            self._compare(run, examples, renew)
         self._set_kernels()
 
     def _build_on_lane(self) -> tuple[bool, str]:
@@ -131,7 +137,7 @@ class Builder:
                     draws = self._program.is_random and self._choice.backend == "eager"
                     times = 2 if self._lowered is None else 1  # else variants of kernels are chosen
                     self._warm_up(self._without_draws if draws else run, examples, times)
-                    run = self._compare(run, examples)
+                    run = self._compare(run, examples, self._unit.renew)
                 self._set_kernels()
             with self._clock.phase("warm-up"):
                 lane.stream.synchronize()
@@ -215,15 +221,23 @@ class Builder:
         """Run the operators but for those that draw: the next draws are the user's, and other threads'."""
         return _WithoutDraws(self._program).run(*self._program.weights_for_eager(), *inputs)
 
-    def _compare(self, run: Kernels | Instance, examples: Sequence[torch.Tensor]) -> Kernels | Instance:
-        """Have PyTorch's operators run the model where compiled kernels give other results; returns what runs."""
+    def _compare(
+        self,
+        run: Kernels | Instance,
+        examples: Sequence[torch.Tensor],
+        renew: Callable[[Sequence[torch.Tensor]], None],
+    ) -> Kernels | Instance:
+        """Have PyTorch's operators run the model where compiled kernels give other results; returns what runs.
+
+        ``renew``: has ``examples``, which runs have written, be as they were.
+        """
         choice, settings = self._choice, self._settings
         # In a forked child operators may wait for ever for OpenMP's threads, which are its parent's.
         if choice.backend == "eager" or process.generation or self._lowered:
             return run
         try:
             with self._clock.phase("warm-up"):
-                self._unit.reset(examples)
+                renew(examples)
                 why = why_off(self._program, run, examples)
         except Exception as e:  # made-up values may be at fault, or memory is short
             self._device.check_error(e)

@@ -62,7 +62,7 @@ def translate_wrapper(kernels: Wrapped, unit: Unit) -> Any:
                 replace(spec, shape=tuple(shape), strides=spec.strides_for(shape))
                 for spec, shape in zip(unit.specs, (*at, *shapes[count:]), strict=True)
             ]
-            ours, theirs = ([spec.synthesize(device) for spec in specs] for _ in range(2))
+            ours, theirs = ([spec.synthesize(device, seed) for seed, spec in enumerate(specs)] for _ in range(2))
             found = differences([made.run(ours, device, api), ours], [list(kernels(theirs)), theirs])
             if found:
                 return f"its results differ: {found[0]}"

@@ -75,7 +75,7 @@ class Unit:
 
     def examples(self) -> list[torch.Tensor]:
         """New inputs of this signature with made-up values."""
-        made: list[Any] = [s.synthesize(self.torch_device) for s in self.specs]
+        made: list[Any] = [s.synthesize(self.torch_device, seed) for seed, s in enumerate(self.specs)]
         return made + self.numbers(self.signature.values) if self.program.takes_numbers else made
 
     def numbers(self, leaves: Sequence[Any]) -> list[Any]:
@@ -152,6 +152,11 @@ class Unit:
             spec = self.specs[i]
             if is_integer(spec.dtype):
                 inputs[i].copy_(spec.values) if spec.values is not None else inputs[i].fill_(spec.integer)
+
+    def renew(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Made-up inputs that a run has written are what they were: written ones may all have become alike."""
+        for i in self.written:
+            inputs[i].copy_(self.specs[i].synthesize(self.torch_device, i))
 
     def resetting(self, way: Callable[[Sequence[torch.Tensor]], Any]) -> Callable[[Sequence[torch.Tensor]], Any]:
         """``way``, to run it again and again on the same made-up inputs."""

@@ -38,19 +38,22 @@ def prove(
     ways = [(way, launch, patches) for patches in noises for way, launch in launches]
     alive: list[Any] = []  # so that every round has other addresses
     index = scratch.lane.index
+    where = [(spec, index) for spec in specs]
     if workspaces:
         scratch.lane.load_workspaces()
     with scratch.using():
         for c in captured:
             c.poison(table)
         for seed in range(1, rounds + 1):
-            values, others = ([place(spec, index, 0, seed) for spec in specs] for _ in range(2))
+            # Other values in each: of two inputs with the same ones nobody sees that one was taken for the other.
+            seeds = [seed + rounds * i for i in range(len(specs))]
+            values, others = ([place(*own, 0, s) for own, s in zip(where, seeds, strict=True)] for _ in range(2))
             wanted = kernels(values)
             again = kernels(others)  # not the same: a run may write into what it is given
             if not _equal(wanted, again) or not _equal(values, others):
                 return "two direct runs on the same inputs differ, so that nothing can be compared with them"
             for way, launch, patches in ways:
-                inputs = [place(spec, index, recording.alignment, seed) for spec in specs]
+                inputs = [place(*own, recording.alignment, s) for own, s in zip(where, seeds, strict=True)]
                 outputs = [_guarded(nbytes, index) for nbytes in recording.storages]
                 alive += [values, others, wanted, inputs, outputs]
                 launch(inputs, [raw.data_ptr() + GUARD for raw in outputs], scratch.stream, patches)
