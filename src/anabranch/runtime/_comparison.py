@@ -49,7 +49,7 @@ def why_off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> 
     if program.is_random:
         return ""
     if program.written:
-        program, kernels = _with_writes(program), _telling_writes(program, kernels)
+        program, kernels = _with_writes(program), telling_writes(program, kernels)
     why = _off(program, kernels, inputs)
     for seed in SEEDS:
         why = why and _off(program, kernels, redrawn(inputs, seed))
@@ -94,7 +94,7 @@ def _to_write(program: Program, inputs: _Tensors) -> _Tensors:
     return [x.clone() if i in program.written else x for i, x in enumerate(inputs)]
 
 
-def _telling_writes(program: Program, kernels: Kernels | Instance) -> Kernels:
+def telling_writes(program: Program, kernels: Kernels | Instance) -> Kernels:
     """``kernels``, which return what they write, too, and leave what they are given as it was."""
 
     def run(inputs: _Tensors) -> _Tensors:
@@ -127,8 +127,12 @@ def redrawn(inputs: _Tensors, seed: int) -> list[torch.Tensor]:
 def near(inputs: _Tensors, seed: int) -> list[torch.Tensor]:
     """Other values near these where they are floating."""
     share = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
-    factor, term = 1 - 0.2 * share, 0.05 * share
-    return [x * factor + term if x.is_floating_point() and x.element_size() >= 2 else x for x in inputs]
+    return [moved(x, share) if x.is_floating_point() and x.element_size() >= 2 else x for x in inputs]
+
+
+def moved(x: torch.Tensor, share: float) -> torch.Tensor:
+    """Values near those of ``x``, which is floating; ``share``: how far, between 0 and 1."""
+    return x * (1 - 0.2 * share) + 0.05 * share
 
 
 def _in_float64(program: Program, inputs: _Tensors) -> _Tensors | None:

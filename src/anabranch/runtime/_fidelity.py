@@ -20,7 +20,7 @@ import torch
 from anabranch import _judge
 from anabranch.backends import Options, get_backend
 from anabranch.export import Program
-from anabranch.runtime._comparison import BOUNDS, SEEDS
+from anabranch.runtime._comparison import BOUNDS, SEEDS, telling_writes
 
 #: Of what kernels of other making may be off by, so much is left to the operators themselves.
 _SHARE = 0.25
@@ -65,9 +65,8 @@ def _unlike(program: Program, inputs: _Tensors) -> str:
     expected = program.in_eager.results(program.outputs, inputs, program.written)
     if expected is None or isinstance(expected, str):
         return expected or ""
-    own = [x.clone() if i in program.written else x for i, x in enumerate(inputs)]
-    results = get_backend("eager").lower(program, [], Options())(own)  # type: ignore[operator]
-    actual = [*results, *(own[i] for i in sorted(program.written))]
+    operators: Any = get_backend("eager").lower(program, [], Options())
+    actual = telling_writes(program, operators)(inputs)
     why = unlike(actual, expected, of_mixed(program))
     if not why:
         return ""

@@ -35,6 +35,7 @@ from anabranch.export import (
     state_of,
     storage,
 )
+from anabranch.runtime._comparison import moved
 from anabranch.runtime._dynamo_settings import MOST_GRAPHS, dynamo_settings
 from anabranch.runtime._fidelity import COMPUTE_THE_SAME, COMPUTES_ELSE, unlike
 from anabranch.runtime._fragment import Fragment, NotAccepted, trying
@@ -372,8 +373,7 @@ class Guarded:
         def made(x: torch.Tensor) -> torch.Tensor:
             y = copy_of(x)
             if attempt and y.is_floating_point() and y.numel():
-                noise = torch.rand((), generator=generator).item()
-                y = y * (1 - 0.2 * noise) + 0.05 * noise
+                y = moved(y, torch.rand((), generator=generator).item())
             return y
 
         return map_tensors(made, (tuple(args), kwargs))

@@ -38,22 +38,24 @@ def prove(
     ways = [(way, launch, patches) for patches in noises for way, launch in launches]
     alive: list[Any] = []  # so that every round has other addresses
     index = scratch.lane.index
-    where = [(spec, index) for spec in specs]
+
+    def made(alignment: int, seed: int) -> list[torch.Tensor]:
+        # Other values in each: of two inputs with the same ones nobody sees that one was taken for the other.
+        return [place(spec, index, alignment, seed + rounds * i) for i, spec in enumerate(specs)]
+
     if workspaces:
         scratch.lane.load_workspaces()
     with scratch.using():
         for c in captured:
             c.poison(table)
         for seed in range(1, rounds + 1):
-            # Other values in each: of two inputs with the same ones nobody sees that one was taken for the other.
-            seeds = [seed + rounds * i for i in range(len(specs))]
-            values, others = ([place(*own, 0, s) for own, s in zip(where, seeds, strict=True)] for _ in range(2))
+            values, others = made(0, seed), made(0, seed)
             wanted = kernels(values)
             again = kernels(others)  # not the same: a run may write into what it is given
             if not _equal(wanted, again) or not _equal(values, others):
                 return "two direct runs on the same inputs differ, so that nothing can be compared with them"
             for way, launch, patches in ways:
-                inputs = [place(*own, recording.alignment, s) for own, s in zip(where, seeds, strict=True)]
+                inputs = made(recording.alignment, seed)
                 outputs = [_guarded(nbytes, index) for nbytes in recording.storages]
                 alive += [values, others, wanted, inputs, outputs]
                 launch(inputs, [raw.data_ptr() + GUARD for raw in outputs], scratch.stream, patches)
