@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import anabranch
 from anabranch.backends import get_backend
@@ -107,6 +108,41 @@ def test_rounding_is_told_from_faults_by_float64() -> None:
     # In float16 the sum keeps multiples of 1/16, so that eager is off by half of that.
     assert not _comparison.why_off(program, lambda inputs: [inputs[0] + 0.125], [x])
     assert "farther from what float64 gives" in _comparison.why_off(program, lambda inputs: [inputs[0] + 300], [x])
+
+
+@pytest.fixture
+def only_half() -> Iterator[Any]:
+    """An operator that float16 has a kernel of, and float64 none; its roundings are large."""
+    with torch.library._scoped_library("anabranch_tests", "DEF") as library:
+        library.define("only_half(Tensor x) -> Tensor")
+
+        def kernel(x: torch.Tensor) -> torch.Tensor:
+            if x.dtype is not torch.float16:
+                raise RuntimeError(f"'only_half' not implemented for {x.dtype}")
+            return (x + 100) - 100
+
+        library.impl("only_half", kernel, "CPU")
+        library.impl("only_half", torch.empty_like, "Meta")
+        yield torch.ops.anabranch_tests.only_half.default
+
+
+@pytest.mark.parametrize(("off", "is_fault"), [(0.03, False), (0.5, True)])
+def test_an_operator_without_float64_runs_in_what_it_has(only_half: Any, off: float, is_fault: bool) -> None:
+    """The result is float32's, of values that have been half precision: more is rounding's than its dtype says."""
+
+    class Half(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.ops.aten.mul.Tensor(only_half(x.half()).float(), 3)]
+
+    x = torch.rand(50, generator=torch.Generator().manual_seed(5))
+    program = _program(Half())
+    expected = make_fx(Half())(x)
+    program.module = program.in_place = expected
+    wide = _comparison._Wide(expected)
+    assert wide.run(x)[0].dtype is torch.float64
+    assert wide.alone == ["anabranch_tests.only_half.default"]
+    why = _comparison.why_off(program, lambda inputs: [y * (1 + off) for y in expected(*inputs)], [x])
+    assert bool(why) is is_fault
 
 
 def test_a_near_tie_is_no_fault() -> None:
