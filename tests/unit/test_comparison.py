@@ -76,6 +76,29 @@ def test_a_fault_is_found_and_operators_run_instead(
         assert engine.summary()["signatures"][0]["backend"] == "eager"
 
 
+class Kept(nn.Module):
+    """Writes a part of its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.arange(24.0).reshape(1, 8, 3))
+
+    def forward(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        self.cache.index_copy_(1, at, x)
+        return self.cache.sin()
+
+
+def test_a_fault_is_found_where_state_is_written(faulty: Any, runtime: str) -> None:
+    faulty(FAULTS["too large"])
+    given = torch.randn(1, 2, 3), torch.tensor([3, 5])
+    with anabranch.compile(Kept(), given, backend="inductor", runtime=runtime) as engine:
+        assert engine.summary()["signatures"][0]["backend"] == "eager"
+        session, model = engine.session(), Kept()
+        for at in ([1, 2], [7, 1]):
+            x = torch.randn(1, 2, 3)
+            assert torch.equal(session(x, torch.tensor(at)), model(x, torch.tensor(at)))
+
+
 def test_where_everything_has_to_be_compiled_a_fault_is_an_error(faulty: Any) -> None:
     faulty(FAULTS["too large"])
     with pytest.raises(BuildError, match=r"compiled kernels are off by .*: a fault of 'inductor'"):
@@ -94,7 +117,7 @@ def test_what_rounding_explains_is_no_fault(model: nn.Module, runtime: str, capl
 
 def _program(module: nn.Module) -> Any:
     """As much of one as is asked for."""
-    graph = torch.fx.symbolic_trace(module)
+    graph = module if isinstance(module, torch.fx.GraphModule) else torch.fx.symbolic_trace(module)
     return SimpleNamespace(module=graph, in_place=graph, is_random=False, weights_for_eager=list, written=frozenset())
 
 
@@ -111,38 +134,55 @@ def test_rounding_is_told_from_faults_by_float64() -> None:
 
 
 @pytest.fixture
-def only_half() -> Iterator[Any]:
-    """An operator that float16 has a kernel of, and float64 none; its roundings are large."""
+def operator() -> Iterator[Callable[[Callable[[torch.Tensor], torch.Tensor]], Any]]:
+    """Make an operator of a kernel. Its result is like what it is given."""
     with torch.library._scoped_library("anabranch_tests", "DEF") as library:
-        library.define("only_half(Tensor x) -> Tensor")
 
-        def kernel(x: torch.Tensor) -> torch.Tensor:
-            if x.dtype is not torch.float16:
-                raise RuntimeError(f"'only_half' not implemented for {x.dtype}")
-            return (x + 100) - 100
+        def make(kernel: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+            library.define("made(Tensor x) -> Tensor")
+            library.impl("made", kernel, "CPU")
+            library.impl("made", torch.empty_like, "Meta")
+            return torch.ops.anabranch_tests.made.default
 
-        library.impl("only_half", kernel, "CPU")
-        library.impl("only_half", torch.empty_like, "Meta")
-        yield torch.ops.anabranch_tests.only_half.default
+        yield make
 
 
 @pytest.mark.parametrize(("off", "is_fault"), [(0.03, False), (0.5, True)])
-def test_an_operator_without_float64_runs_in_what_it_has(only_half: Any, off: float, is_fault: bool) -> None:
+def test_an_operator_without_float64_runs_in_what_it_has(operator: Any, off: float, is_fault: bool) -> None:
     """The result is float32's, of values that have been half precision: more is rounding's than its dtype says."""
+
+    def kernel(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype is not torch.float16:
+            raise RuntimeError(f"'made' not implemented for {x.dtype}")
+        return (x + 100) - 100
+
+    only_half = operator(kernel)
 
     class Half(nn.Module):
         def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
             return [torch.ops.aten.mul.Tensor(only_half(x.half()).float(), 3)]
 
     x = torch.rand(50, generator=torch.Generator().manual_seed(5))
-    program = _program(Half())
-    expected = make_fx(Half())(x)
-    program.module = program.in_place = expected
-    wide = _comparison._Wide(expected)
+    program = _program(make_fx(Half())(x))
+    wide = _comparison._Wide(program.module)
     assert wide.run(x)[0].dtype is torch.float64
-    assert wide.alone == ["anabranch_tests.only_half.default"]
-    why = _comparison.why_off(program, lambda inputs: [y * (1 + off) for y in expected(*inputs)], [x])
+    assert wide.alone == ["anabranch_tests.made.default"]
+    why = _comparison.why_off(program, lambda inputs: [y * (1 + off) for y in program.module(*inputs)], [x])
     assert bool(why) is is_fault
+
+
+def test_results_that_lie_otherwise_in_float64_have_views(operator: Any) -> None:
+    """As attention's do on CUDA: of other strides not everything is a view."""
+    otherwise = operator(lambda x: x.t().contiguous().t() if x.dtype is torch.float64 else x.clone())
+
+    class Seen(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.ops.aten.view.default(otherwise(x), [6])]
+
+    x = torch.rand(2, 3)
+    wide = _comparison._Wide(make_fx(Seen())(x))
+    assert torch.equal(wide.run(x)[0], x.double().reshape(6))
+    assert not wide.alone
 
 
 def test_a_near_tie_is_no_fault() -> None:

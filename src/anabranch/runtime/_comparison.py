@@ -37,6 +37,8 @@ _FACTOR = 8
 _WIDE = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
 _WIDE |= {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
 
+_VIEW, _RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
+
 #: An error of the operators' own from which on nothing is left to compare with.
 _LOST = 0.5
 #: So many roundings of a value near one are no fault, however small the results are.
@@ -51,8 +53,7 @@ def why_off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> 
     """Why ``kernels`` do not compute what ``program`` says, or nothing. They must have run before."""
     if program.is_random:
         return ""
-    if program.written:
-        program, kernels = _with_writes(program), telling_writes(program, kernels)
+    kernels = telling_writes(program, kernels)
     why = _off(program, kernels, inputs)
     for seed in SEEDS:
         why = why and _off(program, kernels, redrawn(inputs, seed))
@@ -61,7 +62,7 @@ def why_off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> 
 
 def _off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> str:
     operators: Any = get_backend("eager").lower(program, [], Options())
-    got, wanted = kernels(inputs), operators(_to_write(program, inputs))
+    got, wanted = kernels(inputs), telling_writes(program, operators)(inputs)
     places = [i for i, e in enumerate(wanted) if e.dtype in BOUNDS]
     least = _OF_STEPS if any(map(is_quantization, program.module.graph.nodes)) else 0.0
     bounds = {i: max(BOUNDS[wanted[i].dtype], least) for i in places}
@@ -69,7 +70,7 @@ def _off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> str
     if all(far[i] <= bounds[i] for i in places):
         return ""
     figures = f"off by {max(far.values()):.1e} of the largest value, of made-up inputs"
-    exact, alone = _in_float64(program, _to_write(program, inputs))
+    exact, alone = _in_float64(_with_writes(program), _to_write(program, inputs))
     if exact is None or alone:
         # What it is compared with has been rounded as the program's steps round, which is more than its results tell.
         narrow = max((BOUNDS[d] for d in _dtypes(program) if d in BOUNDS), default=0.0)
@@ -87,7 +88,9 @@ def _off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> str
 
 
 def _with_writes(program: Program) -> Program:
-    """``program``, which returns what it writes, too."""
+    """``program``, which returns what it writes, too, as a computation: nothing may be written in place in it."""
+    if not program.written:
+        return program
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     results = graph.graph_copy(program.module.graph, copied)
@@ -174,7 +177,9 @@ class _Wide(fx.Interpreter):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         try:
-            return self.call_function(n.target, *pytree.tree_map(_widened, (args, kwargs)))
+            # Results of float64's kernels may have other strides: not everything that is a view is one of them.
+            target = _RESHAPE if n.target is _VIEW else n.target
+            return self.call_function(target, *pytree.tree_map(_widened, (args, kwargs)))
         except RuntimeError as e:
             _log.debug("%s in float64: %s", n.target, first_line(e))
             self.alone.append(str(n.target))
