@@ -15,6 +15,7 @@ from torch import nn
 
 import anabranch
 from anabranch._judge import differences
+from anabranch.runtime import _guarded
 
 pytestmark = pytest.mark.usefixtures("seeded", "runtime")
 
@@ -121,6 +122,71 @@ def test_dropping_the_engine_frees_those_of_its_graphs(model: Branches) -> None:
     gc.collect()
     assert whole() is None
     assert [g() for g in graphs] == [None] * len(graphs)
+
+
+class Scales(nn.Module):
+    """Scales that values choose, and an operator that takes no symbol in the place of one."""
+
+    def forward(self, x: torch.Tensor, most: int = 0) -> torch.Tensor:
+        scales = [int(x.max())] if most else [2, 1]
+        y = x.cos()
+        if x.mean() > 4:
+            for i in range(len(scales)):
+                scales[i] *= 2
+            y = y + x
+        for scale in scales:
+            y = self.scaled(y, scale)
+        return y
+
+    def scaled(self, y: torch.Tensor, scale: int) -> torch.Tensor:
+        large = nn.functional.interpolate(
+            y * scale, scale_factor=scale * 2, mode="bilinear", align_corners=False, recompute_scale_factor=False
+        )
+        return nn.functional.avg_pool2d(large.sin(), 2 * scale) + y
+
+
+def test_a_number_that_an_operator_takes_no_symbol_for_cuts_nothing() -> None:
+    torch._dynamo.reset()
+    model, given = Scales(), [torch.rand(1, 2, 4, 4) * (1 + 9 * (i % 2)) for i in range(8)]
+    expected = [model(x) for x in given]
+    engine = anabranch.compile(model, given[:1], backend="eager")
+    results: list[list[Any]] = [[] for _ in range(4)]
+
+    def work(number: int) -> None:
+        results[number] = [(i % 8, engine(given[i % 8])) for i in range(number, number + 40)]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, result in (pair for mine in results for pair in mine):
+        assert torch.equal(result, expected[i])
+    assert sum(map(len, results)) == 160
+    for x in given * 2:
+        engine(x)
+    graphs = engine.summary()["fragments"]["graphs"]
+    assert graphs
+    assert [graph["ends"] for graph in graphs if "fake tensor" in str(graph["ends"])] == []
+    assert not any(graph["by_operators"] for graph in graphs if graph["operators"] > 2)
+
+
+def test_of_many_such_numbers_none_has_a_graph_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph each would be as many as there are numbers: beyond some, they are symbols again."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(_guarded, "MOST_FIXED", 8)
+    model = Scales()
+    engine = anabranch.compile(model, [torch.rand(1, 2, 4, 4) + 3, 1], backend="eager")
+    most = _guarded.MOST_FIXED
+    for n in (*range(1, most + 4), 3, 7, most + 9):
+        x = torch.rand(1, 2, 4, 4) * n
+        x[0, 0, 0, 0] = n
+        assert torch.equal(engine(x, 1), model(x, 1))
+    guarded = engine._guarded
+    assert guarded is not None
+    assert guarded._was_fixed
+    assert not guarded._traced.fixed
+    assert len(guarded.fragments) < most
 
 
 class Counts(nn.Module):

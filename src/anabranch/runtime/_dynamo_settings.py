@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import importlib
-import threading
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from anabranch import _sync
@@ -13,24 +14,17 @@ from anabranch import _sync
 MOST_GRAPHS = 64
 
 
-class _Patches(threading.local):
-    """Of the calling thread: the settings that it has entered, the last one last."""
-
-    entered: tuple[Any, ...] = ()
-
-
 class _DynamoSettings:
-    """A context manager: Dynamo's settings while a model in fragments is called, and may be traced.
+    """Dynamo's settings while a model in fragments is called, and may be traced.
 
     A float that varies from call to call is a part of what a graph is for. Dynamo would make a symbol of it, which many
     operators do not take, so that it cuts there. An integer may be a size that the model has kept over a cut.
 
     Where PyTorch keeps settings by thread, they are this thread's. Where it keeps them by process, they hold from the
-    first of the calls under way until the last one's end.
+    first of the calls under way until the last one's end, and integers are symbols as long as one of these asks for it.
     """
 
     _WANTED: ClassVar[dict[str, Any]] = {
-        "specialize_int": False,
         "specialize_float": True,
         "recompile_limit": MOST_GRAPHS,
         "accumulated_recompile_limit": 8 * MOST_GRAPHS,
@@ -38,35 +32,36 @@ class _DynamoSettings:
 
     def __init__(self) -> None:
         self._lock = _sync.lock("dynamo settings")
-        self._inside = 0
+        #: Of the calls under way, how many ask for integers that are symbols, and how many for others.
+        self._inside = {False: 0, True: 0}
         self._patch: Any = None
-        self._own = _Patches()
 
-    def __enter__(self) -> None:
+    @contextlib.contextmanager
+    def used(self, fixed: bool) -> Iterator[None]:
+        """Have them. ``fixed``: whether integers that vary are a part of what a graph is for, too."""
         config: Any = importlib.import_module("torch._dynamo.config")
         entry = config._config["specialize_int"].user_override
         if isinstance(entry, contextvars.ContextVar):
-            patch = config.patch(self._WANTED)
-            patch.__enter__()
-            self._own.entered = (*self._own.entered, patch)
+            with config.patch(specialize_int=fixed, **self._WANTED):
+                yield
             return
         with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._patch = config.patch(self._WANTED)
+            if not any(self._inside.values()):
+                self._patch = config.patch(specialize_int=fixed, **self._WANTED)
                 self._patch.__enter__()
+            self._count(config, fixed, 1)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count(config, fixed, -1)
+                if not any(self._inside.values()):
+                    self._patch.__exit__(None, None, None)
+                    self._patch = None
 
-    def __exit__(self, *exc: Any) -> None:
-        if self._own.entered:
-            *before, patch = self._own.entered
-            self._own.entered = tuple(before)
-            patch.__exit__(*exc)
-            return
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._patch.__exit__(*exc)
-                self._patch = None
+    def _count(self, config: Any, fixed: bool, by: int) -> None:
+        self._inside[fixed] += by
+        config.specialize_int = not self._inside[False]
 
 
 dynamo_settings = _DynamoSettings()

@@ -19,6 +19,7 @@ from torch import fx
 
 from anabranch import _activity, _sync
 from anabranch.errors import AnabranchError, DeviceLost, FlagsChanged, InputError, NotCapturable
+from anabranch.runtime._cut import Cut
 from anabranch.runtime._graph_key import key_of
 from anabranch.runtime._integers import Integers, picker
 from anabranch.runtime._process import process
@@ -210,6 +211,7 @@ class Fragment:
         #: How engines are found for a call, in this order: for all its sizes, and then for its very numbers.
         self._ways = [_Way(numbers, Integers(others), max(first, STEADY if numbers else 0), first)]
         integers = Integers.among(placeholders, others)
+        self.carries_integers = integers.of_python
         if dynamic and integers.free:
             fixed = [i for i in numbers if i not in integers.read]
             self._ways.insert(0, _Way(fixed, integers))
@@ -218,7 +220,7 @@ class Fragment:
         if in_engine or not torch.is_grad_enabled():
             self.why_operators = self.why_operators or _why_autograd(gm)
         #: Where Dynamo's graph ended, and why; None where the function ended there.
-        self.cut: Cut | None = _cut(gm)
+        self.cut = Cut.of(gm)
         #: Microseconds of Python from its end to the next graph's begin, where they were measured.
         self.python_us: float | None = None
         self.operators = sum(n.op.startswith("call") and n.target not in _FREE for n in gm.graph.nodes)
@@ -333,6 +335,11 @@ class Fragment:
         way.add(made)
         return made
 
+    def retire(self) -> None:
+        """The model was traced anew: calls that are under way are the last ones, and operators run them."""
+        self.why_operators = "the model was traced anew"
+        self.give_up()
+
     def give_up(self) -> None:
         """Its model is gone: so are its engines, and nothing will call it."""
         for way in self._ways:
@@ -362,34 +369,6 @@ class Fragment:
         """Why it has no engine so far."""
         why = next((f" ({way.why_none})" for way in self._ways if way.why_none), "")
         return f"its sizes have not been the same often enough{why}"
-
-
-class Cut:
-    """Where a graph of Dynamo's ended before its function did."""
-
-    def __init__(self, reason: str, source: str) -> None:
-        #: Dynamo's reason, in a line.
-        self.reason = reason
-        #: ``file.py:12``, the model's line, or nothing.
-        self.source = source
-
-    def data(self) -> dict[str, Any]:
-        return {"reason": self.reason, "source": self.source}
-
-    def __str__(self) -> str:
-        return f"{self.source or 'unknown line'}: {self.reason}"
-
-
-def _cut(gm: fx.GraphModule) -> Cut | None:
-    why: Any = getattr(gm, "compile_subgraph_reason", None)
-    if why is None or not why.graph_break:
-        return None
-    stack = [frame for frame in why.user_stack or () if frame.filename]
-    line = f"{stack[-1].filename.rsplit('/', 1)[-1]}:{stack[-1].lineno}" if stack else ""
-    reason = (str(why.reason).splitlines() or [""])[0]
-    # Dynamo's name for it is that of an instruction of Python's.
-    branch = "a branch on the value of a tensor"
-    return Cut(branch if reason.startswith("generic_jump") else reason, line)
 
 
 def _is_frozen(node: fx.Node, example: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import threading
@@ -39,6 +38,7 @@ from anabranch.runtime._comparison import moved
 from anabranch.runtime._dynamo_settings import MOST_GRAPHS, dynamo_settings
 from anabranch.runtime._fidelity import COMPUTE_THE_SAME, COMPUTES_ELSE, unlike
 from anabranch.runtime._fragment import Fragment, NotAccepted, trying
+from anabranch.runtime._own_code import OwnCode
 from anabranch.runtime._ranges import Place
 from anabranch.runtime._recompiles import past_limit, watch_limits
 
@@ -47,6 +47,8 @@ _log = logging.getLogger("anabranch")
 #: At which call a fragment gets an engine. Sizes that depend on data are not the same three times, and by then Dynamo
 #: has made symbols of them.
 FIRST = 3
+#: So many graphs a model may have where each is for single integers.
+MOST_FIXED = 32
 
 
 class _Meter(threading.local):
@@ -98,47 +100,11 @@ def _unlike(results: Any, expected: Any) -> str:
     return unlike(actual, wanted)
 
 
-class _OwnCode:
-    """Gives modules methods with code of their own.
-
-    Dynamo keeps graphs with code, and lets each code have so many. The code of a class is that of all its instances:
-    of the user's own model, which may be compiled otherwise, and of other engines.
-    """
-
-    def __init__(self) -> None:
-        self._classes: dict[type, type] = {}
-
-    def give(self, module: torch.nn.Module) -> None:
-        kind = type(module)
-        if kind.__module__.startswith("torch."):
-            return
-        if kind not in self._classes:
-            methods: dict[str, Any] = {}
-            for base in kind.__mro__:
-                if base.__module__.startswith(("torch.", "builtins")):
-                    break
-                for name, method in vars(base).items():
-                    if isinstance(method, types.FunctionType) and not name.startswith("__"):
-                        methods.setdefault(name, _with_own_code(method))
-            named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-            self._classes[kind] = type(kind.__name__, (kind,), {**methods, **named})
-        with contextlib.suppress(TypeError):  # a class whose instances lie otherwise in memory
-            module.__class__ = self._classes[kind]
-
-
-def _with_own_code(method: types.FunctionType) -> types.FunctionType:
-    made = types.FunctionType(
-        method.__code__.replace(), method.__globals__, method.__name__, method.__defaults__, method.__closure__
-    )
-    made.__kwdefaults__, made.__qualname__ = method.__kwdefaults__, method.__qualname__
-    made.__dict__.update(method.__dict__)
-    made.__module__, made.__doc__, made.__annotations__ = method.__module__, method.__doc__, method.__annotations__
-    return made
-
-
 class _Traced(NamedTuple):
     """What calls use: they read it once, and a begin replaces it as a whole."""
 
+    #: Whether a graph is for the very integers of Python's that it meets, and never for many.
+    fixed: bool
     #: Runs a copy of the model, by the graphs that Dynamo has traced for it.
     run: Callable[..., Any]
     fresh: Fresh
@@ -154,11 +120,13 @@ class _Traced(NamedTuple):
         return tensor if found is None else found
 
 
-def _give_up(fragments: list[Fragment]) -> None:
-    for fragment in fragments:
-        fragment.give_up()
+def _give_up(*lists: list[Fragment]) -> None:
+    for fragments in lists:
+        for fragment in fragments:
+            fragment.give_up()
 
 
+@_sync.atomics("_traced", "_is_fixed", "_was_fixed")
 class Guarded:
     """Dynamo guards what its graphs assume, and traces again where that does not hold.
 
@@ -183,20 +151,38 @@ class Guarded:
         self._snapshot, self._why, self._make_engine = snapshot, why, make_engine
         self._meter = _Meter()
         self._fragments: list[Fragment] = _sync.list_("fragments")
+        #: From before the last begin, for graphs that are the same.
+        self._before: list[Fragment] = _sync.list_("fragments from before")
+        self._lock = _sync.lock("a model's begin")
+        #: Whether graphs are to be for single integers, since an operator took no symbol; whether they were too many.
+        self._is_fixed = self._was_fixed = False
         self._kinds: set[Any] = _sync.set_("kinds of inputs")
         self._begin()
         # Dynamo keeps the code that it has made, and with it fragments, in places that outlive the model.
-        weakref.finalize(self, _give_up, self._fragments)
+        weakref.finalize(self, _give_up, self._fragments, self._before)
 
-    def _begin(self, why_plain: str = "") -> None:
-        """Nothing is traced so far. ``why_plain``: why nothing will be."""
+    def _begin(self, why_plain: str = "", keeps: bool = False) -> None:
+        """Nothing is traced so far. ``why_plain``: why nothing will be. ``keeps``: graphs that are as before stay."""
         self._why_plain = why_plain
-        self._own = _OwnCode()
+        self._own = OwnCode()
         fresh = self._copy()
         tensors = (*fresh.module.parameters(), *fresh.module.buffers())
         originals = {id(t): fresh.original(t) for t in tensors}
+        for fragment in self._fragments if keeps else ():
+            if fragment.carries_integers:
+                fragment.retire()
+        self._before[:] = [f for f in self._fragments if keeps and not f.carries_integers]
         self._fragments[:] = []
-        self._traced = _Traced(self._compiled(), fresh, originals)
+        self._traced = _Traced(self._is_fixed, self._compiled(), fresh, originals)
+
+    def _as_wanted(self) -> _Traced:
+        """What calls use, traced anew where integers are to be something else than they were. Calls under way go on
+        with what there was."""
+        if self._traced.fixed != self._is_fixed and not self._why_plain:
+            with self._lock:
+                if self._traced.fixed != self._is_fixed:
+                    self._begin(keeps=True)
+        return self._traced
 
     def _copy(self, made: Copies | None = None) -> Fresh:
         fresh = self._snapshot.fresh(made)
@@ -229,18 +215,21 @@ class Guarded:
     def _fragment(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         watch_limits(gm)
         fragment = Fragment(gm, examples, self._make_engine, first=FIRST, in_engine=True, dynamic=self._dynamic)
-        same = next((f for f in list(self._fragments) if f.key is not None and f.key == fragment.key), None)
-        if same is None:
+        if fragment.cut is not None and fragment.cut.is_of_symbol and fragment.carries_integers:
+            self._is_fixed = not self._was_fixed
+        if self._is_fixed and len(self._fragments) >= MOST_FIXED:
+            self._is_fixed, self._was_fixed = False, True
+        known = [*self._fragments, *self._before]  # another thread came upon it, too, or it was traced before
+        fragment = next((f for f in known if f.key is not None and f.key == fragment.key), fragment)
+        if not any(f is fragment for f in list(self._fragments)):
             self._fragments.append(fragment)
-        else:
-            fragment = same  # another thread came upon it, too
         return _Timed(fragment, self._meter)
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one call on the calling thread's current stream, with autograd off."""
-        traced = self._traced
+        traced = self._as_wanted()
         try:
-            with dynamo_settings:
+            with dynamo_settings.used(traced.fixed):
                 results = traced.run(traced.fresh.module, args, kwargs)
         except Exception as e:
             self._raise(e, args, kwargs)
@@ -312,6 +301,15 @@ class Guarded:
             for given in others:
                 self._try(copy, *given, FIRST, makes=False)
             self._begin(self._why_plain)
+        fixed = self._traced.fixed
+        self._call_all(copy, args, kwargs, others)
+        if self._as_wanted().fixed and not fixed:
+            self._call_all(copy, args, kwargs, others)
+
+    def _call_all(
+        self, copy: Fresh, args: Sequence[Any], kwargs: dict[str, Any], others: Sequence[tuple[Any, Any]]
+    ) -> None:
+        """Call it until its graphs have engines. ``copy``: one that Dynamo has traced before."""
         fresh = self._traced.fresh
         # Graphs are for classes, and some copies have classes of their own.
         same = all(type(a) is type(b) for a, b in zip(copy.module.modules(), fresh.module.modules(), strict=True))
@@ -381,8 +379,9 @@ class Guarded:
     def _try(self, copy: Fresh, args: Sequence[Any], kwargs: dict[str, Any], attempt: int, makes: bool = True) -> Any:
         """Call it on such inputs; returns what it returns. ``makes``: whether graphs may get engines."""
         given = self._given(args, kwargs, attempt)
+        settings = dynamo_settings.used(self._traced.fixed)
         try:
-            with trying(makes), generators_kept(copy.module, given, self._device), dynamo_settings:
+            with trying(makes), generators_kept(copy.module, given, self._device), settings:
                 return self._traced.run(copy.module, *given)
         except (AnabranchError, torch.OutOfMemoryError):
             raise
@@ -405,8 +404,9 @@ class Guarded:
         return [f for f in list(self._fragments) if f.is_used]
 
     def engines(self) -> list[Any]:
-        """Those of the fragments."""
-        return [engine for fragment in self.fragments for engine in fragment.engines]
+        """Those of the fragments, and of those from before."""
+        fragments = dict.fromkeys([*self.fragments, *self._before])
+        return [engine for fragment in fragments for engine in fragment.engines]
 
     @property
     def is_captured(self) -> bool:

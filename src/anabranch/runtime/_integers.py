@@ -47,6 +47,8 @@ class Integers:
     carried: Sequence[int] = ()
     #: Which sizes of the engine's inputs vary.
     free: frozenset[Place] = frozenset()
+    #: Whether one that is a symbol is no size of a tensor, whether or not the graph uses it.
+    of_python: bool = False
     _tensors_of: Callable[[Sequence[Any]], Sequence[Any]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -64,10 +66,12 @@ class Integers:
         where = {symbol: place for place, symbol in reversed(sizes.items())}
         read: dict[int, tuple[Place | None, int]] = {}
         carried: list[int] = []
+        of_python = False
         for position, node in enumerate(placeholders):
             symbol = _symbol(_value(node))
             if symbol is None:
                 continue
+            of_python |= symbol not in where
             if not node.users:
                 read[position] = None, 0
             elif symbol in where:
@@ -76,7 +80,7 @@ class Integers:
                 read[position] = (len(tensors) + len(carried), 0), -_SHIFT
                 carried.append(position)
         made = frozenset((len(tensors) + i, 0) for i in range(len(carried)))
-        return cls(tensors, read, carried, frozenset(sizes) | made)
+        return cls(tensors, read, carried, frozenset(sizes) | made, of_python)
 
     def inputs(self, given: Sequence[Any]) -> Sequence[Any] | None:
         """What an engine is given in a call of the graph; None where one of the integers can be no size."""

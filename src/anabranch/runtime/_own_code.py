@@ -1,0 +1,47 @@
+"""Methods with code of their own, for modules that Dynamo traces."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from typing import Any
+
+import torch
+
+
+class OwnCode:
+    """Gives modules methods with code of their own.
+
+    Dynamo keeps graphs with code, and lets each code have so many. The code of a class is that of all its instances:
+    of the user's own model, which may be compiled otherwise, and of other engines.
+    """
+
+    def __init__(self) -> None:
+        self._classes: dict[type, type] = {}
+
+    def give(self, module: torch.nn.Module) -> None:
+        kind = type(module)
+        if kind.__module__.startswith("torch."):
+            return
+        if kind not in self._classes:
+            methods: dict[str, Any] = {}
+            for base in kind.__mro__:
+                if base.__module__.startswith(("torch.", "builtins")):
+                    break
+                for name, method in vars(base).items():
+                    if isinstance(method, types.FunctionType) and not name.startswith("__"):
+                        methods.setdefault(name, _with_own_code(method))
+            named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+            self._classes[kind] = type(kind.__name__, (kind,), {**methods, **named})
+        with contextlib.suppress(TypeError):  # a class whose instances lie otherwise in memory
+            module.__class__ = self._classes[kind]
+
+
+def _with_own_code(method: types.FunctionType) -> types.FunctionType:
+    made = types.FunctionType(
+        method.__code__.replace(), method.__globals__, method.__name__, method.__defaults__, method.__closure__
+    )
+    made.__kwdefaults__, made.__qualname__ = method.__kwdefaults__, method.__qualname__
+    made.__dict__.update(method.__dict__)
+    made.__module__, made.__doc__, made.__annotations__ = method.__module__, method.__doc__, method.__annotations__
+    return made
