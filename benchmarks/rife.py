@@ -29,6 +29,9 @@ import torch
 
 import anabranch
 
+#: How often a compiled system is called with all frames before it is timed.
+PASSES = 3
+
 
 def load(package: Path, device: torch.device) -> Any:
     """RIFE's network by its files: the package itself imports VapourSynth."""
@@ -130,15 +133,14 @@ def main(
     engine = anabranch.compile(model, [frames[0][0]], backend=backend)
     # All frames: which way a model goes, and so which graphs it is made of, depends on them.
     every = [x for mine in frames for x in mine]
-    for x in every:
+    for x in every * PASSES:
         engine(x)
     engine.warm(contexts=threads)
     torch.cuda.synchronize()
     built = time.perf_counter() - began
     compiled = torch.compile(model)
-    for _ in range(2):
-        for x in every:
-            compiled(x)
+    for x in every * PASSES:
+        compiled(x)
     torch.cuda.synchronize()
     systems: dict[str, Callable[[Any], Any]] = {"eager": model, "anabranch": engine, "torch.compile": compiled}
     rates: dict[str, list[float]] = {name: [] for name in systems}

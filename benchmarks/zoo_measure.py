@@ -35,6 +35,8 @@ from anabranch.errors import AnabranchError
 THREADS, CALLS_A_THREAD = 4, 24
 #: An error of eager's, relative to the largest value expected, from which on nothing is left to compare with.
 _LOST = 0.5
+#: An error of eager's by inputs that differ by an ulp, from which on the model is run with the backend eager, too.
+_STEEP = 1e-5
 #: How results in one dtype are paired with those in another.
 _LOOSELY: dict[str, Any] = {"dtypes": False, "strides": False, "devices": False}
 #: Contexts that are built beyond the first one, to see what one takes.
@@ -152,10 +154,13 @@ class Subject:
         self.model = self.model.to(self.device)
         # On the host, so that they are not among what is held on the device.
         self.wide = [_moved(self._kept(self.model, _cast(i, self.device, torch.float32))) for i in self.given]
+        whole = copy.deepcopy(self.model.cpu()) if dtype is not torch.float32 else self.model
         why = self._why_not_judged_in(dtype)
         if why:
             self.row |= {"dtype": "float32", "dtype_reason": why}
+            self.model = whole  # that which was in half has lost digits
             self._convert(torch.float32)
+        del whole
         use = self.gauge.call(lambda: self.eager_call(self.sets[0]))
         self.resident = use.before - self.base
         if self.resident.known:
@@ -267,13 +272,19 @@ class Subject:
         again = [self._kept(self.engine, i) for i in self.sets]
         self.row["repeats"] = not any(_differences(a, b) for a, b in zip(again, self.reference, strict=True))
         structure: list[str] = []
-        errors = {"error": 0.0, "eager_error": 0.0, "error_to_eager": 0.0, "integers_differ": 0.0}
+        errors = dict.fromkeys(("error", "eager_error", "error_to_eager", "integers_differ"), 0.0)
+        if self.row["dtype"] == "float32":
+            errors |= {"moved_error": 0.0, "moved_integers_differ": 0.0}
         for i, got, wide in zip(self.sets, self.reference, self.wide, strict=True):
             low = self._kept(self.model, i)
             structure += _judge.pair(got, low)[0]
             _, near = _judge.pair(got, low, strides=False)
             errors["error_to_eager"] = max(errors["error_to_eager"], _error(near))
             errors["integers_differ"] = max(errors["integers_differ"], _integers_differ(near))
+            if self.row["dtype"] == "float32":
+                _, of_moved = _judge.pair(self._kept(self.model, _moved_by_an_ulp(i)), low, strides=False)
+                errors["moved_error"] = max(errors["moved_error"], _error(of_moved))
+                errors["moved_integers_differ"] = max(errors["moved_integers_differ"], _integers_differ(of_moved))
             other, of_eager = _judge.pair(low, wide, **_LOOSELY)
             if other:  # Eager itself finds other things in this dtype: boxes, say.
                 self.row["eager_differs"] = other[0][:200]
@@ -281,7 +292,19 @@ class Subject:
             errors["eager_error"] = max(errors["eager_error"], _error(of_eager))
             errors["error"] = max(errors["error"], _error(_judge.pair(got, wide, **_LOOSELY)[1]))
         self.row |= errors
+        if errors.get("moved_error", 0) > _STEEP:
+            self.row |= self._exactly()
         self.row["structure"] = structure[0][:300] if structure else ""
+
+    def _exactly(self) -> Row:
+        """How far from eager's the results of an engine are that rounds as eager does."""
+        first, whole = self.sets[0], {"exact_error": 0.0, "exact_integers_differ": 0.0}
+        with anabranch.compile(self.model, inputs=list(first.args), kwargs=first.kwargs, backend="eager") as engine:
+            for i in self.sets:
+                _, near = _judge.pair(self._kept(engine, i), self._kept(self.model, i), strides=False)
+                whole["exact_error"] = max(whole["exact_error"], _error(near))
+                whole["exact_integers_differ"] = max(whole["exact_integers_differ"], _integers_differ(near))
+        return whole
 
     def _threads(self) -> None:
         """Calls from threads on streams of their own; each result must have the bits of that of a call by itself."""
@@ -522,6 +545,17 @@ def _forget() -> None:
 def _cast(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:
     def one(x: Any) -> Any:
         return x.to(device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, torch.Tensor) else x
+
+    return Inputs(pytree.tree_map(one, inputs.args), pytree.tree_map(one, inputs.kwargs))
+
+
+def _moved_by_an_ulp(inputs: Inputs) -> Inputs:
+    """Each number is its neighbour, the next one up: what a result does then, it does of any rounding."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        return torch.nextafter(x, torch.full_like(x, float("inf")))
 
     return Inputs(pytree.tree_map(one, inputs.args), pytree.tree_map(one, inputs.kwargs))
 

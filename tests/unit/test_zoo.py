@@ -78,6 +78,8 @@ INFINITE = float("inf")
         ({"error": INFINITE, "eager_error": INFINITE, "error_to_eager": 0.5}, "wrong", "to eager 5.0e-01"),
         ({"eager_differs": "other shapes", "error_to_eager": 0.5}, "wrong", "to eager 5.0e-01"),
         ({"dtype": "float32", "eager_error": 0.0}, "wrong", "error 1.0e-03"),
+        ({"dtype": "float32", "eager_error": 0.0, "moved_error": 2e-3, "exact_error": 0.0}, "right", ""),
+        ({"dtype": "float32", "eager_error": 0.0, "moved_error": 2e-3, "exact_error": 2e-3}, "wrong", "error 1.0e-03"),
         ({"integers_differ": 0.03}, "wrong", "3.0% of integers"),
         ({"wrong": 2, "wrong_first": "the output differs"}, "wrong", "2 of 96 concurrent calls differ: the output"),
         ({"repeats": False}, "wrong", "other bits"),
