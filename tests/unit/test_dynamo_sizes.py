@@ -21,8 +21,13 @@ SIZES = (4, 7, 5, 2, 33, 1, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 64
 
 @pytest.fixture(autouse=True)
 def no_sizes_of_other_tests() -> None:
-    """Dynamo makes symbols of sizes that have varied, by where their code is."""
+    """Dynamo makes symbols of sizes that have varied, by where their code is.
+
+    PyTorch 2.11 does so of all sizes from then on where ``torch.compile(dynamic=True)`` was called on two threads at
+    once: each sets a setting of the process, and puts back what it found.
+    """
     torch._dynamo.reset()
+    torch._dynamo.config.assume_static_by_default = True
 
 
 class Made:

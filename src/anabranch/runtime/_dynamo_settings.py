@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from anabranch import _sync
@@ -34,34 +33,49 @@ class _DynamoSettings:
         self._lock = _sync.lock("dynamo settings")
         #: Of the calls under way, how many ask for integers that are symbols, and how many for others.
         self._inside = {False: 0, True: 0}
+        self._config: Any = None
         self._patch: Any = None
+        #: What calls enter. To make one takes a class, which is garbage in cycles afterwards: they are made once.
+        self._used: dict[bool, contextlib.AbstractContextManager[Any]] = {}
 
-    @contextlib.contextmanager
-    def used(self, fixed: bool) -> Iterator[None]:
-        """Have them. ``fixed``: whether integers that vary are a part of what a graph is for, too."""
-        config: Any = importlib.import_module("torch._dynamo.config")
-        entry = config._config["specialize_int"].user_override
-        if isinstance(entry, contextvars.ContextVar):
-            with config.patch(specialize_int=fixed, **self._WANTED):
-                yield
-            return
+    def used(self, fixed: bool) -> contextlib.AbstractContextManager[Any]:
+        """What to call in. ``fixed``: whether integers that vary are a part of what a graph is for, too."""
+        if not self._used:
+            with self._lock:
+                if not self._used:
+                    self._make()
+        return self._used[fixed]
+
+    def _make(self) -> None:
+        config = self._config = importlib.import_module("torch._dynamo.config")
+        patches = {fixed: config.patch(specialize_int=fixed, **self._WANTED) for fixed in (False, True)}
+        self._patch = patches[False]
+        by_thread = isinstance(config._config["specialize_int"].user_override, contextvars.ContextVar)
+        self._used = patches if by_thread else {fixed: _Counted(self, fixed) for fixed in patches}
+
+    def count(self, fixed: bool, by: int) -> None:
+        """A call that asks for this has begun, or is over."""
         with self._lock:
             if not any(self._inside.values()):
-                self._patch = config.patch(specialize_int=fixed, **self._WANTED)
                 self._patch.__enter__()
-            self._count(config, fixed, 1)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._count(config, fixed, -1)
-                if not any(self._inside.values()):
-                    self._patch.__exit__(None, None, None)
-                    self._patch = None
+            self._inside[fixed] += by
+            if any(self._inside.values()):
+                self._config.specialize_int = not self._inside[False]
+            else:
+                self._patch.__exit__(None, None, None)
 
-    def _count(self, config: Any, fixed: bool, by: int) -> None:
-        self._inside[fixed] += by
-        config.specialize_int = not self._inside[False]
+
+class _Counted:
+    """A context manager, of any number of threads at once."""
+
+    def __init__(self, settings: _DynamoSettings, fixed: bool) -> None:
+        self._settings, self._fixed = settings, fixed
+
+    def __enter__(self) -> None:
+        self._settings.count(self._fixed, 1)
+
+    def __exit__(self, *exc: object) -> None:
+        self._settings.count(self._fixed, -1)
 
 
 dynamo_settings = _DynamoSettings()
