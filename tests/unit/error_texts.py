@@ -505,6 +505,7 @@ TEXTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "src/anabranch/export/_signature.py": [
         ("input {position} is a {kind.__name__}", "expected tensors, numbers, strings", "Register other containers"),
+        ("input {position} is numpy's {kind.__name__}", "expected {what}", "Pass {instead}"),
         ("input {position} is a {kind.__name__}", "expected a plain torch.Tensor"),
         ("Input shape {self.shape} given", "sizes must be 0 or more"),
         ("Input shape {self.shape} given", "which needs {rank} sizes", "give as many"),

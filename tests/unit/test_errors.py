@@ -89,6 +89,11 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         anabranch.InputError,
         ["input 1", "object", "expected tensors, numbers", "register_pytree_node"],
     ),
+    "a list of many numbers": (
+        lambda: (torch.randn(2, 3).tolist() * 300, "x" * 300),
+        anabranch.InputError,
+        ["model(*inputs)", "and 1785 more): "],
+    ),
     "a set": (lambda: (torch.randn(2, 3), {1, 2}), anabranch.InputError, ["input 1", "set"]),
     "wrong shape": (
         lambda: (torch.randn(2, 7),),

@@ -1,13 +1,14 @@
-"""Containers of tensors that PyTorch's pytree does not know by itself: dataclasses, and the static caches of
-transformers. They are registered with it when a call first brings one.
+"""Containers of tensors that PyTorch's pytree does not know by itself: dataclasses, dicts and ``UserDict`` of classes
+of the user's, and the static caches of transformers. They are registered with it when a call first brings one.
 
-A cache is taken apart into its attributes: tensors become inputs of a call, which writes them where the model does; all
-else (sizes, flags) is part of the call's signature. What comes back is an object of the same class over the same
-tensors.
+What a user's dict has in attributes, beside its items, is part of it. A cache is taken apart into its attributes:
+tensors become inputs of a call, which writes them where the model does; all else (sizes, flags) is part of the call's
+signature. What comes back is an object of the same class over the same tensors.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import sys
@@ -25,13 +26,18 @@ _MODULE = "transformers.cache_utils"
 _CACHES = ("StaticCache", "EncoderDecoderCache", "StaticLayer")
 #: What a layer counts in Python's numbers, so that a graph would have it frozen.
 _COUNTED_IN_PYTHON = "cumulative_length_int"
+#: What transformers' tokenizers and processors give. They refer to texts, too, which no model sees.
+_ENCODINGS = (
+    "transformers.tokenization_utils_base.BatchEncoding",
+    "transformers.feature_extraction_utils.BatchFeature",
+)
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 def register_containers(value: Any) -> None:
-    """Register the type of each dataclass and of each static cache in ``value`` with pytree, so that it is taken apart
-    and put together again."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    """Register the type of each dataclass, of each dict of a class of the user's and of each static cache in ``value``
+    with pytree, so that it is taken apart and put together again."""
+    if is_dataclass(value):
         if type(value) not in pytree.SUPPORTED_NODES:
             torch.export.register_dataclass(type(value))
         for f in dataclasses.fields(value):
@@ -39,6 +45,8 @@ def register_containers(value: Any) -> None:
     elif is_cache(value):
         _register_caches()
     elif isinstance(value, Mapping):
+        if type(value) not in pytree.SUPPORTED_NODES and is_users_dict(value):
+            _register_users_dict(type(value))
         for v in value.values():
             register_containers(v)
     elif isinstance(value, list | tuple):
@@ -48,12 +56,79 @@ def register_containers(value: Any) -> None:
 
 def is_container(value: Any) -> bool:
     """Whether a leaf of pytree's is a container of ours, of a type that was not registered yet."""
-    return (dataclasses.is_dataclass(value) and not isinstance(value, type)) or is_cache(value)
+    return is_dataclass(value) or is_cache(value) or is_users_dict(value)
+
+
+def is_dataclass(value: Any) -> bool:
+    """Whether it is an instance of one."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def is_users_dict(value: Any) -> bool:
+    """Whether it is a dict, or a ``UserDict``, whose class is none of Python's that need more to be made."""
+    return isinstance(value, dict | collections.UserDict) and not isinstance(value, collections.defaultdict)
 
 
 def is_cache(value: Any) -> bool:
     """Whether it is a cache of transformers whose tensors keep their places."""
     return type(value).__module__ == _MODULE and type(value).__name__ in _CACHES
+
+
+def items_of(value: Any) -> Any:
+    """A user's dict as one of Python's, whatever its class does when it is asked."""
+    if isinstance(value, collections.UserDict):
+        return value.data
+    kind = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+    return {key: dict.__getitem__(value, key) for key in kind.__iter__(value)}
+
+
+def _register_users_dict(kind: type) -> None:
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    pytree.register_pytree_node(
+        kind,
+        _take_dict_apart,
+        functools.partial(_put_dict_together, kind),
+        serialized_type_name=name,
+        flatten_with_keys_fn=_take_dict_apart_with_keys,
+    )
+
+
+def _take_dict_apart(value: Any) -> tuple[list[Any], Any]:
+    """Its items, and then all of its attributes; beside them its keys, and whether it is its own attributes."""
+    items, attributes = items_of(value), dict(getattr(value, "__dict__", {}))
+    is_itself = getattr(value, "__dict__", None) is value
+    kind = type(value)
+    if is_itself or f"{kind.__module__}.{kind.__qualname__}" in _ENCODINGS:
+        attributes = {}
+    elif isinstance(value, collections.UserDict):
+        attributes.pop("data", None)
+    return [*items.values(), attributes], (tuple(items), is_itself)
+
+
+def _take_dict_apart_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    children, context = _take_dict_apart(value)
+    keys = [*map(pytree.MappingKey, context[0]), pytree.GetAttrKey("__dict__")]
+    return list(zip(keys, children, strict=True)), context
+
+
+def _put_dict_together(kind: Any, children: Iterable[Any], context: Any) -> Any:
+    keys, is_itself = context
+    *values, attributes = children
+    if issubclass(kind, collections.UserDict):
+        made = kind.__new__(kind)
+        vars(made).update(attributes, data=dict(zip(keys, values, strict=True)))
+        if f"{kind.__module__}.{kind.__qualname__}" in _ENCODINGS:
+            made = kind(made.data)
+        return made
+    made = kind.__new__(kind)
+    setter = collections.OrderedDict.__setitem__ if issubclass(kind, collections.OrderedDict) else dict.__setitem__
+    for key, value in zip(keys, values, strict=True):
+        setter(made, key, value)
+    if is_itself:
+        object.__setattr__(made, "__dict__", made)
+    elif attributes:
+        vars(made).update(attributes)
+    return made
 
 
 def _register_caches() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -125,16 +126,22 @@ def first_line(error: BaseException) -> str:
     return line.rstrip(".") if len(line) <= _MOST_READ else f"{line[:_MOST_READ]} [...]"
 
 
+#: So many leaves of a call are in a message: one of a list of numbers would have thousands.
+_MOST_TOLD = 16
+
+
 def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """The leaves of a call, for messages."""
 
     def leaf(x: Any) -> str:
         if isinstance(x, torch.Tensor):
             return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
-        return repr(x)
+        return reprlib.repr(x)
 
     items = [leaf(x) for x in pytree.tree_leaves(tuple(args))]
     items += [f"{name}={leaf(x)}" for name, v in kwargs.items() for x in pytree.tree_leaves(v)]
+    if len(items) > _MOST_TOLD:
+        items[_MOST_TOLD:] = [f"and {len(items) - _MOST_TOLD} more"]
     return ", ".join(items) or "none"
 
 

@@ -236,7 +236,10 @@ def _extent(x: torch.Tensor) -> int:
 
 
 #: Inputs of these kinds are a part of what is compiled, as strings are, and ``torch.export`` does not see them.
-CONSTANTS: tuple[type, ...] = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum, bytes)
+CONSTANTS: tuple[type, ...] = (
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum, bytes),
+    *(range, type(...)),
+)
 
 
 @functools.cache
@@ -286,10 +289,19 @@ def leaf_key(x: Any, position: int, device: torch.device, on_cpu: bool = False) 
         raise InputError(f"input {position} is a {kind.__name__}; expected a plain torch.Tensor")
     if kind is float or kind is complex:
         return (kind, repr(x))  # as values, 0.0 equals -0.0 and nan does not equal itself
+    if kind is range:
+        return (kind, x.start, x.stop, x.step)  # those of the same numbers are equal
     if x is None or kind in (int, bool, str) or isinstance(x, CONSTANTS):
         return (kind, x)
     if isinstance(x, torch.Generator):
         return (kind,)  # no graph takes one: whatever is compiled for it is given each call's own
+    if kind.__module__ == "numpy":
+        what, instead = (
+            ("a tensor", "torch.from_numpy(x)")
+            if kind.__name__ == "ndarray"
+            else ("one of Python's numbers", "x.item()")
+        )
+        raise InputError(f"input {position} is numpy's {kind.__name__}; expected {what}. Pass {instead}.")
     raise InputError(
         f"input {position} is a {kind.__name__}; expected tensors, numbers, strings, dtypes, devices, members of an"
         " enumeration, None, or containers of them. Register other containers with"

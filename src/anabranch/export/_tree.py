@@ -6,11 +6,14 @@ PyTorch takes a size apart into its numbers, and puts a tuple in its place.
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+
+from anabranch.export._containers import is_dataclass, is_users_dict, items_of
 
 
 def has_sizes(structure: pytree.TreeSpec) -> bool:
@@ -41,16 +44,17 @@ def map_tensors(fn: Callable[[torch.Tensor], Any], tree: Any) -> Any:
 
 
 class Contents:
-    """What lists and dicts among arguments hold, to see whether a call changes that."""
+    """What lists, dicts and dataclasses among arguments hold, to see whether a call changes that."""
 
     def __init__(self, tree: Any) -> None:
         self._held: list[tuple[Any, list[Any]]] = []
         self._note(tree)
 
     def _note(self, x: Any) -> None:
-        if type(x) in _MUTABLE:
+        is_mutable = type(x) in _MUTABLE or is_dataclass(x) or is_users_dict(x)
+        if is_mutable:
             self._held.append((x, _items(x)))
-        for item in _items(x) if type(x) in (*_MUTABLE, tuple) else ():
+        for item in _items(x) if is_mutable or type(x) is tuple else ():
             self._note(item)
 
     def changed(self) -> bool:
@@ -62,4 +66,10 @@ _MUTABLE = (list, dict, collections.OrderedDict, collections.defaultdict, collec
 
 
 def _items(x: Any) -> list[Any]:
+    if is_dataclass(x):
+        return [getattr(x, f.name, None) for f in dataclasses.fields(x)] + list(getattr(x, "__dict__", {}).values())
+    if is_users_dict(x):
+        attributes = getattr(x, "__dict__", {})
+        held = items_of(x)
+        return [*held, *held.values(), *(() if attributes is x else attributes.values())]
     return [*x, *x.values()] if isinstance(x, dict) else list(x)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from anabranch import _judge
 from anabranch.backends import Options, get_backend
@@ -113,3 +114,13 @@ def unlike(actual: Sequence[Any], expected: Sequence[Any], mixed: torch.dtype | 
 
 def _kind(x: torch.Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+
+
+def results_unlike(results: Any, expected: Any) -> str:
+    """How results are unlike those in eager, or nothing; nothing where there are none."""
+    if results is None or expected is None:
+        return ""
+    actual, wanted = ([x for x in pytree.tree_leaves(r) if isinstance(x, torch.Tensor)] for r in (results, expected))
+    if len(actual) != len(wanted):
+        return f"{len(actual)} tensors where eager has {len(wanted)}"
+    return unlike(actual, wanted)

@@ -36,7 +36,7 @@ from anabranch.export import (
 )
 from anabranch.runtime._comparison import moved
 from anabranch.runtime._dynamo_settings import MOST_GRAPHS, dynamo_settings
-from anabranch.runtime._fidelity import COMPUTE_THE_SAME, COMPUTES_ELSE, unlike
+from anabranch.runtime._fidelity import COMPUTE_THE_SAME, COMPUTES_ELSE, results_unlike
 from anabranch.runtime._fragment import Fragment, NotAccepted, trying
 from anabranch.runtime._own_code import OwnCode
 from anabranch.runtime._ranges import Place
@@ -88,16 +88,6 @@ def _not_accepted(args: Sequence[Any], kwargs: dict[str, Any], error: BaseExcept
         f"the model does not accept these inputs ({describe(args, kwargs)}): {first_line(error)}. Expected inputs that"
         " model(*inputs) runs on; try that first."
     )
-
-
-def _unlike(results: Any, expected: Any) -> str:
-    """How results are unlike those in eager, or nothing; nothing where there are none."""
-    if results is None or expected is None:
-        return ""
-    actual, wanted = ([x for x in pytree.tree_leaves(r) if isinstance(x, torch.Tensor)] for r in (results, expected))
-    if len(actual) != len(wanted):
-        return f"{len(actual)} tensors where eager has {len(wanted)}"
-    return unlike(actual, wanted)
 
 
 class _Traced(NamedTuple):
@@ -233,7 +223,10 @@ class Guarded:
                 results = traced.run(traced.fresh.module, args, kwargs)
         except Exception as e:
             self._raise(e, args, kwargs)
-        return map_tensors(traced.given_back, results)
+        # Containers that the model was given, and returns, are the caller's own.
+        if any(isinstance(x, torch.nn.Parameter) for x in pytree.tree_leaves(results)):
+            return map_tensors(traced.given_back, results)
+        return results
 
     def _raise(self, error: Exception, args: Sequence[Any], kwargs: dict[str, Any]) -> NoReturn:
         """Raise what a caller is to see of an error in a call."""
@@ -279,8 +272,8 @@ class Guarded:
                     raise
                 # It runs in eager, and Dynamo cannot go where it goes: an error that the model catches, say.
                 return self._prepare_plain(first_line(e.__cause__ or e), args, kwargs, others)
-            differences.append(_unlike(results, expected))
-            if attempt == 0 and differences[0] and _unlike(self._in_eager(args, kwargs, 0), expected):
+            differences.append(results_unlike(results, expected))
+            if attempt == 0 and differences[0] and results_unlike(self._in_eager(args, kwargs, 0), expected):
                 differences[0] = ""  # it is unlike itself, too
             written = [n for n, (t, version) in tensors.items() if t._version != version]
             if written or any(x._version != version for x, version in zip(held, versions, strict=True)):
