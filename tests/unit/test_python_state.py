@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
+import itertools
+import os
 import random
+import secrets
 import time
+import uuid
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -175,13 +180,40 @@ def _kept_counter(m: Any, x: torch.Tensor) -> torch.Tensor:
     return x[:, : m.kept["steps"] % 3]
 
 
+STEPS_TAKEN: list[int] = []
+NUMBERS = itertools.count()
+
+
+def _global_list(m: Any, x: torch.Tensor) -> torch.Tensor:
+    STEPS_TAKEN.append(1)
+    return x * len(STEPS_TAKEN)
+
+
+def _class_counter(m: Any, x: torch.Tensor) -> torch.Tensor:
+    kind = next(kind for kind in type(m).__mro__ if kind.__module__ == __name__)
+    kind.steps_of_all = getattr(kind, "steps_of_all", 0) + 1
+    return x * kind.steps_of_all
+
+
 DEPENDS: dict[str, tuple[Callable[[Any, torch.Tensor], Any], str]] = {
     "counter": (_counter, "changes self.calls"),
     "global": (_global_counter, "changes .*STEPS"),
     "container": (_kept_counter, "changes self.kept"),
     "random": (lambda m, x: x * random.uniform(1, 2), r"draws from random \(test_python_state.py:\d+\)"),
+    "one of two ways": (lambda m, x: x * 2 if random.random() < 0.5 else x, r"draws from random"),
     "own random": (lambda m, x: x + random.Random().random(), r"draws from random \(test_python_state.py:\d+\)"),
     "clock": (lambda m, x: x * (time.time() % 1e3), r"reads the clock \(test_python_state.py:\d+\)"),
+    "perf_counter_ns": (
+        lambda m, x: x * (time.perf_counter_ns() % 1000),
+        r"reads the clock \(test_python_state.py:\d+\)",
+    ),
+    "datetime": (lambda m, x: x * datetime.datetime.now().microsecond, r"reads the clock \(test_python_state.py:\d+\)"),
+    "os.urandom": (lambda m, x: x * int.from_bytes(os.urandom(4), "big"), r"draws from os.urandom \(test_python"),
+    "uuid": (lambda m, x: x * (uuid.uuid4().int % 997), r"draws from os.urandom \(uuid.py:\d+\)"),
+    "secrets": (lambda m, x: x * (1 + secrets.randbelow(10**6)), "draws from "),
+    "global list": (_global_list, "changes .*STEPS_TAKEN"),
+    "global iterator": (lambda m, x: x * next(NUMBERS), "changes .*NUMBERS"),
+    "class variable": (_class_counter, "changes .*steps_of_all"),
     "numpy": (lambda m, x: x * float(numpy.random.rand()), r"draws from NumPy's.random"),
     "numpy generator": (lambda m, x: x * m.generator.normal(), r"draws from NumPy's Generator"),
 }

@@ -7,7 +7,10 @@ changes in each call.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import datetime
+import os
 import random
 import sys
 import time
@@ -36,7 +39,15 @@ _CALLS_MODELS = (f"{_TORCH}/nn/", f"{_TORCH}/utils/checkpoint.py")
 #: Where Dynamo begins to compile, as for `torch.cond`. Under a mode it fails, and then traces the same code no more, in
 #: no export either.
 _COMPILES = (f"{_TORCH}/_dynamo/eval_frame.py", "compile_wrapper")
-_CLOCKS = frozenset((time.time, time.time_ns, time.perf_counter, time.monotonic))
+#: What reads a clock: functions of ``time``, and methods of the classes of ``datetime``.
+_CLOCKS = frozenset(
+    (
+        *(time.time, time.perf_counter, time.monotonic, time.process_time, time.thread_time),
+        *(time.time_ns, time.perf_counter_ns, time.monotonic_ns, time.process_time_ns, time.thread_time_ns),
+        *(time.localtime, time.gmtime, time.ctime),
+    )
+)
+_NOW = frozenset(("now", "utcnow", "today"))
 #: How often a call may look at the value of a tensor. One that loops until a value is reached might never end.
 _MOST_LOOKS = 1000
 #: Methods of PyTorch's generators that change what is drawn next, other than by drawing.
@@ -45,6 +56,7 @@ _SETS_STATE = frozenset(("manual_seed", "seed", "set_state", "set_offset", "grap
 _SEEDS_ALL = frozenset((torch.random.__file__, name) for name in ("manual_seed", "seed"))
 _NUMPY = "NumPy's"
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_CONTAINERS = (list, dict, set, collections.deque)
 _ATOMIC = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -90,7 +102,7 @@ def try_out(call: Callable[[], Any], traced: Fresh) -> Trial:
     made-up values may be none, and the call ends where it depends on data. It ends where one of those generators would
     be seeded, too.
     """
-    before = state_of(traced)
+    before = state_of(traced, containers=True)
     used: dict[str, None] = {}
     seeds: list[str] = []
     finished = False
@@ -101,8 +113,9 @@ def try_out(call: Callable[[], Any], traced: Fresh) -> Trial:
         finished = True
     except Exception:
         pass
-    after = state_of(traced)
+    after = state_of(traced, containers=True)
     changed = changed_between(before, after)
+    changed += [name for name in after if name not in before and not name.startswith(("self.", _NUMPY))]
     drawn = [f"draws from {name}" for name in changed if name.startswith(_NUMPY)]
     changes = [f"changes {name}" for name in changed if not name.startswith(_NUMPY)]
     return Trial(finished, [*used, *drawn], changes, "".join(seeds[:1]), harmless.written())
@@ -258,10 +271,13 @@ def _watch_python(used: dict[str, None], seeds: list[str]) -> Iterator[None]:
         owner = getattr(function, "__self__", None)
         if isinstance(owner, torch.Generator) and function.__name__ in _SETS_STATE:
             seeding(frame)
+        is_builtin = isinstance(function, types.BuiltinFunctionType)
         if isinstance(owner, random.Random):
             what = "draws from random"
-        elif isinstance(function, types.BuiltinFunctionType) and function in _CLOCKS:
+        elif is_builtin and (function in _CLOCKS or (_is_date(owner) and function.__name__ in _NOW)):
             what = "reads the clock"
+        elif is_builtin and function is os.urandom:
+            what = "draws from os.urandom"
         else:
             return
         line = _line_of_model(frame)
@@ -273,6 +289,10 @@ def _watch_python(used: dict[str, None], seeds: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(before)
+
+
+def _is_date(owner: Any) -> bool:
+    return isinstance(owner, type) and issubclass(owner, datetime.date)
 
 
 def _caller_of_torch(frame: types.FrameType) -> str:
@@ -297,8 +317,11 @@ def _line_of_model(frame: types.FrameType) -> str:
     return line
 
 
-def state_of(traced: Fresh) -> dict[str, Any]:
-    """By name what a call might change: attributes, numbers in the globals of the model's code, NumPy's generators."""
+def state_of(traced: Fresh, containers: bool = False) -> dict[str, Any]:
+    """By name what a call might change: attributes, numbers in the globals of the model's code, NumPy's generators.
+
+    ``containers``: how much those in the globals hold, too. Other threads may change that.
+    """
     found: dict[str, Any] = {}
     spaces: dict[str, Any] = {}
     for name, part in traced.module.named_modules():
@@ -313,8 +336,14 @@ def state_of(traced: Fresh) -> dict[str, Any]:
             spaces[where] = vars(sys.modules[where])
     for where, space in spaces.items():
         for key, value in list(space.items()):
-            if isinstance(value, int | float) and not key.startswith("__"):
+            if key.startswith("__"):
+                continue
+            if isinstance(value, int | float):
                 found[f"{where}.{key}"] = value
+            elif containers and isinstance(value, _CONTAINERS):
+                found[f"{where}.{key}"] = len(value)
+            elif containers and type(value).__module__ == "itertools":
+                found[f"{where}.{key}"] = repr(value)
     numpy: Any = sys.modules.get("numpy.random")
     if numpy is not None:
         for i, generator in enumerate([numpy.mtrand._rand, *traced.generators]):
