@@ -136,6 +136,20 @@ def test_an_attribute_that_nobody_can_compare_is_refused() -> None:
         anabranch.compile(Fn(lambda d: d.x * 2), [made], backend="eager")
 
 
+class Slotted(dict[str, Any]):
+    __slots__ = ("scale",)
+
+
+class Default(collections.defaultdict[str, Any]):
+    pass
+
+
+@pytest.mark.parametrize("value", [Slotted(x=torch.ones(3)), Default(list, x=torch.ones(3))])
+def test_a_dict_that_its_items_do_not_tell_is_refused(value: Any) -> None:
+    with pytest.raises(anabranch.InputError, match=f"{type(value).__name__}.*register_pytree_node"):
+        anabranch.compile(Fn(lambda d: d["x"] * 2), [value], backend="eager")
+
+
 @dataclasses.dataclass
 class Graph:
     x: torch.Tensor

@@ -65,8 +65,10 @@ def is_dataclass(value: Any) -> bool:
 
 
 def is_users_dict(value: Any) -> bool:
-    """Whether it is a dict, or a ``UserDict``, whose class is none of Python's that need more to be made."""
-    return isinstance(value, dict | collections.UserDict) and not isinstance(value, collections.defaultdict)
+    """Whether it is a dict, or a ``UserDict``, all of which its items and ``__dict__`` tell."""
+    if not isinstance(value, dict | collections.UserDict) or isinstance(value, collections.defaultdict):
+        return False
+    return not any(getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
 
 
 def is_cache(value: Any) -> bool:
