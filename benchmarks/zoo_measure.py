@@ -278,13 +278,10 @@ class Subject:
         for i, got, wide in zip(self.sets, self.reference, self.wide, strict=True):
             low = self._kept(self.model, i)
             structure += _judge.pair(got, low)[0]
-            _, near = _judge.pair(got, low, strides=False)
-            errors["error_to_eager"] = max(errors["error_to_eager"], _error(near))
-            errors["integers_differ"] = max(errors["integers_differ"], _integers_differ(near))
+            _note(errors, ("error_to_eager", "integers_differ"), got, low)
             if self.row["dtype"] == "float32":
-                _, of_moved = _judge.pair(self._kept(self.model, _moved_by_an_ulp(i)), low, strides=False)
-                errors["moved_error"] = max(errors["moved_error"], _error(of_moved))
-                errors["moved_integers_differ"] = max(errors["moved_integers_differ"], _integers_differ(of_moved))
+                moved = self._kept(self.model, _moved_by_an_ulp(i))
+                _note(errors, ("moved_error", "moved_integers_differ"), moved, low)
             other, of_eager = _judge.pair(low, wide, **_LOOSELY)
             if other:  # Eager itself finds other things in this dtype: boxes, say.
                 self.row["eager_differs"] = other[0][:200]
@@ -298,13 +295,11 @@ class Subject:
 
     def _exactly(self) -> Row:
         """How far from eager's the results of an engine are that rounds as eager does."""
-        first, whole = self.sets[0], {"exact_error": 0.0, "exact_integers_differ": 0.0}
+        first, errors = self.sets[0], {"exact_error": 0.0, "exact_integers_differ": 0.0}
         with anabranch.compile(self.model, inputs=list(first.args), kwargs=first.kwargs, backend="eager") as engine:
             for i in self.sets:
-                _, near = _judge.pair(self._kept(engine, i), self._kept(self.model, i), strides=False)
-                whole["exact_error"] = max(whole["exact_error"], _error(near))
-                whole["exact_integers_differ"] = max(whole["exact_integers_differ"], _integers_differ(near))
-        return whole
+                _note(errors, tuple(errors), self._kept(engine, i), self._kept(self.model, i))
+        return errors
 
     def _threads(self) -> None:
         """Calls from threads on streams of their own; each result must have the bits of that of a call by itself."""
@@ -572,6 +567,13 @@ def _copied(value: Any) -> Any:
 
 def _differences(got: Any, reference: Any) -> list[str]:
     return _judge.differences(got, reference, nan_bits=True, strides=False)
+
+
+def _note(errors: dict[str, float], names: tuple[str, ...], got: Any, wanted: Any) -> None:
+    """Keep the largest error so far, and the largest share of integers that differ, under these two names."""
+    _, pairs = _judge.pair(got, wanted, strides=False)
+    for name, value in zip(names, (_error(pairs), _integers_differ(pairs)), strict=True):
+        errors[name] = max(errors[name], value)
 
 
 def _error(pairs: list[_judge.Pair]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import threading
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 import anabranch
 from anabranch._judge import differences
 from anabranch.runtime import _guarded
+from contract.support import on_threads
 
 pytestmark = pytest.mark.usefixtures("seeded", "runtime")
 
@@ -71,11 +71,7 @@ def test_threads_get_their_own_results(model: Branches) -> None:
         for x in mine:
             wrong.extend(differences(engine(x), model(x)))
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    on_threads(8, work)
     assert wrong == []
     assert engine.stats().calls == 200
 
@@ -162,11 +158,7 @@ def test_a_number_that_an_operator_takes_no_symbol_for_cuts_nothing() -> None:
     def work(number: int) -> None:
         results[number] = [(i % 8, engine(given[i % 8])) for i in range(number, number + 40)]
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    on_threads(4, work)
     for i, result in (pair for mine in results for pair in mine):
         assert torch.equal(result, expected[i])
     assert sum(map(len, results)) == 160

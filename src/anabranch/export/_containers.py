@@ -84,13 +84,16 @@ def items_of(value: Any) -> Any:
     return {key: dict.__getitem__(value, key) for key in kind.__iter__(value)}
 
 
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _register_users_dict(kind: type) -> None:
-    name = f"{kind.__module__}.{kind.__qualname__}"
     pytree.register_pytree_node(
         kind,
         _take_dict_apart,
         functools.partial(_put_dict_together, kind),
-        serialized_type_name=name,
+        serialized_type_name=_name_of(kind),
         flatten_with_keys_fn=_take_dict_apart_with_keys,
     )
 
@@ -99,8 +102,7 @@ def _take_dict_apart(value: Any) -> tuple[list[Any], Any]:
     """Its items, and then all of its attributes; beside them its keys, and whether it is its own attributes."""
     items, attributes = items_of(value), dict(getattr(value, "__dict__", {}))
     is_itself = getattr(value, "__dict__", None) is value
-    kind = type(value)
-    if is_itself or f"{kind.__module__}.{kind.__qualname__}" in _ENCODINGS:
+    if is_itself or _name_of(type(value)) in _ENCODINGS:
         attributes = {}
     elif isinstance(value, collections.UserDict):
         attributes.pop("data", None)
@@ -116,16 +118,16 @@ def _take_dict_apart_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
 def _put_dict_together(kind: Any, children: Iterable[Any], context: Any) -> Any:
     keys, is_itself = context
     *values, attributes = children
-    if issubclass(kind, collections.UserDict):
-        made = kind.__new__(kind)
-        vars(made).update(attributes, data=dict(zip(keys, values, strict=True)))
-        if f"{kind.__module__}.{kind.__qualname__}" in _ENCODINGS:
-            made = kind(made.data)
-        return made
+    items = dict(zip(keys, values, strict=True))
+    if _name_of(kind) in _ENCODINGS:
+        return kind(items)
     made = kind.__new__(kind)
-    setter = collections.OrderedDict.__setitem__ if issubclass(kind, collections.OrderedDict) else dict.__setitem__
-    for key, value in zip(keys, values, strict=True):
-        setter(made, key, value)
+    if issubclass(kind, collections.UserDict):
+        vars(made).update(attributes, data=items)
+        return made
+    base = collections.OrderedDict if issubclass(kind, collections.OrderedDict) else dict
+    for key, value in items.items():
+        base.__setitem__(made, key, value)
     if is_itself:
         object.__setattr__(made, "__dict__", made)
     elif attributes:

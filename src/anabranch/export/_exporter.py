@@ -101,9 +101,9 @@ class Exporter:
         state = [*first.draws, *later.changes]
         if state:
             # Does it matter? What was drawn is drawn anew by another copy; what is counted goes on.
+            other = snapshot.fresh() if first.draws else traced
             draws = any(not what.startswith("reads the clock") for what in first.draws)
             for _ in range(_TRACES if draws else 1):
-                other = snapshot.fresh() if first.draws else traced
                 for _ in range(3 if other is not traced else 1):
                     self._try(other, options)
                 again, _ = self._trace(other, options, decompose)
