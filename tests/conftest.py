@@ -12,6 +12,8 @@
   because machines differ.
 - Tests under ``tests/gpu`` carry the ``gpu`` mark without saying so. Without a CUDA device they are skipped, with the
   reason; with ``ANABRANCH_REQUIRE_GPU=1`` they fail instead, so that a GPU host cannot pass by skipping.
+- What a test draws follows from its name, so that one that fails fails again. ``ANABRANCH_TEST_SEED=1`` (2, 3, ...)
+  has all of them draw something else.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import resource
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +33,7 @@ from typing import Any
 import pytest
 
 REQUIRE_GPU = "ANABRANCH_REQUIRE_GPU"
+TEST_SEED = "ANABRANCH_TEST_SEED"
 SLOWEST = 20
 _COUNTS = pytest.StashKey[dict[str, dict[str, int]]]()
 _CLOCK = pytest.StashKey[float]()
@@ -68,6 +73,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         gc.collect()
         gc.freeze()
         gc.collect()
+
+
+# -- what tests draw ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def draws_of_its_name(request: pytest.FixtureRequest) -> None:
+    """Weights and inputs do not depend on the tests before."""
+    import numpy
+    import torch
+
+    seed = zlib.crc32(f"{request.node.nodeid} {os.environ.get(TEST_SEED, '0')}".encode())
+    torch.manual_seed(seed)
+    numpy.random.seed(seed)
+    random.seed(seed)
 
 
 # -- what tests leave --------------------------------------------------------------------------------------------------
