@@ -6,9 +6,10 @@
 The model branches on a tensor's value (``if flow.abs().max() > 32``), so ``torch.export`` refuses it, and the engine is
 several graphs with Python between them. Each thread has a stream, the same in all rounds, and frames of its own, and
 looks at the device after every call. The model keeps a table of coordinates in a global variable, which the first call
-on whatever stream fills: it is filled, and waited for, before threads start, on both sides. Systems are timed in turn,
-in rounds, and the medians count. Every result of every thread is compared with eager's on the same frames, before and
-after the timing.
+on whatever stream fills: it is filled, and waited for, before threads start, on both sides. Each system runs on the
+threads for some seconds before it is timed, for what it does once for a thread and for a stream. Systems are timed in
+turn, in rounds, and the medians count. Every result of every thread is compared with eager's on the same frames, before
+and after the timing; eager itself differs from call to call here, since cuDNN adds in no fixed order.
 """
 
 from __future__ import annotations
@@ -119,10 +120,18 @@ def error(results: list[list[Any]], expected: list[list[Any]]) -> float:
 @click.option("--threads", default=4, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=1.0, show_default=True, help="Of a round, each system.")
+@click.option("--warm-seconds", default=4.0, show_default=True, help="On the threads before the timing, each system.")
 @click.option("--backend", default=None, help="anabranch's; default: the device's best.")
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Where the results go.")
 def main(
-    package: Path, size: str, threads: int, rounds: int, seconds: float, backend: str | None, target: Path | None
+    package: Path,
+    size: str,
+    threads: int,
+    rounds: int,
+    seconds: float,
+    warm_seconds: float,
+    backend: str | None,
+    target: Path | None,
 ) -> None:
     """Time RIFE on several threads."""
     torch.set_grad_enabled(False)
@@ -147,8 +156,8 @@ def main(
     torch.cuda.synchronize()
     systems: dict[str, Callable[[Any], Any]] = {"eager": model, "anabranch": engine, "torch.compile": compiled}
     streams = [torch.cuda.Stream() for _ in frames]
-    for call in systems.values():  # what a system does for a stream that it has not seen
-        on_threads(call, frames, streams, 0)
+    for call in systems.values():
+        on_threads(call, frames, streams, warm_seconds)
     captures = engine.stats().captures
     rates: dict[str, list[float]] = {name: [] for name in systems}
     errors = dict.fromkeys(systems, 0.0)

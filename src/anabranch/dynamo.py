@@ -21,7 +21,7 @@ from anabranch.runtime._compile import compile as compile_engine
 from anabranch.runtime._fragment import Fragment
 from anabranch.runtime._given import backend_for, check_gpu
 from anabranch.runtime._ranges import Place
-from anabranch.runtime._recompiles import past_limit, watch_limits
+from anabranch.runtime._recompiles import keep_entries_in_place, past_limit, watch_limits
 
 #: Options of :func:`anabranch.compile` that ``torch.compile(..., options={...})`` takes.
 OPTIONS = tuple(
@@ -64,6 +64,7 @@ def backend(
     def make_engine(model: torch.nn.Module, inputs: Sequence[Any], free: frozenset[Place]) -> Any:
         return compile_graph(model, inputs, free, **options)
 
+    keep_entries_in_place()
     watch_limits(gm)
     made = Fragment(gm, example_inputs, make_engine, dynamic=options.get("dynamic") is not False)
     _fragments.add(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 import anabranch
 from anabranch._judge import differences
-from anabranch.runtime import _guarded
+from anabranch.runtime import _dynamo_settings, _guarded
 from contract.support import on_threads
 
 pytestmark = pytest.mark.usefixtures("seeded", "runtime")
@@ -74,6 +75,62 @@ def test_threads_get_their_own_results(model: Branches) -> None:
     on_threads(8, work)
     assert wrong == []
     assert engine.stats().calls == 200
+
+
+class Steps(nn.Module):
+    """One function that is compiled for each of its steps, and Python between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+
+    def step(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        y: torch.Tensor = self.steps[number](x) * number
+        return y.tanh() + x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number in range(5):
+            x = self.step(x, number)
+            if x.abs().max() > 1000:
+                x = x / 2
+        return x
+
+
+@pytest.fixture
+def threads_take_turns_often() -> Iterable[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("threads_take_turns_often")
+@pytest.mark.parametrize("way", ["anabranch.compile", "torch.compile"])
+def test_threads_compile_nothing_that_is_there(way: str) -> None:
+    torch._dynamo.reset()
+    model, options = Steps().eval().requires_grad_(False), {"backend": "eager"}
+    given = [inputs(4) for _ in range(4)]
+    if way == "anabranch.compile":
+        compiled: Any = anabranch.compile(model, inputs(1), **options)
+    else:
+        compiled = torch.compile(model, backend="anabranch", options=options)
+    for x in (x for own in given for x in own):
+        compiled(x)
+
+    def graphs() -> int:
+        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    before, wrong = graphs(), []
+
+    def work(number: int) -> None:
+        for i in range(150):
+            x = given[number][i % 4] + i
+            wrong.extend(differences(compiled(x), model(x)))
+
+    with torch.no_grad():
+        on_threads(4, work)
+    assert wrong == []
+    assert graphs() == before
 
 
 def test_what_is_cut_and_why_is_listed(model: Branches) -> None:
@@ -237,6 +294,35 @@ def test_engines_of_one_class_do_not_use_up_each_others_limit(model: Branches) -
     assert graphs
     past = engine.summary()["fragments"]["past_limit"]  # of the process: other tests' functions may be among them
     assert not [function for function in past if Path(__file__).name in function]
+
+
+def halved(x: torch.Tensor, by: float) -> torch.Tensor:
+    y = x / by
+    return y.tanh() if y.abs().max() < 2 else y.sigmoid()
+
+
+class Halves(nn.Module):
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return halved(x + 1, self.by) * 2
+
+
+def test_nor_do_models_that_call_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(_dynamo_settings, "MOST_GRAPHS", 5)
+    # As if no other test had made models before.
+    monkeypatch.setattr(_guarded, "dynamo_settings", _dynamo_settings._DynamoSettings())
+    for by in range(2, 10):
+        model = Halves(by).eval()
+        engine = anabranch.compile(model, inputs(1), backend="eager")
+        for x in inputs(7):
+            assert differences(engine(x), model(x)) == []
+        fragments = engine.summary()["fragments"]
+        assert not [function for function in fragments["past_limit"] if "'halved'" in function]
+        assert len(fragments["graphs"]) > 2, "functions of Dynamo's own are past the limit"
 
 
 class Nested(nn.Module):

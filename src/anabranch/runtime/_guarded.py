@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 import time
@@ -35,12 +34,12 @@ from anabranch.export import (
     storage,
 )
 from anabranch.runtime._comparison import moved
-from anabranch.runtime._dynamo_settings import MOST_GRAPHS, dynamo_settings
+from anabranch.runtime._dynamo_settings import dynamo_settings
 from anabranch.runtime._fidelity import COMPUTE_THE_SAME, COMPUTES_ELSE, results_unlike
 from anabranch.runtime._fragment import Fragment, NotAccepted, trying
 from anabranch.runtime._own_code import OwnCode
 from anabranch.runtime._ranges import Place
-from anabranch.runtime._recompiles import past_limit, watch_limits
+from anabranch.runtime._recompiles import keep_entries_in_place, past_limit, watch_limits
 
 _log = logging.getLogger("anabranch")
 
@@ -188,21 +187,20 @@ class Guarded:
 
         if self._why_plain:
             return run
+        dynamo_settings.add_model()
         # Dynamo keeps graphs with a function's code, and counts them there against its limit.
         own = types.FunctionType(run.__code__.replace(), globals(), "run")
-        known = inspect.signature(torch.compile).parameters
-        options: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": MOST_GRAPHS}
-        options = {name: value for name, value in options.items() if name in known}
         mine = weakref.ref(self)
 
         def backend(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
             guarded = mine()
             return gm.forward if guarded is None else guarded._fragment(gm, examples)
 
-        compiled: Callable[..., Any] = torch.compile(own, backend=backend, **options)
+        compiled: Callable[..., Any] = torch.compile(own, backend=backend)
         return compiled
 
     def _fragment(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        keep_entries_in_place()
         watch_limits(gm)
         fragment = Fragment(gm, examples, self._make_engine, first=FIRST, in_engine=True, dynamic=self._dynamic)
         if fragment.cut is not None and fragment.cut.is_of_symbol and fragment.carries_integers:

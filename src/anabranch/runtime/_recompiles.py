@@ -1,4 +1,5 @@
-"""Functions that Dynamo recompiles no more: past its limit it runs them in eager, with a line in the log only."""
+"""What Dynamo compiles for nothing, and what it compiles no more: functions past its limit, which it runs in eager,
+with a line in the log only."""
 
 from __future__ import annotations
 
@@ -51,6 +52,18 @@ def watch_limits(gm: fx.GraphModule) -> None:
     code = _code_in_compilation()
     if code is not None:
         _ours[name_of(code)] = None
+
+
+def keep_entries_in_place() -> None:
+    """Have Dynamo look through a function's graphs in one order, from now on, in the whole process.
+
+    It moves the graph that it has found to the front of their list. A check of guards lets other threads run: one of
+    them moves a graph that this thread has not come to before the place where it is, so that this thread finds none,
+    compiles what is there already, and at last is past the limit (pytorch#123177, also without this package).
+    """
+    from torch._C._dynamo import eval_frame
+
+    eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
 
 
 def past_limit() -> dict[str, str]:
