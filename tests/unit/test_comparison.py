@@ -76,6 +76,32 @@ def test_a_fault_is_found_and_operators_run_instead(
         assert engine.summary()["signatures"][0]["backend"] == "eager"
 
 
+class Looked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(5, 3)
+
+    def forward(self, n: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.rows(n)
+        return y + 1
+
+
+def test_a_fault_that_integers_other_than_zero_show_is_found(
+    runtime: str, faulty: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Looked().eval()
+    third = model(torch.tensor(3)).detach()
+    faulty(lambda y: torch.where((y == third).all(-1, keepdim=True), y * 2, y))
+    n = torch.tensor([[0, 3, 4], [2, 1, 0]])
+    with (
+        caplog.at_level(logging.WARNING, "anabranch"),
+        anabranch.compile(model, [n], backend="inductor", runtime=runtime) as engine,
+    ):
+        assert torch.equal(engine(n.flip(0)), model(n.flip(0)))
+        assert "of the inputs given" in caplog.text
+        assert engine.summary()["signatures"][0]["backend"] == "eager"
+
+
 class Kept(nn.Module):
     """Writes a part of its state."""
 
@@ -129,8 +155,8 @@ def test_rounding_is_told_from_faults_by_float64() -> None:
     x = torch.rand(50, generator=torch.Generator().manual_seed(5)).half()
     program = _program(Rounded())
     # In float16 the sum keeps multiples of 1/16, so that eager is off by half of that.
-    assert not _comparison.why_off(program, lambda inputs: [inputs[0] + 0.125], [x])
-    assert "farther from what float64 gives" in _comparison.why_off(program, lambda inputs: [inputs[0] + 300], [x])
+    assert not _comparison.why_off(program, lambda inputs: [inputs[0] + 0.125], [x], "")
+    assert "farther from what float64 gives" in _comparison.why_off(program, lambda inputs: [inputs[0] + 300], [x], "")
 
 
 @pytest.fixture
@@ -167,7 +193,7 @@ def test_an_operator_without_float64_runs_in_what_it_has(operator: Any, off: flo
     wide = _comparison._Wide(program.module)
     assert wide.run(x)[0].dtype is torch.float64
     assert wide.alone == ["anabranch_tests.made.default"]
-    why = _comparison.why_off(program, lambda inputs: [y * (1 + off) for y in program.module(*inputs)], [x])
+    why = _comparison.why_off(program, lambda inputs: [y * (1 + off) for y in program.module(*inputs)], [x], "")
     assert bool(why) is is_fault
 
 
@@ -199,7 +225,7 @@ def test_a_near_tie_is_no_fault() -> None:
         return [inputs[0] * (2 if len(draws) > 1 else -2)]
 
     x = torch.rand(6, 4, generator=torch.Generator().manual_seed(6)).t()
-    assert not _comparison.why_off(_program(Chosen()), kernels, [x])
+    assert not _comparison.why_off(_program(Chosen()), kernels, [x], "")
     assert len(draws) == 2
     assert not torch.equal(draws[0], draws[1])
     assert draws[1].stride() == x.stride()
@@ -214,9 +240,9 @@ def test_what_cancels_out_is_no_fault(dtype: torch.dtype) -> None:
             return [torch.ops.aten.sub.Tensor(x, x)]
 
     x = torch.rand(50, generator=torch.Generator().manual_seed(8)).to(dtype)
-    assert not _comparison.why_off(_program(Nothing()), lambda inputs: [inputs[0] * torch.finfo(dtype).eps], [x])
-    assert "off by" in _comparison.why_off(_program(Nothing()), lambda inputs: [inputs[0] * 0.1], [x])
-    assert "off by" in _comparison.why_off(_program(Nothing()), lambda inputs: [inputs[0] * torch.nan], [x])
+    assert not _comparison.why_off(_program(Nothing()), lambda inputs: [inputs[0] * torch.finfo(dtype).eps], [x], "")
+    assert "off by" in _comparison.why_off(_program(Nothing()), lambda inputs: [inputs[0] * 0.1], [x], "")
+    assert "off by" in _comparison.why_off(_program(Nothing()), lambda inputs: [inputs[0] * torch.nan], [x], "")
 
 
 def test_where_nothing_is_left_in_half_nobody_can_tell() -> None:
@@ -225,7 +251,7 @@ def test_where_nothing_is_left_in_half_nobody_can_tell() -> None:
             return [torch.ops.aten.mul.Tensor(torch.ops.aten.mul.Tensor(x, 1e-7), 1e7)]
 
     x = torch.rand(50, generator=torch.Generator().manual_seed(9)).half() * 0.2
-    assert not _comparison.why_off(_program(Small()), lambda inputs: [inputs[0]], [x])
+    assert not _comparison.why_off(_program(Small()), lambda inputs: [inputs[0]], [x], "")
 
 
 # -- inputs that are mixed up ------------------------------------------------------------------------------------------

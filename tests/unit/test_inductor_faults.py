@@ -79,3 +79,44 @@ def test_temporaries_are_read_where_they_lie() -> None:
     assert engine.summary()["signatures"][0]["backend"] == "inductor"
     found = differences(engine(x, y), model(x, y).detach(), rounding=Rounding())
     assert not found, "\n".join(found)
+
+
+def _alike(actual: object, expected: object, what: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3, equal_nan=True, msg=lambda m: f"{what}: {m}")
+
+
+class Sampled(torch.nn.Module):
+    def forward(self, x: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            torch.nn.functional.grid_sample(x, grid, mode=mode, padding_mode=padding, align_corners=aligned)
+            for mode in ("bilinear", "nearest")
+            for padding in ("zeros", "border", "reflection")
+            for aligned in (False, True)
+        ]
+
+
+def test_places_that_are_none() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    with anabranch.compile(Sampled(), [x, torch.randn(2, 3, 3, 2)], backend="inductor") as engine:
+        for value in (0.3, math.nan, math.inf, -math.inf, 1e20, -1e20):
+            grid = torch.rand(2, 3, 3, 2) * 2.4 - 1.2
+            grid[0, 0, 0, 0] = grid[0, 1, 1, 1] = value
+            grid[1, 2, 2] = value
+            x = torch.randn(2, 3, 4, 5)
+            _alike(engine(x, grid), Sampled()(x, grid), str(value))
+
+
+class Labelled(torch.nn.Module):
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+        loss = torch.nn.functional.multilabel_margin_loss
+        made = [loss(x, labels, reduction=reduction) for reduction in ("mean", "sum", "none")]
+        return [*made, loss(x[0], labels[0])]
+
+
+def test_lists_of_labels() -> None:
+    """Inductor alone is wrong wherever a list ends before its last place."""
+    model, some = Labelled(), torch.tensor([[3, 0, -1, 1], [-1, 0, 0, 0], [2, 2, 1, -1], [0, 1, 2, 3]])
+    with anabranch.compile(model, [torch.randn(4, 4), some], backend="inductor") as engine:
+        for labels in (some, some.flip(0), torch.full((4, 4), -1), torch.randint(-1, 4, (4, 4))):
+            x = torch.randn(4, 4)
+            _alike(engine(x, labels), model(x, labels), str(labels.tolist()))

@@ -17,6 +17,7 @@ from anabranch.backends._steps import Steps
 from anabranch.export import shape_at
 
 _aten = torch.ops.aten
+_GRID_SAMPLERS = (_aten.grid_sampler.default, _aten.grid_sampler_2d.default)
 _POWERS = (_aten.pow.Tensor_Scalar, _aten.float_power.Tensor_Scalar)
 #: Powers that eager has operators of their own for.
 _ROOTS = {0.5: _aten.sqrt.default, -0.5: _aten.rsqrt.default, -1.0: _aten.reciprocal.default}
@@ -26,7 +27,12 @@ def avoid(module: fx.GraphModule) -> None:
     """Rewrite, in place, what Inductor of PyTorch 2.11 to 2.13 gets wrong."""
     for node in list(module.graph.nodes):
         value = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        if node.op != "call_function":
+            continue
+        if node.target is _aten.multilabel_margin_loss_forward.default:
+            for step in _results(node):
+                _multilabel_margin_loss(step, node)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             continue
         if node.target in (_aten.mul.Tensor, _aten.mul.Scalar):
             _keep_product(node)
@@ -46,6 +52,10 @@ def avoid(module: fx.GraphModule) -> None:
             _softshrink(Steps(node, value))
         elif node.target in _POWERS and node.args[1] in _ROOTS:
             _root(Steps(node, value))
+        elif node.target is _aten.multilabel_margin_loss.default:
+            _multilabel_margin_loss(Steps(node, value), node)
+        elif node.target in _GRID_SAMPLERS and value.device.type == "cpu":
+            _sample_grid(Steps(node, value))
     module.graph.lint()
     module.recompile()
 
@@ -222,3 +232,46 @@ def _logit(node: fx.Node, value: torch.Tensor) -> None:
     step, low = Steps(node, value), torch.tensor(eps, dtype=value.dtype)
     inside = step(_aten.clamp.default, node.args[0], low.item(), (1 - low).item())
     step.replace(step(_aten.logit.default, inside))
+
+
+def _results(node: fx.Node) -> list[Steps]:
+    """Steps in the place of each use of the first of an operator's results."""
+    return [Steps(n, n.meta["val"]) for n in list(node.users) if n.args[1] == 0]
+
+
+def _sample_grid(step: Steps) -> None:
+    """Where a coordinate is no number Inductor gives 0. Eager gives NaN where nothing pads the picture, and its first
+    row or column where its border does; where its mirror image does, that is so for infinities, too."""
+    x, grid, mode, padding, aligned = step.node.args
+    value: torch.Tensor = grid.meta["val"]  # type: ignore[union-attr]
+    if value.dim() != 4 or mode not in (0, 1) or (mode, padding) == (1, 0):
+        return
+    is_finite = step(_aten.lt.Scalar, step(_aten.abs.default, grid), math.inf)
+    if padding == 0:
+        both = step(_aten.logical_not.default, step(_aten.all.dim, is_finite, -1))
+        y = step(step.node.target, x, grid, mode, padding, aligned)
+        step.replace(step(_aten.masked_fill.Scalar, y, step(_aten.unsqueeze.default, both, 1), math.nan))
+        return
+    lost = step(_aten.isnan.default, grid) if padding == 1 else step(_aten.logical_not.default, is_finite)
+    # The first pixel's, by either way to align.
+    step.replace(step(step.node.target, x, step(_aten.masked_fill.Scalar, grid, lost, -1.0), mode, padding, aligned))
+
+
+def _multilabel_margin_loss(step: Steps, node: fx.Node) -> None:
+    """Inductor adds to the loss what it reads where a list of labels has ended."""
+    x, labels, *rest = node.args
+    if not x.meta["val"].dim():  # type: ignore[union-attr]
+        return
+    ended = step(_aten.gt.Scalar, step(_aten.cumsum.default, step(_aten.lt.Scalar, labels, 0), -1), 0)
+    of_labels = step(_aten.gather.default, x, -1, step(_aten.masked_fill.Scalar, labels, ended, 0))
+    # Of each label, and each class.
+    apart = step(_aten.sub.Tensor, step(_aten.unsqueeze.default, x, -2), step(_aten.unsqueeze.default, of_labels, -1))
+    terms = step(_aten.clamp_min.default, step(_aten.add.Scalar, apart, 1), 0)
+    classes = step(_aten.cumsum.default, step(_aten.ones_like.default, labels), -1)
+    label = step(_aten.add.Scalar, step(_aten.masked_fill.Scalar, labels, ended, -1), 1)
+    same = step(_aten.eq.Tensor, step(_aten.unsqueeze.default, label, -1), step(_aten.unsqueeze.default, classes, -2))
+    none = step(_aten.logical_or.default, step(_aten.any.dim, same, -2, True), step(_aten.unsqueeze.default, ended, -1))
+    loss = step(_aten.sum.dim_IntList, step(_aten.masked_fill.Scalar, terms, none, 0), [-2])
+    loss = step(_aten.mean.dim, loss, [-1])
+    reduction = rest[0] if rest else 1
+    step.replace(loss if not reduction else step((_aten.mean if reduction == 1 else _aten.sum).default, loss))

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from anabranch.backends._backend import Kernels, Options, Wrapped
+from anabranch.backends._checks import keep_checks
 from anabranch.backends._faults import avoid
 from anabranch.backends._layouts import keep_layouts, keeping_strides
 from anabranch.backends._single_query import reduce_single_queries
@@ -71,6 +72,7 @@ class _Inductor:
                 _noting_wrappers(wrappers),
             ):
                 module = copy.deepcopy(program.module)  # it is rewritten; the plan still shows the original
+                keep_checks(module)
                 avoid(module)
                 reduce_single_queries(module)
                 keep_layouts(module)

@@ -51,6 +51,8 @@ _KEPT = {
     *(_aten.linear.default, _aten.matmul.default, _aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
     *(_aten.layer_norm.default, _aten.softmax.int, _aten.log_softmax.int, _aten.scaled_dot_product_attention.default),
 }
+#: What eager says of an assertion without a text.
+_NOT_TRUE = "Expected Tensor with single nonzero value, but got zero"
 #: A pass over what it has functionalized, by the names that versions of PyTorch have for it.
 _REMOVE_COPIES = ("_remove_unnecessary_copy_op_pass", "_remove_unneccessary_copy_op_pass")
 #: PyTorch takes these apart even where no decomposition is asked for, and other zeros come out.
@@ -79,7 +81,10 @@ def _prepare(graph: fx.Graph, source_of: Callable[[fx.Node], str]) -> None:
         target = maker.target
         if not isinstance(target, torch._ops.OpOverload):
             continue
-        if target._schema.is_mutable:
+        if target is _aten._assert_async.default:
+            # Without a text PyTorch takes it for an operator whose result nobody uses.
+            node.target, node.args = _aten._assert_async.msg, (*node.args, _NOT_TRUE)
+        elif target._schema.is_mutable:
             if maker is node:
                 _mend_write(graph, node, source_of)
         elif target in _EXPANDS or _hides_aliases(target):

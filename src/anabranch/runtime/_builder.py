@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -46,6 +46,25 @@ class Choice:
     reason: str = ""
     #: Figures for explain(): microseconds a call.
     measured: dict[str, float] = field(default_factory=dict)
+
+
+class _Inputs(NamedTuple):
+    """What kernels are run on while they are built."""
+
+    values: Sequence[torch.Tensor]
+    #: Has them be as they were before a run that writes them.
+    renew: Callable[[Sequence[torch.Tensor]], None]
+    is_made_up: bool
+
+    @property
+    def named(self) -> str:
+        return "made-up inputs" if self.is_made_up else "the inputs given"
+
+
+def _are_integers(x: torch.Tensor) -> bool:
+    """Whether there are some that are not zero."""
+    is_whole = not x.is_floating_point() and not x.is_complex() and x.dtype is not torch.bool
+    return is_whole and bool(x.any())
 
 
 class Builder:
@@ -93,31 +112,35 @@ class Builder:
         return choice
 
     def _build_on_cpu(self, given: Sequence[torch.Tensor]) -> None:
-        examples, renew = self._unit.examples(), self._unit.renew
-        run = self._lower(examples, None)
+        inputs = _Inputs(self._unit.examples(), self._unit.renew, is_made_up=True)
+        run = self._lower(inputs.values, None)
         if not self._program.direct_only and not self._program.is_empty:
             try:
-                self._warm_up(run, examples, times=1)
+                self._warm_up(run, inputs.values, times=1)
             except InputError:
                 if not given:
                     raise
-                # Made-up values may be at fault.
-                signature, made_up = self._unit.signature, examples
-                examples = [s.in_memory(x) for s, x in zip(signature.given, given, strict=True)]
-                examples += made_up[len(examples) : len(self._unit.specs) - len(signature.numbers)]
-                examples += self._unit.numbers(signature.values)
-                examples = examples if self._choice.backend == "eager" else self._unit.canonical(examples)
-                values = examples
-                # The caller's own are for the call to write into.
-                examples = [x.clone() if i in self._unit.written else x for i, x in enumerate(examples)]
-                self._warm_up(run, examples, times=1)
-
-                def renew(inputs: Sequence[torch.Tensor]) -> None:
-                    for i in self._unit.written:
-                        inputs[i].copy_(values[i])
-
-            self._compare(run, examples, renew)
+                inputs = self._of_the_caller(given, inputs.values)  # made-up values may be at fault
+                self._warm_up(run, inputs.values, times=1)
+            run = self._compare(run, inputs)
+            if inputs.is_made_up and any(_are_integers(x) for x in given):
+                # Made-up integers are zeros: a fault at others does not show there.
+                self._compare(run, self._of_the_caller(given, inputs.values))
         self._set_kernels()
+
+    def _of_the_caller(self, given: Sequence[torch.Tensor], made_up: Sequence[torch.Tensor]) -> _Inputs:
+        """The inputs that were given at compile. The caller's own are for the call to write into."""
+        unit, signature = self._unit, self._unit.signature
+        values = [s.in_memory(x) for s, x in zip(signature.given, given, strict=True)]
+        values += made_up[len(values) : len(unit.specs) - len(signature.numbers)]
+        values += unit.numbers(signature.values)
+        values = values if self._choice.backend == "eager" else unit.canonical(values)
+
+        def renew(inputs: Sequence[torch.Tensor]) -> None:
+            for i in unit.written:
+                inputs[i].copy_(values[i])
+
+        return _Inputs([x.clone() if i in unit.written else x for i, x in enumerate(values)], renew, is_made_up=False)
 
     def _build_on_lane(self) -> tuple[bool, str]:
         """Whether calls use graphs, and why."""
@@ -137,7 +160,7 @@ class Builder:
                     draws = self._program.is_random and self._choice.backend == "eager"
                     times = 2 if self._lowered is None else 1  # else variants of kernels are chosen
                     self._warm_up(self._without_draws if draws else run, examples, times)
-                    run = self._compare(run, examples, self._unit.renew)
+                    run = self._compare(run, _Inputs(examples, self._unit.renew, is_made_up=True))
                 self._set_kernels()
             with self._clock.phase("warm-up"):
                 lane.stream.synchronize()
@@ -221,24 +244,16 @@ class Builder:
         """Run the operators but for those that draw: the next draws are the user's, and other threads'."""
         return _WithoutDraws(self._program).run(*self._program.weights_for_eager(), *inputs)
 
-    def _compare(
-        self,
-        run: Kernels | Instance,
-        examples: Sequence[torch.Tensor],
-        renew: Callable[[Sequence[torch.Tensor]], None],
-    ) -> Kernels | Instance:
-        """Have PyTorch's operators run the model where compiled kernels give other results; returns what runs.
-
-        ``renew``: has ``examples``, which runs have written, be as they were.
-        """
+    def _compare(self, run: Kernels | Instance, inputs: _Inputs) -> Kernels | Instance:
+        """Have PyTorch's operators run the model where compiled kernels give other results; returns what runs."""
         choice, settings = self._choice, self._settings
         # In a forked child operators may wait for ever for OpenMP's threads, which are its parent's.
         if choice.backend == "eager" or process.generation or self._lowered:
             return run
         try:
             with self._clock.phase("warm-up"):
-                renew(examples)
-                why = why_off(self._program, run, examples)
+                inputs.renew(inputs.values)
+                why = why_off(self._program, run, inputs.values, inputs.named)
         except Exception as e:  # made-up values may be at fault, or memory is short
             self._device.check_error(e)
             _log.info("%s: kernels were not compared: %s: %s", settings.name, type(e).__name__, str(e))
@@ -253,7 +268,7 @@ class Builder:
         text = "%s(%s): %s: a fault of %r. PyTorch's operators run the model instead."
         _log.warning(text, settings.name, self._unit.signature, why, choice.backend)
         choice.backend, choice.why_eager = "eager", why
-        return self._lower(examples, None)
+        return self._lower(inputs.values, None)
 
     def _why_not_captured(self) -> str:
         if self._program.is_empty:

@@ -49,18 +49,21 @@ SEEDS = (1, 2)
 _Tensors = Sequence[torch.Tensor]
 
 
-def why_off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> str:
-    """Why ``kernels`` do not compute what ``program`` says, or nothing. They must have run before."""
+def why_off(program: Program, kernels: Kernels | Instance, inputs: _Tensors, named: str) -> str:
+    """Why ``kernels`` do not compute what ``program`` says, or nothing. They must have run before.
+
+    ``named``: what messages call the inputs.
+    """
     if program.is_random:
         return ""
     kernels = telling_writes(program, kernels)
-    why = _off(program, kernels, inputs)
+    why = _off(program, kernels, inputs, named)
     for seed in SEEDS:
-        why = why and _off(program, kernels, redrawn(inputs, seed))
+        why = why and _off(program, kernels, redrawn(inputs, seed), named)
     return why
 
 
-def _off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> str:
+def _off(program: Program, kernels: Kernels | Instance, inputs: _Tensors, named: str) -> str:
     operators: Any = get_backend("eager").lower(program, [], Options())
     got, wanted = kernels(inputs), telling_writes(program, operators)(inputs)
     places = [i for i, e in enumerate(wanted) if e.dtype in BOUNDS]
@@ -69,7 +72,7 @@ def _off(program: Program, kernels: Kernels | Instance, inputs: _Tensors) -> str
     far = {i: _error(got[i], wanted[i], wanted[i].dtype) for i in places}
     if all(far[i] <= bounds[i] for i in places):
         return ""
-    figures = f"off by {max(far.values()):.1e} of the largest value, of made-up inputs"
+    figures = f"off by {max(far.values()):.1e} of the largest value, of {named}"
     exact, alone = _in_float64(_with_writes(program), _to_write(program, inputs))
     if exact is None or alone:
         # What it is compared with has been rounded as the program's steps round, which is more than its results tell.
