@@ -16,7 +16,7 @@ from transformers import BatchEncoding, BatchFeature
 
 import anabranch
 from anabranch._judge import differences
-from contract.support import Fn, on_threads, runtime  # noqa: F401  # a fixture
+from contract.support import Fn, on_threads
 
 pytestmark = pytest.mark.usefixtures("seeded", "runtime")
 

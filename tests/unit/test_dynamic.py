@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import anabranch
 from anabranch import Dim, Input
-from contract.support import ROUNDING, Fn, assert_same, on_threads, runtime  # noqa: F401  # a fixture
+from contract.support import ROUNDING, Fn, assert_same, on_threads
 
 Inputs = Callable[[int], tuple[Any, ...]]
 
@@ -46,7 +46,7 @@ def check(engine: Any, model: nn.Module, *inputs: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_the_second_value_of_a_size_makes_it_vary(runtime: str, backend: str) -> None:  # noqa: F811
+def test_the_second_value_of_a_size_makes_it_vary(runtime: str, backend: str) -> None:
     model = Mlp().eval()
     engine = anabranch.compile(model, [drawn(4, 8)], backend=backend, runtime=runtime)
     made = []
@@ -61,7 +61,7 @@ def test_the_second_value_of_a_size_makes_it_vary(runtime: str, backend: str) ->
     assert "float32[*, 8]" in engine.explain()
 
 
-def test_what_is_special_is_no_second_value(runtime: str) -> None:  # noqa: F811
+def test_what_is_special_is_no_second_value(runtime: str) -> None:
     model = Mlp().eval()
     engine = anabranch.compile(model, [drawn(1, 8)], backend="eager", runtime=runtime)
     for n in (0, 6, 9, 12):
@@ -69,7 +69,7 @@ def test_what_is_special_is_no_second_value(runtime: str) -> None:  # noqa: F811
     assert engine.stats().specializations == 3, "1, 0, and all others"
 
 
-def test_a_batch_of_one_has_a_range_of_its_own(runtime: str) -> None:  # noqa: F811
+def test_a_batch_of_one_has_a_range_of_its_own(runtime: str) -> None:
     model = Mlp().eval()
     given = anabranch.Input((Dim("batch", 1, 8), Dim("length", 1, 64), 8))
     engine = anabranch.compile(model, [given], backend="eager", runtime=runtime)
@@ -91,7 +91,7 @@ def test_each_shape_by_itself() -> None:
     assert engine.stats().specializations == 3
 
 
-def test_all_sizes_vary_from_the_first_call_on(runtime: str) -> None:  # noqa: F811
+def test_all_sizes_vary_from_the_first_call_on(runtime: str) -> None:
     model = Fn(lambda x: x.flip(0) * 2 + x.sum(-1, keepdim=True)).eval()
     engine = anabranch.compile(model, [drawn(4, 8)], backend="eager", runtime=runtime, dynamic=True)
     for shape in ((4, 8), (5, 9), (3, 2)):
@@ -223,7 +223,7 @@ def test_sizes_that_the_model_needs_to_know_are_compiled_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_inputs_that_lie_otherwise(runtime: str, backend: str) -> None:  # noqa: F811
+def test_inputs_that_lie_otherwise(runtime: str, backend: str) -> None:
     model = Fn(lambda x: F.avg_pool2d(x * 2, 2) + 1).eval()
     last = torch.channels_last
     first = drawn(2, 3, 6, 6).to(memory_format=last)
@@ -270,7 +270,7 @@ def test_other_structures_and_numbers() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_a_declared_range_is_compiled_once(runtime: str, backend: str) -> None:  # noqa: F811
+def test_a_declared_range_is_compiled_once(runtime: str, backend: str) -> None:
     model = Mlp().eval()
     engine = anabranch.compile(model, [Input((Dim("batch", 1, 64), 8))], backend=backend, runtime=runtime)
     for n in (64, 2, 17, 33, 1):
@@ -341,7 +341,7 @@ def test_precision() -> None:
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 
-def test_threads_call_with_many_sizes_at_once(runtime: str) -> None:  # noqa: F811
+def test_threads_call_with_many_sizes_at_once(runtime: str) -> None:
     model = Mlp().eval()
     engine = anabranch.compile(model, [drawn(4, 8)], backend="eager", runtime=runtime)
     lock = threading.Lock()
@@ -368,7 +368,7 @@ class Numbers(nn.Module):
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_numbers_of_sizes_are_returned(runtime: str, backend: str) -> None:  # noqa: F811
+def test_numbers_of_sizes_are_returned(runtime: str, backend: str) -> None:
     given = Input((Dim("batch", 2, 64), Dim("length", 2, 64)))
     engine = anabranch.compile(Numbers(), [given], backend=backend, runtime=runtime)
     for n, t in ((5, 9), (2, 2), (9, 5), (33, 64), (4, 4)):

@@ -14,7 +14,7 @@ import anabranch
 from anabranch import Dim, Input, dynamo
 from anabranch.runtime._compiler import Compiler
 from anabranch.runtime._fragment import STEADY
-from contract.support import ROUNDING, Fn, assert_same, has_memory, on_threads, runtime  # noqa: F401  # a fixture
+from contract.support import ROUNDING, Fn, assert_same, has_memory, on_threads
 
 SIZES = (4, 7, 5, 2, 33, 1, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 64)
 
@@ -62,7 +62,7 @@ def mlp() -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def compiled(model: Any, backend: str, runtime: str = "auto", dynamic: bool | None = None) -> Any:  # noqa: F811
+def compiled(model: Any, backend: str, runtime: str = "auto", dynamic: bool | None = None) -> Any:
     return torch.compile(model, backend="anabranch", dynamic=dynamic, options={"backend": backend, "runtime": runtime})
 
 
@@ -74,7 +74,7 @@ def check(actual: Any, expected: Any, backend: str, *inputs: Any) -> None:
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_one_engine_serves_all_sizes(made: Made, runtime: str, backend: str, dynamic: bool | None) -> None:  # noqa: F811
+def test_one_engine_serves_all_sizes(made: Made, runtime: str, backend: str, dynamic: bool | None) -> None:
     model = mlp()
     run = compiled(model, backend, runtime, dynamic)
     counts = {}
@@ -237,7 +237,7 @@ def test_replaced_parameters_get_an_engine_for_all_sizes(made: Made) -> None:
     assert made.specializations() == 3
 
 
-def test_threads_call_with_many_sizes(made: Made, runtime: str) -> None:  # noqa: F811
+def test_threads_call_with_many_sizes(made: Made, runtime: str) -> None:
     model = mlp()
     run = compiled(model, "inductor", runtime, dynamic=True)
     given = {n: drawn(n, 8, seed=n) for n in range(2, 30)}
@@ -268,7 +268,7 @@ class Broken(nn.Module):
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_a_model_in_fragments_of_declared_sizes(runtime: str, backend: str) -> None:  # noqa: F811
+def test_a_model_in_fragments_of_declared_sizes(runtime: str, backend: str) -> None:
     model = Broken().eval()
     engine = anabranch.compile(model, [Input((Dim("batch", 1, 64), 4, 8))], backend=backend, runtime=runtime)
     assert len(engine.summary()["fragments"]["graphs"]) == 4, "two for all sizes, and two for one"
@@ -297,7 +297,7 @@ def test_a_model_in_fragments_of_two_declared_sizes() -> None:
     engine.close()
 
 
-def test_a_model_in_fragments_whose_sizes_vary_undeclared(runtime: str) -> None:  # noqa: F811
+def test_a_model_in_fragments_whose_sizes_vary_undeclared(runtime: str) -> None:
     model = Broken().eval()
     engine = anabranch.compile(model, [drawn(4, 4, 8)], backend="eager", runtime=runtime)
     assert engine.stats().specializations == 2
@@ -331,7 +331,7 @@ def test_declared_sizes_that_the_model_fixes_are_refused_with_its_line() -> None
         anabranch.compile(Fn(fixes), [Input((Dim("batch", 5, 5), 8))], backend="eager")
 
 
-def test_threads_call_a_model_in_fragments_with_many_sizes(runtime: str) -> None:  # noqa: F811
+def test_threads_call_a_model_in_fragments_with_many_sizes(runtime: str) -> None:
     model = Broken().eval()
     engine = anabranch.compile(model, [Input((Dim("batch", 2, 64), 4, 8))], backend="eager", runtime=runtime)
     given = {n: drawn(n, 4, 8, seed=n) for n in range(2, 30)}

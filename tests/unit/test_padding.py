@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import anabranch
 from anabranch import Dim, Input
 from anabranch.errors import InputError, UnsupportedModel
-from contract.support import ROUNDING, Fn, assert_same, on_threads, runtime  # noqa: F401  # a fixture
+from contract.support import ROUNDING, Fn, assert_same, on_threads
 
 _TO = [16, 32, 64]
 
@@ -76,7 +76,7 @@ def served(engine: Any, dim: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_rows_by_themselves_are_padded_and_results_cut_back(runtime: str, backend: str) -> None:  # noqa: F811
+def test_rows_by_themselves_are_padded_and_results_cut_back(runtime: str, backend: str) -> None:
     model = Mlp().eval()
     dim = Dim("batch", 1, 64, pad_to=_TO)
     engine = anabranch.compile(model, [Input((dim, 8))], backend=backend, runtime="python")
@@ -302,7 +302,7 @@ def test_lists_that_make_no_sense() -> None:
             Dim("n", 4, 64, pad_to=wrong)
 
 
-def test_threads_call_with_many_sizes_at_once(runtime: str) -> None:  # noqa: F811
+def test_threads_call_with_many_sizes_at_once(runtime: str) -> None:
     model = Mlp().eval()
     engine = anabranch.compile(model, [Input((Dim("batch", 1, 64, pad_to=_TO), 8))], backend="eager", runtime=runtime)
     inputs = [drawn(n, 8, seed=n) for n in range(1, 65)]

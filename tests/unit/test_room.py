@@ -10,7 +10,6 @@ from torch import nn
 
 import anabranch
 from anabranch import Dim, Input
-from contract.support import runtime  # noqa: F401  # a fixture
 
 LENGTH, WIDTH = 6, 3
 
@@ -61,7 +60,7 @@ def rows(count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("write", [copied, put, added, scattered, looked_up])
-def test_a_call_past_the_end_is_refused(runtime: str, write: Callable[..., object], dtype: torch.dtype) -> None:  # noqa: F811
+def test_a_call_past_the_end_is_refused(runtime: str, write: Callable[..., object], dtype: torch.dtype) -> None:
     engine = anabranch.compile(Cache(write, dtype).eval(), [rows(2)], backend="eager", runtime=runtime)
     session = engine.session()
     for _ in range(LENGTH // 2):
@@ -75,13 +74,13 @@ def test_a_call_past_the_end_is_refused(runtime: str, write: Callable[..., objec
     session(rows(2))
 
 
-def test_a_ring_has_no_end(runtime: str) -> None:  # noqa: F811
+def test_a_ring_has_no_end(runtime: str) -> None:
     session = anabranch.compile(Cache(in_a_ring).eval(), [rows(2)], backend="eager", runtime=runtime).session()
     for _ in range(5 * LENGTH):
         session(rows(2))
 
 
-def test_the_end_depends_on_how_much_a_call_writes(runtime: str) -> None:  # noqa: F811
+def test_the_end_depends_on_how_much_a_call_writes(runtime: str) -> None:
     given = [Input((Dim("count", 1, LENGTH), WIDTH))]
     engine = anabranch.compile(Cache(copied).eval(), given, backend="eager", runtime=runtime)
     session = engine.session()
@@ -93,7 +92,7 @@ def test_the_end_depends_on_how_much_a_call_writes(runtime: str) -> None:  # noq
         session(rows(1))
 
 
-def test_clones_and_loaded_states_go_on_counting(runtime: str) -> None:  # noqa: F811
+def test_clones_and_loaded_states_go_on_counting(runtime: str) -> None:
     engine = anabranch.compile(Cache(copied).eval(), [rows(2)], backend="eager", runtime=runtime)
     session = engine.session()
     session(rows(2))
@@ -105,7 +104,7 @@ def test_clones_and_loaded_states_go_on_counting(runtime: str) -> None:  # noqa:
     session(rows(2))
 
 
-def test_a_counter_that_the_model_sets_is_not_followed(runtime: str) -> None:  # noqa: F811
+def test_a_counter_that_the_model_sets_is_not_followed(runtime: str) -> None:
     class Set(nn.Module):
         def __init__(self) -> None:
             super().__init__()

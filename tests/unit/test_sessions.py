@@ -28,7 +28,7 @@ from anabranch import Dim, Input
 from anabranch.runtime._builder import Builder
 from anabranch.runtime._phases import Clock
 from anabranch.runtime._unit import Unit
-from contract.support import ROUNDING, assert_same, on_threads, runtime  # noqa: F401  # a fixture
+from contract.support import ROUNDING, assert_same, on_threads
 
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "inductor"])
 
@@ -143,7 +143,7 @@ def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @BACKENDS
 @pytest.mark.parametrize("name", MODELS)
-def test_calls_go_on_from_one_another_as_in_eager(runtime: str, backend: str, name: str) -> None:  # noqa: F811
+def test_calls_go_on_from_one_another_as_in_eager(runtime: str, backend: str, name: str) -> None:
     engine, model, shape = made(name, backend)
     rounding = None if backend == "eager" else ROUNDING
     before, eager = buffers(model), copy.deepcopy(model)
@@ -177,7 +177,7 @@ def test_what_is_returned_is_never_the_state() -> None:
     assert "output 0 is the state 'h': a copy of it is returned" in engine.explain()
 
 
-def test_a_clone_goes_on_from_where_the_session_is(runtime: str) -> None:  # noqa: F811
+def test_a_clone_goes_on_from_where_the_session_is(runtime: str) -> None:
     engine, _, shape = made("decoder")
     session = engine.session()
     for k in range(3):
@@ -193,7 +193,7 @@ def test_a_clone_goes_on_from_where_the_session_is(runtime: str) -> None:  # noq
     clone(drawn(*shape))
 
 
-def test_a_state_is_saved_and_loaded(runtime: str) -> None:  # noqa: F811
+def test_a_state_is_saved_and_loaded(runtime: str) -> None:
     engine, _, shape = made("decoder")
     session = engine.session()
     for k in range(3):
@@ -240,7 +240,7 @@ def test_what_is_no_state_of_the_model_is_not_loaded(change: Callable[..., Any],
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_sessions_on_many_threads_are_as_one_alone(runtime: str, name: str) -> None:  # noqa: F811
+def test_sessions_on_many_threads_are_as_one_alone(runtime: str, name: str) -> None:
     engine, _, shape = made(name)
     sessions = [engine.session() for _ in range(8)]
     results: list[list[Any]] = [[] for _ in sessions]
@@ -273,7 +273,7 @@ def test_compiled_sessions_on_many_threads_are_as_one_alone() -> None:
         assert_same(results[i], [alone(drawn(*shape, seed=20 * i + k)) for k in range(10)], f"session {i}")
 
 
-def test_one_session_may_move_from_thread_to_thread(runtime: str) -> None:  # noqa: F811
+def test_one_session_may_move_from_thread_to_thread(runtime: str) -> None:
     engine, model, shape = made("recurrent")
     session, lock = engine.session(), threading.Lock()
 
@@ -291,7 +291,7 @@ def test_one_session_may_move_from_thread_to_thread(runtime: str) -> None:  # no
 # -- the engine itself, and the model ----------------------------------------------------------------------------------
 
 
-def test_the_engine_of_a_model_with_state_is_not_called_itself(runtime: str) -> None:  # noqa: F811
+def test_the_engine_of_a_model_with_state_is_not_called_itself(runtime: str) -> None:
     engine = ring()
     for _ in range(2):
         with pytest.raises(anabranch.NeedsSession, match=r"keeps state \('last', 'at'\).*engine\.session\(\)") as error:
@@ -302,7 +302,7 @@ def test_the_engine_of_a_model_with_state_is_not_called_itself(runtime: str) -> 
     engine.session()(drawn(2, 4))
 
 
-def test_batch_normalization_in_training_mode_gets_a_hint(runtime: str) -> None:  # noqa: F811
+def test_batch_normalization_in_training_mode_gets_a_hint(runtime: str) -> None:
     norm = nn.Sequential(nn.BatchNorm1d(4)).train()
     engine = anabranch.compile(norm, [drawn(6, 4)], backend="eager")
     with pytest.raises(anabranch.NeedsSession, match=r"Call model\.eval\(\) first if that was not meant\."):
@@ -314,7 +314,7 @@ def test_batch_normalization_in_training_mode_gets_a_hint(runtime: str) -> None:
     assert norm[0].num_batches_tracked == 0
 
 
-def test_a_model_without_state_has_sessions_that_do_as_the_engine_does(runtime: str) -> None:  # noqa: F811
+def test_a_model_without_state_has_sessions_that_do_as_the_engine_does(runtime: str) -> None:
     model = with_weights(nn.Linear(4, 3))
     engine = anabranch.compile(model, [drawn(2, 4)], backend="eager")
     with engine.session() as session:
@@ -324,7 +324,7 @@ def test_a_model_without_state_has_sessions_that_do_as_the_engine_does(runtime: 
         session.reset()
 
 
-def test_the_model_and_its_sessions_are_apart(runtime: str) -> None:  # noqa: F811
+def test_the_model_and_its_sessions_are_apart(runtime: str) -> None:
     """The user's buffers are not written, and what is written into them later is not the sessions'."""
     engine, model, shape = made("recurrent")
     model.h.fill_(3.0)
@@ -388,7 +388,19 @@ def test_a_thousand_sessions_are_a_thousand_states() -> None:
     assert len(tensors()) == before
 
 
-def test_explain_tells_of_state_and_writes(runtime: str) -> None:  # noqa: F811
+@pytest.mark.parametrize("name", list(MODELS))
+def test_what_is_measured_of_a_direct_call_computes(runtime: str, name: str) -> None:
+    """Also where the C++ leaves a call to Python, since it writes state, and numerics flags decide how."""
+    engine, _, shape = made(name)
+    (of_one,) = engine._table
+    with of_one.calls.trying_direct() as direct:
+        results = direct([drawn(*shape), *(s.initial.clone() for s in of_one.unit.program.state)])
+    assert results
+    assert all(bool(x.any()) for x in results)
+    assert engine.stats().calls == 0
+
+
+def test_explain_tells_of_state_and_writes(runtime: str) -> None:
     text = ring().explain()
     assert f"  state of a session: last, at; {5 * 4 * 4 + 8} bytes" in text
     assert "writes into what it is given" not in text
@@ -405,14 +417,14 @@ def test_explain_tells_of_state_and_writes(runtime: str) -> None:  # noqa: F811
     assert "  state of a session: h; 12 bytes" in engine.explain()
 
 
-def test_explain_tells_what_operators_copy(runtime: str) -> None:  # noqa: F811
+def test_explain_tells_what_operators_copy(runtime: str) -> None:
     engine, _, _ = made("recurrent")
     assert "  copies 48 bytes of state a call: it is not all computed where it lies" in engine.explain()
     turned = engine_for(lambda self, x: x.copy_(x.flip(0)), drawn(3, 4))
     assert "  copies 48 bytes of what it writes a call" in turned.explain()
 
 
-def test_a_summary_tells_of_state_and_writes(runtime: str) -> None:  # noqa: F811
+def test_a_summary_tells_of_state_and_writes(runtime: str) -> None:
     engine = ring(dynamic=False)
     engine.session()(drawn(3, 4))
     first, second = engine.summary()["signatures"]
@@ -453,7 +465,7 @@ def held(engine: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event,
     return begun, let_on
 
 
-def test_two_calls_of_one_session_at_once(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_two_calls_of_one_session_at_once(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, model, shape = made("recurrent")
     session, other = engine.session(), engine.session()
     state = session.state
@@ -496,7 +508,7 @@ def test_a_session_is_not_called_from_within_its_own_call(monkeypatch: pytest.Mo
     assert session.state["at"] == 1
 
 
-def test_a_session_that_is_closed_in_the_middle_of_a_call(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_session_that_is_closed_in_the_middle_of_a_call(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, model, shape = made("recurrent")
     session = engine.session()
     begun, let_on = held(engine, monkeypatch)
@@ -517,7 +529,7 @@ def looked_up(self: Any, x: torch.Tensor, at: torch.Tensor) -> Any:
     return self.h * 2, F.embedding(at, self.table)
 
 
-def test_a_call_that_fails_in_the_middle_breaks_its_session(runtime: str) -> None:  # noqa: F811
+def test_a_call_that_fails_in_the_middle_breaks_its_session(runtime: str) -> None:
     model = Model(looked_up, h=torch.zeros(3), table=drawn(5, 2)).eval()
     engine = anabranch.compile(model, [drawn(3), torch.tensor([1])], backend="eager")
     session, other = engine.session(), engine.session()
@@ -540,7 +552,7 @@ def test_a_call_that_fails_in_the_middle_breaks_its_session(runtime: str) -> Non
     assert_same(other(*good), engine.session()(*good), "other sessions are whole")
 
 
-def test_errors_before_anything_runs_break_no_session(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_errors_before_anything_runs_break_no_session(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(looked_up, h=torch.zeros(3), table=drawn(5, 2)).eval()
     engine = anabranch.compile(model, [drawn(3), torch.tensor([1])], backend="eager")
     session, good = engine.session(), (drawn(3), torch.tensor([4]))
@@ -571,7 +583,7 @@ def test_errors_before_anything_runs_break_no_session(runtime: str, monkeypatch:
     session(*good)
 
 
-def test_flags_that_changed_before_a_call_break_no_session(runtime: str) -> None:  # noqa: F811
+def test_flags_that_changed_before_a_call_break_no_session(runtime: str) -> None:
     engine, _, shape = made("recurrent")
     session = engine.session()
     session(drawn(*shape))
@@ -585,7 +597,7 @@ def test_flags_that_changed_before_a_call_break_no_session(runtime: str) -> None
     assert_same(session.state, state)
 
 
-def test_flags_that_change_within_a_call_break_its_session(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_flags_that_change_within_a_call_break_its_session(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _, shape = made("recurrent")
     session = engine.session()
     (specialization,) = engine._table
@@ -596,7 +608,7 @@ def test_flags_that_change_within_a_call_break_its_session(runtime: str, monkeyp
         session(drawn(*shape))
 
 
-def test_a_session_that_is_closed(runtime: str) -> None:  # noqa: F811
+def test_a_session_that_is_closed(runtime: str) -> None:
     engine = ring()
     with engine.session() as session:
         session(drawn(2, 4))
@@ -615,7 +627,7 @@ def test_a_session_that_is_closed(runtime: str) -> None:  # noqa: F811
     assert repr(session).endswith("closed>")
 
 
-def test_sessions_of_an_engine_that_is_closed(runtime: str) -> None:  # noqa: F811
+def test_sessions_of_an_engine_that_is_closed(runtime: str) -> None:
     engine = ring()
     session = engine.session()
     session(drawn(2, 4))
@@ -645,7 +657,7 @@ def test_a_session_keeps_its_engine() -> None:
     assert session.state["at"] == 1
 
 
-def test_modes_of_the_caller(runtime: str) -> None:  # noqa: F811
+def test_modes_of_the_caller(runtime: str) -> None:
     engine, model, shape = made("recurrent")
     with torch.inference_mode():
         session = engine.session()
@@ -669,7 +681,7 @@ def test_modes_of_the_caller(runtime: str) -> None:  # noqa: F811
 
 
 @BACKENDS
-def test_prompts_and_steps_go_into_one_state(runtime: str, backend: str) -> None:  # noqa: F811
+def test_prompts_and_steps_go_into_one_state(runtime: str, backend: str) -> None:
     engine, model, _ = made("decoder", backend, dynamic=False)
     rounding = None if backend == "eager" else ROUNDING
     session = engine.session()
@@ -687,7 +699,7 @@ def as_last_seen(self: Any, x: torch.Tensor) -> Any:
     return x + self.h, self.h
 
 
-def test_a_signature_that_only_reads_what_another_writes(runtime: str) -> None:  # noqa: F811
+def test_a_signature_that_only_reads_what_another_writes(runtime: str) -> None:
     model = Model(as_last_seen, h=drawn(4), g=torch.ones(4))
     engine = anabranch.compile(model, [drawn(3, 4)], backend="eager", dynamic=False)
     session, eager = engine.session(), copy.deepcopy(model)
@@ -700,7 +712,7 @@ def test_a_signature_that_only_reads_what_another_writes(runtime: str) -> None: 
     assert states == [["h"], ["h"]]
 
 
-def test_a_state_that_was_read_before_it_was_known_to_be_written(runtime: str) -> None:  # noqa: F811
+def test_a_state_that_was_read_before_it_was_known_to_be_written(runtime: str) -> None:
     model = Model(as_last_seen, h=drawn(4), g=torch.ones(4))
     engine = anabranch.compile(model, [drawn(1, 4)], backend="eager", dynamic=False)
     expected = engine(drawn(1, 4))
@@ -712,7 +724,7 @@ def test_a_state_that_was_read_before_it_was_known_to_be_written(runtime: str) -
         assert_same(engine(drawn(1, 4)), expected)
 
 
-def test_sessions_get_state_that_later_signatures_write(runtime: str) -> None:  # noqa: F811
+def test_sessions_get_state_that_later_signatures_write(runtime: str) -> None:
     def grows(self: Any, x: torch.Tensor) -> Any:
         self.h.add_(x.sum(0))
         if x.shape[0] > 1:
@@ -734,7 +746,7 @@ def test_sessions_get_state_that_later_signatures_write(runtime: str) -> None:  
 
 
 @BACKENDS
-def test_a_declared_size_beside_state(runtime: str, backend: str) -> None:  # noqa: F811
+def test_a_declared_size_beside_state(runtime: str, backend: str) -> None:
     model = with_weights(Decoder())
     given = Input((1, Dim("tokens", 1, 8), 8))
     engine = anabranch.compile(model, [given], backend=backend)
@@ -750,7 +762,7 @@ def test_a_declared_size_beside_state(runtime: str, backend: str) -> None:  # no
     assert session.state["length"] == 13
 
 
-def test_a_second_length_beside_state(runtime: str) -> None:  # noqa: F811
+def test_a_second_length_beside_state(runtime: str) -> None:
     engine, model, _ = made("streaming convolution")
     session = engine.session()
     for n in (5, 7, 4, 5, 9):
@@ -760,7 +772,7 @@ def test_a_second_length_beside_state(runtime: str) -> None:  # noqa: F811
     assert_same(session.state["before"], model.before)
 
 
-def test_a_number_that_varies_beside_state(runtime: str) -> None:  # noqa: F811
+def test_a_number_that_varies_beside_state(runtime: str) -> None:
     def decayed(self: Any, x: torch.Tensor, by: float) -> torch.Tensor:
         self.h.mul_(by).add_(x)
         return self.h + by
@@ -808,7 +820,7 @@ def engine_for(fn: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
 
 
 @BACKENDS
-def test_an_input_is_written_and_handed_back(runtime: str, backend: str) -> None:  # noqa: F811
+def test_an_input_is_written_and_handed_back(runtime: str, backend: str) -> None:
     x, y = drawn(3, 4), drawn(4)
     first = x.clone()
     engine = engine_for(added, x, y, backend=backend)
@@ -823,7 +835,7 @@ def test_an_input_is_written_and_handed_back(runtime: str, backend: str) -> None
 
 
 @BACKENDS
-def test_written_inputs_that_lie_otherwise(runtime: str, backend: str) -> None:  # noqa: F811
+def test_written_inputs_that_lie_otherwise(runtime: str, backend: str) -> None:
     def strange(self: Any, x: torch.Tensor) -> Any:
         x[1:].mul_(2)
         x.t()[0].add_(1)
@@ -853,7 +865,7 @@ def test_written_inputs_that_lie_otherwise(runtime: str, backend: str) -> None: 
 
 
 @pytest.mark.parametrize("dynamic", [False, None, True])
-def test_memory_that_stands_for_several_elements_is_not_written(runtime: str, dynamic: bool | None) -> None:  # noqa: F811
+def test_memory_that_stands_for_several_elements_is_not_written(runtime: str, dynamic: bool | None) -> None:
     engine = engine_for(added, drawn(3, 4), drawn(4), dynamic=dynamic)
     for x in (drawn(1, 4).expand(3, 4), drawn(3, 1).expand(3, 4), drawn(9).as_strided((3, 4), (2, 1))):
         before = x.clone()
@@ -865,7 +877,7 @@ def test_memory_that_stands_for_several_elements_is_not_written(runtime: str, dy
     assert_same(x, drawn(3, 4) + drawn(1))
 
 
-def test_tensors_that_share_memory_with_what_is_written(runtime: str) -> None:  # noqa: F811
+def test_tensors_that_share_memory_with_what_is_written(runtime: str) -> None:
     engine = engine_for(added, drawn(3, 4), drawn(3, 4))
     x, whole = drawn(3, 4), drawn(5, 4)
     for a, b in ((x, x), (x, x.view(3, 4)), (whole[:3], whole[2:])):
@@ -881,7 +893,7 @@ def test_tensors_that_share_memory_with_what_is_written(runtime: str) -> None:  
     assert_same(reading(x, x), x + x)
 
 
-def test_inference_tensors_are_written(runtime: str) -> None:  # noqa: F811
+def test_inference_tensors_are_written(runtime: str) -> None:
     engine = engine_for(added, drawn(3), drawn(3))
     with torch.inference_mode():
         x = drawn(3) + 0
@@ -892,7 +904,7 @@ def test_inference_tensors_are_written(runtime: str) -> None:  # noqa: F811
     assert_same(x.clone(), drawn(3) + drawn(3, seed=1) + drawn(3, seed=2))
 
 
-def test_what_requires_a_gradient_is_written_under_no_grad(runtime: str) -> None:  # noqa: F811
+def test_what_requires_a_gradient_is_written_under_no_grad(runtime: str) -> None:
     x = drawn(3).requires_grad_()
     engine = engine_for(added, drawn(3), drawn(3))
     with pytest.raises(anabranch.InputError, match="input 0 requires grad"):
@@ -904,7 +916,7 @@ def test_what_requires_a_gradient_is_written_under_no_grad(runtime: str) -> None
     assert_same(x.detach(), drawn(3) + drawn(3, seed=1))
 
 
-def test_a_graph_for_gradients_sees_that_a_tensor_was_written(runtime: str) -> None:  # noqa: F811
+def test_a_graph_for_gradients_sees_that_a_tensor_was_written(runtime: str) -> None:
     w, x = drawn(3).requires_grad_(), drawn(3)
     loss = (w * x).sum()
     engine_for(added, drawn(3), drawn(3))(x, drawn(3))
@@ -913,7 +925,7 @@ def test_a_graph_for_gradients_sees_that_a_tensor_was_written(runtime: str) -> N
 
 
 @BACKENDS
-def test_a_cache_of_tensors_in_a_dict(runtime: str, backend: str) -> None:  # noqa: F811
+def test_a_cache_of_tensors_in_a_dict(runtime: str, backend: str) -> None:
     def cache() -> dict[str, torch.Tensor]:
         return {"k": torch.zeros(6, 4), "v": torch.ones(6, 4)}
 
@@ -929,7 +941,7 @@ def test_a_cache_of_tensors_in_a_dict(runtime: str, backend: str) -> None:  # no
     assert engine.stats().specializations == 1
 
 
-def test_keyword_inputs_are_written(runtime: str) -> None:  # noqa: F811
+def test_keyword_inputs_are_written(runtime: str) -> None:
     def model(self: Any, x: torch.Tensor, *, out: torch.Tensor, cache: dict[str, torch.Tensor]) -> torch.Tensor:
         cache["sum"].add_(x)
         return out.copy_(x * 2)
@@ -942,7 +954,7 @@ def test_keyword_inputs_are_written(runtime: str) -> None:  # noqa: F811
     assert_same(given["cache"]["sum"], drawn(3) + drawn(3, seed=1) + drawn(3, seed=2))
 
 
-def test_threads_write_into_tensors_of_their_own(runtime: str) -> None:  # noqa: F811
+def test_threads_write_into_tensors_of_their_own(runtime: str) -> None:
     engine = engine_for(added, drawn(3, 4), drawn(3, 4))
 
     def work(i: int) -> None:
@@ -956,7 +968,7 @@ def test_threads_write_into_tensors_of_their_own(runtime: str) -> None:  # noqa:
     on_threads(8, work)
 
 
-def test_written_inputs_of_sizes_that_vary(runtime: str) -> None:  # noqa: F811
+def test_written_inputs_of_sizes_that_vary(runtime: str) -> None:
     engine = engine_for(added, Input((Dim("n", 1, 64), 4)), Input((4,)))
     for n in (5, 9, 1, 64):
         x, y = drawn(n, 4), drawn(4, seed=n)
@@ -969,7 +981,7 @@ def test_written_inputs_of_sizes_that_vary(runtime: str) -> None:  # noqa: F811
         assert_same(strided.clone(), expected)
 
 
-def test_state_and_inputs_are_written_in_one_call(runtime: str) -> None:  # noqa: F811
+def test_state_and_inputs_are_written_in_one_call(runtime: str) -> None:
     def model(self: Any, x: torch.Tensor) -> Any:
         self.h.add_(x)
         x.copy_(self.h * 2)
@@ -986,14 +998,14 @@ def test_state_and_inputs_are_written_in_one_call(runtime: str) -> None:  # noqa
     assert_same(session.state["h"], eager.h)
 
 
-def test_a_session_is_cloned_and_not_copied(runtime: str) -> None:  # noqa: F811
+def test_a_session_is_cloned_and_not_copied(runtime: str) -> None:
     session = anabranch.compile(Ring().eval(), [drawn(2, 4)], backend="eager", runtime=runtime).session()
     for copies in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(anabranch.InputError, match=r"in one place only\. Use session\.clone\(\), or save"):
             copies(session)
 
 
-def test_tensorrt_leaves_what_writes_to_operators(runtime: str) -> None:  # noqa: F811
+def test_tensorrt_leaves_what_writes_to_operators(runtime: str) -> None:
     engine = anabranch.compile(Ring().eval(), [drawn(2, 4)], backend="eager", runtime=runtime)
     unit, calls = engine._first().unit, engine._first().calls
     settings = replace(engine._settings, backend="tensorrt")

@@ -287,11 +287,11 @@ class NativeCalls:
     def trying_graph(self, context: Context, direct: Kernels | Instance, stream: Stream) -> Iterator[Sequence[Way]]:
         def by_graph(inputs: Sequence[Any]) -> Any:
             self.core.set_graphs(True)
-            return self._try("graph_calls", inputs)
+            return self._try("graph_calls", inputs, direct)
 
         def by_kernels(inputs: Sequence[Any]) -> Any:
             self.core.set_graphs(False)
-            return direct(inputs) if self.through_python else self._try("direct_calls", inputs)
+            return direct(inputs) if self.through_python else self._try("direct_calls", inputs, direct)
 
         self._pool.release(context)
         yield [by_graph, by_kernels]
@@ -309,11 +309,11 @@ class NativeCalls:
 
         def compiled(inputs: Sequence[Any]) -> Any:
             self.core.set_program(own, None, False)
-            return self._try("direct_calls", inputs)
+            return self._try("direct_calls", inputs, self.direct.kernels)
 
         def by_operators(inputs: Sequence[Any]) -> Any:
             self.core.set_program(program, None, False)
-            return self._try("direct_calls", inputs)
+            return self._try("direct_calls", inputs, operators)
 
         try:
             yield [compiled, by_operators]
@@ -324,17 +324,20 @@ class NativeCalls:
     @contextmanager
     def trying_direct(self) -> Iterator[Way]:
         def by_core(inputs: Sequence[Any]) -> Any:
-            return self._try("direct_calls", inputs)
+            return self._try("direct_calls", inputs, self.direct.run)
 
         try:
             yield by_core if self.runs_here else self.direct.run
         finally:
             self._forget_tries()
 
-    def _try(self, kind: str, inputs: Sequence[Any]) -> Any:
-        """A call that only measures."""
+    def _try(self, kind: str, inputs: Sequence[Any], otherwise: Way) -> Any:
+        """A call that only measures; by ``otherwise`` where the C++ declines, as a call then is."""
+        results = self.core.run(inputs)
+        if results is None:
+            return otherwise(inputs)
         self._tries[kind] += 1
-        return self.core.run(inputs)
+        return results
 
     def _forget_tries(self) -> None:
         for kind, times in self._tries.items():
