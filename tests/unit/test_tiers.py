@@ -42,6 +42,7 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
     stub = pytester.mkdir("stub")
     (stub / "torch.py").write_text(
         "class version: cuda = '13.0'\nclass cuda:\n    is_available = staticmethod(bool)\nget_num_threads = int\n"
+        "manual_seed = int\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(stub))
     return pytester
@@ -172,3 +173,16 @@ def test_what_tiers_took_is_told_and_over_budget_is_loud_and_no_failure(suite: p
     result = run(suite, "-m", "not gpu")  # everything, which may take longer
     result.stdout.fnmatch_lines(["unit * s in 2 tests, budget 50 s"])
     result.stdout.no_fnmatch_line("*OVER BUDGET*")
+
+
+def test_what_a_test_draws_follows_from_its_name(suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = "import random\ndef test_one(): open('drawn', 'a').write(f'{random.random()}\\n')\ntest_two = test_one\n"
+    (suite.path / "tests" / "unit" / "test_unit.py").write_text(draws)
+    drawn = []
+    for seed in ("0", "0", "1"):
+        monkeypatch.setenv("ANABRANCH_TEST_SEED", seed)
+        run(suite, "tests/unit").assert_outcomes(passed=2)
+        drawn.append((suite.path / "drawn").read_text().split())
+        (suite.path / "drawn").unlink()
+    assert drawn[0] == drawn[1]
+    assert len({*drawn[0], *drawn[2]}) == 4
