@@ -133,6 +133,43 @@ def test_threads_compile_nothing_that_is_there(way: str) -> None:
     assert graphs() == before
 
 
+class Catches(nn.Module):
+    """Takes another way where an operator does not take what it is given."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(8, 8), how
+
+    def forward(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        if y.sum() > 1e6:
+            y = y / 2
+        try:
+            return y.view(4, 8).tanh() if self.how == "by size" else y.index_select(1, at) * 2
+        except (RuntimeError, IndexError):
+            return y + 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("how", ["by size", "by value"])
+def test_what_a_model_catches_in_later_calls(how: str, backend: str) -> None:
+    torch._dynamo.reset()
+    model, at = Catches(how).eval().requires_grad_(False), torch.tensor([0, 3])
+    engine = anabranch.compile(model, [torch.randn(4, 8), at], backend=backend)
+    assert engine.summary()["fragments"]["graphs"]
+
+    def work(number: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(number)
+            given = [(torch.randn(rows, 8), at + 6 * (i % 2)) for i, rows in enumerate((4, 4, 3, 3, 5, 4))]
+        for x, places in given:
+            torch.testing.assert_close(engine(x, places), model(x, places))
+
+    on_threads(3, work)
+    with pytest.raises(anabranch.InputError, match="does not accept"):
+        engine(torch.randn(4, 7), at)
+
+
 def test_what_is_cut_and_why_is_listed(model: Branches) -> None:
     engine = anabranch.compile(model, inputs(1), backend="eager")
     fragments = json.loads(json.dumps(engine.summary()))["fragments"]

@@ -40,6 +40,7 @@ from anabranch.runtime._fragment import Fragment, NotAccepted, trying
 from anabranch.runtime._own_code import OwnCode
 from anabranch.runtime._ranges import Place
 from anabranch.runtime._recompiles import keep_entries_in_place, past_limit, watch_limits
+from anabranch.runtime._repeats import Inputs, Repeats
 
 _log = logging.getLogger("anabranch")
 
@@ -142,6 +143,7 @@ class Guarded:
         self._fragments: list[Fragment] = _sync.list_("fragments")
         #: From before the last begin, for graphs that are the same.
         self._before: list[Fragment] = _sync.list_("fragments from before")
+        self._repeats = Repeats(snapshot, device)
         self._lock = _sync.lock("a model's begin")
         #: Whether graphs are to be for single integers, since an operator took no symbol; whether they were too many.
         self._is_fixed = self._was_fixed = False
@@ -215,12 +217,17 @@ class Guarded:
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one call on the calling thread's current stream, with autograd off."""
-        traced = self._as_wanted()
+        traced, given = self._as_wanted(), Inputs.of(args, kwargs)
         try:
-            with dynamo_settings.used(traced.fixed):
-                results = traced.run(traced.fresh.module, args, kwargs)
+            if self._repeats.has(given):
+                results = traced.fresh.module(*args, **kwargs)
+            else:
+                with dynamo_settings.used(traced.fixed):
+                    results = traced.run(traced.fresh.module, args, kwargs)
         except Exception as e:
-            self._raise(e, args, kwargs)
+            if not self._repeats.takes(e, given, args, kwargs):
+                self._raise(e, args, kwargs)
+            results = traced.fresh.module(*args, **kwargs)
         # Containers that the model was given, and returns, are the caller's own.
         if any(isinstance(x, torch.nn.Parameter) for x in pytree.tree_leaves(results)):
             return map_tensors(traced.given_back, results)
