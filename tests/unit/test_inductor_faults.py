@@ -120,3 +120,29 @@ def test_lists_of_labels() -> None:
         for labels in (some, some.flip(0), torch.full((4, 4), -1), torch.randint(-1, 4, (4, 4))):
             x = torch.randn(4, 4)
             _alike(engine(x, labels), model(x, labels), str(labels.tolist()))
+
+
+class Steps(torch.nn.Module):
+    """Single operators, of which Inductor makes several."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            "lerp": torch.lerp(x, y, 0.3),
+            "lerp by tensors": torch.lerp(x, y, y.sign() * 0.25),
+            "glu": torch.nn.functional.glu(torch.stack([x, y]), 0),
+            "addcmul": torch.addcmul(x, x, y, value=2),
+            "addcdiv": torch.addcdiv(x, x, y, value=3),
+        }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_operators_round_and_overflow_as_one(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    special = [44.0, -100.0, 20.0, -20.0, largest, -largest, largest / 3, -0.5, 3.0, 1e-3, math.inf, -math.inf]
+    x = torch.tensor(special, dtype=dtype).repeat_interleave(len(special))
+    y = torch.tensor(special, dtype=dtype).repeat(len(special))
+    with anabranch.compile(Steps(), [x, y], backend="inductor") as engine:
+        actual, expected = engine(x, y), Steps()(x, y)
+        assert engine.summary()["signatures"][0]["backend"] == "inductor"
+    rtol = 2 * torch.finfo(dtype).eps if dtype is not torch.bfloat16 else 2e-2
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-6, equal_nan=True)

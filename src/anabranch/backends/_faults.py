@@ -23,6 +23,12 @@ _POWERS = (_aten.pow.Tensor_Scalar, _aten.float_power.Tensor_Scalar)
 _ROOTS = {0.5: _aten.sqrt.default, -0.5: _aten.rsqrt.default, -1.0: _aten.reciprocal.default}
 
 
+#: Operators that eager computes in float32, and rounds at the end; Inductor makes steps of them, and rounds each.
+_IN_FLOAT32 = (_aten.lerp.Scalar, _aten.lerp.Tensor, _aten.glu.default)
+#: Operators with a factor, and what they do of it and the second of two tensors.
+_SCALED = {_aten.addcmul.default: _aten.mul.Tensor, _aten.addcdiv.default: _aten.div.Tensor}
+
+
 def avoid(module: fx.GraphModule) -> None:
     """Rewrite, in place, what Inductor of PyTorch 2.11 to 2.13 gets wrong."""
     for node in list(module.graph.nodes):
@@ -52,6 +58,10 @@ def avoid(module: fx.GraphModule) -> None:
             _softshrink(Steps(node, value))
         elif node.target in _POWERS and node.args[1] in _ROOTS:
             _root(Steps(node, value))
+        elif node.target in _IN_FLOAT32 and value.dtype is torch.float16:
+            _in_float32(Steps(node, value))
+        elif node.target in _SCALED and value.dtype is not torch.float16 and value.device.type == "cpu":
+            _scale_first(Steps(node, value))
         elif node.target is _aten.multilabel_margin_loss.default:
             _multilabel_margin_loss(Steps(node, value), node)
         elif node.target in _GRID_SAMPLERS and value.device.type == "cpu":
@@ -232,6 +242,19 @@ def _logit(node: fx.Node, value: torch.Tensor) -> None:
     step, low = Steps(node, value), torch.tensor(eps, dtype=value.dtype)
     inside = step(_aten.clamp.default, node.args[0], low.item(), (1 - low).item())
     step.replace(step(_aten.logit.default, inside))
+
+
+def _in_float32(step: Steps) -> None:
+    wide = [step(_aten.to.dtype, x, torch.float32) if isinstance(x, fx.Node) else x for x in step.node.args]
+    step.replace(step(_aten.to.dtype, step(step.node.target, *wide), torch.float16))
+
+
+def _scale_first(step: Steps) -> None:
+    """Inductor multiplies by the factor at last: what overflows on the way in eager does not then."""
+    factor, (x, a, b) = step.node.kwargs.get("value", 1), step.node.args
+    if factor != 1:
+        scaled = step(_SCALED[step.node.target], step(_aten.mul.Scalar, a, factor), b)  # type: ignore[index]
+        step.replace(step(_aten.add.Tensor, x, scaled))
 
 
 def _results(node: fx.Node) -> list[Steps]:
