@@ -146,3 +146,21 @@ def test_operators_round_and_overflow_as_one(dtype: torch.dtype) -> None:
         assert engine.summary()["signatures"][0]["backend"] == "inductor"
     rtol = 2 * torch.finfo(dtype).eps if dtype is not torch.bfloat16 else 2e-2
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-6, equal_nan=True)
+
+
+class Inverses(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {f.__name__: f(x) for f in (torch.expm1, torch.atanh, torch.acosh)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_functions_of_small_and_large_numbers(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    values = [0.0, -0.0, 1e-40, 1e-7, -6e-5, 1e-3, 0.3, -0.5, 0.99, 1.0, -1.0, 1.5, 11.0, 65.0, 88.72, 89.0, -89.3]
+    x = torch.tensor([*values, largest, largest / 3, largest**0.5 * 1.1, math.inf, -math.inf], dtype=dtype)
+    rtol = {torch.float32: 2e-6, torch.float64: 1e-13}.get(dtype, torch.finfo(dtype).eps)
+    with anabranch.compile(Inverses(), [x], backend="inductor") as engine:
+        for given in (x, x.flip(0)):
+            expected = Inverses()(given)
+            torch.testing.assert_close(engine(given), expected, rtol=rtol, atol=0, equal_nan=True)
+        assert engine.summary()["signatures"][0]["backend"] == "inductor"

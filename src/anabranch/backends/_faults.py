@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ def avoid(module: fx.GraphModule) -> None:
             _root(Steps(node, value))
         elif node.target in _IN_FLOAT32 and value.dtype is torch.float16:
             _in_float32(Steps(node, value))
+        elif node.target in _SMALL_OR_LARGE and value.device.type == "cpu":
+            _small_or_large(Steps(node, value))
         elif node.target in _SCALED and value.dtype is not torch.float16 and value.device.type == "cpu":
             _scale_first(Steps(node, value))
         elif node.target is _aten.multilabel_margin_loss.default:
@@ -255,6 +258,44 @@ def _scale_first(step: Steps) -> None:
     if factor != 1:
         scaled = step(_SCALED[step.node.target], step(_aten.mul.Scalar, a, factor), b)  # type: ignore[index]
         step.replace(step(_aten.add.Tensor, x, scaled))
+
+
+def _expm1(step: Steps, x: fx.Node) -> fx.Node:
+    """Inductor subtracts 1 from the power of e, which leaves few digits near 0."""
+    half = step(_aten.tanh.default, step(_aten.mul.Scalar, x, 0.5))
+    product = step(_aten.mul.Tensor, half, step(_aten.add.Scalar, step(_aten.exp.default, x), 1))
+    is_small = step(_aten.lt.Scalar, step(_aten.abs.default, x), 1e-17)  # half of the smallest number is none
+    return step(_aten.where.self, is_small, x, product)
+
+
+def _atanh(step: Steps, x: fx.Node) -> fx.Node:
+    """Likewise: Inductor takes the logarithm of (1 + x) / (1 - x)."""
+    below_one = step(_aten.sub.Tensor, step(_aten.ones_like.default, x), x)
+    share = step(_aten.div.Tensor, step(_aten.mul.Scalar, x, 2), below_one)
+    return step(_aten.mul.Scalar, step(_aten.log1p.default, share), 0.5)
+
+
+def _acosh(step: Steps, x: fx.Node) -> fx.Node:
+    """Inductor squares it, which overflows."""
+    of_large = step(_aten.add.Scalar, step(_aten.log.default, x), math.log(2))
+    return step(_aten.where.self, step(_aten.gt.Scalar, x, 1e9), of_large, step(_aten.acosh.default, x))
+
+
+#: Functions that Inductor's vectors on the CPU compute by formulas which lose digits, or overflow, and their steps.
+_SMALL_OR_LARGE: dict[Any, Callable[[Steps, fx.Node], fx.Node]] = {
+    _aten.expm1.default: _expm1,
+    _aten.atanh.default: _atanh,
+    _aten.acosh.default: _acosh,
+}
+
+
+def _small_or_large(step: Steps) -> None:
+    x: Any = step.node.args[0]
+    dtype, made = step.node.meta["val"].dtype, _SMALL_OR_LARGE[step.node.target]
+    wide = dtype if dtype is torch.float64 else torch.float32
+    x = step(_aten.to.dtype, x, wide) if x.meta["val"].dtype is not wide else x
+    y = made(step, x)
+    step.replace(step(_aten.to.dtype, y, dtype) if dtype is not wide else y)
 
 
 def _results(node: fx.Node) -> list[Steps]:
