@@ -150,7 +150,7 @@ def test_operators_round_and_overflow_as_one(dtype: torch.dtype) -> None:
 
 class Inverses(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {f.__name__: f(x) for f in (torch.expm1, torch.atanh, torch.acosh)}
+        return {f.__name__: f(x) for f in (torch.expm1, torch.asinh, torch.atanh, torch.acosh)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)

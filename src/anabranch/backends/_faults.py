@@ -281,11 +281,23 @@ def _acosh(step: Steps, x: fx.Node) -> fx.Node:
     return step(_aten.where.self, step(_aten.gt.Scalar, x, 1e9), of_large, step(_aten.acosh.default, x))
 
 
+def _asinh(step: Steps, x: fx.Node) -> fx.Node:
+    """Inductor squares it, and has few digits near 0."""
+    size = step(_aten.abs.default, x)
+    square = step(_aten.mul.Tensor, size, size)
+    below = step(_aten.add.Scalar, step(_aten.sqrt.default, step(_aten.add.Scalar, square, 1)), 1)
+    near = step(_aten.log1p.default, step(_aten.add.Tensor, size, step(_aten.div.Tensor, square, below)))
+    of_large = step(_aten.add.Scalar, step(_aten.log.default, size), math.log(2))
+    y = step(_aten.where.self, step(_aten.gt.Scalar, size, 1e9), of_large, near)
+    return step(_aten.copysign.Tensor, step(_aten.where.self, step(_aten.lt.Scalar, size, 1e-17), size, y), x)
+
+
 #: Functions that Inductor's vectors on the CPU compute by formulas which lose digits, or overflow, and their steps.
 _SMALL_OR_LARGE: dict[Any, Callable[[Steps, fx.Node], fx.Node]] = {
     _aten.expm1.default: _expm1,
     _aten.atanh.default: _atanh,
     _aten.acosh.default: _acosh,
+    _aten.asinh.default: _asinh,
 }
 
 
