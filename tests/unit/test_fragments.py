@@ -170,6 +170,35 @@ def test_what_a_model_catches_in_later_calls(how: str, backend: str) -> None:
         engine(torch.randn(4, 7), at)
 
 
+class CatchesLate(Catches):
+    """Has changed what it was given by then."""
+
+    def forward(self, x: torch.Tensor, seen: Any) -> torch.Tensor:  # type: ignore[override]
+        if isinstance(seen, list):
+            seen[0] = seen[0] + 1
+        else:
+            seen.add_(1)
+        return super().forward(x, torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize("make", [lambda: [1], lambda: torch.ones(2)], ids=["list", "tensor"])
+def test_no_call_is_made_again_that_has_changed_what_it_was_given(make: Any) -> None:
+    torch._dynamo.reset()
+    model = CatchesLate("by size").eval().requires_grad_(False)
+    engine = anabranch.compile(model, [torch.randn(4, 8), make()], backend="eager")
+    for rows in (4, 3, 3):
+        x, mine, others = torch.randn(rows, 8), make(), make()
+        expected = model(x, others)
+        try:
+            result = engine(x, mine)
+        except anabranch.InputError:
+            assert rows == 3
+        else:
+            torch.testing.assert_close(result, expected)
+            torch.testing.assert_close(mine, others)
+        assert (mine[0] if isinstance(mine, list) else float(mine[0])) <= 2
+
+
 def test_what_is_cut_and_why_is_listed(model: Branches) -> None:
     engine = anabranch.compile(model, inputs(1), backend="eager")
     fragments = json.loads(json.dumps(engine.summary()))["fragments"]

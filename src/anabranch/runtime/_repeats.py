@@ -30,19 +30,27 @@ class Inputs(NamedTuple):
     """What a call was given, as it was before."""
 
     structure: Any
-    shapes: tuple[Any, ...]
-    #: None where nobody counts them.
-    versions: tuple[int | None, ...]
+    leaves: list[Any]
+    #: Of the tensors; None where nobody counts them.
+    versions: list[int | None]
 
     @classmethod
     def of(cls, args: Sequence[Any], kwargs: dict[str, Any]) -> Inputs:
         leaves, structure = pytree.tree_flatten((tuple(args), kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-        return cls(
-            structure,
-            tuple(x.shape if isinstance(x, torch.Tensor) else type(x) for x in leaves),
-            tuple(None if x.is_inference() else x._version for x in tensors),
-        )
+        return cls(structure, leaves, [None if x.is_inference() else x._version for x in tensors])
+
+    @property
+    def key(self) -> Any:
+        """Equal for calls of the same sizes."""
+        return str(self.structure), tuple(x.shape if isinstance(x, torch.Tensor) else type(x) for x in self.leaves)
+
+    def are_unchanged(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether all of it is known to be what it was."""
+        now = Inputs.of(args, kwargs)
+        if None in self.versions or now.versions != self.versions or now.structure != self.structure:
+            return False
+        return all(a is b for a, b in zip(now.leaves, self.leaves, strict=True))
 
 
 class Repeats:
@@ -55,7 +63,7 @@ class Repeats:
 
     def has(self, given: Inputs) -> bool:
         """Whether calls with such inputs are made by PyTorch's operators at once."""
-        return bool(self._untraced) and (str(given.structure), given.shapes) in self._untraced
+        return bool(self._untraced) and given.key in self._untraced
 
     def takes(self, error: Exception, given: Inputs, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         """Whether a call that ended with ``error`` can be made again: in eager the model runs on these inputs, writes
@@ -64,10 +72,10 @@ class Repeats:
 
         if not isinstance(error, _CAUGHT) or isinstance(error, AnabranchError | torch.OutOfMemoryError):
             return False
-        if None in given.versions or Inputs.of(args, kwargs) != given or not self._runs_in_eager(args, kwargs):
+        if not given.are_unchanged(args, kwargs) or not self._runs_in_eager(args, kwargs):
             return False
         if isinstance(error, TorchRuntimeError):
-            self._untraced.add((str(given.structure), given.shapes))
+            self._untraced.add(given.key)
             text = "calls with such inputs (%s) run by PyTorch's operators, without graphs: %s"
             _log.warning(text, describe(args, kwargs), first_line(error.__cause__ or error))
         return True
