@@ -18,7 +18,8 @@ class _DynamoSettings:
 
     A float that varies from call to call is a part of what a graph is for. Dynamo would make a symbol of it, which many
     operators do not take, so that it cuts there. An integer may be a size that the model has kept over a cut. Of a
-    function that many models call Dynamo counts the graphs together.
+    function that many models call Dynamo counts the graphs together. (``isolate_recompiles`` would keep them apart; in
+    PyTorch 2.13 it is a setting of the process, so that calls on two threads end up among each other's graphs.)
 
     Where PyTorch keeps settings by thread, they are this thread's. Where it keeps them by process, they hold from the
     first of the calls under way until the last one's end, and integers are symbols as long as one of these asks for it.
