@@ -164,3 +164,44 @@ def test_functions_of_small_and_large_numbers(dtype: torch.dtype) -> None:
             expected = Inverses()(given)
             torch.testing.assert_close(engine(given), expected, rtol=rtol, atol=0, equal_nan=True)
         assert engine.summary()["signatures"][0]["backend"] == "inductor"
+
+
+class Norms(torch.nn.Module):
+    """Norms of parts of different sizes: some fill eager's vectors, some do not."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.LayerNorm(n) for n in (3, 16, 60))
+        self.groups = torch.nn.GroupNorm(3, 6)
+        self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        rows = x.flatten(1)
+        layers = [layer(rows[:, : layer.normalized_shape[0]]) for layer in self.layers]
+        return [*layers, self.groups(x), torch.nn.functional.group_norm(x[:, :4], 2)]
+
+
+@pytest.mark.parametrize("of_any_length", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_norm_is_a_number_where_eagers_is_none(dtype: torch.dtype, of_any_length: bool) -> None:
+    model, largest = Norms(dtype).eval(), torch.finfo(dtype).max
+    given: list[torch.Tensor | anabranch.Input] = [torch.randn(3, 6, 10).to(dtype)]
+    if of_any_length:
+        given = [anabranch.Input((anabranch.Dim("n", 2, 8), 6, 10), dtype)]
+    close = 1e-3 if dtype is torch.float32 else 5e-2
+    overflowed = 0
+    with anabranch.compile(model, given, backend="inductor") as engine:
+        for value in (1.0, largest, -largest, largest**0.5 / 10, math.inf, math.nan):
+            for rows in (2, 5) if of_any_length else (3,):
+                x = torch.randn(rows, 6, 10).to(dtype)
+                x[0, 0, 0] = x[1, 5, 9] = x[1, 1, 2] = value
+                for actual, expected in zip(engine(x), model(x), strict=True):
+                    lost = expected.isnan()
+                    overflowed += int(lost.any())
+                    assert not bool((lost & ~actual.isnan()).any()), value
+                    both = ~lost & ~actual.isnan()
+                    torch.testing.assert_close(actual[both], expected[both], rtol=close, atol=close)
+                    if abs(value) < largest**0.5:
+                        assert bool(both.all())
+        assert engine.summary()["signatures"][0]["backend"] == "inductor"
+    assert overflowed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,10 @@ def avoid(module: fx.GraphModule) -> None:
         value = node.meta.get("val")
         if node.op != "call_function":
             continue
-        if node.target is _aten.multilabel_margin_loss_forward.default:
+        if node.target is _aten.native_group_norm.default:
+            for step in _results(node):
+                _group_norm(step, node, node.args[-2])
+        elif node.target is _aten.multilabel_margin_loss_forward.default:
             for step in _results(node):
                 _multilabel_margin_loss(step, node)
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
@@ -59,6 +63,10 @@ def avoid(module: fx.GraphModule) -> None:
             _softshrink(Steps(node, value))
         elif node.target in _POWERS and node.args[1] in _ROOTS:
             _root(Steps(node, value))
+        elif node.target is _aten.layer_norm.default and value.device.type == "cpu":
+            _layer_norm(Steps(node, value))
+        elif node.target is _aten.group_norm.default and value.device.type == "cpu":
+            _group_norm_of_its_own(Steps(node, value))
         elif node.target in _IN_FLOAT32 and value.dtype is torch.float16:
             _in_float32(Steps(node, value))
         elif node.target in _SMALL_OR_LARGE and value.device.type == "cpu":
@@ -308,6 +316,56 @@ def _small_or_large(step: Steps) -> None:
     x = step(_aten.to.dtype, x, wide) if x.meta["val"].dtype is not wide else x
     y = made(step, x)
     step.replace(step(_aten.to.dtype, y, dtype) if dtype is not wide else y)
+
+
+@functools.cache
+def _eagers_norm(size: int, dtype: torch.dtype) -> bool:
+    """Whether eager's norms of so many numbers may be NaN where a square overflows: that depends on where in its
+    vectors the number stands, and is 0 elsewhere."""
+    ends = torch.zeros(2, size, dtype=dtype)
+    ends[0, 0] = ends[1, -1] = torch.finfo(dtype).max
+    return bool(torch.nn.functional.layer_norm(ends, (size,)).isnan().any())
+
+
+def _layer_norm(step: Steps) -> None:
+    """Where the variance overflows compiled kernels give 0. NaN wherever eager may have it, so that none is a number
+    where eager has none."""
+    x, shape, *rest = step.node.args
+    value = x.meta["val"]  # type: ignore[union-attr]
+    if not value.numel() or not _eagers_norm(math.prod(shape_at(shape)), value.dtype):  # type: ignore[arg-type]
+        return
+    weight, bias, eps = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
+    made = step(_aten.native_layer_norm.default, x, shape, weight, bias, eps)
+    y, scale = step(operator.getitem, made, 0), step(operator.getitem, made, 2)
+    step.replace(step(_aten.masked_fill.Scalar, y, step(_aten.eq.Scalar, scale, 0), math.nan))
+
+
+def _group_norm(step: Steps, made: fx.Node, groups: Any) -> None:
+    """As :func:`_layer_norm`. ``made``: by the operator that tells of the variance, too."""
+    x: Any = made.args[0]
+    value, (channels, *sizes) = x.meta["val"], shape_at(x.meta["val"].shape[1:])
+    if value.device.type != "cpu" or not value.numel():
+        return
+    if not _eagers_norm(channels // groups * math.prod(sizes), value.dtype):
+        return
+    overflows = step(_aten.eq.Scalar, step(operator.getitem, made, 2), 0)
+    each = step(_aten.expand.default, step(_aten.unsqueeze.default, overflows, 2), [-1, -1, channels // groups])
+    each = step(_aten.flatten.using_ints, each, 1)
+    for _ in sizes:
+        each = step(_aten.unsqueeze.default, each, -1)
+    step.replace(step(_aten.masked_fill.Scalar, step(operator.getitem, made, 0), each, math.nan))
+
+
+def _group_norm_of_its_own(step: Steps) -> None:
+    x, groups, *rest = step.node.args
+    weight, bias, eps = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
+    shape = x.meta["val"].shape  # type: ignore[union-attr]
+    sizes = [s if isinstance(s, int) else step(_aten.sym_size.int, x, d) for d, s in enumerate(shape)]
+    pixels: Any = 1
+    for size in sizes[2:]:
+        known = isinstance(pixels, int) and isinstance(size, int)
+        pixels = pixels * size if known else step(operator.mul, pixels, size)
+    _group_norm(step, step(_aten.native_group_norm.default, x, weight, bias, *sizes[:2], pixels, groups, eps), groups)
 
 
 def _results(node: fx.Node) -> list[Steps]:
