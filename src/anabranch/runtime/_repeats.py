@@ -3,6 +3,9 @@
 Dynamo traces ``try`` as if nothing were raised, or not at all, so that the error leaves the graph instead. In eager
 nobody sees it. What such a call has queued so far is of no use, and of no harm as long as nothing of the caller's is
 changed.
+
+On the CPU alone. A device with streams has errors of its own, which are no operator's, and bad inputs are to be refused
+there before anything is queued.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from anabranch.runtime._fragment import NotAccepted
 from anabranch.runtime._process import process
 
 _log = logging.getLogger("anabranch")
-#: What a model may catch. Dynamo's own errors are of these types.
-_CAUGHT = (NotAccepted, RuntimeError, TypeError, ValueError, IndexError)
+#: What operators raise, also those of engines.
+_OF_OPERATORS = (NotAccepted, RuntimeError, TypeError, ValueError, IndexError)
 
 
 class Inputs(NamedTuple):
@@ -70,7 +73,9 @@ class Repeats:
         nothing that it holds, and the call has changed nothing that it was given. Blocks while something is built."""
         from torch._dynamo.exc import TorchRuntimeError
 
-        if not isinstance(error, _CAUGHT) or isinstance(error, AnabranchError | torch.OutOfMemoryError):
+        if self._device.type != "cpu" or not isinstance(error, _OF_OPERATORS):
+            return False
+        if isinstance(error, AnabranchError | torch.OutOfMemoryError):
             return False
         if not given.are_unchanged(args, kwargs) or not self._runs_in_eager(args, kwargs):
             return False
