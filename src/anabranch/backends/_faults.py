@@ -23,8 +23,6 @@ _GRID_SAMPLERS = (_aten.grid_sampler.default, _aten.grid_sampler_2d.default)
 _POWERS = (_aten.pow.Tensor_Scalar, _aten.float_power.Tensor_Scalar)
 #: Powers that eager has operators of their own for.
 _ROOTS = {0.5: _aten.sqrt.default, -0.5: _aten.rsqrt.default, -1.0: _aten.reciprocal.default}
-
-
 #: Operators that eager computes in float32, and rounds at the end; Inductor makes steps of them, and rounds each.
 _IN_FLOAT32 = (_aten.lerp.Scalar, _aten.lerp.Tensor, _aten.glu.default)
 #: Operators with a factor, and what they do of it and the second of two tensors.
@@ -97,13 +95,9 @@ class _Steps(Steps):
 
     def __init__(self, node: fx.Node, value: torch.Tensor) -> None:
         super().__init__(node, value)
-        a, b = (self._floating(x, value.dtype) for x in node.args[:2])
+        a, b = (self.cast(x, value.dtype) for x in node.args[:2])
         self.a: fx.Node = a if isinstance(a, fx.Node) else self(_aten.full_like.default, b, a)
         self.b: Any = b
-
-    def _floating(self, x: Any, dtype: torch.dtype) -> Any:
-        value = x.meta["val"] if isinstance(x, fx.Node) else None
-        return self(_aten.to.dtype, x, dtype) if isinstance(value, torch.Tensor) and value.dtype != dtype else x
 
     def round_number(self) -> None:
         """As eager's kernels do, and Inductor does not (pytorch#186875)."""
@@ -199,7 +193,7 @@ def _gelu(node: fx.Node, value: torch.Tensor) -> None:
     if not (halves_last or makes_nan):
         return
     steps = Steps(node, value)
-    wide = steps(_aten.to.dtype, x, torch.float32) if value.dtype is not torch.float32 else x
+    wide = steps.cast(x, torch.float32)
     # From 0 to 2, as Inductor computes it.
     twice = steps(_aten.add.Tensor, steps(_aten.erf.default, steps(_aten.mul.Tensor, wide, math.sqrt(0.5))), 1)
     if halves_last:
@@ -208,7 +202,7 @@ def _gelu(node: fx.Node, value: torch.Tensor) -> None:
         y = steps(_aten.mul.Tensor, steps(_aten.mul.Tensor, wide, 0.5), twice)
     if makes_nan:
         y = steps(_aten.masked_fill.Scalar, y, steps(_aten.eq.Scalar, wide, math.inf), math.nan)
-    steps.replace(y if value.dtype is torch.float32 else steps(_aten.to.dtype, y, value.dtype))
+    steps.replace(steps.cast(y, value.dtype))
 
 
 def _fake_quantize(step: Steps) -> None:
@@ -217,12 +211,12 @@ def _fake_quantize(step: Steps) -> None:
     x, scale, zero, axis, low, high = step.node.args
     value: torch.Tensor = x.meta["val"]  # type: ignore[union-attr]
     shape = [-1 if d == axis else 1 for d in range(value.dim())]
-    scale, zero = (step(_aten.to.dtype, step(_aten.view.default, s, shape), torch.float32) for s in (scale, zero))
-    wide = step(_aten.to.dtype, x, torch.float32) if value.dtype is not torch.float32 else x
+    scale, zero = (step.cast(step(_aten.view.default, s, shape), torch.float32) for s in (scale, zero))
+    wide = step.cast(x, torch.float32)
     steps = step(_aten.round.default, step(_aten.mul.Tensor, wide, step(_aten.reciprocal.default, scale)))
     steps = step(_aten.clamp.default, step(_aten.add.Tensor, steps, zero), low, high)
     result = step(_aten.mul.Tensor, step(_aten.sub.Tensor, steps, zero), scale)
-    step.replace(step(_aten.to.dtype, result, value.dtype) if value.dtype is not torch.float32 else result)
+    step.replace(step.cast(result, value.dtype))
 
 
 def _softshrink(step: Steps) -> None:
@@ -241,8 +235,7 @@ def _root(step: Steps) -> None:
             below = step(_aten.eq.Scalar, x, -math.inf)
             step.replace(step(_aten.masked_fill.Scalar, step(_aten.sqrt.default, x), below, math.inf))
         return
-    x = step(_aten.to.dtype, x, value.dtype) if x.meta["val"].dtype != value.dtype else x
-    step.replace(step(_ROOTS[exponent], x))
+    step.replace(step(_ROOTS[exponent], step.cast(x, value.dtype)))
 
 
 def _logit(node: fx.Node, value: torch.Tensor) -> None:
@@ -256,8 +249,8 @@ def _logit(node: fx.Node, value: torch.Tensor) -> None:
 
 
 def _in_float32(step: Steps) -> None:
-    wide = [step(_aten.to.dtype, x, torch.float32) if isinstance(x, fx.Node) else x for x in step.node.args]
-    step.replace(step(_aten.to.dtype, step(step.node.target, *wide), torch.float16))
+    wide = [step.cast(x, torch.float32) for x in step.node.args]
+    step.replace(step.cast(step(step.node.target, *wide), torch.float16))
 
 
 def _scale_first(step: Steps) -> None:
@@ -310,12 +303,9 @@ _SMALL_OR_LARGE: dict[Any, Callable[[Steps, fx.Node], fx.Node]] = {
 
 
 def _small_or_large(step: Steps) -> None:
-    x: Any = step.node.args[0]
     dtype, made = step.node.meta["val"].dtype, _SMALL_OR_LARGE[step.node.target]
     wide = dtype if dtype is torch.float64 else torch.float32
-    x = step(_aten.to.dtype, x, wide) if x.meta["val"].dtype is not wide else x
-    y = made(step, x)
-    step.replace(step(_aten.to.dtype, y, dtype) if dtype is not wide else y)
+    step.replace(step.cast(made(step, step.cast(step.node.args[0], wide)), dtype))
 
 
 @functools.cache
@@ -327,6 +317,11 @@ def _eagers_norm(size: int, dtype: torch.dtype) -> bool:
     return bool(torch.nn.functional.layer_norm(ends, (size,)).isnan().any())
 
 
+def _scaling(rest: list[Any]) -> tuple[Any, ...]:
+    """Weight, bias and epsilon of a norm, of which a graph may leave out the last ones."""
+    return (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
+
+
 def _layer_norm(step: Steps) -> None:
     """Where the variance overflows compiled kernels give 0. NaN wherever eager may have it, so that none is a number
     where eager has none."""
@@ -334,8 +329,7 @@ def _layer_norm(step: Steps) -> None:
     value = x.meta["val"]  # type: ignore[union-attr]
     if not value.numel() or not _eagers_norm(math.prod(shape_at(shape)), value.dtype):  # type: ignore[arg-type]
         return
-    weight, bias, eps = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
-    made = step(_aten.native_layer_norm.default, x, shape, weight, bias, eps)
+    made = step(_aten.native_layer_norm.default, x, shape, *_scaling(rest))
     y, scale = step(operator.getitem, made, 0), step(operator.getitem, made, 2)
     step.replace(step(_aten.masked_fill.Scalar, y, step(_aten.eq.Scalar, scale, 0), math.nan))
 
@@ -358,7 +352,7 @@ def _group_norm(step: Steps, made: fx.Node, groups: Any) -> None:
 
 def _group_norm_of_its_own(step: Steps) -> None:
     x, groups, *rest = step.node.args
-    weight, bias, eps = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
+    weight, bias, eps = _scaling(rest)
     shape = x.meta["val"].shape  # type: ignore[union-attr]
     sizes = [s if isinstance(s, int) else step(_aten.sym_size.int, x, d) for d, s in enumerate(shape)]
     pixels: Any = 1

@@ -24,6 +24,11 @@ class Steps:
             made.meta["val"] = target(*[a.meta["val"] if isinstance(a, fx.Node) else a for a in args])
         return made
 
+    def cast(self, x: Any, dtype: torch.dtype) -> Any:
+        """``x`` in this dtype; itself where it has it, or is a number."""
+        value = x.meta["val"] if isinstance(x, fx.Node) else None
+        return self(torch.ops.aten.to.dtype, x, dtype) if getattr(value, "dtype", dtype) != dtype else x
+
     def replace(self, result: fx.Node) -> None:
         """Have ``result`` in the place of the node, which goes."""
         self.node.replace_all_uses_with(result)

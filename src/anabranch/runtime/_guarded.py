@@ -40,7 +40,7 @@ from anabranch.runtime._fragment import Fragment, NotAccepted, trying
 from anabranch.runtime._own_code import OwnCode
 from anabranch.runtime._ranges import Place
 from anabranch.runtime._recompiles import keep_entries_in_place, past_limit, watch_limits
-from anabranch.runtime._repeats import Inputs, Repeats
+from anabranch.runtime._repeats import Repeats
 
 _log = logging.getLogger("anabranch")
 
@@ -217,7 +217,7 @@ class Guarded:
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one call on the calling thread's current stream, with autograd off."""
-        traced, given = self._as_wanted(), Inputs.of(args, kwargs)
+        traced, given = self._as_wanted(), self._repeats.inputs(args, kwargs)
         try:
             if self._repeats.has(given):
                 results = traced.fresh.module(*args, **kwargs)

@@ -64,16 +64,20 @@ class Repeats:
         #: Of calls that Dynamo fails to trace: it would try each time.
         self._untraced: set[Any] = _sync.set_("calls without graphs")
 
-    def has(self, given: Inputs) -> bool:
-        """Whether calls with such inputs are made by PyTorch's operators at once."""
-        return bool(self._untraced) and given.key in self._untraced
+    def inputs(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Inputs | None:
+        """What a call is given, to be asked about; None on devices whose calls are never made again."""
+        return Inputs.of(args, kwargs) if self._device.type == "cpu" else None
 
-    def takes(self, error: Exception, given: Inputs, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    def has(self, given: Inputs | None) -> bool:
+        """Whether calls with such inputs are made by PyTorch's operators at once."""
+        return bool(self._untraced) and given is not None and given.key in self._untraced
+
+    def takes(self, error: Exception, given: Inputs | None, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         """Whether a call that ended with ``error`` can be made again: in eager the model runs on these inputs, writes
         nothing that it holds, and the call has changed nothing that it was given. Blocks while something is built."""
         from torch._dynamo.exc import TorchRuntimeError
 
-        if self._device.type != "cpu" or not isinstance(error, _OF_OPERATORS):
+        if given is None or not isinstance(error, _OF_OPERATORS):
             return False
         if isinstance(error, AnabranchError | torch.OutOfMemoryError):
             return False
