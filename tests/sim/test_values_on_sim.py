@@ -117,3 +117,83 @@ def test_constants_are_where_the_work_is(name: str, runtime: str) -> None:
         on_cpu = [s for s in engine.plan.steps if "cpu" in str(s).lower()]
         assert not on_cpu
         assert engine.stats().graph_calls == 3
+
+
+class Keeps(nn.Module):
+    """Keeps tensors on the CPU that are no buffers: ``to`` does not move them."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fn = fn
+        self.line = torch.tensor([1.5, 2.0, -1.0, 0.25])
+        self.lines = [torch.arange(4.0), (torch.tensor([0.5, 3.0, 1.0, -2.0]), torch.ones(3, 4).tril() > 0)]
+        self.order = {"columns": torch.tensor([2, 0, 3])}
+        self.number = torch.tensor(0.7)
+        self.scale = nn.Parameter(torch.tensor([3.0, 1.0, 2.0, 0.5]), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.fn(self, x)
+
+
+KEPT: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "moved": lambda m, x: x * m.line.to(x.device) + m.scale,
+    "in containers": lambda m, x: (x + m.lines[0].to(x)).masked_fill(m.lines[1][1].to(x.device), 0.5),
+    "computed with, and moved": lambda m, x: x + torch.cat([m.line[:2].clamp(0, 1), m.lines[1][0][2:]]).to(x.device),
+    "joined with what the code makes": lambda m, x: x - (m.line + torch.arange(4)).to(x.device) * m.scale,
+    "an index": lambda m, x: x[:, m.order["columns"]] * 2,
+    "a single number": lambda m, x: torch.where(x > m.number, x * m.number, m.number.to(x.device)),
+    "a result, too": lambda m, x: (x * m.line.to(x.device), m.line.to(x.device) * 2, m.line * 3),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_tensors_that_a_model_keeps_on_the_cpu_are_no_reason_for_direct_calls(name: str, runtime: str) -> None:
+    import anabranch.sim  # makes the device
+
+    model = Keeps(KEPT[name]).eval()
+    placed = Keeps(KEPT[name]).eval().to("sim")
+    engine = anabranch.compile(placed, [torch.empty(3, 4, device="sim")], runtime=runtime, backend="eager")
+    for k in range(3):
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(k))
+        given, wanted = engine(x.to("sim")), model(x)
+        given = given if isinstance(given, tuple) else (given,)
+        wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+        for y, w in zip(given, wanted, strict=True):
+            assert torch.equal(y.cpu(), w)
+            y.fill_(-1.0)
+    if name != "a result, too":
+        assert engine.stats().graph_calls == 3, engine.explain()
+    assert torch.equal(placed.line, model.line)
+
+
+def test_of_a_model_in_fragments_likewise(runtime: str) -> None:
+    import anabranch.sim  # makes the device
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x * m.line.to(x.device) + m.lines[1][0].clamp(0, 1).to(x.device)
+        if y.sum() > 0:
+            y = y - m.lines[0].to(x)
+        return (y * m.scale).tanh()
+
+    model, placed = Keeps(forward).eval(), Keeps(forward).eval().to("sim")
+    engine = anabranch.compile(placed, [torch.ones(3, 4, device="sim")], runtime=runtime, backend="eager")
+    for k in range(6):
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(k))
+        assert torch.equal(engine(x.to("sim")).cpu(), model(x))
+    graphs = engine.summary()["fragments"]["graphs"]
+    assert len(graphs) >= 2
+    assert all(made["captured"] for graph in graphs for e in graph["engines"] for made in e["signatures"])
+
+
+def test_a_tensor_on_the_cpu_that_a_model_writes_is_refused(runtime: str) -> None:
+    import anabranch.sim  # makes the device
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        m.line += 1
+        y: torch.Tensor = x * m.line.to(x.device)
+        return y
+
+    placed = Keeps(forward).eval().to("sim")
+    with pytest.raises(anabranch.UnsupportedModel, match="changes 'line' from call to call"):
+        anabranch.compile(placed, [torch.ones(3, 4, device="sim")], runtime=runtime, backend="eager")
+    assert torch.equal(placed.line, torch.tensor([1.5, 2.0, -1.0, 0.25]))

@@ -1,8 +1,8 @@
 """What a graph computes of nothing, on another device than its own, is computed once, when the model is compiled.
 
-A model may make a mask or a table with ``torch.zeros(n).to(x.device)`` or ``torch.tensor([1, 2]).to(x.device)``. In
-each call that is a copy from memory which a device cannot read by itself, so the host waits; and no such copy can be
-captured.
+A model may make a mask or a table with ``torch.zeros(n).to(x.device)`` or ``torch.tensor([1, 2]).to(x.device)``, or
+keep one on the CPU, as an attribute that ``model.to(device)`` does not move. In each call that is a copy from memory
+which a device cannot read by itself, so the host waits; and no such copy can be captured.
 """
 
 from __future__ import annotations
@@ -57,20 +57,21 @@ def compute_constants(
 ) -> None:
     """Put values in the place of what is computed of nothing on the CPU, in a graph of another ``device``, in place.
 
-    A tensor that the model's code makes of numbers counts as made of nothing. A value that may be a result, or lie in a
-    result's memory, is left: each call has to return a new one. Nodes carry fake tensors under ``meta["val"]``.
+    What lies on the CPU in a model of another device counts as made of nothing: a tensor that the model's code makes of
+    numbers, and one that the model keeps there, which is no parameter and no buffer. A value that may be a result, or
+    lie in a result's memory, is left: each call has to return a new one. Nodes carry fake tensors under
+    ``meta["val"]``.
     """
     if device.type == "cpu":
         return
-    known: dict[fx.Node, Any] = {
-        n: t for n, (name, t) in weights.items() if t.device.type == "cpu" and is_literal(name)
-    }
+    written = {a for n in gm.graph.nodes if _writes(n) for a in n.all_input_nodes}
+    known: dict[fx.Node, Any] = {n: t for n, (_, t) in weights.items() if t.device.type == "cpu" and n not in written}
     made_of_nothing: dict[fx.Node, bool] = dict.fromkeys(known, True)
     for node in gm.graph.nodes:
         if node.op != "call_function" or not all(n in made_of_nothing for n in node.all_input_nodes):
             continue
         if isinstance(node.target, torch._ops.OpOverload):
-            if node.target._schema.is_mutable or is_random(node):
+            if _writes(node) or is_random(node):
                 continue
         elif node.target is not operator.getitem:
             continue
@@ -127,6 +128,10 @@ def _replace(
             new = add_weight(gm, weights, f"constant.{node.name}", value, mode)
     new.meta.update({k: v for k, v in node.meta.items() if k != "val"})
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user in users)
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def is_literal(name: str) -> bool:
