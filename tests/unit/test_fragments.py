@@ -315,6 +315,39 @@ def test_of_many_such_numbers_none_has_a_graph_for_ever(monkeypatch: pytest.Monk
     assert cut_at_operators(engine)
 
 
+class Loops(nn.Module):
+    """Cut inside of a loop, so that Dynamo makes no graph of the function at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Sequential(nn.Linear(16, 8), nn.Tanh()))
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = []
+        for scale in (1.0, 2.0, 3.0):
+            y = self.body(x * scale)
+            if y.max() > 0.5:
+                y = y - 0.25
+            found.append(y)
+        return self.encoder(torch.cat(found)[None])[0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_what_a_loop_calls_of_pytorchs_modules_has_graphs(backend: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(3)
+    model = Loops().eval().requires_grad_(False)
+    kinds = [type(part) for part in model.modules()]
+    engine = anabranch.compile(model, inputs(1), backend=backend)
+    for x in inputs(8):
+        torch.testing.assert_close(engine(x), model(x))
+    graphs = engine.summary()["fragments"]["graphs"]
+    assert [bool(graph["engines"]) for graph in graphs] == [True, True], engine.explain()
+    assert graphs[0]["operators"] == 4
+    assert [type(part) for part in model.modules()] == kinds
+
+
 class Counts(nn.Module):
     """Keeps state, of one kind or the other."""
 
