@@ -37,6 +37,38 @@ def test_one_specialization_serves_all_sizes(rig: clauses.Rig, compiled: Any, ba
     assert engine.stats().specializations == 2, "and what is of size 1"
 
 
+def test_no_call_of_a_size_with_its_own_specialization_waits_for_a_context(
+    rig: clauses.Rig, compiled: Any, backend: str
+) -> None:
+    """Size 1 is compiled by itself. Where its context is in use, a call runs direct, and one more is built aside."""
+    wanted = Input((Dim("batch", 1, 64), 256), device=rig.random(1).device)
+    engine = compiled(Mlp(), wanted, cuda_graphs=True, backend=backend)
+    x = rig.random(1, 256)
+    expected = rig.load_kernels(engine, x)
+    engine._shapes.wait()
+    before = engine.stats()
+    streams = [rig.stream() for _ in range(before.contexts + 1)]
+    for stream in streams:  # memory of each, taken before they are held still
+        with rig.module.stream(stream):
+            torch.full_like(x, float("nan")).sum()
+    rig.module.synchronize()
+    # What is built aside would wait for streams that are held still, and calls for what it holds of the driver's.
+    held, results = not rig.builds_ahead, []
+    if held:
+        rig.latch(*streams)
+    for stream in streams:
+        with rig.module.stream(stream):
+            results.append(engine(x))
+    after = engine.stats()
+    assert after.direct_calls > before.direct_calls or not held
+    assert after.waits_for_build == before.waits_for_build
+    rig.open_all()
+    for y in results:
+        assert_same(y, expected, rounding=ROUNDING)
+    engine._shapes.wait()
+    assert engine.stats().contexts > before.contexts or not held
+
+
 def test_sizes_that_are_rounded_up_have_graphs_of_the_listed_sizes_only(
     rig: clauses.Rig, compiled: Any, backend: str
 ) -> None:

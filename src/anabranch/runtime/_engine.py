@@ -160,9 +160,8 @@ class Engine(OfOneProcess):
                 raise EngineClosed("the engine that this graph was a part of is gone; compile a new one")
             return engine._of_fragment(model, inputs, free)
 
-        about = self._torch_device, self._device.check_error, self._table.ranges.may_vary
-        guarded = Guarded(self._compiler.snapshot, why, make_engine, *about)
-        device, index = self._device, self._index
+        settings, device, index = self._settings, self._device, self._index
+        guarded = Guarded(self._compiler.snapshot, why, make_engine, settings, self._table.ranges, self._precision)
         with neutral(device, index), device.relaxed():
             if device.has_streams:
                 device.current_stream(index).synchronize()  # inputs that were written just before
@@ -215,6 +214,7 @@ class Engine(OfOneProcess):
                 self._take_apart(why, args, kwargs)
                 return None
             self._added(place, made)
+            self._shapes.attend()
             _log.info("%s(%s): %s", self._settings.name, made.signature, _phases.describe(made.seconds))
             return made
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
-import time
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -34,13 +32,16 @@ from anabranch.export import (
     storage,
 )
 from anabranch.runtime._comparison import moved
+from anabranch.runtime._cost import measure
 from anabranch.runtime._dynamo_settings import dynamo_settings
 from anabranch.runtime._fidelity import COMPUTE_THE_SAME, COMPUTES_ELSE, results_unlike
 from anabranch.runtime._fragment import Fragment, NotAccepted, trying
+from anabranch.runtime._meter import Meter, Timed
 from anabranch.runtime._own_code import OwnCode
-from anabranch.runtime._ranges import Place
+from anabranch.runtime._ranges import Place, Ranges
 from anabranch.runtime._recompiles import keep_entries_in_place, past_limit, watch_limits
 from anabranch.runtime._repeats import Repeats
+from anabranch.runtime._settings import Settings
 
 _log = logging.getLogger("anabranch")
 
@@ -49,32 +50,8 @@ _log = logging.getLogger("anabranch")
 FIRST = 3
 #: So many graphs a model may have where each is for single integers.
 MOST_FIXED = 32
-
-
-class _Meter(threading.local):
-    """Of the calling thread: what is measured of Python between fragments."""
-
-    is_on = False
-    #: The graph that ended last, and when.
-    last: Fragment | None = None
-    since = 0.0
-
-
-class _Timed:
-    """A fragment as Dynamo's code calls it; tells how long Python took since the last one, while that is measured."""
-
-    def __init__(self, fragment: Fragment, meter: _Meter) -> None:
-        self._fragment, self._meter = fragment, meter
-
-    def __call__(self, *given: Any) -> Any:
-        meter = self._meter
-        now = time.perf_counter() if meter.is_on else 0.0
-        if meter.is_on and meter.last is not None:
-            meter.last.python_us = round((now - meter.since) * 1e6, 1)
-        results = self._fragment(*given)
-        if meter.is_on:
-            meter.last, meter.since = self._fragment, time.perf_counter()
-        return results
+#: In which a call by graphs is timed against one by operators.
+_ROUNDS = 8
 
 
 def _kinds(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -130,24 +107,28 @@ class Guarded:
         snapshot: Snapshot,
         why: NotExported,
         make_engine: Callable[[torch.nn.Module, Sequence[Any], frozenset[Place]], Any],
-        device: torch.device,
-        check_error: Callable[[Exception], None],
-        dynamic: bool,
+        settings: Settings,
+        ranges: Ranges,
+        precision: Any,
     ) -> None:
-        """``why``: what ``torch.export`` had against it. ``make_engine``, ``dynamic``: see :class:`Fragment`.
-        ``check_error``: raises where the device is lost."""
-        self._dynamic = dynamic
-        self._device, self._check_error = device, check_error
+        """``why``: what ``torch.export`` had against it. ``make_engine``: see :class:`Fragment`. ``precision``: what
+        graphs compute in; None: as the model says."""
+        self._dynamic = ranges.may_vary
+        self._settings, self._device, self._check_error = settings, settings.torch_device, settings.device.check_error
+        #: Whether operators may run the model as it is, where that measures faster.
+        self._chooses = settings.is_free_to_choose and precision is None
         self._snapshot, self._why, self._make_engine = snapshot, why, make_engine
-        self._meter = _Meter()
+        self._meter = Meter()
         self._fragments: list[Fragment] = _sync.list_("fragments")
         #: From before the last begin, for graphs that are the same.
         self._before: list[Fragment] = _sync.list_("fragments from before")
-        self._repeats = Repeats(snapshot, device)
+        self._repeats = Repeats(snapshot, self._device)
         self._lock = _sync.lock("a model's begin")
         #: Whether graphs are to be for single integers, since an operator took no symbol; whether they were too many.
         self._is_fixed = self._was_fixed = False
         self._kinds: set[Any] = _sync.set_("kinds of inputs")
+        #: Microseconds of a call by graphs and by operators, where they were measured.
+        self.measured = ""
         self._begin()
         # Dynamo keeps the code that it has made, and with it fragments, in places that outlive the model.
         weakref.finalize(self, _give_up, self._fragments, self._before)
@@ -213,7 +194,7 @@ class Guarded:
         fragment = next((f for f in known if f.key is not None and f.key == fragment.key), fragment)
         if not any(f is fragment for f in list(self._fragments)):
             self._fragments.append(fragment)
-        return _Timed(fragment, self._meter)
+        return Timed(fragment, self._meter)
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one call on the calling thread's current stream, with autograd off."""
@@ -303,6 +284,24 @@ class Guarded:
         self._call_all(copy, args, kwargs, others)
         if self._as_wanted().fixed and not fixed:
             self._call_all(copy, args, kwargs, others)
+        if self._chooses and not self._why_plain:
+            self._choose(args, kwargs)
+
+    def _choose(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Have operators run the model as it is where that takes less time than its graphs, and Python between them."""
+        traced, seam = self._traced, self._settings.device
+        run, module = traced.run, traced.fresh.module
+        ways: list[Any] = [lambda given: run(module, *given), lambda given: module(*given[0], **given[1])]
+        examples: list[Any] = [self._given(args, kwargs, 0) for _ in range(2)]
+        stream = seam.current_stream(self._settings.index)
+        kept = generators_kept(module, examples[0], self._device)
+        with trying(False), kept, dynamo_settings.used(traced.fixed), torch.no_grad():
+            graphs, operators = measure(ways, examples, stream, _ROUNDS)
+        self.measured = f"measured {graphs} in graphs, {operators} by PyTorch's operators"
+        if operators.is_better(graphs):
+            _log.info("PyTorch's operators run the model as it is: %s", self.measured)
+            _give_up(self._fragments, self._before)
+            self._begin(self.measured)
 
     def _call_all(
         self, copy: Fresh, args: Sequence[Any], kwargs: dict[str, Any], others: Sequence[tuple[Any, Any]]
@@ -431,8 +430,10 @@ class Guarded:
         """What runs as a graph and where it is cut, a line each."""
         fragments = self.fragments
         lines = [f"in {len(fragments)} graphs with Python between them: {self._why}"]
+        if self.measured and not self._why_plain:
+            lines.append(f"  {self.measured}")
         if self._why_plain:
-            lines.append(f"  PyTorch's operators run it as it is, since Dynamo does not: {self._why_plain}")
+            lines.append(f"  PyTorch's operators run it as it is: {self._why_plain}")
         for number, fragment in enumerate(fragments):
             what = fragment.summary()
             how = f"by PyTorch's operators: {what['by_operators']}" if what["by_operators"] else "an engine"

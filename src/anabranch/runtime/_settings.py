@@ -32,3 +32,9 @@ class Settings:
     @property
     def torch_device(self) -> torch.device:
         return torch.device("cpu") if self.device.kind == "cpu" else torch.device(self.device.kind, self.index)
+
+    @property
+    def is_free_to_choose(self) -> bool:
+        """Whether calls may run in whichever way measures faster: the device can tell, and nobody asked for one."""
+        asked = self.backend_is_given or self.require_full or self.cuda_graphs is not None
+        return not asked and self.device.has_streams and self.device.has_time

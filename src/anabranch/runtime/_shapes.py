@@ -116,7 +116,7 @@ class Shapes:
         if not made.choice.uses_graphs:
             self._direct[key] = str(signature), made.choice.reason
             return None
-        made.calls.contexts.ask_for_more = functools.partial(_ask_for_more, weakref.ref(self), weakref.ref(made))
+        self._attend(made)
         self._captured[key] = made, _REPEATS
         place = self._table.add(key, signature, made)
         if (added := self._added()) is not None:
@@ -151,15 +151,26 @@ class Shapes:
         made.retire()
         return bool(self._limits.has_room(0))
 
+    def attend(self) -> None:
+        """Once there is a range, no call waits for a context: those of other specializations are built aside, too. With
+        the build lock held."""
+        if any(True for _ in self._table.ranges):
+            for made in self._table:
+                self._attend(made)
+
+    def _attend(self, made: Specialization) -> None:
+        ask = functools.partial(_ask_for_more, weakref.ref(self), weakref.ref(made))
+        made.calls.contexts.ask_for_more = ask
+
     def ask_to_grow(self, made: Specialization) -> None:
         """A call has found all contexts in use, and room for more."""
         made.calls.contexts.pool.may_grow = False  # one at a time; building it sets this back
         self._aside.ask(functools.partial(_grow, weakref.ref(self), weakref.ref(made)))
 
     def grow(self, made: Specialization) -> None:
-        """One more context of a shape that has graphs, if there is room without giving up others."""
+        """One more context of what has graphs, if there is room without giving up others."""
         contexts = made.calls.contexts
-        if self._compiler is not None and any(made is m for m, _ in self._captured.values()):
+        if self._compiler is not None and any(made is m for m in self._table):
             contexts.warm(len(contexts.pool) + 1)
 
     def explain(self) -> list[str]:
