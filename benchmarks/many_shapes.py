@@ -10,7 +10,10 @@ compared with eager's. The shapes came once before, from the smallest to the lar
 holds in the end, against one that served the 16 largest shapes alone. ``repeated``: the time until a call's results are
 there whose shape has a graph, against an engine for this very shape. ``total``: all calls of the encoder, one after
 another, ours and ``torch.compile(dynamic=True)``'s, and ours from 8 threads; and all of them again (``again_s``), when
-whatever a library prepares for a length has been prepared.
+whatever a library prepares for a length has been prepared. Lengths that each system compiles for by themselves, as 1,
+are called before. ``torch.compile`` takes cuDNN's attention here, which makes a plan for each length, in each thread
+anew; ``torch.compile, no cuDNN`` has that turned off. With ``--together`` builds run side by side, and ``total`` is
+timed one measurement at a time.
 """
 
 from __future__ import annotations
@@ -255,15 +258,13 @@ def measure_total(way: str, law: str) -> dict[str, Any]:
     net = model("encoder")
     sizes = zipf(TOTAL, LONGEST, seed=7) if law == "zipf" else random.Random(7).choices(range(1, LONGEST + 1), k=TOTAL)
     inputs = {n: draw("encoder", n) for n in sorted(set(sizes))}
-    if way == "torch.compile":
-        call = torch.compile(net, dynamic=True)
-        for n in (7, 100, 1, 33):
-            with torch.no_grad():
-                call(inputs.get(n, draw("encoder", n)))
-    else:
-        call = compiled("encoder", LONGEST)
+    if "no cuDNN" in way:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    call = compiled("encoder", LONGEST) if way.startswith("ours") else torch.compile(net, dynamic=True)
     with torch.no_grad():
-        call(draw("encoder", 20))
+        for n in (7, 100, 1, 33, 20):
+            call(draw("encoder", n))
+    with torch.no_grad(), jobs.measuring():
         torch.cuda.synchronize()
         threads = THREADS if way == "ours, 8 threads" else 1
 
@@ -290,7 +291,7 @@ def measure_total(way: str, law: str) -> dict[str, Any]:
 def measurements() -> dict[str, Callable[[], dict[str, Any]]]:
     made: dict[str, Callable[[], dict[str, Any]]] = {}
     for law in ("zipf", "uniform"):
-        for way in ("ours", "torch.compile", "ours, 8 threads"):
+        for way in ("ours", "torch.compile", "torch.compile, no cuDNN", "ours, 8 threads"):
             made[f"total, {law}, {way}"] = lambda way=way, law=law: measure_total(way, law)  # type: ignore[misc]
     for work in ("encoder", "resnet18"):
         made[f"threads, {work}"] = lambda work=work: measure_threads(work)  # type: ignore[misc]

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import statistics
 import sys
-import threading
 import time
 import types
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from typing import Any
 
 import click
 import torch
+from turns import Race
 
 import anabranch
 
@@ -71,41 +70,6 @@ def moving(width: int, height: int, number: int, device: torch.device) -> torch.
     first = torch.nn.functional.interpolate(noise, (height, width), mode="bicubic").clamp(0, 1)
     second = first.roll((number % 7, 3 + number % 5), (2, 3))
     return torch.cat([first, second], 1).to(device)
-
-
-def on_threads(
-    call: Callable[[Any], Any], frames: list[list[Any]], streams: list[Any], seconds: float
-) -> tuple[float, list[list[Any]]]:
-    """Calls a second of all threads, and the last result of each thread for each of its frames."""
-    results: list[list[Any]] = [[None] * len(mine) for mine in frames]
-    counts, start, over = [0] * len(frames), threading.Barrier(len(frames) + 1), threading.Event()
-    errors: list[BaseException] = []
-
-    def work(number: int) -> None:
-        try:
-            with torch.no_grad(), torch.cuda.stream(streams[number]):
-                start.wait()
-                turn = 0
-                while not over.is_set() or turn < len(frames[number]):
-                    results[number][turn % len(frames[number])] = call(frames[number][turn % len(frames[number])])
-                    torch.cuda.current_stream().synchronize()
-                    turn += 1
-                counts[number] = turn
-        except BaseException as e:
-            errors.append(e)
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(frames))]
-    for thread in threads:
-        thread.start()
-    start.wait()
-    began = time.perf_counter()
-    time.sleep(seconds)  # what is measured: a length of time
-    over.set()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return sum(counts) / (time.perf_counter() - began), results
 
 
 def error(results: list[list[Any]], expected: list[list[Any]]) -> float:
@@ -155,18 +119,16 @@ def main(
         compiled(x)
     torch.cuda.synchronize()
     systems: dict[str, Callable[[Any], Any]] = {"eager": model, "anabranch": engine, "torch.compile": compiled}
-    streams = [torch.cuda.Stream() for _ in frames]
-    for call in systems.values():
-        on_threads(call, frames, streams, warm_seconds)
-    captures = engine.stats().captures
-    rates: dict[str, list[float]] = {name: [] for name in systems}
+    race = Race(systems, frames)
     errors = dict.fromkeys(systems, 0.0)
-    for turn in range(rounds):
-        for name in list(systems) if turn % 2 else list(systems)[::-1]:
-            rate, results = on_threads(systems[name], frames, streams, seconds)
-            rates[name].append(round(rate, 1))
-            errors[name] = max(errors[name], error(results, expected))
-    medians = {name: statistics.median(r) for name, r in rates.items()}
+
+    def look(name: str, results: list[list[Any]]) -> None:
+        errors[name] = max(errors[name], error(results, expected))
+
+    race.warm(warm_seconds)
+    captures = engine.stats().captures
+    race.run(rounds, seconds, look)
+    medians = race.medians
     for name, rate in medians.items():
         ratio = rate / medians["eager"]
         click.echo(
@@ -190,7 +152,7 @@ def main(
             "size": size,
             "threads": threads,
             "build_s": round(built, 2),
-            "frames_per_second": rates,
+            "frames_per_second": race.rates,
             "medians": medians,
             "largest_error": errors,
             "captures_while_timed": engine.stats().captures - captures,
