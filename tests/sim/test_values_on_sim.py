@@ -96,7 +96,17 @@ MAKE_CONSTANTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "single numbers": lambda x: torch.where(x > 0, torch.tensor(0.3), x * torch.tensor(0.1)),
     "strides": lambda x: x + torch.arange(12.0).view(4, 3).t().to(x.device),
     "a result": lambda x: (x + 1, torch.arange(4.0).to(x.device), torch.zeros(2, 2).to(x.device)[0]),
+    "results in one memory": lambda x: shared(torch.arange(8.0).view(2, 4).to(x.device), x),
+    "a result, and used": lambda x: used(torch.arange(4.0).to(x.device), x),
 }
+
+
+def shared(table: torch.Tensor, x: torch.Tensor) -> Any:
+    return x + table[1], table, table[1], table.t()
+
+
+def used(table: torch.Tensor, x: torch.Tensor) -> Any:
+    return x + table.cumsum(0), table[1:], x * table
 
 
 @pytest.mark.parametrize("name", MAKE_CONSTANTS)
@@ -110,13 +120,14 @@ def test_constants_are_where_the_work_is(name: str, runtime: str) -> None:
         given, wanted = engine(x.to("sim")), fn(x)
         given = given if isinstance(given, tuple) else (given,)
         wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-        for y, w in zip(given, wanted, strict=True):
-            assert torch.equal(y.cpu(), w)
+        assert not differences([y.cpu() for y in given], [w.clone() for w in wanted], strides=False)
+        places = [[y.untyped_storage().data_ptr() for y in ys] for ys in (given, wanted)]
+        assert [p.index(own) for p in places[:1] for own in p] == [p.index(own) for p in places[1:] for own in p]
+        for y in given:
             y.fill_(-1.0)  # no later call may return it again
-    if name != "a result":
-        on_cpu = [s for s in engine.plan.steps if "cpu" in str(s).lower()]
-        assert not on_cpu
-        assert engine.stats().graph_calls == 3
+    on_cpu = [s for s in engine.plan.steps if "cpu" in str(s).lower()]
+    assert not on_cpu
+    assert engine.stats().graph_calls == 3
 
 
 class Keeps(nn.Module):
@@ -197,3 +208,32 @@ def test_a_tensor_on_the_cpu_that_a_model_writes_is_refused(runtime: str) -> Non
     with pytest.raises(anabranch.UnsupportedModel, match="changes 'line' from call to call"):
         anabranch.compile(placed, [torch.ones(3, 4, device="sim")], runtime=runtime, backend="eager")
     assert torch.equal(placed.line, torch.tensor([1.5, 2.0, -1.0, 0.25]))
+
+
+#: Models with a result on the CPU.
+ON_CPU: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "made of nothing": lambda m, x: (x + m.scale, torch.arange(4) * 2),
+    "of what is kept there": lambda m, x: (x * 2, m.line * 3, m.line[1:]),
+    "copied from the device": lambda m, x: (x + 1, x.cpu() - m.line, (x * m.scale).sum().cpu()),
+    "beside a graph": lambda m, x: ((x * m.scale + 1).tanh().softmax(1).cumsum(0) - x, torch.zeros(2, 3)),
+    "of sizes": lambda m, x: (x + 1, torch.tensor([x.shape[0], 7])),
+}
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_a_result_on_the_cpu_is_there_and_new_in_each_call(name: str, runtime: str) -> None:
+    import anabranch.sim  # makes the device
+
+    model, placed = Keeps(ON_CPU[name]).eval(), Keeps(ON_CPU[name]).eval().to("sim")
+    engine = anabranch.compile(placed, [torch.ones(3, 4, device="sim")], runtime=runtime, backend="eager")
+    kept = []
+    for k in range(4):
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(k))
+        given, wanted, where = engine(x.to("sim")), model(x), placed(x.to("sim"))
+        assert [y.device for y in given] == [y.device for y in where]
+        kept.append((given, [w.clone() for w in wanted]))
+    for given, wanted in kept:  # of all calls: no later one has written an earlier one's
+        torch.testing.assert_close([y.cpu() for y in given], wanted)
+    assert "works on the CPU" in engine.explain()
+    captured = engine.stats().graph_calls == 4
+    assert captured == (name == "beside a graph"), engine.explain()

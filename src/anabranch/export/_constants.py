@@ -58,9 +58,8 @@ def compute_constants(
     """Put values in the place of what is computed of nothing on the CPU, in a graph of another ``device``, in place.
 
     What lies on the CPU in a model of another device counts as made of nothing: a tensor that the model's code makes of
-    numbers, and one that the model keeps there, which is no parameter and no buffer. A value that may be a result, or
-    lie in a result's memory, is left: each call has to return a new one. Nodes carry fake tensors under
-    ``meta["val"]``.
+    numbers, and one that the model keeps there, which is no parameter and no buffer. Of a value that may be a result,
+    or lie in the memory of one, each call makes a new one. Nodes carry fake tensors under ``meta["val"]``.
     """
     if device.type == "cpu":
         return
@@ -86,12 +85,22 @@ def compute_constants(
         and any(user not in made_of_nothing for user in n.users)
         and storage_of(n) not in results
     ]
-    if not wanted:
+    # Each call returns such a one anew: a copy of it, of which the results are views.
+    copied = [
+        n
+        for n, from_cpu in made_of_nothing.items()
+        if from_cpu
+        and isinstance(n.meta.get("val"), torch.Tensor)
+        and not is_on_cpu(n)
+        and storage_of(n) in results
+        and storage_of(n) not in map(storage_of, n.all_input_nodes)
+    ]
+    if not wanted and not copied:
         return
     constants: list[tuple[fx.Node, torch.Tensor, Any, list[fx.Node]]] = []
 
     def compute() -> None:
-        _compute(wanted, known)
+        _compute([*wanted, *copied], known)
         for node in wanted:
             value, users = known[node], [user for user in node.users if user not in made_of_nothing]
             copying = [user for user in users if copies_from_cpu(user, node)] if value.device.type == "cpu" else []
@@ -100,9 +109,15 @@ def compute_constants(
                     constants.append((node, x, _uniform(x), by))
 
     aside(compute, lasting=True)
-    mode = wanted[0].meta["val"].fake_mode
+    mode = (*wanted, *copied)[0].meta["val"].fake_mode
     for node, value, number, users in constants:
         _replace(gm, weights, node, value, number, users, mode)
+    for node in copied:
+        new = add_weight(gm, weights, f"constant.{node.name}", known[node], mode)
+        with gm.graph.inserting_before(node):
+            copy = gm.graph.call_function(_aten.clone.default, (new,))
+        copy.meta.update(node.meta)
+        node.replace_all_uses_with(copy)
 
 
 def _replace(

@@ -52,7 +52,15 @@ from anabranch.export._state import (
     write_back,
     writes_of,
 )
-from anabranch.export._uncaptured import Uncaptured, direct_only, reading, source_of, uncapturable, with_line
+from anabranch.export._uncaptured import (
+    Uncaptured,
+    direct_only,
+    reading,
+    source_of,
+    uncapturable,
+    with_line,
+    working_on_cpu,
+)
 from anabranch.export._writes import check_cast
 
 _aten = torch.ops.aten
@@ -325,6 +333,9 @@ def _flatten(
     for node in [n for n in weights if not n.users]:
         gm.graph.erase_node(node)
         del weights[node]
+    if device is not None and device.type != "cpu" and not data_dependent:
+        known = {u.operator for u in uncaptured}
+        uncaptured = (*uncaptured, *(u for u in working_on_cpu(gm.graph) if u.operator not in known))
     states = drop_unused(states)
     assert _results(gm.graph) == computed
     gm.recompile()

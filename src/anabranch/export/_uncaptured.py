@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from anabranch.export._constants import is_on_cpu
+from anabranch.export._constants import copies_from_cpu, is_on_cpu
 from anabranch.export._indices import has_mask
 from anabranch.export._random import is_random
 from anabranch.export._sizes import is_of_data
@@ -27,7 +27,7 @@ READS_ON_HOST, ON_CPU = "reads on the host", "works on the CPU"
 class Uncaptured(NamedTuple):
     """An operator that keeps a graph from being captured: ``why`` is ``data-dependent``, ``random``, ``reads on the
     host`` (it waits for values there, whatever its result's sizes), ``input on the CPU`` (it reads one), ``works on the
-    CPU`` (in a piece), or ``number``: it takes a number of the call that cannot be a tensor."""
+    CPU`` (in a model of another device), or ``number``: it takes a number of the call that cannot be a tensor."""
 
     why: str
     operator: str
@@ -108,6 +108,17 @@ def reading(graph: fx.Graph, on_cpu: Iterable[fx.Node]) -> list[Uncaptured]:
                 found.append(Uncaptured("input on the CPU", str(node.target), source_of(node)))
             if is_on_cpu(node):
                 on_cpu.add(node)
+    return found
+
+
+def working_on_cpu(graph: fx.Graph) -> list[Uncaptured]:
+    """Operators of a graph of another device that the host runs, or whose tensors it copies from there."""
+    found = []
+    for node in graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            given = [n for n in node.all_input_nodes if is_on_cpu(n)]
+            if is_on_cpu(node) or any(copies_from_cpu(node, n) for n in given):
+                found.append(Uncaptured(ON_CPU, str(node.target), source_of(node)))
     return found
 
 

@@ -12,6 +12,7 @@ from anabranch import _activity, _sync
 from anabranch.export import Signature
 from anabranch.runtime._aside import Aside
 from anabranch.runtime._compiler import Compiler
+from anabranch.runtime._contexts import Contexts
 from anabranch.runtime._process import process
 from anabranch.runtime._specialization import Specialization
 from anabranch.runtime._table import Table
@@ -159,17 +160,19 @@ class Shapes:
                 self._attend(made)
 
     def _attend(self, made: Specialization) -> None:
-        ask = functools.partial(_ask_for_more, weakref.ref(self), weakref.ref(made))
-        made.calls.contexts.ask_for_more = ask
+        pieces = made.pieces
+        for calls in [made.calls] if pieces is None else [part.calls for part in pieces.captured]:
+            contexts = calls.contexts
+            about = weakref.ref(self), weakref.ref(made), weakref.ref(contexts)
+            contexts.ask_for_more = functools.partial(_ask_for_more, *about)
 
-    def ask_to_grow(self, made: Specialization) -> None:
+    def ask_to_grow(self, made: Specialization, contexts: Contexts) -> None:
         """A call has found all contexts in use, and room for more."""
-        made.calls.contexts.pool.may_grow = False  # one at a time; building it sets this back
-        self._aside.ask(functools.partial(_grow, weakref.ref(self), weakref.ref(made)))
+        contexts.pool.may_grow = False  # one at a time; building it sets this back
+        self._aside.ask(functools.partial(_grow, weakref.ref(self), weakref.ref(made), weakref.ref(contexts)))
 
-    def grow(self, made: Specialization) -> None:
+    def grow(self, made: Specialization, contexts: Contexts) -> None:
         """One more context of what has graphs, if there is room without giving up others."""
-        contexts = made.calls.contexts
         if self._compiler is not None and any(made is m for m in self._table):
             contexts.warm(len(contexts.pool) + 1)
 
@@ -188,14 +191,16 @@ class Shapes:
         self._captured.clear()
 
 
-def _ask_for_more(shapes: weakref.ref[Shapes], made: weakref.ref[Specialization]) -> None:
-    mine, specialization = shapes(), made()
-    if mine is not None and specialization is not None:
-        mine.ask_to_grow(specialization)
+def _ask_for_more(
+    shapes: weakref.ref[Shapes], made: weakref.ref[Specialization], contexts: weakref.ref[Contexts]
+) -> None:
+    mine, specialization, own = shapes(), made(), contexts()
+    if mine is not None and specialization is not None and own is not None:
+        mine.ask_to_grow(specialization, own)
 
 
-def _grow(shapes: weakref.ref[Shapes], made: weakref.ref[Specialization]) -> None:
-    mine, specialization = shapes(), made()
-    if mine is not None and specialization is not None:
+def _grow(shapes: weakref.ref[Shapes], made: weakref.ref[Specialization], contexts: weakref.ref[Contexts]) -> None:
+    mine, specialization, own = shapes(), made(), contexts()
+    if mine is not None and specialization is not None and own is not None:
         with process.build_lock, _activity.building():
-            mine.grow(specialization)
+            mine.grow(specialization, own)
