@@ -68,3 +68,29 @@ def test_a_model_in_fragments_runs_as_it_is_where_that_is_faster(
     assert engine.is_captured == (faster != "operators")
     assert engine.stats().contexts == 0 or faster != "operators"
     assert ("measured" in engine.explain()) == ("nobody" not in faster)
+
+
+class Advances(Halves):
+    """Changes what it is given: it can be called on the same tensors only so often."""
+
+    def forward(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        row = y[at] * 2
+        at += 1
+        return row
+
+
+def test_a_model_that_changes_what_it_is_given_is_not_timed(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its index would be out of range before long, which on a GPU is the end of the process."""
+    import anabranch.sim  # makes the device
+
+    monkeypatch.setattr(Settings, "is_free_to_choose", True)
+    model, rows = Advances().eval().requires_grad_(False), 8
+    given = [torch.ones(rows, 4, device="sim"), torch.zeros(1, dtype=torch.int64, device="sim")]
+    engine = anabranch.compile(copy.deepcopy(model).to("sim"), given, runtime=runtime)
+    x, at = torch.randn(rows, 4), torch.zeros(1, dtype=torch.int64)
+    on_sim, place = x.to("sim"), at.to("sim")
+    for _ in range(rows):
+        torch.testing.assert_close(engine(on_sim, place).cpu(), model(x, at))
+    assert place.item() == rows
+    assert "measured" not in engine.explain()

@@ -108,7 +108,10 @@ def compute_constants(
                 if by and (x is not value or node.op != "placeholder"):
                     constants.append((node, x, _uniform(x), by))
 
-    aside(compute, lasting=True)
+    try:
+        aside(compute, lasting=True)
+    except torch.OutOfMemoryError:
+        return  # kept on the CPU since there is no room for it, perhaps: copied in each call, as in eager
     mode = (*wanted, *copied)[0].meta["val"].fake_mode
     for node, value, number, users in constants:
         _replace(gm, weights, node, value, number, users, mode)

@@ -40,7 +40,7 @@ from anabranch.runtime._meter import Meter, Timed
 from anabranch.runtime._own_code import OwnCode
 from anabranch.runtime._ranges import Place, Ranges
 from anabranch.runtime._recompiles import keep_entries_in_place, past_limit, watch_limits
-from anabranch.runtime._repeats import Repeats
+from anabranch.runtime._repeats import Inputs, Repeats, kinds_of
 from anabranch.runtime._settings import Settings
 
 _log = logging.getLogger("anabranch")
@@ -52,12 +52,6 @@ FIRST = 3
 MOST_FIXED = 32
 #: In which a call by graphs is timed against one by operators; and the share of its time that these have to take less.
 _ROUNDS, _CLEARLY = 8, 0.95
-
-
-def _kinds(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Of each leaf of a call, what it is, whatever its value and sizes."""
-    leaves, structure = pytree.tree_flatten((tuple(args), kwargs))
-    return structure, tuple((type(x), x.dtype, x.ndim) if isinstance(x, torch.Tensor) else type(x) for x in leaves)
 
 
 def _not_accepted(args: Sequence[Any], kwargs: dict[str, Any], error: BaseException) -> InputError:
@@ -226,7 +220,7 @@ class Guarded:
             raise cause
         # Of inputs of other kinds than the model was compiled for; else it is the model that raises.
         if isinstance(cause, RuntimeError | TypeError | ValueError | IndexError):
-            of_operator = of_operator or _kinds(args, kwargs) not in self._kinds
+            of_operator = of_operator or kinds_of(args, kwargs) not in self._kinds
         if of_operator:
             raise _not_accepted(args, kwargs, cause.__cause__ or cause) from cause
         raise cause
@@ -241,7 +235,7 @@ class Guarded:
         operators: what counts in Python's state is refused. Where the rehearsal cannot tell what is written, that copy
         has memory of its own. Raises :class:`~anabranch.errors.UnsupportedModel`, or what the model raises.
         """
-        self._kinds.add(_kinds(args, kwargs))
+        self._kinds.add(kinds_of(args, kwargs))
         is_known = self._rehearse(args, kwargs)
         differences: list[str] = []
         copy = self._copy() if is_known else self._copy(Copies())
@@ -289,14 +283,20 @@ class Guarded:
 
     def _choose(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Have operators run the model as it is where that takes less time than its graphs, and Python between them."""
-        traced, seam = self._traced, self._settings.device
-        run, module = traced.run, traced.fresh.module
+        traced, run, module = self._traced, self._traced.run, self._traced.fresh.module
         ways: list[Any] = [lambda given: run(module, *given), lambda given: module(*given[0], **given[1])]
         examples: list[Any] = [self._given(args, kwargs, 0) for _ in range(2)]
-        stream = seam.current_stream(self._settings.index)
-        kept = generators_kept(module, examples[0], self._device)
-        with trying(False), kept, dynamo_settings.used(traced.fixed), torch.no_grad():
-            graphs, operators = measure(ways, examples, stream, _ROUNDS)
+        given, stream = Inputs.of(*examples[0]), self._settings.device.current_stream(self._settings.index)
+        try:
+            with trying(False), generators_kept(module, examples[0], self._device), dynamo_settings.used(traced.fixed):
+                ways[1](examples[0])
+                if not given.are_unchanged(*examples[0]):
+                    return  # so many calls on the same inputs are not what the model is for
+                graphs, operators = measure(ways, examples, stream, _ROUNDS)
+        except Exception as e:
+            self._check_error(e)
+            _log.info("graphs were not timed against operators: %s: %s", type(e).__name__, str(e))
+            return
         self.measured = f"measured {graphs} in graphs, {operators} by PyTorch's operators"
         # Where both take as long, many threads do not wait for each other in graphs, as they do for Python's lock.
         if operators.us < _CLEARLY * graphs.us:
@@ -431,10 +431,10 @@ class Guarded:
         """What runs as a graph and where it is cut, a line each."""
         fragments = self.fragments
         lines = [f"in {len(fragments)} graphs with Python between them: {self._why}"]
-        if self.measured and not self._why_plain:
-            lines.append(f"  {self.measured}")
         if self._why_plain:
             lines.append(f"  PyTorch's operators run it as it is: {self._why_plain}")
+        elif self.measured:
+            lines.append(f"  {self.measured}")
         for number, fragment in enumerate(fragments):
             what = fragment.summary()
             how = f"by PyTorch's operators: {what['by_operators']}" if what["by_operators"] else "an engine"

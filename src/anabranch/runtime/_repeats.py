@@ -56,6 +56,12 @@ class Inputs(NamedTuple):
         return all(a is b for a, b in zip(now.leaves, self.leaves, strict=True))
 
 
+def kinds_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Of each leaf of a call, what it is, whatever its value and sizes."""
+    leaves, structure = pytree.tree_flatten((tuple(args), kwargs))
+    return structure, tuple((type(x), x.dtype, x.ndim) if isinstance(x, torch.Tensor) else type(x) for x in leaves)
+
+
 class Repeats:
     """Which calls of a model are made again. Threads: any number may ask at once."""
 
