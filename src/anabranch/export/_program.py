@@ -147,6 +147,13 @@ class Program:
             for w, required in zip(self.weights, self.requires_grad, strict=True)
         ]
 
+    def find_work_on_cpu(self) -> None:
+        """Have what works on the CPU keep a program of another device from being captured."""
+        known = {u.operator for u in self.uncaptured}
+        found = () if self.data_dependent else working_on_cpu(self.module.graph)
+        self.uncaptured = (*self.uncaptured, *(u for u in found if u.operator not in known))
+        self.direct_only = direct_only(self.uncaptured) or self.direct_only
+
     @property
     def takes_numbers(self) -> bool:
         """Whether operators take numbers of the call as they are, so that PyTorch has to run them."""
@@ -333,14 +340,11 @@ def _flatten(
     for node in [n for n in weights if not n.users]:
         gm.graph.erase_node(node)
         del weights[node]
-    if device is not None and device.type != "cpu" and not data_dependent:
-        known = {u.operator for u in uncaptured}
-        uncaptured = (*uncaptured, *(u for u in working_on_cpu(gm.graph) if u.operator not in known))
     states = drop_unused(states)
     assert _results(gm.graph) == computed
     gm.recompile()
     writes = {n.args[0] for n in writes_of(gm.graph)}
-    return Program(
+    program = Program(
         module=gm,
         # Compiled kernels read what lies in memory.
         weights=[t.detach().resolve_conj().resolve_neg() for _, t in weights.values()],
@@ -362,6 +366,9 @@ def _flatten(
         else None,
         choices=choices,
     )
+    if device is not None and device.type != "cpu" and seen.recorder is None:  # else numbers may become tensors first
+        program.find_work_on_cpu()
+    return program
 
 
 def _device(inputs: Sequence[fx.Node], held: Iterable[torch.Tensor]) -> torch.device | None:

@@ -262,6 +262,8 @@ class Compiler:
         else:
             why, at = tensorize(program, self._torch_device, exact=backend == "eager")
         if not why:
+            if self._torch_device.type != "cpu":
+                program.find_work_on_cpu()
             return
         if self._settings.require_full and backend != "eager":
             raise NotCarried(dict.fromkeys(program.numbers.positions, f"require_full=True was given, and {why}"))
