@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ import torch
 from torch import nn
 
 import anabranch
+from anabranch import _activity
+from anabranch.runtime import _process
 from anabranch.runtime._cost import Cost
 from anabranch.runtime._process import process
 
@@ -808,6 +811,41 @@ def test_the_interpreter_exits_while_a_thread_compiles(run_python: Any, runtime:
         """.replace("RUNTIME", repr(runtime))
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_exit_waits_for_a_thread_until_it_wants_the_interpreter_no_more() -> None:
+    """One that is about to stop may have lost the GIL. At the interpreter's end it would be unwound, C++ and all."""
+    paused, go = threading.Event(), threading.Event()
+
+    def in_call() -> None:
+        process.wait_for_exit()
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        if frame.f_code is _process._stop.__code__:
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                paused.set()
+                go.wait()
+        return trace
+
+    def work() -> None:
+        sys.settrace(trace)
+        in_call()
+
+    _activity.call(in_call)
+    try:
+        threading.Thread(target=work, daemon=True).start()
+        assert paused.wait(30)
+        assert process._others()
+        go.set()
+        end = time.monotonic() + 30
+        while process._others() and time.monotonic() < end:
+            time.sleep(0.001)
+        assert not process._others()
+        begins: Any = types.SimpleNamespace(f_code=_process._stop.__code__, f_lasti=0)
+        assert not _process._has_stopped(begins)
+    finally:
+        _activity._calls.remove(in_call.__code__)
 
 
 def test_a_spawned_script_exits_cleanly_after_a_fork_with_an_engine(run_python: Any, runtime: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dis
 import functools
 import importlib
 import itertools
@@ -10,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,8 +66,6 @@ class _Process:
     def renew_locks(self) -> None:
         """Make what threads share here anew. Nothing may be compiling and no call be under way in another thread."""
         self.build_lock = _sync.rlock("build")
-        #: Threads whose calls wait for the exit.
-        self._stopped = _sync.set_("stopped")
 
     def register(self, owner: _Forked) -> None:
         """Call ``owner.after_fork()`` in each forked child, for as long as ``owner`` lives."""
@@ -142,8 +142,9 @@ class _Process:
         """
         if threading.current_thread() is threading.main_thread() or _activity.calls_on(sys._getframe(1)) > 1:
             return
-        self._stopped.add(threading.get_ident())
-        _sync.event("for good").wait()
+        lock = threading.Lock()
+        lock.acquire()
+        _stop(lock)
 
     def watch(self, close: Callable[[], None], under_way: Callable[[], int]) -> None:
         """Calls that are no engine's in Python: ``close`` sends new ones there, ``under_way`` counts the others."""
@@ -159,10 +160,23 @@ class _Process:
 
     def _others(self) -> bool:
         """Whether calls of other threads are under way that have not stopped."""
-        settled = self._stopped | {threading.get_ident()}
-        frames = sys._current_frames().items()
-        python = any(_activity.calls_on(frame) for thread, frame in frames if thread not in settled)
+        here, frames = threading.get_ident(), sys._current_frames().items()
+        python = any(_activity.calls_on(f) for thread, f in frames if thread != here and not _has_stopped(f))
         return python or any(under_way() for _, under_way in self._watched)
+
+
+def _stop(lock: Any) -> None:
+    lock.acquire()
+
+
+#: Where :func:`_stop` calls.
+_CALL = next(i.offset for i in dis.get_instructions(_stop) if "CALL" in i.opname)
+
+
+def _has_stopped(frame: types.FrameType) -> bool:
+    """Whether a thread waits in :func:`_stop`, and so wants the GIL no more. One on its way there may have lost it:
+    whoever looks has it."""
+    return frame.f_code is _stop.__code__ and frame.f_lasti >= _CALL
 
 
 @functools.cache
