@@ -142,7 +142,7 @@ class _Process:
         """
         if threading.current_thread() is threading.main_thread() or _activity.calls_on(sys._getframe(1)) > 1:
             return
-        lock = threading.Lock()
+        lock = _sync.lock("for good")
         lock.acquire()
         _stop(lock)
 
