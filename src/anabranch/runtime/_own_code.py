@@ -25,19 +25,10 @@ class OwnCode:
 
     def give(self, module: torch.nn.Module) -> None:
         kind = type(module)
-        is_torchs = kind.__module__.startswith("torch.")
-        if is_torchs and not (kind.__module__.startswith("torch.nn.modules.") and _consists_of_others(module)):
+        if kind.__module__.startswith("torch.") and not _consists_of_others(module):
             return
         if kind not in self._classes:
-            methods: dict[str, Any] = {}
-            for base in () if is_torchs else kind.__mro__:
-                if base.__module__.startswith(("torch.", "builtins")):
-                    break
-                for name, method in vars(base).items():
-                    if isinstance(method, types.FunctionType) and not name.startswith("__"):
-                        methods.setdefault(name, _with_own_code(method))
-            if is_torchs:
-                methods["forward"] = _with_own_code(vars(kind)["forward"], f"<{kind.__name__}>")
+            methods = _methods_of(kind)
             named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
             self._classes[kind] = type(kind.__name__, (kind,), {**methods, **named})
         with contextlib.suppress(TypeError):  # a class whose instances lie otherwise in memory
@@ -45,7 +36,24 @@ class OwnCode:
 
 
 def _consists_of_others(module: torch.nn.Module) -> bool:
-    return any(True for _ in module.children()) and isinstance(vars(type(module)).get("forward"), types.FunctionType)
+    """Whether a module of PyTorch's calls others in a ``forward`` of its class."""
+    kind = type(module)
+    has_forward = isinstance(vars(kind).get("forward"), types.FunctionType)
+    return has_forward and kind.__module__.startswith("torch.nn.modules.") and any(True for _ in module.children())
+
+
+def _methods_of(kind: type) -> dict[str, Any]:
+    """What a class, and those that it is derived from, have of their own, with own code; of PyTorch's: ``forward``."""
+    if kind.__module__.startswith("torch."):
+        return {"forward": _with_own_code(vars(kind)["forward"], f"<{kind.__name__}>")}
+    methods: dict[str, Any] = {}
+    for base in kind.__mro__:
+        if base.__module__.startswith(("torch.", "builtins")):
+            break
+        for name, method in vars(base).items():
+            if isinstance(method, types.FunctionType) and not name.startswith("__"):
+                methods.setdefault(name, _with_own_code(method))
+    return methods
 
 
 def _with_own_code(method: types.FunctionType, file: str | None = None) -> types.FunctionType:
